@@ -1,0 +1,13 @@
+"""The errors a user can act on. Each message names the part, the value and the limit."""
+
+
+class InputError(ValueError):
+    """A request that cannot be served: unreadable media, an unknown part, a prompt over the context."""
+
+
+class ConfigError(ValueError):
+    """A configuration that the model cannot be built from: an unknown key, sizes that do not divide."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written whole: missing, unexpected or mis-shaped tensors."""

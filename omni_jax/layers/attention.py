@@ -1,0 +1,143 @@
+"""Attention: one function with a description of who sees whom, and the projections around it.
+
+Letters: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H numbers a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.typing import Dtype
+from jaxtyping import Float, Int
+
+from omni_jax.batch import Array
+from omni_jax.layers.linear import Linear
+from omni_jax.layers.params import dtypes
+
+_HIDDEN = -1e30  # finite, so that a query that sees nothing gives a number and not NaN
+_LOGITS_AT_ONCE = 2**26  # float32 scores held at a time, 256 MiB; more are worked off piece by piece
+_CAUSAL_PIECE = 256  # queries a piece where half of the scores would be masked away
+
+
+@struct.dataclass
+class Mask:
+    """Who sees whom. Positions see each other only within a segment, and if ``causal`` only what came before."""
+
+    segments: Int[Array, "B S"]  # 0: padding
+    causal: bool = struct.field(pytree_node=False, default=False)
+
+
+def attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], mask: Mask
+) -> Float[jax.Array, "B T N H"]:
+    """Attention of a sequence to itself, scaled by 1 / sqrt(H), softmax in float32.
+
+    Long sequences are worked off in pieces of queries, so that no more than 256 MiB of scores exist at a time; causal
+    pieces read only the keys up to their own end.
+    """
+    batch, length, heads, _ = q.shape
+    scores = heads * length * length
+    if batch > 1 and batch * scores > _LOGITS_AT_ONCE:
+        return _map_rows(q, k, v, mask, at_once=max(1, _LOGITS_AT_ONCE // scores))
+    if mask.causal and _CAUSAL_PIECE < length <= 8 * _CAUSAL_PIECE:
+        pieces = [_piece(q, k, v, mask, begin, _CAUSAL_PIECE) for begin in range(0, length, _CAUSAL_PIECE)]
+        return jnp.concatenate(pieces, axis=1)
+    if scores > _LOGITS_AT_ONCE:
+        return _map_pieces(q, k, v, mask)
+    return _scores_and_sum(q, k, v, _visible(mask, jnp.arange(length), length))
+
+
+def _map_rows(q: Array, k: Array, v: Array, mask: Mask, at_once: int) -> jax.Array:
+    def one(row: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v, segments = (a[None] for a in row)
+        return attention(q, k, v, Mask(segments, mask.causal))[0]
+
+    return jax.lax.map(one, (q, k, v, mask.segments), batch_size=at_once)
+
+
+def _visible(mask: Mask, queries: jax.Array, keys: int) -> jax.Array:
+    """[B, T, S]: whether the query at each of the positions ``queries`` sees each of the first ``keys`` keys."""
+    mine, theirs = jnp.take(mask.segments, queries, axis=1), mask.segments[:, :keys]
+    visible = mine[:, :, None] == theirs[:, None, :]
+    return visible & (jnp.arange(keys) <= queries[:, None]) if mask.causal else visible
+
+
+def _piece(q: Array, k: Array, v: Array, mask: Mask, begin: int, size: int) -> jax.Array:
+    end = min(begin + size, q.shape[1])
+    return _scores_and_sum(q[:, begin:end], k[:, :end], v[:, :end], _visible(mask, jnp.arange(begin, end), end))
+
+
+def _map_pieces(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
+    batch, length, heads, width = q.shape
+    pieces = next(n for n in range(1, length + 1) if length % n == 0 and heads * length**2 <= n * _LOGITS_AT_ONCE)
+
+    def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        queries, positions = piece
+        return _scores_and_sum(queries, k, v, _visible(mask, positions, length))
+
+    split = jnp.moveaxis(q.reshape(batch, pieces, length // pieces, heads, width), 1, 0)
+    out = jax.lax.map(one, (split, jnp.arange(length).reshape(pieces, -1)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _scores_and_sum(q: Array, k: Array, v: Array, visible: jax.Array) -> jax.Array:
+    batch, length, heads, width = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    weights = _softmax(jnp.where(visible[:, None, None], scores, _HIDDEN))
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return out.reshape(q.shape)
+
+
+def _softmax(scores: jax.Array) -> jax.Array:
+    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+
+
+def decode_attention(
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    begin: Int[Array, " B"],
+    end: Int[Array, " B"],
+) -> Float[jax.Array, "B 1 N H"]:
+    """Attention of one new token to a cache whose slots ``begin`` to ``end`` of each row are filled."""
+    batch, _, heads, width = q.shape
+    slots = jnp.arange(k.shape[2])
+    visible = (slots >= begin[:, None]) & (slots < end[:, None])
+    grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], width)
+    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    weights = _softmax(jnp.where(visible[:, None, None], scores, _HIDDEN))
+    out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v)
+    return out.reshape(q.shape)
+
+
+class SelfAttention(nn.Module):
+    """The four projections around attention; what lies between them is the caller's ``attend``."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    key_bias: bool = True
+    out_bias: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+    ) -> tuple[jax.Array, Any]:
+        """Returns the result and whatever else ``attend(q, k, v)`` returned, such as a cache."""
+        kw = dtypes(self)
+        many, few = (self.heads, self.head_dim), (self.kv_heads, self.head_dim)
+        q = Linear((self.width,), many, ("embed", "heads", "head_dim"), name="query", **kw)(x)
+        k = Linear((self.width,), few, ("embed", "kv_heads", "head_dim"), use_bias=self.key_bias, name="key", **kw)(x)
+        v = Linear((self.width,), few, ("embed", "kv_heads", "head_dim"), name="value", **kw)(x)
+        y, state = attend(q, k, v)
+        axes = ("heads", "head_dim", "embed")
+        return Linear(many, (self.width,), axes, use_bias=self.out_bias, name="out", **kw)(y), state

@@ -1,0 +1,50 @@
+"""Linear maps and look-up tables, with the logical axes of their parameters."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+
+from omni_jax.batch import Array
+from omni_jax.layers.params import param
+
+
+class Linear(nn.Module):
+    """Contracts the last ``len(inputs)`` axes of its argument with a kernel of shape ``inputs + outputs``."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str, ...]  # logical names of inputs + outputs
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        n = len(self.inputs)
+        std = 1.0 / math.sqrt(math.prod(self.inputs))
+        kernel = param(self, "kernel", nn.initializers.normal(std), self.inputs + self.outputs, self.axes)
+        contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jax.lax.dot_general(jnp.asarray(x, self.dtype), kernel.astype(self.dtype), (contracted, ((), ())))
+        if self.use_bias:
+            y += param(self, "bias", nn.initializers.zeros, self.outputs, self.axes[n:]).astype(self.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table of ``rows`` vectors of ``width``."""
+
+    rows: int
+    width: int
+    axes: tuple[str, str] = ("vocab", "embed")
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Array) -> jax.Array:
+        table = param(self, "embedding", nn.initializers.normal(0.02), (self.rows, self.width), self.axes)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)

@@ -1,0 +1,45 @@
+"""The two feed-forward networks of the model."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+
+from omni_jax.layers.linear import Linear
+from omni_jax.layers.params import dtypes
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    width: int
+    hidden: int
+    use_bias: bool
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kw = dict(dtypes(self), use_bias=self.use_bias)
+        wide, axes = ((self.width,), (self.hidden,)), ("embed", "mlp")
+        gate = Linear(*wide, axes, name="gate", **kw)(x)
+        up = Linear(*wide, axes, name="up", **kw)(x)
+        return Linear((self.hidden,), (self.width,), ("mlp", "embed"), name="down", **kw)(jax.nn.silu(gate) * up)
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))) with the exact (erf) GELU."""
+
+    width: int
+    hidden: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kw = dtypes(self)
+        y = Linear((self.width,), (self.hidden,), ("embed", "mlp"), name="up", **kw)(x)
+        y = jax.nn.gelu(y, approximate=False)
+        return Linear((self.hidden,), (self.width,), ("mlp", "embed"), name="down", **kw)(y)

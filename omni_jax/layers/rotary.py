@@ -1,0 +1,49 @@
+"""Rotary position embedding: the tables for text (TMRoPE) and for pictures, and their application, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from omni_jax.batch import Array
+
+Tables: TypeAlias = tuple[Float[jax.Array, "*positions half"], Float[jax.Array, "*positions half"]]  # cos, sin
+
+
+def _frequencies(count: int, theta: float) -> np.ndarray:
+    """theta^(-i / count) for i below ``count``. [count]"""
+    return (1.0 / theta ** (np.arange(count, dtype=np.float32) / np.float32(count))).astype(np.float32)
+
+
+def tmrope_tables(ids: Int[Array, "3 B S"], sections: Sequence[int], theta: float) -> Tables:
+    """cos and sin of every position, [B, S, head_dim / 2] (reference ``apply_multimodal_rotary_pos_emb``).
+
+    Args:
+      ids: time, height and width of each position.
+      sections: how many frequencies each axis takes; they add up to half the head.
+      theta: base of the frequencies.
+    """
+    axis_of = np.repeat(np.arange(len(sections)) % 3, sections)
+    by_frequency = jnp.stack([ids[axis] for axis in axis_of], axis=-1).astype(jnp.float32)
+    angles = by_frequency * _frequencies(len(axis_of), theta)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def picture_tables(row: Int[Array, "*patches"], column: Int[Array, "*patches"], head_dim: int) -> Tables:
+    """cos and sin of every patch, [*patches, head_dim / 2]: half of the angles by row, half by column."""
+    frequencies = _frequencies(head_dim // 4, 10_000.0)
+    angles = [jnp.asarray(a)[..., None].astype(jnp.float32) * frequencies for a in (row, column)]
+    both = jnp.concatenate(angles, axis=-1)
+    return jnp.cos(both), jnp.sin(both)
+
+
+def rotate(x: Float[Array, "*positions N H"], tables: Tables) -> jax.Array:
+    """Turns the pairs (i, i + H/2) of every head by the position's angles."""
+    cos, sin = (t[..., None, :] for t in tables)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

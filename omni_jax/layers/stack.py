@@ -1,0 +1,54 @@
+"""A stack of equal layers: scanned over parameters stacked on a leading axis, or one by one over parameters of each.
+
+Scanning compiles one layer whatever the depth; it is the form of checkpoints and of TPUs. On a CPU the slice of a
+layer's weights is a copy, which makes a decoding step wait for twice its memory traffic and more; there the layers are
+unstacked and called one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def layer_stack(layer: type[nn.Module], fields: Mapping[str, Any], depth: int, scan: bool, shared: int) -> Any:
+    """The layers of a tower, to be assigned in its ``setup`` as ``self.layers``.
+
+    Each is called as ``layer(**fields)(carry, index, *shared) -> (carry, None)``, with ``shared`` further arguments.
+    """
+    if not scan:
+        return [layer(**fields) for _ in range(depth)]
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, *[nn.broadcast] * shared),  # type: ignore[arg-type]
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(**fields)
+
+
+def call_layers(layers: Any, depth: int, carry: Any, *shared: Any) -> Any:
+    """Passes ``carry`` through the layers; ``index`` is a traced number where they are scanned, else a Python int."""
+    if isinstance(layers, nn.Module):
+        return layers(carry, jnp.arange(depth), *shared)[0]
+    for i, layer in enumerate(layers):
+        carry, _ = layer(carry, i, *shared)
+    return carry
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns every ``layers`` of a tree into ``layers_0``, ``layers_1``, ...; frees each stacked array as it goes."""
+    out: dict[str, Any] = {}
+    for name, value in params.items():
+        if name == "layers":
+            leaves, tree = jax.tree.flatten(value)
+            split = [list(leaf) for leaf in leaves]
+            out |= {f"layers_{i}": tree.unflatten(leaf) for i, leaf in enumerate(zip(*split, strict=True))}
+        else:
+            out[name] = unstack_layers(value) if isinstance(value, Mapping) else value
+    return out

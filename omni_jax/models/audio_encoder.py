@@ -1,0 +1,85 @@
+"""The audio encoder: blocks of two seconds, each on its own (paper section 2.2; reference ``Qwen2_5OmniAudioEncoder``).
+
+A block never sees its neighbours, so blocks are a batch axis and a new block can be encoded while the sound goes on.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+from jaxtyping import Float
+
+from omni_jax.batch import AudioBlocks
+from omni_jax.config import AudioEncoderConfig
+from omni_jax.layers.attention import Mask, SelfAttention, attention
+from omni_jax.layers.conv import Conv1D
+from omni_jax.layers.linear import Embedding, Linear
+from omni_jax.layers.mlp import GeluMLP
+from omni_jax.layers.norm import LayerNorm
+from omni_jax.layers.params import dtypes
+from omni_jax.layers.stack import call_layers, layer_stack
+from omni_jax.sharding import constrain
+
+
+class AudioLayer(nn.Module):
+    """One pre-norm transformer layer over a block."""
+
+    config: AudioEncoderConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, index: int | jax.Array, mask: Mask) -> tuple[jax.Array, None]:
+        c, kw = self.config, dtypes(self)
+        heads = c.encoder_attention_heads
+        project = SelfAttention(c.d_model, heads, heads, c.d_model // heads, key_bias=False, name="attention", **kw)
+        y = LayerNorm(c.d_model, param_dtype=self.param_dtype, name="attention_norm")(x)
+        x = x + project(y, lambda q, k, v: (attention(q, k, v, mask), None))[0]
+        y = LayerNorm(c.d_model, param_dtype=self.param_dtype, name="mlp_norm")(x)
+        return x + GeluMLP(c.d_model, c.encoder_ffn_dim, name="mlp", **kw)(y), None
+
+
+class AudioEncoder(nn.Module):
+    """Log-mel blocks to tokens of 40 ms in the Thinker's width."""
+
+    config: AudioEncoderConfig
+    scan_layers: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        c, kw = self.config, dtypes(self)
+        self.conv1 = Conv1D(c.num_mel_bins, c.d_model, 3, **kw)
+        self.conv2 = Conv1D(c.d_model, c.d_model, 3, stride=2, **kw)
+        self.layers = layer_stack(AudioLayer, dict(config=c, **kw), c.encoder_layers, self.scan_layers, shared=1)
+        self.norm = LayerNorm(c.d_model, param_dtype=self.param_dtype)
+        # in every checkpoint and read by no release: the marks around sound are ordinary words
+        self.bos_eos = Embedding(2, c.output_dim, ("norm", "embed"), param_dtype=self.param_dtype)
+        self.proj = Linear((c.d_model,), (c.output_dim,), ("mlp", "embed"), **kw)
+
+    def __call__(self, audio: AudioBlocks) -> Float[jax.Array, "A tokens D"]:
+        """Of each block's tokens the first ``((length - 1) // 2 + 1) // 2`` are sound, the rest is padding."""
+        c = self.config
+        x = constrain(jnp.asarray(audio.mel, self.dtype), "batch", None, None)
+        # a block's end is an edge: zeros after conv1, as if the sound had been cut here
+        inside = jnp.arange(x.shape[1])[None, :] < jnp.asarray(audio.length)[:, None]
+        x = jnp.where(inside[..., None], jax.nn.gelu(self.conv1(x), approximate=False), 0)
+        x = jax.nn.gelu(self.conv2(x), approximate=False)
+        x = x + jnp.asarray(sinusoids(x.shape[1], c.d_model), self.dtype)
+        x = call_layers(self.layers, c.encoder_layers, x, Mask(inside[:, ::2].astype(jnp.int32)))
+        # pairs first, then the norm: the other way round than in Whisper
+        x = self.norm(x.reshape(x.shape[0], c.block_tokens, 2, c.d_model).mean(axis=2))
+        if self.is_initializing():
+            self.bos_eos(jnp.zeros((), jnp.int32))
+        return self.proj(x)
+
+
+def sinusoids(length: int, width: int) -> np.ndarray:
+    """The fixed position table, restarted in every block: sines of each frequency, then cosines. [length, width]"""
+    step = np.log(10_000.0) / (width // 2 - 1)
+    frequencies = np.exp(-step * np.arange(width // 2, dtype=np.float32)).astype(np.float32)
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

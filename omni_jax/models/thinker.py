@@ -1,0 +1,124 @@
+"""The Thinker: both encoders and the language model (reference ``Qwen2_5OmniThinkerForConditionalGeneration``)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+from jaxtyping import Float, Int
+
+from omni_jax.batch import Array, AudioBlocks, OmniBatch, Spans, VisionFrames
+from omni_jax.config import ThinkerConfig
+from omni_jax.layers.attention import Mask
+from omni_jax.layers.params import dtypes
+from omni_jax.models.audio_encoder import AudioEncoder
+from omni_jax.models.decoder import Decoder, KVCache
+from omni_jax.models.vision_encoder import VisionEncoder
+from omni_jax.positions import position_ids
+
+
+class Thinker(nn.Module):
+    """Hears, sees, reads and writes.
+
+    ``__call__`` is the whole of it, for training and scoring. Generation calls the parts: ``encode_audio``,
+    ``encode_vision`` and ``embed`` once a request, then ``prefill``, then ``decode`` once a word.
+    """
+
+    config: ThinkerConfig
+    scan_layers: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        kw = dict(dtypes(self), scan_layers=self.scan_layers)
+        self.audio_encoder = AudioEncoder(c.audio_config, **kw)
+        self.vision_encoder = VisionEncoder(c.vision_config, **kw)
+        self.decoder = Decoder(c.text_config, **kw)
+
+    def __call__(self, batch: OmniBatch) -> Float[jax.Array, "B S V"]:
+        """The scores of the next word at every position; padding gives numbers without meaning."""
+        features = [] if batch.audio is None else [self.encode_audio(batch.audio)]
+        features += [self.encode_vision(frames) for frames in batch.vision]
+        x = self.embed(batch.tokens, batch.media_index, features)
+        ids, _ = position_ids(batch.spans, batch.segment_ids, self.config.position_id_per_seconds)
+        mask = Mask(jnp.asarray(batch.segment_ids), causal=True)
+        return self.decoder.logits(self.decoder(x, ids, mask, None)[0])
+
+    def encode_audio(self, audio: AudioBlocks) -> Float[jax.Array, "features D"]:
+        """One feature for each 40 ms of every block, padding included."""
+        return self.audio_encoder(audio).reshape(-1, self.config.text_config.hidden_size)
+
+    def encode_vision(self, frames: VisionFrames) -> Float[jax.Array, "features D"]:
+        """One feature for each merged cell of every window, padding included."""
+        return self.vision_encoder(frames).reshape(-1, self.config.text_config.hidden_size)
+
+    def embed(
+        self, tokens: Int[Array, "B S"], media_index: Int[Array, "B S"], features: Sequence[Float[Array, "features D"]]
+    ) -> Float[jax.Array, "B S D"]:
+        """The words' embeddings, with the features of sound and pictures in their places.
+
+        Args:
+          tokens: ids, placeholders included.
+          media_index: which feature a position takes, counted over all of ``features`` in turn; -1 for a word.
+          features: what the encoders gave, in the order of ``OmniBatch``.
+        """
+        words = self.decoder.embed(tokens)
+        if not features:
+            return words
+        index = jnp.asarray(media_index)
+        media = jnp.take(jnp.concatenate(features), jnp.maximum(index, 0), axis=0)
+        return jnp.where((index >= 0)[..., None], media.astype(words.dtype), words)
+
+    def prefill(
+        self, x: Float[Array, "B S D"], spans: Spans, segment_ids: Int[Array, "B S"], cache: KVCache
+    ) -> tuple[Float[jax.Array, "B D"], Int[jax.Array, " B"], KVCache]:
+        """Reads left-padded prompts into an empty cache.
+
+        Returns:
+          The hidden state of the last position, the position id of the next token, and the cache.
+        """
+        ids, delta = position_ids(spans, segment_ids, self.config.position_id_per_seconds)
+        mask = Mask(jnp.asarray(segment_ids), causal=True)
+        hidden, cache = self.decoder(x, ids, mask, cache)
+        length = jnp.sum(mask.segments != 0, axis=1)
+        end = jnp.full_like(length, segment_ids.shape[1])
+        return hidden[:, -1], length + delta, dataclasses.replace(cache, begin=end - length, end=end)
+
+    def decode(
+        self, tokens: Int[Array, " B"], position: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[jax.Array, "B D"], KVCache]:
+        """Reads one word of each row; returns its hidden state and the cache with the word in it."""
+        ids = jnp.broadcast_to(position[None, :, None], (3, position.shape[0], 1))
+        hidden, cache = self.decoder(self.decoder.embed(tokens[:, None]), ids, None, cache)
+        return hidden[:, 0], dataclasses.replace(cache, end=cache.end + 1)
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[jax.Array, "*rows V"]:
+        """Scores of the next word, in float32."""
+        return self.decoder.logits(hidden)
+
+
+def abstract_params(model: Thinker) -> Any:
+    """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
+    return jax.eval_shape(model.init, jax.random.key(0), _smallest_batch(model.config))["params"]
+
+
+def _smallest_batch(config: ThinkerConfig) -> OmniBatch:
+    audio, vision = config.audio_config, config.vision_config
+    patches = (1, 1, (vision.window_cells * vision.spatial_merge_size) ** 2)
+    where = np.zeros(patches, np.int32)
+    one = np.zeros((1, 1), np.int32)
+    return OmniBatch(
+        tokens=one,
+        segment_ids=one + 1,
+        media_index=one - 1,
+        spans=Spans(one, one, one, one, one, one.astype(np.float32)),
+        audio=AudioBlocks(np.zeros((1, audio.block_frames, audio.num_mel_bins), np.float32), np.array([1], np.int32)),
+        vision=(VisionFrames(np.zeros((*patches, vision.patch_dim), np.float32), where, where, where == 0),),
+    )

@@ -1,0 +1,99 @@
+"""Where arrays live: a mesh of four axes, and one table from the names that models use to the axes of the mesh.
+
+Models name the axes of a parameter where they make it ("embed", "heads", ...) and of an activation where it matters.
+Only this module knows which mesh axis each name is spread over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from omni_jax.errors import ConfigError
+
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+
+# A parameter's width is spread over fsdp and gathered where it is used; its heads, hidden units or words over tensor.
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "patch": (),
+    "kernel": (),
+    "norm": (),
+    # activations
+    "batch": ("data", "fsdp"),
+    "sequence": ("sequence",),
+    "width": (),
+}
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over ``devices`` (all of them unless given), whose four sizes must multiply to their number.
+
+    Raises:
+      ConfigError: where they do not.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = (data, fsdp, sequence, tensor)
+    if math.prod(shape) != len(devices):
+        sizes = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
+        raise ConfigError(f"a mesh of {sizes} needs {math.prod(shape)} devices, there are {len(devices)}")
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def _spec(names: Sequence[str | None]) -> PartitionSpec:
+    return PartitionSpec(*(RULES[name] or None if name else None for name in names))
+
+
+def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """The sharding of every parameter.
+
+    Args:
+      boxed: abstract parameters as ``jax.eval_shape(module.init, ...)`` gives them, still in their logical boxes.
+      mesh: from ``make_mesh``.
+
+    Returns:
+      A tree of ``NamedSharding`` with the boxes removed.
+
+    Raises:
+      ConfigError: listing every parameter and axis whose size the mesh does not divide.
+    """
+    wrong: list[str] = []
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
+        shape = leaf.value.shape if isinstance(leaf, nn.LogicallyPartitioned) else leaf.shape
+        for name, size in zip(names, shape, strict=True):
+            axes = RULES[name] if name else ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if size % parts:
+                wrong.append(f"{jax.tree_util.keystr(path)}: {name} of {size} over {axes} = {parts}")
+        return NamedSharding(mesh, _spec(names))
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, nn.LogicallyPartitioned)
+
+    shardings = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+    if wrong:
+        raise ConfigError("the mesh does not divide these parameters:\n  " + "\n  ".join(wrong))
+    return shardings
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Says how an activation is spread, by the names of its axes; does nothing where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(names))
