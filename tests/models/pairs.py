@@ -1,0 +1,51 @@
+"""One set of random weights in both implementations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+from omni_jax.checkpoint.pytorch import read_headers, read_leaf
+from omni_jax.checkpoint.table import table
+from omni_jax.config import OmniConfig
+from omni_jax.layers.stack import unstack_layers
+from omni_jax.models.thinker import Thinker
+from tests.oracle import load_thinker
+
+
+@dataclass
+class Pair:
+    config: OmniConfig
+    torch: Qwen2_5OmniThinkerForConditionalGeneration
+    params: dict[str, Any]  # of the Thinker, layers stacked
+
+    def models(self) -> list[tuple[Thinker, Any]]:
+        """The Thinker with scanned layers and with single ones, each with its parameters."""
+        scanned, single = (Thinker(self.config.thinker_config, scan_layers=scan) for scan in (True, False))
+        return [(scanned, self.params), (single, unstack_layers(self.params))]
+
+
+def load_pair(folder: Path) -> Pair:
+    """Both Thinkers of a folder in the published layout."""
+    config = OmniConfig.load(folder)
+    tensors = read_headers(folder)
+    params: dict[str, Any] = {}
+    for entry in table(config, ["thinker"]):
+        *above, last = entry.path[1:]
+        place = params
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = read_leaf(entry, tensors)
+    return Pair(config, load_thinker(folder), params)
+
+
+def relative_error(ours: Any, theirs: Any) -> float:
+    """Largest difference over the largest magnitude of the reference."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    assert np.isfinite(ours).all()
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
