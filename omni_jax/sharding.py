@@ -12,7 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.errors import ConfigError
 
@@ -58,7 +58,7 @@ def _spec(names: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(RULES[name] or None if name else None for name in names))
 
 
-def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of every parameter.
 
     Args:
@@ -93,7 +93,15 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Says how an activation is spread, by the names of its axes; does nothing where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Says how an activation is spread, by the names of its axes; does nothing where no mesh is set.
+
+    An axis whose size the mesh does not divide, such as three blocks of sound over eight devices, stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(names))
+    divides = [
+        name if name and size % math.prod(mesh.shape[axis] for axis in RULES[name]) == 0 else None
+        for name, size in zip(names, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, _spec(divides))

@@ -1,0 +1,167 @@
+"""What a caller asks for and gets back, and the way from token ids to the text between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omni_jax.errors import InputError
+from omni_jax.generation.sampling import Sampling
+from omni_jax.processing.layout import Usage
+from omni_jax.processing.processor import Processor, TextStream
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments of ``OmniModel.generate``, ``stream`` and ``generate_batch``.
+
+    Attributes:
+      max_tokens: length of the reply in tokens, at most; the context may cut it shorter.
+      temperature, top_k, top_p, repetition_penalty, seed: as in ``Sampling``; temperature 0 is greedy.
+      stop: strings that end the reply; they are not part of it.
+      stop_token_ids: token ids that end the reply, besides the checkpoint's own.
+      assume_fps: take every video's frames to be this many a second, whatever rate they were really sampled at.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    assume_fps: float | None = None
+
+    @classmethod
+    def create(cls, **given: Any) -> Options:
+        """From a caller's keyword arguments.
+
+        Raises:
+          InputError: for an unknown name or a value out of range.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise InputError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
+        if isinstance(given.get("stop"), str):
+            given["stop"] = (given["stop"],)
+        options = cls(**given)
+        if options.max_tokens < 1:
+            raise InputError(f"max_tokens is {options.max_tokens}; it must be at least 1")
+        if any(not isinstance(s, str) or not s for s in options.stop):
+            raise InputError(f"stop is {options.stop!r}; each must be a string of at least one character")
+        _ = options.sampling
+        return options
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+
+
+@dataclass
+class Timings:
+    """Where a request's time went, in seconds."""
+
+    prepare: float = 0.0  # decoding media, tokens, patches, log-mel
+    encode: float = 0.0  # the encoders
+    prefill: float = 0.0  # reading the prompt
+    decode: float = 0.0  # the reply, token by token
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one request.
+
+    Attributes:
+      text: without the end mark and without the stop string.
+      token_ids: all tokens that were made, the end mark included.
+      finish_reason: "stop" at an end mark or a stop string, "length" at ``max_tokens`` or the end of the context.
+      usage: what the prompt was made of.
+      timings: of the batch the request was in.
+      error: why there is no answer; only ``generate_batch`` returns such a reply, the others raise.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length", "error"]
+    usage: Usage
+    timings: Timings = field(default_factory=Timings)
+    error: str | None = None
+
+    @classmethod
+    def failed(cls, error: InputError) -> Reply:
+        return cls("", (), "error", Usage(), error=str(error))
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of a reply as it comes; the texts of all events add up to the reply's."""
+
+    text: str | None
+    reply: Reply | None = None  # in the last event
+
+
+class ReplyWriter:
+    """Turns one row's tokens into text: whole characters only, and nothing of a stop string."""
+
+    def __init__(self, processor: Processor, options: Options):
+        self.ids: list[int] = []
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self._text = ""
+        self._stream: TextStream = processor.text_stream()
+        self._stop_ids = stop_ids(processor, options)
+        self._stop = options.stop
+        self._emitted = 0
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """Takes tokens; returns the text that is now certain. Tokens after the end are passed over."""
+        for token in tokens:
+            if self.finish_reason is None and token >= 0:
+                self.ids.append(int(token))
+                if token in self._stop_ids:
+                    self._finish("stop")
+                else:
+                    self._write(self._stream.push(int(token)))
+        return self._certain()
+
+    def end(self) -> str:
+        """Says that no token follows; returns the rest of the text."""
+        if self.finish_reason is None:
+            self._finish("length")
+        return self._certain()
+
+    @property
+    def text(self) -> str:
+        return self._text[: self._emitted]
+
+    def _finish(self, reason: Literal["stop", "length"]) -> None:
+        self._write(self._stream.flush())
+        self.finish_reason = self.finish_reason or reason
+
+    def _write(self, piece: str) -> None:
+        self._text += piece
+        places = [place for s in self._stop if (place := self._text.find(s)) >= 0]
+        if places:
+            self._text = self._text[: min(places)]
+            self.finish_reason = "stop"
+
+    def _certain(self) -> str:
+        end = len(self._text)
+        if self.finish_reason is None:  # what may be the beginning of a stop string has to wait
+            end -= max((_overlap(self._text, s) for s in self._stop), default=0)
+        piece = self._text[self._emitted : max(end, self._emitted)]
+        self._emitted += len(piece)
+        return piece
+
+
+def stop_ids(processor: Processor, options: Options) -> tuple[int, ...]:
+    """The ids that end a reply: the checkpoint's and the request's."""
+    return tuple(dict.fromkeys((*processor.stop_ids, *options.stop_token_ids)))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text are the beginning of the stop string."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

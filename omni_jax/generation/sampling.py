@@ -1,0 +1,120 @@
+"""Choosing the next token: one jittable function for a batch whose rows each have their own settings.
+
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, then the draw. A row's random numbers
+depend on its own seed and step alone, so a request draws the same tokens whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from omni_jax.errors import InputError
+
+_NEVER = -jnp.inf
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request's tokens are chosen.
+
+    Attributes:
+      temperature: 0 takes the likeliest token; otherwise the scores are divided by it.
+      top_k: only this many of the likeliest tokens are drawn from; 0 for all.
+      top_p: only the likeliest tokens that together have this probability; 1 for all.
+      repetition_penalty: above 1 makes every token of the prompt and the reply so far less likely.
+      seed: of the random draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0 (0: all tokens)"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "seed": (0 <= self.seed < 2**32, "at least 0 and below 2**32"),
+        }
+        for name, (holds, limit) in limits.items():
+            if not holds:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be {limit}")
+
+
+@struct.dataclass
+class SamplingState:
+    """The settings of every row, and what their draws depend on."""
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    penalty: Float[Array, " B"]
+    seed: UInt32[Array, " B"]
+    step: Int[Array, " B"]  # tokens drawn so far
+    seen: Bool[Array, "B V"]  # which tokens the prompt and the reply hold
+
+    @classmethod
+    def create(cls, rows: Sequence[Sampling], prompts: Sequence[np.ndarray], vocab: int) -> SamplingState:
+        """For requests with these settings and prompt token ids."""
+        seen = np.zeros((len(rows), vocab), bool)
+        for i, prompt in enumerate(prompts):
+            seen[i, prompt] = True
+        return cls(
+            temperature=np.array([r.temperature for r in rows], np.float32),
+            top_k=np.array([r.top_k or vocab for r in rows], np.int32),
+            top_p=np.array([r.top_p for r in rows], np.float32),
+            penalty=np.array([r.repetition_penalty for r in rows], np.float32),
+            seed=np.array([r.seed for r in rows], np.uint32),
+            step=np.zeros(len(rows), np.int32),
+            seen=seen,
+        )
+
+
+def sample(logits: Float[Array, "B V"], state: SamplingState) -> tuple[Int[Array, " B"], SamplingState]:
+    """Draws one token for each row and remembers it."""
+    scores = _penalise(logits.astype(jnp.float32), state)
+    likeliest = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    # sorting a vocabulary costs more than a step of a small model: only where a row asks for it
+    drawn = jax.lax.cond(jnp.any(state.temperature > 0), _draw, lambda *_: likeliest, scores, state)
+    tokens = jnp.where(state.temperature > 0, drawn, likeliest)
+    seen = state.seen.at[jnp.arange(len(tokens)), tokens].set(True)
+    return tokens, state.replace(seen=seen, step=state.step + 1)  # type: ignore[attr-defined]
+
+
+def _penalise(scores: jax.Array, state: SamplingState) -> jax.Array:
+    penalty = state.penalty[:, None]
+    return jnp.where(state.seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+
+def _draw(scores: jax.Array, state: SamplingState) -> jax.Array:
+    warm = scores / jnp.where(state.temperature > 0, state.temperature, 1)[:, None]
+    kept = restrict(warm, state.top_k, state.top_p)
+
+    def one(seed: jax.Array, step: jax.Array, row: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), row)
+
+    return jax.vmap(one)(state.seed, state.step, kept).astype(jnp.int32)
+
+
+def restrict(
+    scores: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Float[jax.Array, "B V"]:
+    """Minus infinity for every token outside the top k, and then outside the top p of what is left."""
+    ranked = jnp.sort(scores, axis=-1, descending=True)
+    least = jnp.take_along_axis(ranked, jnp.clip(top_k - 1, 0, scores.shape[-1] - 1)[:, None], axis=-1)
+    ranked = jnp.where(ranked >= least, ranked, _NEVER)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    inside = (before < top_p[:, None]) & (ranked > _NEVER)
+    lowest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scores >= jnp.maximum(lowest, least), scores, _NEVER)

@@ -1,0 +1,59 @@
+"""The Thinker over eight devices and over one; run by test_sharding.py in a process that pretends to have eight.
+
+Prints one JSON line a mesh: its sizes, the largest relative difference, and how many arrays are really spread.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from omni_jax.config import OmniConfig, TextConfig, ThinkerConfig
+from omni_jax.models.thinker import Thinker, abstract_params
+from omni_jax.processing.collate import collate
+from omni_jax.processing.layout import AudioInput, Prompt, VisionInput, lay_out
+from omni_jax.sharding import make_mesh, param_shardings
+
+
+def prompts(config: OmniConfig) -> list[Prompt]:
+    """Eight rows of unequal length, with text, sound, pictures and a video."""
+    c, rng = config.thinker_config, np.random.default_rng(0)
+    dim = c.vision_config.patch_dim
+    rows = []
+    for i in range(8):
+        sound = AudioInput(rng.standard_normal((130 + 40 * i, 128)).astype(np.float32))
+        grid = (1 + i % 3, 4, 4 + 2 * i)
+        picture = VisionInput(rng.standard_normal((np.prod(grid), dim)).astype(np.float32), grid, "video")
+        ids = [*rng.integers(0, 500, 3 + i), c.audio_start_token_id, c.audio_token_index, c.audio_end_token_id]
+        ids += [c.vision_start_token_id, c.video_token_index, c.vision_end_token_id, 5]
+        rows.append(lay_out([int(i) for i in ids], [sound, picture], c))
+    return rows
+
+
+def main() -> None:
+    meshes = json.loads(sys.argv[1])
+    text = TextConfig.tiny(num_key_value_heads=4)
+    config = OmniConfig.tiny(thinker_config=ThinkerConfig.tiny(text_config=text))
+    model = Thinker(config.thinker_config)
+    batch = collate(prompts(config), config)
+    boxed = abstract_params(model)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda a: (0.3 * rng.standard_normal(a.shape)).astype(np.float32), nn.unbox(boxed))
+    forward = jax.jit(lambda p, b: model.apply({"params": p}, b))
+    alone = np.asarray(forward(params, batch))[batch.mask]
+    for sizes in meshes:
+        mesh = make_mesh(**sizes)
+        placed = jax.device_put(params, param_shardings(boxed, mesh))
+        spread = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
+        with jax.set_mesh(mesh):
+            together = np.asarray(forward(placed, batch))[batch.mask]
+        error = float(np.abs(together - alone).max() / np.abs(alone).max())
+        print(json.dumps({"mesh": sizes, "error": error, "spread": spread, "devices": jax.device_count()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

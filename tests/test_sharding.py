@@ -1,0 +1,76 @@
+"""The mesh, its rules, and a forward pass over eight fake devices, which must run in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from omni_jax.config import OmniConfig
+from omni_jax.errors import ConfigError
+from omni_jax.models.thinker import Thinker, abstract_params
+from omni_jax.sharding import MESH_AXES, RULES, make_mesh, param_shardings
+
+# every axis above one, alone and with others
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"sequence": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "sequence": 2, "tensor": 2},
+]
+# float32 sums that several devices share out are added in another order
+TOLERANCE = 1e-5
+
+
+def test_forward_over_eight_devices_equals_one() -> None:
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "tests.eight_devices", json.dumps(MESHES)]
+    run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [r["mesh"] for r in results] == MESHES
+    for result in results:
+        assert result["devices"] == 8
+        assert result["error"] < TOLERANCE, result
+        params_are_spread = {"fsdp", "tensor"} & set(result["mesh"])
+        assert (result["spread"] > 0) == bool(params_are_spread), result
+
+
+def test_every_parameter_names_its_axes() -> None:
+    boxes = jax.tree.leaves(
+        abstract_params(Thinker(OmniConfig.tiny().thinker_config)),
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+    )
+    assert boxes
+    for box in boxes:
+        assert isinstance(box, nn.LogicallyPartitioned)
+        assert len(box.names) == box.value.ndim
+        assert all(name in RULES for name in box.names), box.names
+
+
+def test_a_mesh_of_another_size_than_the_devices() -> None:
+    with pytest.raises(ConfigError, match="fsdp=3.* needs 3 devices, there are"):
+        make_mesh(fsdp=3)
+
+
+def test_a_mesh_that_does_not_divide_names_every_parameter_and_axis() -> None:
+    mesh = AbstractMesh((1, 1, 1, 4), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+    def box(names: tuple[str, ...], *shape: int) -> nn.LogicallyPartitioned:
+        return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+
+    tree = {"a": {"kernel": box(("embed", "heads"), 8, 6)}, "b": box(("vocab",), 10)}
+    with pytest.raises(ConfigError) as e:
+        param_shardings(tree, mesh)
+    assert "['a']['kernel']: heads of 6 over ('tensor',) = 4" in str(e.value)
+    assert "['b']: vocab of 10 over ('tensor',) = 4" in str(e.value)
