@@ -59,7 +59,7 @@ def test_every_parameter_names_its_axes() -> None:
 
 
 def test_a_mesh_of_another_size_than_the_devices() -> None:
-    with pytest.raises(ConfigError, match="fsdp=3.* needs 3 devices, there are"):
+    with pytest.raises(ConfigError, match=r"fsdp=3.* needs 3 devices, there are"):
         make_mesh(fsdp=3)
 
 

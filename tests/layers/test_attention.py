@@ -1,0 +1,79 @@
+"""Attention in all of its forms against a plain loop over queries."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from omni_jax.layers import attention as module
+from omni_jax.layers.attention import Mask, attention, decode_attention
+
+TOLERANCE = 2e-6  # float32 sums over some hundred numbers of size one
+
+
+def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray, causal: bool) -> np.ndarray:
+    """In float64, query by query. Padding (segment 0) is attended to by padding alone."""
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, t, n in np.ndindex(q.shape[:3]):
+        seen = segments[b] == segments[b, t]
+        if causal:
+            seen &= np.arange(len(seen)) <= t
+        scores = k[b, seen, n // group].astype(np.float64) @ q[b, t, n] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ v[b, seen, n // group]
+    return out
+
+
+def inputs(batch: int, length: int, heads: int, kv_heads: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((batch, length, heads, 8)).astype(np.float32)
+    k, v = (rng.standard_normal((batch, length, kv_heads, 8)).astype(np.float32) for _ in range(2))
+    segments = np.sort(rng.integers(0, 3, (batch, length)), axis=1).astype(np.int32)
+    return q, k, v, segments
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (7, 1), (4, 2)])
+def test_whole(heads: int, kv_heads: int, causal: bool) -> None:
+    q, k, v, segments = inputs(2, 40, heads, kv_heads)
+    ours = attention(q, k, v, Mask(segments, causal))
+    assert np.abs(ours - plain(q, k, v, segments, causal)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("at_once", [100, 2_000, 10_000])
+def test_in_pieces(monkeypatch: pytest.MonkeyPatch, at_once: int, causal: bool) -> None:
+    """At 100 scores a query at a time; at 2,000 some queries; at 10,000 some rows of the batch."""
+    q, k, v, segments = inputs(5, 36, 2, 1)
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", at_once)
+    ours = jax.jit(lambda *a: attention(*a[:3], Mask(a[3], causal)))(q, k, v, segments)
+    assert np.abs(ours - plain(q, k, v, segments, causal)).max() < TOLERANCE
+
+
+def test_causal_pieces_read_only_what_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CAUSAL_PIECE", 8)
+    q, k, v, segments = inputs(2, 50, 4, 2)
+    assert np.abs(attention(q, k, v, Mask(segments, True)) - plain(q, k, v, segments, True)).max() < TOLERANCE
+
+
+def test_padding_of_nan_does_not_leak() -> None:
+    q, k, v, _ = inputs(1, 24, 2, 2)
+    segments = (np.arange(24) >= 6).astype(np.int32)[None]
+    clean = np.asarray(attention(q, k, v, Mask(segments, True)))[:, 6:]
+    for a in (q, k):
+        a[:, :6] = np.nan
+    v[:, :6] = 1e30
+    assert np.array_equal(np.asarray(attention(q, k, v, Mask(segments, True)))[:, 6:], clean)
+
+
+def test_decoding_sees_the_filled_slots_only() -> None:
+    q, k, v, _ = inputs(3, 20, 4, 2)
+    begin, end = np.array([0, 5, 3]), np.array([20, 6, 11])
+    ours = decode_attention(q[:, :1], k.swapaxes(1, 2), v.swapaxes(1, 2), begin, end)
+    for b in range(3):
+        real = slice(begin[b], end[b])
+        last = np.concatenate([q[b : b + 1, :1]] * (end[b] - begin[b]), axis=1)
+        theirs = plain(last, k[b : b + 1, real], v[b : b + 1, real], np.ones((1, end[b] - begin[b])), True)
+        assert np.abs(ours[b, 0] - theirs[0, -1]).max() < TOLERANCE
