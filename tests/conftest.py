@@ -1,13 +1,21 @@
-"""What tests of several areas share."""
+"""What tests of several areas share. Nothing here imports PyTorch unless a test asks for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from omni_jax.config import OmniConfig
 from tools.make_checkpoint import write_checkpoint
+
+# parity is a matter of float32; and tests in one process compile many equal programs
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+MODELS = [("tiny", 0), ("seven", 1), ("one", 2)]  # of tests/oracle.py, and a seed
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +24,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     write_checkpoint(folder, OmniConfig.tiny(), dtype="float32")
     return folder
+
+
+@pytest.fixture(scope="session", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}")
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A random Thinker in both implementations (tests.pairs.Pair)."""
+    from tests.oracle import CONFIGS
+    from tests.pairs import load_pair
+
+    name, seed = request.param
+    folder = tmp_path_factory.mktemp("pair")
+    write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
+    return load_pair(folder / "published", folder / "ours")

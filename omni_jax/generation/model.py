@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax.typing import Dtype
 from jax.sharding import Mesh
 
 from omni_jax.batch import bucket
 from omni_jax.checkpoint import store
 from omni_jax.config import OmniConfig
-from omni_jax.errors import InputError
+from omni_jax.errors import CheckpointError, InputError
 from omni_jax.generation.reply import Event, Options, Reply, ReplyWriter, Timings, stop_ids
 from omni_jax.generation.text import TextLoop, TextRequest
 from omni_jax.layers.stack import unstack_layers
@@ -42,8 +43,12 @@ def load(folder: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
       ConfigError: if its config.json does not describe the model, or the mesh does not divide a parameter.
     """
+    folder = Path(folder)
+    held = store.components(folder)
+    if "thinker" not in held:
+        raise CheckpointError(f"{folder} has no thinker, only {', '.join(held)}; convert it with --components thinker")
     config, processor = OmniConfig.load(folder), Processor.load(folder)
-    kind: Dtype = store.dtype_of(folder, "thinker") if dtype is None else np.dtype(dtype)
+    kind = jnp.dtype(dtype or jnp.result_type(*held["thinker"]))
     # slices of stacked layers are copies on a CPU; see omni_jax/layers/stack.py
     scan = mesh is not None or jax.default_backend() != "cpu"
     thinker = Thinker(config.thinker_config, scan_layers=scan, dtype=kind, param_dtype=kind)
@@ -72,7 +77,7 @@ class OmniModel:
         Raises:
           InputError: if the messages or options cannot be served; names the part, the value and the limit.
         """
-        return [event.reply for event in self.stream(messages, **options) if event.reply is not None][0]
+        return next(event.reply for event in self.stream(messages, **options) if event.reply is not None)
 
     def stream(self, messages: Messages, **options: Any) -> Iterator[Event]:
         """Answers one dialogue piece by piece. The last event carries the whole reply; closing the iterator ends it."""

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from omni_jax.errors import InputError
 from omni_jax.generation.sampling import Sampling
 from omni_jax.processing.layout import Usage
-from omni_jax.processing.processor import Processor, TextStream
+from omni_jax.processing.processor import Processor
+from omni_jax.processing.tokenizer import TextStream
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from omni_jax.models.thinker import Thinker
 from omni_jax.processing.collate import collate
 from omni_jax.processing.layout import AudioInput, VisionInput, lay_out
-from tests.models.pairs import Pair, relative_error
+from tests.pairs import Pair, relative_error
 
 # float32 sums in another order: some 1e-6 a layer at these depths, with room for the condition of random weights
 TOLERANCE = 1e-4

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from omni_jax.checkpoint.pytorch import read_headers, read_leaf
-from omni_jax.checkpoint.table import table
+from omni_jax.checkpoint import store
+from omni_jax.checkpoint.convert import to_jax
 from omni_jax.config import OmniConfig
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models.thinker import Thinker
@@ -19,6 +19,7 @@ from tests.oracle import load_thinker
 
 @dataclass
 class Pair:
+    folder: Path  # in our layout
     config: OmniConfig
     torch: Qwen2_5OmniThinkerForConditionalGeneration
     params: dict[str, Any]  # of the Thinker, layers stacked
@@ -29,18 +30,11 @@ class Pair:
         return [(scanned, self.params), (single, unstack_layers(self.params))]
 
 
-def load_pair(folder: Path) -> Pair:
-    """Both Thinkers of a folder in the published layout."""
-    config = OmniConfig.load(folder)
-    tensors = read_headers(folder)
-    params: dict[str, Any] = {}
-    for entry in table(config, ["thinker"]):
-        *above, last = entry.path[1:]
-        place = params
-        for name in above:
-            place = place.setdefault(name, {})
-        place[last] = read_leaf(entry, tensors)
-    return Pair(config, load_thinker(folder), params)
+def load_pair(published: Path, folder: Path) -> Pair:
+    """Both Thinkers of a folder in the published layout; ours is converted into ``folder``."""
+    to_jax(published, folder, components=["thinker"])
+    params = store.load(folder, ["thinker"])["thinker"]
+    return Pair(folder, OmniConfig.load(folder), load_thinker(published), params)
 
 
 def relative_error(ours: Any, theirs: Any) -> float:
