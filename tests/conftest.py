@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from omni_jax.checkpoint.convert import to_jax
 from omni_jax.config import OmniConfig
 from tools.make_checkpoint import write_checkpoint
 
@@ -23,6 +24,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in the published layout with random numbers, in float32; not to be changed."""
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     write_checkpoint(folder, OmniConfig.tiny(), dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_checkpoint``, converted; not to be changed."""
+    folder = tmp_path_factory.mktemp("tiny_model") / "model"
+    to_jax(tiny_checkpoint, folder)
     return folder
 
 

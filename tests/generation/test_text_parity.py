@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def reference_arguments(prompt: Prompt) -> dict[str, Any]:
     if videos:
         out["video_second_per_grid"] = torch.tensor([m.seconds_per_grid for m in videos])
     kinds = [m.kind if isinstance(m, VisionInput) else "sound" for m in prompt.media]
-    out["use_audio_in_video"] = any(pair == ("video", "sound") for pair in zip(kinds, kinds[1:], strict=False))
+    out["use_audio_in_video"] = ("video", "sound") in itertools.pairwise(kinds)
     return out
 
 

@@ -1,0 +1,75 @@
+# make demo         converts a small random model and asks it about the media in tests/media; needs nothing done before
+# make test         every test, with PyTorch as the oracle; needs nothing done before
+# make check        lint, format and types
+# make test-newest  the tests that need no PyTorch, on Python 3.12 with the newest jax and flax
+# make clean        removes all that these have made
+#
+# Variables: PYTHON (3.11 or newer) and PYTHON312 make the environments; MODEL=DIR has the demo ask a converted model.
+
+NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3 python3.12; do \
+	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
+PYTHON312 ?= python3.12
+
+VENV = .venv
+NEWEST = .venv-newest
+BIN = $(VENV)/bin
+MEDIA = --image tests/media/picture.jpg --audio tests/media/speech.wav --video tests/media/video.mp4
+QUESTION = --text "What do you see and hear?"
+
+.PHONY: demo test check test-newest clean
+
+demo: $(VENV)/installed-run
+ifdef MODEL
+	$(BIN)/python serve.py chat --model "$(MODEL)" $(MEDIA) $(QUESTION)
+else
+	@echo "The model of this demo is made of random numbers: what it answers is noise, until a trained one is given."
+	rm -rf out/demo
+	$(BIN)/python tools/make_checkpoint.py out/demo/published --size small
+	$(BIN)/python tools/convert.py to-jax out/demo/published out/demo/model
+	$(BIN)/python serve.py chat --model out/demo/model --max-tokens 48 --temperature 1 $(MEDIA) $(QUESTION)
+	@echo
+	@echo "The words above are random, for so are the model's numbers. For real answers, convert a trained model:"
+	@echo "  $(BIN)/python tools/convert.py to-jax FOLDER-OF-QWEN2.5-OMNI out/model && make demo MODEL=out/model"
+endif
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/installed-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test-newest: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m pytest -n 2 --ignore-glob='*_parity.py'
+
+# a stamp in the environment says what is installed; it is made again when the requirements change
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one, or say PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c '$(NEW_ENOUGH)' || { echo "$(PYTHON) is older than 3.11; say PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-run: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/installed-test: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .[test]
+	touch $@ $(VENV)/installed-run
+
+$(VENV)/installed-check: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .[test,check]
+	touch $@ $(VENV)/installed-test $(VENV)/installed-run
+
+$(NEWEST)/installed: setup.cfg pyproject.toml
+	@$(PYTHON312) -c 'import sys; assert sys.version_info[:2] == (3, 12)' 2>/dev/null || { \
+		echo "$(PYTHON312) is no Python 3.12: install one (apt install python3.12-venv, pyenv install 3.12, or"; \
+		echo "uv python install 3.12) and say PYTHON312=/path/to/python3.12"; exit 1; }
+	$(PYTHON312) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e .[test-core] jax flax
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(NEWEST) out .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

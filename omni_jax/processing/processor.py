@@ -1,0 +1,287 @@
+"""From messages to a prompt, and from a reply's tokens to text: what a checkpoint folder says about both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from omni_jax.config import OmniConfig
+from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.processing import media
+from omni_jax.processing.audio import MelSettings, audio_input
+from omni_jax.processing.chat import ChatTemplate, MediaPart, Message, parse_messages
+from omni_jax.processing.layout import (
+    FRAMES_PER_SECOND,
+    AudioInput,
+    Item,
+    Prompt,
+    VisionInput,
+    lay_out,
+    media_tokens,
+)
+from omni_jax.processing.sources import describe, is_located, locate
+from omni_jax.processing.tokenizer import TextStream, TextTokenizer
+from omni_jax.processing.vision import PixelSettings, image_input, video_input
+
+# keys of preprocessor_config.json that no part reads: names of classes, and sizes that follow from other keys
+_IGNORED = frozenset(
+    """feature_extractor_type image_processor_type video_processor_type processor_class auto_map nb_max_frames n_samples
+    return_attention_mask size default_to_square crop_size data_format input_data_format device return_tensors
+    disable_grouping pad_size do_pad""".split()
+)
+# the model was trained with these alone
+_FIXED = {
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "dither": 0.0,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "do_center_crop": False,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """Sizes of what the encoders are given."""
+
+    mel: MelSettings = field(default_factory=MelSettings)
+    pixels: PixelSettings = field(default_factory=PixelSettings)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "preprocessor_config.json") -> Self:
+        """Reads the published file; a key that it does not have keeps the published value.
+
+        Raises:
+          ConfigError: for an unknown key, or a value that the model was not made for.
+        """
+        parts: dict[str, dict[str, Any]] = {"mel": {}, "pixels": {}}
+        names = {f.name: "mel" for f in dataclasses.fields(MelSettings)}
+        names |= {f.name: "pixels" for f in dataclasses.fields(PixelSettings)}
+        size = values.get("size") or {}
+        edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+        given = [*edges.items(), *values.items()]
+        for key, value in [pair for pair in given if pair[1] is not None]:
+            if key in names:
+                parts[names[key]][key] = tuple(value) if isinstance(value, list) else value
+            elif key in _FIXED:
+                if value != _FIXED[key]:
+                    raise ConfigError(f"{where}: {key} is {value!r}; only {_FIXED[key]!r} is supported")
+            elif key not in _IGNORED:
+                raise ConfigError(f"{where}: unknown key {key!r} (value {value!r}); known: {', '.join(sorted(names))}")
+        return cls(MelSettings(**parts["mel"]), PixelSettings(**parts["pixels"]))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads preprocessor_config.json of a checkpoint folder."""
+        return cls.from_dict(_read_json(folder / "preprocessor_config.json"))
+
+    def check(self, config: OmniConfig) -> None:
+        """Raises ConfigError if the model's encoders are not made for these sizes."""
+        sound, sight = config.thinker_config.audio_config, config.thinker_config.vision_config
+        pairs = {
+            "feature_size": (self.mel.feature_size, sound.num_mel_bins),
+            "sampling_rate / hop_length": (self.mel.sampling_rate / self.mel.hop_length, FRAMES_PER_SECOND),
+            "patch_size": (self.pixels.patch_size, sight.patch_size),
+            "temporal_patch_size": (self.pixels.temporal_patch_size, sight.temporal_patch_size),
+            "merge_size": (self.pixels.merge_size, sight.spatial_merge_size),
+        }
+        for name, (ours, models) in pairs.items():
+            if ours != models:
+                raise ConfigError(f"preprocessor_config.json: {name} is {ours}, but the model takes {models}")
+
+
+class Processor:
+    """Turns messages into prompts, and tokens into text.
+
+    Attributes:
+      stop_ids: tokens that end a reply.
+    """
+
+    def __init__(
+        self,
+        config: OmniConfig,
+        tokenizer: TextTokenizer,
+        template: ChatTemplate,
+        settings: ProcessorConfig,
+        *,
+        stop_ids: Sequence[int],
+        allow_urls: bool = False,
+    ) -> None:
+        settings.check(config)
+        self.config, self.settings, self.tokenizer = config, settings, tokenizer
+        self.stop_ids = tuple(stop_ids)
+        self._template, self._allow_urls = template, allow_urls
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, allow_urls: bool = False) -> Self:
+        """Reads a checkpoint folder: config, tokenizer, chat template, preprocessor and generation configs.
+
+        Args:
+          folder: with ``config.json``, ``tokenizer.json`` and ``preprocessor_config.json``; the others may be missing.
+          allow_urls: whether media may be fetched from the web.
+
+        Raises:
+          CheckpointError: if a file is missing or broken.
+          ConfigError: if a file says what the model is not made for.
+        """
+        path = Path(folder)
+        config, tokenizer = OmniConfig.load(path), TextTokenizer.load(path)
+        _check_special_tokens(tokenizer, config, path)
+        template, settings = ChatTemplate.load(path), ProcessorConfig.load(path)
+        stop_ids = _stop_ids(path, config)
+        return cls(config, tokenizer, template, settings, stop_ids=stop_ids, allow_urls=allow_urls)
+
+    def __call__(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        assume_fps: float | None = None,
+        add_generation_prompt: bool = True,
+        max_length: int | None = None,
+    ) -> Prompt:
+        """Reads messages and their media.
+
+        Args:
+          messages: see ``omni_jax.processing.chat``.
+          assume_fps: the rate that videos are taken to be sampled at, as the reference's processor has it (2 by default
+            there); None: the rate that they are in truth.
+          add_generation_prompt: whether to end with the beginning of a reply.
+          max_length: most tokens; the model's context if None.
+
+        Raises:
+          InputError: for anything in the request that cannot be served, naming its place.
+        """
+        parsed = parse_messages(messages)
+        parts = [part for message in parsed for part in message.media]
+        items = [self._item(part, assume_fps) for part in parts]
+        prompt = self._lay_out(parsed, items, add_generation_prompt)
+        self._check_length(prompt, parts, items, max_length)
+        return prompt
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a reply; special tokens give none."""
+        return self.tokenizer.decode(ids)
+
+    def text_stream(self) -> TextStream:
+        """Takes a reply's tokens one by one and gives its text in whole characters."""
+        return TextStream(self.tokenizer)
+
+    def _lay_out(self, messages: Sequence[Message], items: Sequence[Item], add_generation_prompt: bool) -> Prompt:
+        ids = self.tokenizer.encode(self._template.render(messages, add_generation_prompt=add_generation_prompt))
+        return lay_out(ids, items, self.config.thinker_config)
+
+    def _item(self, part: MediaPart, assume_fps: float | None) -> Item:
+        try:
+            if part.kind == "image":
+                picture = media.read_image(part.source, allow_urls=self._allow_urls)
+                return image_input(picture, self.settings.pixels, part.options)
+            return self._sound(part) if part.kind == "audio" else self._video(part, assume_fps)
+        except InputError as e:
+            raise InputError(f"{_place(part)}: {e}") from e
+
+    def _sound(self, part: MediaPart) -> AudioInput:
+        mel, options = self.settings.mel, part.options
+        begin, end = options.get("audio_start", 0.0), options.get("audio_end", float("inf"))
+        if is_located(part.source):
+            if "sampling_rate" in options:
+                raise InputError("sampling_rate is for an array of samples; a file knows its own")
+            samples = media.read_audio(part.source, mel, begin=begin, end=end, allow_urls=self._allow_urls)
+            return audio_input(samples, mel)
+        if not isinstance(part.source, np.ndarray):
+            raise InputError(f"a sound must be a path, a URL, bytes or an array, got {type(part.source).__name__}")
+        if "sampling_rate" not in options:
+            raise InputError("an array of samples needs its sampling_rate beside it")
+        return audio_input(media.array_audio(part.source, options["sampling_rate"], mel, begin=begin, end=end), mel)
+
+    def _video(self, part: MediaPart, assume_fps: float | None) -> Item:
+        options, pixels = part.options, self.settings.pixels
+        source = locate(part.source, allow_urls=self._allow_urls) if is_located(part.source) else part.source
+        video = media.read_video(source, pixels, options, allow_urls=self._allow_urls)
+        wants_sound = options.get("use_audio_in_video", "auto")
+        if wants_sound is True and not video.has_audio:
+            raise InputError('use_audio_in_video is true, but it has no sound; "auto" hears a video only if it has')
+        seen = video_input(video.frames, video.count, assume_fps or video.fps, pixels, options)
+        if not (wants_sound and video.has_audio):
+            return seen
+        span = {"begin": options.get("video_start", 0.0), "end": options.get("video_end", float("inf"))}
+        return seen, audio_input(media.read_audio(source, self.settings.mel, **span), self.settings.mel)
+
+    def _check_length(
+        self, prompt: Prompt, parts: Sequence[MediaPart], items: Sequence[Item], max_length: int | None
+    ) -> None:
+        context = self.config.thinker_config.text_config.max_position_embeddings
+        limit = context if max_length is None else max_length
+        if len(prompt) <= limit:
+            return
+        usage = prompt.usage
+        kinds = ", ".join(f"{getattr(usage, kind)} {kind}" for kind in ("text", "image", "video", "audio"))
+        message = f"the prompt has {len(prompt)} tokens, over the limit of {limit} ({kinds})"
+        sizes = [self._tokens(item) for item in items]
+        if sizes:
+            most = int(np.argmax(sizes))
+            message += f"; the largest item is {_place(parts[most])} with {sizes[most]}"
+        raise InputError(f"{message}; shorten it, or give media less room (max_pixels, fps, nframes, a time range)")
+
+    def _tokens(self, item: Item) -> int:
+        whole: tuple[AudioInput | VisionInput, ...] = item if isinstance(item, tuple) else (item,)
+        return sum(media_tokens(part, self.config.thinker_config) for part in whole)
+
+
+def _place(part: MediaPart) -> str:
+    return f"{part.where} ({part.kind} {describe(part.source)})"
+
+
+def _check_special_tokens(tokenizer: TextTokenizer, config: OmniConfig, folder: Path) -> None:
+    """Raises CheckpointError unless the media tokens of the config have a name in the tokenizer."""
+    thinker = config.thinker_config
+    wanted = {
+        "<|AUDIO|>": thinker.audio_token_index,
+        "<|IMAGE|>": thinker.image_token_index,
+        "<|VIDEO|>": thinker.video_token_index,
+        "<|audio_bos|>": thinker.audio_start_token_id,
+        "<|audio_eos|>": thinker.audio_end_token_id,
+        "<|vision_bos|>": thinker.vision_start_token_id,
+        "<|vision_eos|>": thinker.vision_end_token_id,
+    }
+    for name, token in wanted.items():
+        if tokenizer.special_id(name) != token:
+            found = tokenizer.special_id(name)
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'}: {name} is token {found}, but config.json has it as {token}; "
+                "the tokenizer is of another model"
+            )
+
+
+def _stop_ids(folder: Path, config: OmniConfig) -> tuple[int, ...]:
+    """What ends a reply: the generation config's end tokens, else the model config's."""
+    path = folder / "generation_config.json"
+    stop = _read_json(path).get("eos_token_id") if path.exists() else None
+    if stop is None:
+        stop = config.thinker_config.eos_token_id
+    ids = stop if isinstance(stop, list) else [stop]
+    if not all(isinstance(i, int) for i in ids):
+        raise CheckpointError(f"{path}: eos_token_id must be a token or a list of them, got {stop!r}")
+    return tuple(ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
+    except json.JSONDecodeError as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold an object, got {type(values).__name__}")
+    return values

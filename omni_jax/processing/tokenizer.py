@@ -1,0 +1,120 @@
+"""Text to token ids and back: Qwen2's byte-level BPE, with a wall between special tokens and what users type."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from omni_jax.errors import CheckpointError
+
+
+class TextTokenizer:
+    """``tokenizer.json`` of a checkpoint."""
+
+    def __init__(self, description: str) -> None:
+        """Takes the contents of ``tokenizer.json``."""
+        values = json.loads(description)
+        self._special = {token["content"]: token["id"] for token in values["added_tokens"]}
+        self._hidden = {token["id"] for token in values["added_tokens"] if token["special"]}
+        # without its added tokens the tokenizer reads their names as the letters they are made of
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**values, "added_tokens": [], "post_processor": None}))
+        names = sorted(map(re.escape, self._special), key=len, reverse=True)
+        self._special_name = re.compile("|".join(names) or r"(?!)")
+
+    @classmethod
+    def load(cls, folder: Path) -> TextTokenizer:
+        """Reads ``tokenizer.json``.
+
+        Raises:
+          CheckpointError: if the file is missing or is not a tokenizer.
+        """
+        path = folder / "tokenizer.json"
+        try:
+            return cls(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise CheckpointError(f"cannot read {path}: {e.strerror}; a checkpoint folder needs its tokenizer") from e
+        except Exception as e:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
+
+    def special_id(self, name: str) -> int | None:
+        """The id of an added token; None if there is none of this name."""
+        return self._special.get(name)
+
+    def encode(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of a text made of pieces.
+
+        A piece is trusted if the chat template wrote it: only there the name of a special token means the token. What
+        lies between two special tokens is split as one text, so that pieces without such names give the ids of their
+        sum.
+
+        Args:
+          pieces: each a text and whether it is trusted.
+        """
+        ids: list[int] = []
+        waiting: list[str] = []
+        for text, trusted in pieces:
+            if not trusted:
+                waiting.append(text)
+                continue
+            done = 0
+            for match in self._special_name.finditer(text):
+                ids += self._encode_plain([*waiting, text[done : match.start()]])
+                ids.append(self._special[match.group()])
+                waiting, done = [], match.end()
+            waiting.append(text[done:])
+        return ids + self._encode_plain(waiting)
+
+    def _encode_plain(self, texts: Sequence[str]) -> list[int]:
+        text = "".join(texts)
+        return self._plain.encode(text, add_special_tokens=False).ids if text else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; special tokens and ids without a name give none, broken characters become U+FFFD."""
+        stream = TextStream(self)
+        return "".join([stream.push(int(i)) for i in ids]) + stream.flush()
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text, in UTF-8; it may be a part of a character."""
+        if token in self._hidden:
+            return b""
+        piece = self._names.get(token) or self._plain.id_to_token(token) or ""
+        try:
+            return bytes([_BYTE_OF_LETTER[letter] for letter in piece])
+        except KeyError:  # an added token is written in plain letters
+            return piece.encode()
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {i: name for name, i in self._special.items()}
+
+
+class TextStream:
+    """The text of a reply as its tokens come: whole characters, never a part of one."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Takes a token and gives the characters that it completes."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """Ends the reply; a character that was left half becomes U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """Byte-level BPE writes a byte as a letter: itself if it prints, else one from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (b for b in range(256) if b not in printable)
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _letters_of_bytes()

@@ -1,0 +1,146 @@
+"""One question from the command line: media and text in, the reply on the terminal as it is made."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from omni_jax.errors import InputError
+from omni_jax.generation.model import load
+from omni_jax.generation.reply import Options, Reply
+from omni_jax.processing.layout import Usage
+
+_FILE = tyro.conf.arg(metavar="FILE")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Asks a model one question and prints its answer as it is made.
+
+    Only the answer goes to stdout; progress, and the time of each stage at the end, go to stderr. The model sees images
+    first, then sounds, then videos, each kind in the order given, and the text last: it was trained with media before
+    the question.
+
+    For instance:
+
+        python serve.py chat --model out/model \\
+            --image menu.jpg --text "Which dish is cheapest?"
+    """
+
+    model: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder that tools/convert.py to-jax wrote."""
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to ask. Given again, the texts follow each other as they are."""
+    image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _FILE] = ()
+    """A picture."""
+    audio: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _FILE] = ()
+    """A sound, or a video of which only the sound is wanted."""
+    video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _FILE] = ()
+    """A video."""
+    system: str | None = None
+    """The system prompt; without it, the chat template's own."""
+    use_audio_in_video: Literal["auto", "true", "false"] = "auto"
+    """Whether to hear the videos too. auto: those that have a sound track; true: a silent video is an error."""
+    fps: float | None = None
+    """Frames to look at in each second of a video; without it, the model's usual 2."""
+    max_tokens: int = Options.max_tokens
+    """Length of the answer in tokens, at most."""
+    temperature: float = Options.temperature
+    """0 takes the likeliest word each time; more is more varied."""
+    top_k: int = Options.top_k
+    """Draw among the k likeliest words; 0: among all."""
+    top_p: float = Options.top_p
+    """Draw among the likeliest words that together have this probability."""
+    repetition_penalty: float = Options.repetition_penalty
+    """Over 1 makes words less likely that have been said already."""
+    seed: int = Options.seed
+    """Of the draws; the same seed gives the same answer."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End the answer before this string."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """What to compute in; without it, what the checkpoint holds."""
+
+    def run(self) -> None:
+        """Raises InputError, CheckpointError or ConfigError where there is no answer."""
+        messages, options = self.messages(), self.options()
+        Options.create(**options)  # a mistake in them shows before a large model is loaded
+        terminal = Console(stderr=True)
+        begun = time.perf_counter()
+        with terminal.status(f"loading {self.model}"):
+            model = load(self.model, dtype=self.dtype)
+        loaded = time.perf_counter() - begun
+        waiting = terminal.status("reading the question and compiling for its length")
+        waiting.start()
+        try:
+            for event in model.stream(messages, **options):
+                if event.text:
+                    waiting.stop()
+                    sys.stdout.write(event.text)
+                    sys.stdout.flush()
+                if event.reply is not None:
+                    _finish(terminal, event.reply, loaded)
+        finally:
+            waiting.stop()
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The dialogue. InputError if there is nothing in it."""
+        video: dict[str, Any] = {
+            "use_audio_in_video": {"auto": "auto", "true": True, "false": False}[self.use_audio_in_video]
+        }
+        if self.fps is not None:
+            video["fps"] = self.fps
+        parts: list[dict[str, Any]] = [{"type": "image", "image": source} for source in self.image]
+        parts += [{"type": "audio", "audio": source} for source in self.audio]
+        parts += [{"type": "video", "video": source, **video} for source in self.video]
+        parts += [{"type": "text", "text": text} for text in self.text]
+        if not parts:
+            raise InputError("nothing to answer: give --text, --image, --audio or --video")
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": parts}]
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of ``OmniModel.stream``."""
+        names = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
+        return {name: getattr(self, name) for name in names}
+
+
+def _finish(terminal: Console, reply: Reply, loaded: float) -> None:
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    times, made = reply.timings, len(reply.token_ids)
+    cut = "" if reply.finish_reason == "stop" else "; cut at --max-tokens or the end of the context"
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    rows = {
+        "load": loaded,
+        "prepare": times.prepare,
+        "encode": times.encode,
+        "prefill": times.prefill,
+        "decode": times.decode,
+    }
+    for stage, seconds in rows.items():
+        table.add_row(stage, f"{seconds:.2f}")
+    terminal.print()
+    terminal.print(table)
+    for line in (
+        f"prompt: {_describe(reply.usage)}",
+        f"reply: {made} tokens, {made / times.decode:.1f} a second{cut}",
+        "encode, prefill and decode include compiling for these lengths",
+    ):
+        terminal.print(line, highlight=False, soft_wrap=True)
+
+
+def _describe(usage: Usage) -> str:
+    kinds = [f"{n} {kind}" for kind in ("text", "image", "video", "audio") if (n := getattr(usage, kind))]
+    seconds = [
+        f"{n:.1f} s of {name}" for name, n in (("sound", usage.audio_seconds), ("video", usage.video_seconds)) if n
+    ]
+    return f"{usage.total} tokens ({', '.join(kinds)})" + "".join(f", {s}" for s in seconds)

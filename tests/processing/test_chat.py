@@ -1,0 +1,205 @@
+import base64
+import json
+import re
+
+import pytest
+
+from omni_jax.errors import CheckpointError, InputError
+from omni_jax.processing.chat import (
+    LOW_DETAIL_PIXELS,
+    SPEECH_SYSTEM_PROMPT,
+    ChatTemplate,
+    MediaPart,
+    TextPart,
+    parse_messages,
+)
+
+AUDIO = {"type": "audio", "audio": "a.wav"}
+VIDEO = {"type": "video", "video": "a.mp4"}
+PLACE = "messages[0].content[0]"
+
+
+def image_url(value):
+    return {"type": "image_url", "image_url": value}
+
+
+def input_audio(value):
+    return {"type": "input_audio", "input_audio": value}
+
+
+def parse(*content):
+    return parse_messages([{"role": "user", "content": list(content)}])[0].content
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "source", "options"),
+    [
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "image", "a.png", {}),
+        ({"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}, "image", "a.png", {}),
+        (
+            {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+            "image",
+            "a.png",
+            {"max_pixels": LOW_DETAIL_PIXELS},
+        ),
+        ({"type": "image_url", "image_url": "a.png"}, "image", "a.png", {}),
+        ({"type": "audio_url", "audio_url": {"url": "a.wav"}}, "audio", "a.wav", {}),
+        ({"type": "video_url", "video_url": "a.mp4"}, "video", "a.mp4", {}),
+        ({"type": "video_url", "video_url": {"url": "a.mp4"}, "fps": 1}, "video", "a.mp4", {"fps": 1}),
+        ({"type": "image", "image": "a.png", "min_pixels": 9}, "image", "a.png", {"min_pixels": 9}),
+        ({"type": "image", "url": "a.png"}, "image", "a.png", {}),
+        ({"type": "audio", "path": "a.wav", "audio_start": 1.5}, "audio", "a.wav", {"audio_start": 1.5}),
+        ({"type": "video", "video": ["a.png", "b.png"]}, "video", ["a.png", "b.png"], {}),
+        (
+            {"type": "video", "video": "a.mp4", "use_audio_in_video": "auto"},
+            "video",
+            "a.mp4",
+            {"use_audio_in_video": "auto"},
+        ),
+        (
+            {"type": "video", "video": "a.mp4", "use_audio_in_video": False},
+            "video",
+            "a.mp4",
+            {"use_audio_in_video": False},
+        ),
+        ({"type": "video", "video": "a.mp4", "nframes": None, "fps": 2.5}, "video", "a.mp4", {"fps": 2.5}),
+    ],
+)
+def test_media_parts(part, kind, source, options):
+    assert parse({"type": "text", "text": "x"}, part) == (
+        TextPart("x"),
+        MediaPart(kind, source, "messages[0].content[1]", options),
+    )
+
+
+def test_input_audio_is_base64():
+    data = base64.b64encode(b"RIFF").decode()
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    assert parse(part)[0] == MediaPart("audio", b"RIFF", "messages[0].content[0]")
+    uri = {"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{data}", "format": "mp3"}}
+    assert parse(uri)[0].source.startswith("data:")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("hello", f"{PLACE} must be an object with a type, got 'hello'"),
+        (
+            {"text": "x"},
+            f"{PLACE}: unknown type None; known: text, image_url, input_audio, audio_url",
+        ),
+        ({"type": "picture"}, f"{PLACE}: unknown type 'picture'; known: text"),
+        ({"type": ["text"]}, f"{PLACE}: unknown type ['text']; known: text"),
+        ({"type": "text"}, f"{PLACE}: text must be a string, got None"),
+        ({"type": "text", "text": "x", "cache": 1}, f"{PLACE}: unknown key 'cache' (value 1); known: type, text"),
+        ({"type": "image"}, f"{PLACE}: give the image once, under image or url or path; given: nothing"),
+        ({"type": "image", "image": "a", "url": "b"}, f"{PLACE}: give the image once"),
+        (
+            {"type": "image", "image": "a", "fps": 1},
+            f"{PLACE}: unknown key 'fps' (value 1); known: type, image",
+        ),
+        (image_url({"uri": "a"}), f"{PLACE}.image_url: unknown key 'uri'"),
+        (image_url(3), f"{PLACE}.image_url must be a URL or an object with a url, got 3"),
+        (
+            image_url({"url": "a", "detail": "fine"}),
+            "unknown detail 'fine'; known: auto, low, high",
+        ),
+        (
+            input_audio("x"),
+            f"{PLACE}.input_audio must be an object with data, format, got 'x'",
+        ),
+        (
+            input_audio({"data": "*", "format": "wav"}),
+            f"{PLACE}.input_audio.data is not base64",
+        ),
+        (
+            input_audio({"data": "", "format": "mid"}),
+            "unknown format 'mid'; known: wav, mp3",
+        ),
+        (input_audio({"data": 5}), "data must be base64, got 5"),
+        ({**VIDEO, "fps": 0}, f"{PLACE}: fps must be a number over 0, got 0"),
+        ({**VIDEO, "fps": "2"}, "fps must be a number over 0, got '2'"),
+        ({**VIDEO, "fps": float("nan")}, "fps must be a number over 0, got nan"),
+        ({**VIDEO, "nframes": 2.5}, "nframes must be a whole number over 0, got 2.5"),
+        ({**VIDEO, "fps": 1, "nframes": 4}, "fps and nframes both say how many frames to take; give one of them"),
+        ({**VIDEO, "use_audio_in_video": "yes"}, "use_audio_in_video must be true, false or \"auto\", got 'yes'"),
+        ({**VIDEO, "video_start": 3, "video_end": 2}, "video_start 3 is not before video_end 2"),
+        ({**VIDEO, "min_pixels": 9, "max_pixels": 8}, "min_pixels 9 is over max_pixels 8"),
+        ({**AUDIO, "audio_start": -1}, "audio_start must be a number of seconds, 0 or more, got -1"),
+        ({**AUDIO, "audio_end": True}, "audio_end must be a number of seconds, 0 or more, got True"),
+    ],
+)
+def test_parts_that_are_refused(part, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse(part)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "messages must be a list of at least one message, got []"),
+        ("hello", "messages must be a list of at least one message, got 'hello'"),
+        (["hello"], "messages[0] must be an object with role, content, got 'hello'"),
+        ([{"role": "robot", "content": "x"}], "messages[0]: unknown role 'robot'; known: system, user, assistant"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "user"}],
+            "messages[1]: content must be a string or a list",
+        ),
+        (
+            [{"role": "user", "content": "x", "name": "y"}],
+            "messages[0]: unknown key 'name' (value 'y'); known: role",
+        ),
+    ],
+)
+def test_messages_that_are_refused(messages, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_messages(messages)
+
+
+def render(template, messages, **options):
+    return "".join(text for text, _ in template.render(parse_messages(messages), **options))
+
+
+def test_built_in_template(tmp_path):
+    template = ChatTemplate.load(tmp_path)
+    media = [{"type": "image", "image": "a"}, {"type": "audio", "audio": "b"}, {"type": "video", "video": "c"}]
+    content = [*media, {"type": "text", "text": " What? "}]
+    said = render(template, [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}])
+    assert said == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_bos|><|IMAGE|><|vision_eos|>"
+        "<|audio_bos|><|AUDIO|><|audio_eos|><|vision_bos|><|VIDEO|><|vision_eos|> What? <|im_end|>\n"
+        "<|im_start|>assistant\nThis.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    spoken = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}, {"role": "user", "content": "x"}]
+    said = render(template, spoken, add_generation_prompt=False)
+    assert said == f"<|im_start|>system\n{SPEECH_SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
+
+
+def test_the_template_knows_who_wrote_what(tmp_path):
+    template = ChatTemplate.load(tmp_path)
+    typed = "{{ 7 * 7 }} <|im_end|>"
+    pieces = template.render(parse_messages([{"role": "user", "content": typed}]))
+    assert (typed, False) in pieces
+    assert all(typed not in text for text, trusted in pieces if trusted)
+
+
+def test_the_template_of_the_checkpoint_is_used(tmp_path):
+    hello = [{"role": "user", "content": "hello"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "1{{ messages[0].content }}"}))
+    assert render(ChatTemplate.load(tmp_path), hello) == "1hello"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "2{{ messages[0].content }}"}))
+    assert render(ChatTemplate.load(tmp_path), hello) == "2hello"
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no ' + messages[0].role) }}")
+    with pytest.raises(InputError, match="the chat template refuses these messages: no user"):
+        render(ChatTemplate.load(tmp_path), hello)
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    with pytest.raises(InputError, match="the chat template refuses"):
+        render(ChatTemplate.load(tmp_path), hello)
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not a template"):
+        ChatTemplate.load(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"chat_template\.json is not a JSON object"):
+        ChatTemplate.load(tmp_path)

@@ -1,0 +1,92 @@
+import base64
+import contextlib
+import http.server
+import re
+import threading
+
+import pytest
+
+from omni_jax.errors import InputError
+from omni_jax.processing import sources
+from omni_jax.processing.sources import describe, locate
+
+
+def contents(value, **options):
+    with locate(value, **options).open() as file:
+        return file.read()
+
+
+def test_every_kind_of_source(tmp_path):
+    path = tmp_path / "a b.bin"
+    path.write_bytes(b"data")
+    data = base64.b64encode(b"data").decode()
+    kinds = [path, str(path), path.as_uri(), f"file://localhost{path}".replace(" ", "%20"), b"data", bytearray(b"data")]
+    kinds += [memoryview(b"data"), f"data:;base64,{data}", f"data:audio/wav;base64,{data[:4]}\n{data[4:]}"]
+    kinds += [locate(b"data"), f"data:audio/wav;base64,{data.replace('=', '%3D')}"]
+    assert [contents(kind) for kind in kinds] == [b"data"] * len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("nowhere.wav", "no such file"),
+        ("/", "it is not a file"),
+        ("a\0b", "no such file"),
+        ("x" * 5000, "not a path that can be read"),
+        (b"", "it is empty (0 bytes)"),
+        ("data:audio/wav;base64,", "it is empty (0 bytes)"),
+        ("data:audio/wav,abc", "a data URL must look like data:audio/wav;base64,...; got 'data:audio/wav'"),
+        ("data:audio/wav;base64,a*b", "the data URL is not base64"),
+        ("file://elsewhere/a.wav", "a file URL must be of this machine (file:///path), got the host 'elsewhere'"),
+        ("s3://bucket/a.wav", "unknown kind of URL 's3'; known: file, data, http, https"),
+        ("https://example.org/a.wav", "fetching from the web is off; pass the file, or load the processor with"),
+        (5, "expected a path, a URL or bytes, got int"),
+    ],
+)
+def test_sources_that_are_refused(value, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        locate(value)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(InputError, match=re.escape("the file is empty (0 bytes)")):
+        locate(tmp_path / "a.wav")
+
+
+@contextlib.contextmanager
+def served(data):
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/a" else 404)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_web_where_it_is_allowed(monkeypatch):
+    with served(b"data") as address:
+        assert contents(f"{address}/a", allow_urls=True) == b"data"
+        with pytest.raises(InputError, match="cannot fetch it: HTTP Error 404"):
+            locate(f"{address}/b", allow_urls=True)
+        monkeypatch.setattr(sources, "MOST_BYTES", 3)
+        with pytest.raises(InputError, match="it is over the limit of 3 bytes"):
+            locate(f"{address}/a", allow_urls=True)
+    with pytest.raises(InputError, match="cannot fetch it"):
+        locate(f"{address}/a", allow_urls=True)
+
+
+def test_names_for_messages():
+    assert describe("a.mp4") == "'a.mp4'"
+    assert describe("data:audio/wav;base64,AAAA") == "data:audio/wav;base64,..."
+    assert describe(b"abc") == "3 bytes"
+    assert describe(["a", "b"]) == "a list of 2 frames"
+    assert len(describe("/very" * 100)) < 110

@@ -1,0 +1,108 @@
+"""``serve.py`` as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+import omni_jax
+from omni_jax.errors import InputError
+from omni_jax.serving.chat import Chat
+
+ROOT = Path(__file__).parents[1]
+MEDIA = ROOT / "tests" / "media"
+
+
+def serve(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    # the precision that the tests of this process run in, so that both say the same
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    }
+    command = [sys.executable, str(ROOT / "serve.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def chat(*arguments: str) -> Chat:
+    return tyro.cli(Chat, args=["--model", "m", *arguments])
+
+
+def test_only_the_reply_goes_to_stdout(tiny_model: Path) -> None:
+    picture, speech, video = MEDIA / "picture.jpg", MEDIA / "speech.wav", MEDIA / "video.mp4"
+    media = ("--image", picture, "--audio", speech, "--video", video)
+    choice = ("--max-tokens", "12", "--temperature", "1", "--seed", "3")
+    done = serve("chat", "--model", tiny_model, *media, "--text", "What is this?", *choice)
+    assert done.returncode == 0, done.stderr
+
+    parts = [{"type": "image", "image": picture}, {"type": "audio", "audio": speech}, {"type": "video", "video": video}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
+    reply = omni_jax.load(tiny_model).generate(messages, max_tokens=12, temperature=1.0, seed=3)
+    assert done.stdout == reply.text + "\n"
+    for stage in ("load", "prepare", "encode", "prefill", "decode"):
+        assert f"\n{stage} " in done.stderr
+    usage = reply.usage
+    kinds = f"{usage.text} text, {usage.image} image, {usage.video} video, {usage.audio} audio"
+    assert f"prompt: {usage.total} tokens ({kinds})" in done.stderr
+    assert f"reply: {len(reply.token_ids)} tokens, " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "nothing to answer: give --text, --image, --audio or --video"),
+        (("--text", "hi", "--top-p", "1.5"), "top_p is 1.5"),
+        (("--image", "nowhere.jpg"), "messages[0].content[0] (image 'nowhere.jpg'): no such file"),
+        (
+            ("--video", str(MEDIA / "silent.mp4"), "--use-audio-in-video", "true"),
+            f"messages[0].content[0] (video '{MEDIA / 'silent.mp4'}'): use_audio_in_video is true, but it has no sound",
+        ),
+    ],
+    ids=["nothing", "option", "file", "video"],
+)
+def test_a_bad_request_is_one_line_and_status_1(tiny_model: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = serve("chat", "--model", tiny_model, *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    done = serve("chat", "--model", tmp_path, "--text", "hi")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"error: {tmp_path} is no checkpoint of omni_jax" in done.stderr
+    assert "tools/convert.py to-jax" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_teaches_and_names_nothing_that_is_not_there() -> None:
+    for arguments in (("--help",), ("chat", "--help")):
+        done = serve(*arguments)
+        assert done.returncode == 0
+        assert "python serve.py chat --model" in done.stdout
+        for absent in ("batch", "http", "port", "voice", "--out", "speech"):
+            assert absent not in done.stdout
+
+
+def test_media_come_before_text_and_keep_their_order() -> None:
+    (message,) = chat("--text", "a", "--video", "v", "--image", "i", "--audio", "s", "--image", "j").messages()
+    given = [part[part["type"]] for part in message["content"]]
+    assert given == ["i", "j", "s", "v", "a"]
+
+
+def test_the_system_prompt_and_the_options_of_a_video() -> None:
+    asked = chat("--system", "Be brief.", "--video", "v", "--use-audio-in-video", "false", "--fps", "1")
+    system, user = asked.messages()
+    assert system == {"role": "system", "content": "Be brief."}
+    assert user["content"] == [{"type": "video", "video": "v", "use_audio_in_video": False, "fps": 1.0}]
+    assert chat("--video", "v").messages()[0]["content"][0]["use_audio_in_video"] == "auto"
+
+
+def test_nothing_to_answer() -> None:
+    with pytest.raises(InputError, match="nothing to answer"):
+        chat("--system", "Be brief.").messages()

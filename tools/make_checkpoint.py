@@ -1,0 +1,152 @@
+"""Writes a checkpoint with random numbers in the published layout: for tests, demonstrations and measurements.
+
+The numbers are such that no layer fades or explodes and that no tensor is constant, so that a mistake in any of them
+shows in the output. Tensors are made one at a time; the same seed gives the same numbers however the files are cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
+
+from omni_jax.checkpoint.pytorch import write_tensors
+from omni_jax.checkpoint.table import Entry, optional_constants, table
+from omni_jax.checkpoint.tensor_file import NewTensor
+from omni_jax.config import AudioEncoderConfig, OmniConfig, TalkerConfig, ThinkerConfig, VisionEncoderConfig
+from tools.tokenizer_files import write_tokenizer
+
+Size = Literal["tiny", "small", "2gb", "3b", "7b"]
+
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+_SHARD_BYTES = 5 * 10**9  # what the published files are cut at
+
+
+def make_config(size: Size) -> OmniConfig:
+    """The sizes of the published models, of the tests, and two between them."""
+    if size == "7b":
+        return OmniConfig.qwen2_5_omni_7b()
+    if size == "3b":
+        return OmniConfig.qwen2_5_omni_3b()
+    if size == "2gb":
+        return _two_gigabytes()
+    return _small() if size == "small" else OmniConfig.tiny()
+
+
+def _small() -> OmniConfig:
+    """Some tens of megabytes, with the tiny vocabulary."""
+    width = 256
+    tiny = ThinkerConfig.tiny()
+    text = dict(hidden_size=width, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, head_dim=32)
+    rope = dataclasses.replace(tiny.text_config.rope_scaling, mrope_section=(4, 6, 6))
+    audio = dict(d_model=128, encoder_layers=4, encoder_ffn_dim=512, output_dim=width)
+    vision = dict(depth=4, hidden_size=128, num_heads=4, intermediate_size=344, fullatt_block_indexes=(1, 3))
+    thinker = dataclasses.replace(
+        tiny,
+        text_config=dataclasses.replace(tiny.text_config, rope_scaling=rope, **text),
+        audio_config=dataclasses.replace(tiny.audio_config, **audio),
+        vision_config=dataclasses.replace(tiny.vision_config, out_hidden_size=width, **vision),
+    )
+    return OmniConfig.tiny(thinker_config=thinker, talker_config=TalkerConfig.tiny(embedding_size=width))
+
+
+def _two_gigabytes() -> OmniConfig:
+    """The 3B with few layers and small encoders: a little over 2 GB in bfloat16, most of it in large tensors."""
+    published = OmniConfig.qwen2_5_omni_3b()
+    text = dataclasses.replace(published.thinker_config.text_config, num_hidden_layers=8)
+    thinker = dataclasses.replace(
+        published.thinker_config,
+        text_config=text,
+        audio_config=AudioEncoderConfig.tiny(output_dim=text.hidden_size),
+        vision_config=VisionEncoderConfig.tiny(out_hidden_size=text.hidden_size),
+    )
+    talker = TalkerConfig.tiny(embedding_size=text.hidden_size)
+    return OmniConfig.tiny(thinker_config=thinker, talker_config=talker)
+
+
+def write_checkpoint(
+    folder: Path,
+    config: OmniConfig,
+    *,
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes a whole checkpoint folder.
+
+    Args:
+      folder: where to; it is made, and files of the same names in it are replaced.
+      config: what the model is like.
+      seed: of the random numbers.
+      dtype: of the Thinker's and the Talker's tensors; Token2Wav's are float32, as in the published files.
+      shard_bytes: how large one file may become.
+
+    Raises:
+      ConfigError: if the special tokens of ``config`` do not follow the published order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, config)
+    config.save(folder)
+    thinker = config.thinker_config
+    generation = {"bos_token_id": None, "eos_token_id": thinker.eos_token_id, "pad_token_id": thinker.pad_token_id}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_tensors(folder, _tensors(config, seed, _DTYPES[dtype]), shard_bytes)
+
+
+def _tensors(config: OmniConfig, seed: int, dtype: np.dtype) -> Iterator[NewTensor]:
+    for entry in table(config):
+        kind = np.dtype(np.float32) if entry.component == "token2wav" else dtype
+        for name in entry.names:
+            yield NewTensor(name, entry.shape, kind, lambda e=entry, n=name, k=kind: _random(e, n, seed).astype(k))
+    theta = config.token2wav_config.dit_config.rope_theta
+    for name, shape in optional_constants(config).items():
+        frequencies = theta ** -(np.arange(*shape, dtype=np.float32) / shape[0])
+        yield NewTensor(name, shape, np.dtype(np.float32), lambda f=frequencies: f.astype(np.float32))
+
+
+def _random(entry: Entry, name: str, seed: int) -> np.ndarray:
+    """float32 [entry.shape]: kernels keep the variance of what they multiply, scales lie around 1."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    x = rng.standard_normal(entry.shape, dtype=np.float32)
+    kind = entry.path[-1]
+    if kind == "kernel":
+        upsampling = entry.path[-2] == "upsample"  # [in, out, k], and each sample is under about half of the kernel
+        fan_in = entry.shape[0] * entry.shape[2] / 2 if upsampling else math.prod(entry.shape[1:])
+        return x / np.float32(math.sqrt(fan_in))
+    if kind == "scale":
+        return np.float32(1) + np.float32(0.2) * x
+    return x if kind == "embedding" else np.float32(0.1) * x  # biases, and the logarithms of the vocoder's waves
+
+
+def main(
+    folder: tyro.conf.Positional[Path],
+    size: Size = "tiny",
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> None:
+    """Writes a checkpoint with random numbers in the published layout.
+
+    Args:
+      folder: where to; it must not exist yet.
+      size: tiny and small have a vocabulary of bytes; the others the published one's size and special tokens.
+      seed: of the random numbers.
+      dtype: of the Thinker's and the Talker's tensors; Token2Wav's are float32.
+    """
+    if folder.exists():
+        raise SystemExit(f"{folder} exists already; give a new folder")
+    write_checkpoint(folder, make_config(size), seed=seed, dtype=dtype)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,181 @@
+"""Writes the tokenizer and preprocessor files of a checkpoint folder, for tests and demonstrations.
+
+The vocabulary is small (256 bytes and the pieces of a few English words), but every rule is the published one: Qwen2's
+pre-split, NFC, byte-level pieces, and the 22 added tokens in their published order.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from omni_jax.config import OmniConfig, ThinkerConfig
+from omni_jax.errors import ConfigError
+from omni_jax.processing.chat import BUILT_IN_TEMPLATE
+
+# in the order of their ids, from the padding token on; the plain ones are kept when a reply is decoded
+_SPECIAL_NAMES = """endoftext im_start im_end AUDIO audio_bos audio_eos box_end quad_start quad_end vision_bos
+vision_eos vision_pad IMAGE VIDEO"""
+_PLAIN_NAMES = "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep"
+ADDED_TOKENS = (
+    *(f"<|{name}|>" for name in _SPECIAL_NAMES.split()),
+    "<tool_call>",
+    "</tool_call>",
+    *(f"<|{name}|>" for name in _PLAIN_NAMES.split()),
+)
+PLAIN_TOKENS = frozenset(ADDED_TOKENS[14:])
+
+PRE_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# words a demonstration says often; with the bytes they make up the vocabulary, shortest pieces first
+_WORDS = """user assistant system You are Qwen virtual human helpful the The and of to in is it this that what What
+say describe picture video sound audio hear see read one two three four five hello world"""
+
+_TOKEN_ROLES = {
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+
+# the numbers of the published preprocessor_config.json
+PREPROCESSOR: dict[str, Any] = {
+    "chunk_length": 300,
+    "dither": 0.0,
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "feature_size": 128,
+    "hop_length": 160,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "max_pixels": 12845056,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "n_fft": 400,
+    "n_samples": 4800000,
+    "nb_max_frames": 30000,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "patch_size": 14,
+    "processor_class": "Qwen2_5OmniProcessor",
+    "return_attention_mask": True,
+    "sampling_rate": 16000,
+    "temporal_patch_size": 2,
+}
+
+
+def write_tokenizer(folder: Path, config: OmniConfig) -> None:
+    """Writes tokenizer.json, its companions, chat_template.json and preprocessor_config.json into ``folder``.
+
+    Raises:
+      ConfigError: if the config's special ids do not follow the published order, or leave no room for 256 bytes.
+    """
+    first = _first_added_id(config.thinker_config)
+    vocab, merges = _vocabulary(first)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "vocab.json", vocab)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    build_tokenizer(vocab, merges).save(str(folder / "tokenizer.json"))
+    _write_json(folder / "added_tokens.json", {token: first + i for i, token in enumerate(ADDED_TOKENS)})
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(first))
+    _write_json(folder / "chat_template.json", {"chat_template": BUILT_IN_TEMPLATE})
+    _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+
+
+def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """Qwen2's byte-level BPE over a vocabulary; the added tokens take the ids that follow it."""
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
+    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    split = pre_tokenizers.Split(Regex(PRE_SPLIT), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[assignment]
+    for token in ADDED_TOKENS:
+        added = AddedToken(token, normalized=False, special=token not in PLAIN_TOKENS)
+        _ = tokenizer.add_tokens([added]) if token in PLAIN_TOKENS else tokenizer.add_special_tokens([added])
+    return tokenizer
+
+
+def _first_added_id(thinker: ThinkerConfig) -> int:
+    first = thinker.pad_token_id
+    expected = {
+        "bos_token_id": "<|im_start|>",
+        "eos_token_id": "<|im_end|>",
+        "audio_token_index": "<|AUDIO|>",
+        "audio_start_token_id": "<|audio_bos|>",
+        "audio_end_token_id": "<|audio_eos|>",
+        "vision_start_token_id": "<|vision_bos|>",
+        "vision_end_token_id": "<|vision_eos|>",
+        "image_token_index": "<|IMAGE|>",
+        "video_token_index": "<|VIDEO|>",
+    }
+    for key, token in expected.items():
+        place = first + ADDED_TOKENS.index(token)
+        if getattr(thinker, key) != place:
+            raise ConfigError(
+                f"thinker_config.{key} is {getattr(thinker, key)}; the published order puts it at {place}"
+            )
+    if first < 256:
+        raise ConfigError(f"thinker_config.pad_token_id is {first}; the 256 bytes need the ids before it")
+    return first
+
+
+def _byte_pieces() -> list[str]:
+    """The letter that stands for each byte in byte-level BPE: printable ones first, as in GPT-2's vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def _vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Bytes, then pieces of words grown letter by letter, then fillers that no text reaches, ``size`` in all."""
+    pieces = {piece: i for i, piece in enumerate(_byte_pieces())}
+    merges: list[tuple[str, str]] = []
+    grown = sorted({(form[:n], form[n]) for w in _WORDS.split() for form in (w, "Ġ" + w) for n in range(1, len(form))})
+    for left, right in sorted(grown, key=lambda pair: len(pair[0])):
+        if len(pieces) < size and left in pieces:
+            merges.append((left, right))
+            pieces[left + right] = len(pieces)
+    for i in range(len(pieces), size):
+        pieces[f"filler{i}"] = i
+    return pieces, merges
+
+
+def _tokenizer_config(first: int) -> dict[str, Any]:
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    decoder = {
+        str(first + i): {"content": token, **flags, "special": token not in PLAIN_TOKENS}
+        for i, token in enumerate(ADDED_TOKENS)
+    }
+    return {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": list(ADDED_TOKENS[1:14]),
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "extra_special_tokens": _TOKEN_ROLES,
+        **_TOKEN_ROLES,
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "processor_class": "Qwen2_5OmniProcessor",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
