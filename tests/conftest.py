@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import tests.torchvision_stub  # noqa: F401
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.config import OmniConfig
 from tools.make_checkpoint import write_checkpoint

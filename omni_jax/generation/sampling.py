@@ -6,6 +6,7 @@ depend on its own seed and step alone, so a request draws the same tokens whatev
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Bool, Float, Int, UInt32
 
+from omni_jax.batch import Array
 from omni_jax.errors import InputError
 
 _NEVER = -jnp.inf
@@ -82,13 +84,13 @@ class SamplingState:
 
 def sample(logits: Float[Array, "B V"], state: SamplingState) -> tuple[Int[Array, " B"], SamplingState]:
     """Draws one token for each row and remembers it."""
-    scores = _penalise(logits.astype(jnp.float32), state)
+    scores = _penalise(jnp.asarray(logits, jnp.float32), state)
     likeliest = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     # sorting a vocabulary costs more than a step of a small model: only where a row asks for it
     drawn = jax.lax.cond(jnp.any(state.temperature > 0), _draw, lambda *_: likeliest, scores, state)
     tokens = jnp.where(state.temperature > 0, drawn, likeliest)
-    seen = state.seen.at[jnp.arange(len(tokens)), tokens].set(True)
-    return tokens, state.replace(seen=seen, step=state.step + 1)  # type: ignore[attr-defined]
+    seen = jnp.asarray(state.seen).at[jnp.arange(len(tokens)), tokens].set(True)
+    return tokens, dataclasses.replace(state, seen=seen, step=state.step + 1)
 
 
 def _penalise(scores: jax.Array, state: SamplingState) -> jax.Array:
@@ -103,7 +105,7 @@ def _draw(scores: jax.Array, state: SamplingState) -> jax.Array:
     def one(seed: jax.Array, step: jax.Array, row: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), row)
 
-    return jax.vmap(one)(state.seed, state.step, kept).astype(jnp.int32)
+    return jax.vmap(one)(jnp.asarray(state.seed), jnp.asarray(state.step), kept).astype(jnp.int32)
 
 
 def restrict(

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from omni_jax.batch import OmniBatch, bucket
+from omni_jax.batch import Array, OmniBatch, bucket
 from omni_jax.generation.sampling import Sampling, SamplingState, sample
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.thinker import Thinker
