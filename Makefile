@@ -17,6 +17,10 @@ BIN = $(VENV)/bin
 MEDIA = --image tests/media/picture.jpg --audio tests/media/speech.wav --video tests/media/video.mp4
 QUESTION = --text "What do you see and hear?"
 
+# the oracle's video processor imports it; apart, for its compiled half does not fit every PyTorch (tests/torchvision_stub.py)
+TORCHVISION = test -d $(VENV)/torchvision || \
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/torchvision torchvision==0.28.0
+
 .PHONY: demo test check test-newest clean
 
 demo: $(VENV)/installed-run
@@ -56,10 +60,12 @@ $(VENV)/installed-run: setup.cfg pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-test: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .[test]
+	$(TORCHVISION)
 	touch $@ $(VENV)/installed-run
 
 $(VENV)/installed-check: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .[test,check]
+	$(TORCHVISION)
 	touch $@ $(VENV)/installed-test $(VENV)/installed-run
 
 $(NEWEST)/installed: setup.cfg pyproject.toml

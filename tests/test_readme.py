@@ -11,6 +11,7 @@ import pytest
 import tyro
 
 import serve
+from configs import RECIPES
 from omni_jax.config import OmniConfig
 from omni_jax.generation.reply import Options
 from omni_jax.processing import chat
@@ -33,10 +34,12 @@ def test_commands_exist(command: str) -> None:
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
-        text = (ROOT / arguments[0]).read_text(encoding="utf-8")
-        assert arguments[0] == "serve.py" or f'"{arguments[1]}"' in text
         if arguments[0] == "serve.py":
             tyro.extras.subcommand_cli_from_dict(serve.COMMANDS, args=arguments[1:])
+        elif arguments[0] == "train.py":
+            assert arguments[1] in RECIPES
+        else:
+            assert f'"{arguments[1]}"' in (ROOT / arguments[0]).read_text(encoding="utf-8")
     else:
         assert program == "pip" and arguments[:2] == ["install", "-e"]
 

@@ -1,19 +1,28 @@
-"""Lets torchvision be imported beside a PyTorch that it was not compiled for.
+"""Lets the oracle's video processor import torchvision, of which it needs the Python half alone.
 
-The reference's video processor needs the Python half of torchvision alone. Its compiled half does not load, and then
-two operators are missing by name when the package is imported; they are declared here just before.
+PyTorch's builds for processors have no torchvision of their own, and the compiled half of another build does not load
+beside them. So the Makefile keeps one in a folder of its own inside the environment, where only these tests look; the
+two operators that are missing by name are declared just before it is imported. Where the environment has a
+torchvision, that one is used as it is.
 """
 
+from __future__ import annotations
+
 import importlib.abc
+import importlib.util
 import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(sys.prefix) / "torchvision"
 
 
 class _DeclareOperators(importlib.abc.MetaPathFinder):
     """Finds nothing; sees that torchvision is about to be imported."""
 
-    libraries = ()  # a declaration lasts as long as its library
+    libraries: tuple[Any, ...] = ()  # a declaration lasts as long as its library
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name == "torchvision" and not self.libraries:
             import torch
 
@@ -23,5 +32,6 @@ class _DeclareOperators(importlib.abc.MetaPathFinder):
                 library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-if not any(type(finder).__name__ == "_DeclareOperators" for finder in sys.meta_path):
+if importlib.util.find_spec("torchvision") is None:
+    sys.path.append(str(FOLDER))
     sys.meta_path.insert(0, _DeclareOperators())

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import tests.torchvision_stub  # noqa: F401
 from omni_jax.config import OmniConfig
 from omni_jax.processing.processor import Processor
 from tools.tokenizer_files import write_tokenizer
