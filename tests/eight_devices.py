@@ -1,6 +1,7 @@
 """The Thinker over eight devices and over one; run by test_sharding.py in a process that pretends to have eight.
 
-Prints one JSON line a mesh: its sizes, the largest relative difference, and how many arrays are really spread.
+``forward MESHES`` prints one JSON line a mesh: its sizes, the largest relative difference, and how many arrays are
+really spread. ``reply MODEL MESH`` prints the token ids of a batch of replies without a mesh and with it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+import omni_jax
 from omni_jax.config import OmniConfig, TextConfig, ThinkerConfig
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.processing.collate import collate
@@ -34,8 +36,17 @@ def prompts(config: OmniConfig) -> list[Prompt]:
     return rows
 
 
-def main() -> None:
-    meshes = json.loads(sys.argv[1])
+def reply(folder: str, sizes: dict[str, int]) -> None:
+    picture = {"type": "image", "image": np.arange(56 * 84 * 3, dtype=np.uint8).reshape(56, 84, 3)}
+    questions = [[picture, {"type": "text", "text": "What is it?"}], "hello", "a longer question of some words"]
+    dialogues = [[{"role": "user", "content": content}] for content in questions]
+    for mesh in (None, make_mesh(**sizes)):
+        model = omni_jax.load(folder, mesh=mesh)
+        ids = [r.token_ids for r in model.generate_batch(dialogues, max_tokens=12)]
+        print(json.dumps({"devices": 1 if mesh is None else mesh.size, "ids": ids}), flush=True)
+
+
+def forward(meshes: list[dict[str, int]]) -> None:
     text = TextConfig.tiny(num_key_value_heads=4)
     config = OmniConfig.tiny(thinker_config=ThinkerConfig.tiny(text_config=text))
     model = Thinker(config.thinker_config)
@@ -43,17 +54,20 @@ def main() -> None:
     boxed = abstract_params(model)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda a: (0.3 * rng.standard_normal(a.shape)).astype(np.float32), nn.unbox(boxed))
-    forward = jax.jit(lambda p, b: model.apply({"params": p}, b))
-    alone = np.asarray(forward(params, batch))[batch.mask]
+    apply = jax.jit(lambda p, b: model.apply({"params": p}, b))
+    alone = np.asarray(apply(params, batch))[batch.mask]
     for sizes in meshes:
         mesh = make_mesh(**sizes)
         placed = jax.device_put(params, param_shardings(boxed, mesh))
         spread = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
         with jax.set_mesh(mesh):
-            together = np.asarray(forward(placed, batch))[batch.mask]
+            together = np.asarray(apply(placed, batch))[batch.mask]
         error = float(np.abs(together - alone).max() / np.abs(alone).max())
         print(json.dumps({"mesh": sizes, "error": error, "spread": spread, "devices": jax.device_count()}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "forward":
+        forward(json.loads(sys.argv[2]))
+    else:
+        reply(sys.argv[2], json.loads(sys.argv[3]))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,13 +32,25 @@ MESHES = [
 TOLERANCE = 1e-5
 
 
-def test_forward_over_eight_devices_equals_one() -> None:
+def run(*arguments: str) -> list[dict[str, Any]]:
+    """What tests/eight_devices.py prints."""
     root = Path(__file__).parents[1]
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.eight_devices", json.dumps(MESHES)]
-    run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    results = [json.loads(line) for line in run.stdout.splitlines()]
+    command = [sys.executable, "-m", "tests.eight_devices", *arguments]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_replies_over_eight_devices_equal_one(tiny_model: Path) -> None:
+    alone, together = run("reply", str(tiny_model), json.dumps({"data": 2, "fsdp": 2, "tensor": 2}))
+    assert (alone["devices"], together["devices"]) == (1, 8)
+    assert alone["ids"] == together["ids"]
+    assert all(len(ids) == 12 for ids in alone["ids"])
+
+
+def test_forward_over_eight_devices_equals_one() -> None:
+    results = run("forward", json.dumps(MESHES))
     assert [r["mesh"] for r in results] == MESHES
     for result in results:
         assert result["devices"] == 8
