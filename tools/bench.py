@@ -7,6 +7,7 @@ the ratios: the seconds belong to the machine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -105,8 +106,10 @@ class Ours:
         def read() -> Any:
             return self.loop.start(batch, [], requests)
 
+        prefilled = functools.cache(read)
+
         def say() -> float:
-            state = read()
+            state = jax.block_until_ready(jax.tree.map(jnp.copy, prefilled()))  # the loop uses its state up
             return seconds(lambda: list(self.loop.tokens(state))) / DECODED_TOKENS
 
         return lambda: seconds(read), say
@@ -142,13 +145,20 @@ class Theirs:
             """The next tokens [B, 1]; only the last position's scores are made, as generation does."""
             positions = torch.arange(begin, begin + tokens.shape[1]).expand(3, len(tokens), -1)
             inputs = dict(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
-            hidden = self.model.model(**inputs).last_hidden_state
-            return self.model.lm_head(hidden[:, -1:]).argmax(-1)
+            with torch.inference_mode():
+                hidden = self.model.model(**inputs).last_hidden_state
+                return self.model.lm_head(hidden[:, -1:]).argmax(-1)
+
+        @functools.cache
+        def prefilled() -> tuple[Any, Any]:
+            cache = DynamicCache()
+            return forward(prompts, 0, cache), cache
 
         def say() -> float:
-            cache = DynamicCache()
-            first = forward(prompts, 0, cache)
-            return seconds(lambda: self._loop(forward, first, prompts.shape[1], cache)) / DECODED_TOKENS
+            first, cache = prefilled()
+            took = seconds(lambda: self._loop(forward, first, prompts.shape[1], cache)) / DECODED_TOKENS
+            cache.crop(prompts.shape[1])
+            return took
 
         return lambda: seconds(lambda: forward(prompts, 0, DynamicCache())), say
 

@@ -31,13 +31,16 @@ Messages: TypeAlias = Sequence[dict[str, Any]]
 _NOBODY = Prompt(np.zeros(0, np.int32), (), (), np.zeros(0, np.int32), np.zeros(0, np.int32), Usage())
 
 
-def load(folder: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh | None = None) -> OmniModel:
+def load(
+    folder: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh | None = None, allow_urls: bool = False
+) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
     Args:
       folder: the checkpoint.
       dtype: "bfloat16" or "float32" for parameters and computation; what the checkpoint holds if None.
       mesh: from ``omni_jax.sharding.make_mesh``, to spread the parameters over several devices.
+      allow_urls: whether media may be fetched from the web; a server that does so lends its network to whoever asks.
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
@@ -47,7 +50,7 @@ def load(folder: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh
     held = store.components(folder)
     if "thinker" not in held:
         raise CheckpointError(f"{folder} has no thinker, only {', '.join(held)}; convert it with --components thinker")
-    config, processor = OmniConfig.load(folder), Processor.load(folder)
+    config, processor = OmniConfig.load(folder), Processor.load(folder, allow_urls=allow_urls)
     kind = jnp.dtype(dtype or jnp.result_type(*held["thinker"]))
     # slices of stacked layers are copies on a CPU; see omni_jax/layers/stack.py
     scan = mesh is not None or jax.default_backend() != "cpu"

@@ -22,6 +22,7 @@ from omni_jax.layers.params import dtypes
 _HIDDEN = -1e30  # finite, so that a query that sees nothing gives a number and not NaN
 _LOGITS_AT_ONCE = 2**26  # float32 scores held at a time, 256 MiB; more are worked off piece by piece
 _CAUSAL_PIECE = 256  # queries a piece where half of the scores would be masked away
+_ONE_BY_ONE = 2**16  # queries x keys, from where on a CPU does better with one head at a time
 
 
 @struct.dataclass
@@ -87,11 +88,33 @@ def _map_pieces(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
 
 def _scores_and_sum(q: Array, k: Array, v: Array, visible: jax.Array) -> jax.Array:
     batch, length, heads, width = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
-    weights = _softmax(jnp.where(visible[:, None, None], scores, _HIDDEN))
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(q.shape)
+    keys, kv_heads = k.shape[1:3]
+    grouped = jnp.swapaxes(q.reshape(batch, length, kv_heads, heads // kv_heads, width), 1, 2)  # [B, K, T, G, H]
+    grouped = grouped.reshape(batch, kv_heads, -1, width)
+    seen = jnp.repeat(visible, heads // kv_heads, axis=1)  # [B, T * G, S]
+    operands = (grouped, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), seen)
+    if length * keys < _ONE_BY_ONE:
+        out = _all_heads(*operands)
+    else:
+        out = jax.lax.platform_dependent(*operands, cpu=_head_by_head, default=_all_heads)
+    return jnp.swapaxes(out.reshape(batch, kv_heads, length, heads // kv_heads, width), 1, 2).reshape(q.shape)
+
+
+def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """q [B, K, T * G, H], k and v [B, K, S, H], seen [B, T * G, S]."""
+    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = _softmax(jnp.where(seen[:, None], scores, _HIDDEN))
+    return jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v)
+
+
+def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """The same. XLA's products of large batched matrices reach a third of a CPU's speed, single ones most of it."""
+
+    def row(operands: tuple[jax.Array, ...]) -> jax.Array:
+        *heads, seen = operands
+        return jax.lax.map(lambda head: _all_heads(*(a[None, None] for a in head), seen[None])[0, 0], tuple(heads))
+
+    return jax.lax.map(row, (q, k, v, seen))
 
 
 def _softmax(scores: jax.Array) -> jax.Array:

@@ -64,6 +64,8 @@ class Chat:
     """Of the draws; the same seed gives the same answer."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End the answer before this string."""
+    allow_urls: bool = False
+    """Media may be http(s) URLs, which are fetched."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What to compute in; without it, what the checkpoint holds."""
 
@@ -74,7 +76,7 @@ class Chat:
         terminal = Console(stderr=True)
         begun = time.perf_counter()
         with terminal.status(f"loading {self.model}"):
-            model = load(self.model, dtype=self.dtype)
+            model = load(self.model, dtype=self.dtype, allow_urls=self.allow_urls)
         loaded = time.perf_counter() - begun
         waiting = terminal.status("reading the question and compiling for its length")
         waiting.start()

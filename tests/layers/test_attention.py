@@ -58,6 +58,19 @@ def test_causal_pieces_read_only_what_came_before(monkeypatch: pytest.MonkeyPatc
     assert np.abs(attention(q, k, v, Mask(segments, True)) - plain(q, k, v, segments, True)).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_head_at_a_time(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    monkeypatch.setattr(module, "_ONE_BY_ONE", 1)
+    q, k, v, segments = inputs(3, 20, 6, 2)
+    ours = jax.jit(lambda *a: attention(*a[:3], Mask(a[3], causal)))(q, k, v, segments)
+    assert np.abs(ours - plain(q, k, v, segments, causal)).max() < TOLERANCE
+    # and its gradient is that of all heads at once
+    grads = [jax.grad(lambda q: attention(q, k, v, Mask(segments, causal)).sum() ** 2)(q)]
+    monkeypatch.setattr(module, "_ONE_BY_ONE", 10**9)
+    grads += [jax.grad(lambda q: attention(q, k, v, Mask(segments, causal)).sum() ** 2)(q)]
+    assert np.abs(grads[0] - grads[1]).max() < 1e-4 * np.abs(grads[0]).max()
+
+
 def test_padding_of_nan_does_not_leak() -> None:
     q, k, v, _ = inputs(1, 24, 2, 2)
     segments = (np.arange(24) >= 6).astype(np.int32)[None]
