@@ -39,7 +39,7 @@ def test_every_kind_of_source(tmp_path):
         ("data:audio/wav;base64,a*b", "the data URL is not base64"),
         ("file://elsewhere/a.wav", "a file URL must be of this machine (file:///path), got the host 'elsewhere'"),
         ("s3://bucket/a.wav", "unknown kind of URL 's3'; known: file, data, http, https"),
-        ("https://example.org/a.wav", "fetching from the web is off; pass the file, or load the processor with"),
+        ("https://example.org/a.wav", "fetching from the web is off; pass the file, or load the model with"),
         (5, "expected a path, a URL or bytes, got int"),
     ],
 )
