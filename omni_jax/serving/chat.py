@@ -65,7 +65,7 @@ class Chat:
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End the answer before this string."""
     allow_urls: bool = False
-    """Media may be http(s) URLs, which are fetched."""
+    """Fetch media that are addresses on the web."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What to compute in; without it, what the checkpoint holds."""
 
