@@ -2,5 +2,6 @@
 
 from omni_jax.config import OmniConfig
 from omni_jax.generation.model import OmniModel, load
+from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 
-__all__ = ["OmniConfig", "OmniModel", "load"]
+__all__ = ["SPEECH_SYSTEM_PROMPT", "OmniConfig", "OmniModel", "load"]

@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "patch": (),
     "kernel": (),
+    "channels": (),  # of Token2Wav's convolutions, from 1536 down to 1: too few to share out
     "norm": (),
     # activations
     "batch": ("data", "fsdp"),

@@ -46,3 +46,15 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("pair")
     write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
     return load_pair(folder / "published", folder / "ours")
+
+
+@pytest.fixture(scope="session", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}")
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A random model that can speak, in both implementations (tests.pairs.Whole)."""
+    from tests.oracle import CONFIGS
+    from tests.pairs import load_whole
+
+    name, seed = request.param
+    folder = tmp_path_factory.mktemp("whole")
+    write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
+    return load_whole(folder / "published", folder / "ours")

@@ -36,8 +36,8 @@ def _seven_queries_a_key() -> OmniConfig:
     audio = AudioEncoderConfig.tiny(d_model=40, encoder_attention_heads=2, encoder_layers=3, output_dim=56, n_window=50)
     vision = VisionEncoderConfig.tiny(depth=4, hidden_size=48, num_heads=3, intermediate_size=52, window_size=56)
     vision = dataclasses.replace(vision, fullatt_block_indexes=(0, 3), out_hidden_size=56)
-    no_width = RopeScaling(mrope_section=(2, 2, 0))  # as in the published 3B's Talker
-    talker = TalkerConfig.tiny(embedding_size=56, hidden_size=24, head_dim=8, rope_scaling=no_width)
+    no_width = RopeScaling(mrope_section=(16, 16, 0))  # as in the published 3B's Talker
+    talker = TalkerConfig.tiny(embedding_size=56, hidden_size=24, head_dim=64, rope_scaling=no_width)
     talker = dataclasses.replace(talker, num_attention_heads=7)
     dit = DiTConfig.tiny(hidden_size=24, num_attention_heads=4, head_dim=8, num_hidden_layers=4, ff_mult=3)
     wav = Token2WavConfig.tiny(dit_config=dit, bigvgan_config=BigVGANConfig.tiny(upsample_initial_channel=128))
@@ -66,12 +66,13 @@ CONFIGS = {"tiny": OmniConfig.tiny(), "seven": _seven_queries_a_key(), "one": _o
 def load(folder: Path, attention: str = "eager") -> Qwen2_5OmniForConditionalGeneration:
     """The whole model in float32 on the CPU.
 
-    transformers' own way of loading wants a file of voices; here the tensors are put in one by one, so that a name
-    that is missing, unexpected or of another shape fails.
+    transformers' own way of loading only warns of tensors; here they are put in one by one, so that a name that is
+    missing, unexpected or of another shape fails.
     """
     config = Qwen2_5OmniConfig.from_pretrained(folder)
     model = Qwen2_5OmniForConditionalGeneration._from_config(config, attn_implementation=attention)
     model.load_state_dict(_state(folder), strict=True)
+    model.load_speakers(folder / "spk_dict.pt")
     return model.float().eval()
 
 

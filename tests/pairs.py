@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.config import OmniConfig
 from omni_jax.layers.stack import unstack_layers
+from omni_jax.models.talker import Talker
 from omni_jax.models.thinker import Thinker
-from tests.oracle import load_thinker
+from tests.oracle import load, load_thinker
 
 
 @dataclass
@@ -35,6 +36,27 @@ def load_pair(published: Path, folder: Path) -> Pair:
     to_jax(published, folder, components=["thinker"])
     params = store.load(folder, ["thinker"])["thinker"]
     return Pair(folder, OmniConfig.load(folder), load_thinker(published), params)
+
+
+@dataclass
+class Whole:
+    """All of the model but Token2Wav, which has no part in what its tests compare."""
+
+    folder: Path  # in our layout
+    config: OmniConfig
+    torch: Qwen2_5OmniForConditionalGeneration
+    talker: dict[str, Any]  # its parameters, layers stacked
+
+    def talkers(self) -> list[tuple[Talker, Any]]:
+        """The Talker with scanned layers and with single ones, each with its parameters."""
+        scanned, single = (Talker(self.config.talker_config, scan_layers=scan) for scan in (True, False))
+        return [(scanned, self.talker), (single, unstack_layers(self.talker))]
+
+
+def load_whole(published: Path, folder: Path) -> Whole:
+    """Both models of a folder in the published layout; ours is converted into ``folder``."""
+    to_jax(published, folder)
+    return Whole(folder, OmniConfig.load(folder), load(published), store.load(folder, ["talker"])["talker"])
 
 
 def relative_error(ours: Any, theirs: Any) -> float:

@@ -1,10 +1,14 @@
-"""Converts checkpoints: ``python tools/convert.py to-jax SRC DST`` makes of a PyTorch folder one that runs here."""
+"""Converts checkpoints.
+
+``python tools/convert.py to-jax SRC DST`` makes of a PyTorch folder one that runs here, ``to-hf SRC DST`` the way back.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,15 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checkpoint import convert
+from omni_jax.checkpoint import convert, export
 from omni_jax.errors import CheckpointError, ConfigError
 
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 Component = Literal["thinker", "talker", "token2wav"]
 
 
 def to_jax(
-    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+    src: Source,
+    dst: Target,
     components: tuple[Component, ...] | None = None,
     dtype: Literal["bfloat16", "float32"] | None = None,
     verify: bool = False,
@@ -30,7 +36,7 @@ def to_jax(
     """Converts a Hugging Face folder. PyTorch is not needed, but for --verify.
 
     Args:
-      src: the folder, with config.json, tokenizer.json and the safetensors files.
+      src: the folder, with config.json, tokenizer.json, the safetensors files and, for speech, spk_dict.pt.
       dst: where to; nothing may be there yet, and on failure nothing is.
       components: what to convert; without it, all that the files hold.
       dtype: what to cast the Thinker and the Talker to; without it, they keep the dtype of the files. Token2Wav always
@@ -40,15 +46,21 @@ def to_jax(
     """
     if verify:
         _check_that_verify_can_run(components)
-    started = time.monotonic()
-    done = _convert(src, dst, components, dtype)
-    seconds = time.monotonic() - started
-    print(f"{dst}: {', '.join(done.components)}; {done.tensors} tensors, {done.nbytes:,} bytes in {seconds:.1f} s")
-    print(f"peak host memory {_peak_memory():,} bytes; at most {int(1.2 * done.largest) + 10**9:,} are promised here")
+    _report(dst, lambda progress: convert.to_jax(src, dst, components=components, dtype=dtype, progress=progress))
     if verify:
         from tools.verify import verify as compare  # only here, because it brings PyTorch in
 
         compare(src, dst)
+
+
+def to_hf(src: Source, dst: Target) -> None:
+    """Writes the Hugging Face folder of a checkpoint that runs here, for PyTorch. PyTorch is not needed.
+
+    Args:
+      src: the checkpoint, with Thinker, Talker and Token2Wav.
+      dst: where to; nothing may be there yet, and on failure nothing is.
+    """
+    _report(dst, lambda progress: export.to_hf(src, dst, progress=progress))
 
 
 def _check_that_verify_can_run(components: tuple[Component, ...] | None) -> None:
@@ -61,17 +73,16 @@ def _check_that_verify_can_run(components: tuple[Component, ...] | None) -> None
             )
 
 
-def _convert(
-    src: Path, dst: Path, components: tuple[Component, ...] | None, dtype: Literal["bfloat16", "float32"] | None
-) -> convert.Conversion:
+def _report(dst: Path, work: Callable[[convert.Progress], convert.Conversion]) -> None:
+    """Does the work with a bar of its progress, and prints what it came to."""
+    started = time.monotonic()
     columns = TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn()
     with Progress(*columns) as bar:
         task = bar.add_task("", total=None, visible=False)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=True)
-
-        return convert.to_jax(src, dst, components=components, dtype=dtype, progress=progress)
+        done = work(lambda n, total: bar.update(task, completed=n, total=total, visible=True))
+    seconds = time.monotonic() - started
+    print(f"{dst}: {', '.join(done.components)}; {done.tensors} tensors, {done.nbytes:,} bytes in {seconds:.1f} s")
+    print(f"peak host memory {_peak_memory():,} bytes; at most {int(1.2 * done.largest) + 10**9:,} are promised here")
 
 
 def _peak_memory() -> int:
@@ -88,7 +99,7 @@ def _peak_memory() -> int:
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
     try:
-        tyro.extras.subcommand_cli_from_dict({"to-jax": to_jax}, description="Converts checkpoints.")
+        tyro.extras.subcommand_cli_from_dict({"to-jax": to_jax, "to-hf": to_hf}, description="Converts checkpoints.")
     except (CheckpointError, ConfigError) as e:
         raise SystemExit(f"error: {e}") from None
 

@@ -1,7 +1,8 @@
 """Writes a checkpoint with random numbers in the published layout: for tests, demonstrations and measurements.
 
-The numbers are such that no layer fades or explodes and that no tensor is constant, so that a mistake in any of them
-shows in the output. Tensors are made one at a time; the same seed gives the same numbers however the files are cut.
+It has two voices with the published names. The numbers are such that no layer fades or explodes and that no tensor is
+constant, so that a mistake in any of them shows in the output. Tensors are made one at a time; the same seed gives the
+same numbers however the files are cut.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
+from omni_jax.checkpoint import voices
+from omni_jax.checkpoint.export import SHARD_BYTES
 from omni_jax.checkpoint.pytorch import write_tensors
 from omni_jax.checkpoint.table import Entry, optional_constants, table
 from omni_jax.checkpoint.tensor_file import NewTensor
@@ -30,7 +33,8 @@ from tools.tokenizer_files import write_tokenizer
 Size = Literal["tiny", "small", "2gb", "3b", "7b"]
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-_SHARD_BYTES = 5 * 10**9  # what the published files are cut at
+# the published speakers: how far after the text's padding id theirs is, and here the frames of their random clips
+_SPEAKERS = {"Chelsie": (13, 37), "Ethan": (11, 52)}
 
 
 def make_config(size: Size) -> OmniConfig:
@@ -81,7 +85,7 @@ def write_checkpoint(
     *,
     seed: int = 0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a whole checkpoint folder.
 
@@ -101,6 +105,7 @@ def write_checkpoint(
     thinker = config.thinker_config
     generation = {"bos_token_id": None, "eos_token_id": thinker.eos_token_id, "pad_token_id": thinker.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    voices.write_spk_dict(folder / voices.PUBLISHED_FILE, _voices(config, seed))
     write_tensors(folder, _tensors(config, seed, _DTYPES[dtype]), shard_bytes)
 
 
@@ -113,6 +118,16 @@ def _tensors(config: OmniConfig, seed: int, dtype: np.dtype) -> Iterator[NewTens
     for name, shape in optional_constants(config).items():
         frequencies = theta ** -(np.arange(*shape, dtype=np.float32) / shape[0])
         yield NewTensor(name, shape, np.dtype(np.float32), lambda f=frequencies: f.astype(np.float32))
+
+
+def _voices(config: OmniConfig, seed: int) -> dict[str, voices.Voice]:
+    dit, made = config.token2wav_config.dit_config, {}
+    for name, (place, frames) in _SPEAKERS.items():
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        cond = rng.standard_normal((1, dit.enc_emb_dim), dtype=np.float32)
+        mel = 2 * rng.standard_normal((1, frames, dit.mel_dim), dtype=np.float32) - 4  # about as loud as speech
+        made[name] = voices.Voice(name, config.talker_config.tts_text_pad_token_id + place, cond, mel)
+    return made
 
 
 def _random(entry: Entry, name: str, seed: int) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""From a PyTorch folder to a folder of ours."""
+"""From a PyTorch folder to a folder of ours; ``export`` is the way back."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,20 @@ from pathlib import Path
 import numpy as np
 from jax.typing import DTypeLike
 
-from omni_jax.checkpoint import store
+from omni_jax.checkpoint import store, voices
 from omni_jax.checkpoint.pytorch import check, read_headers
 from omni_jax.checkpoint.pytorch import pieces as read
-from omni_jax.checkpoint.table import Entry, table
-from omni_jax.checkpoint.tensor_file import StoredTensor
+from omni_jax.checkpoint.table import Entry, optional_constants, table
+from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, write_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 
-# what a conversion copies beside the parameters; the first two must be there
+# what a conversion copies beside the parameters, either way; the first two must be there
 REQUIRED_FILES = ("config.json", "tokenizer.json")
 OTHER_FILES = (
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
     "tokenizer_config.json",
     "chat_template.json",
     "chat_template.jinja",
@@ -29,9 +32,11 @@ OTHER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
-    "spk_dict.pt",
     "LICENSE",
+    "README.md",
 )
+# tensors of the source that are no parameters (table.optional_constants); without them PyTorch misses something
+CONSTANTS_FILE = "constants.safetensors"
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
@@ -42,8 +47,8 @@ class Conversion:
 
     Attributes:
       components: what was converted.
-      tensors: published tensors read.
-      nbytes: bytes of parameters written, before compression.
+      tensors: how many published tensors the parameters are.
+      nbytes: bytes of the parameters, before compression.
       largest: bytes of the largest leaf.
     """
 
@@ -71,15 +76,17 @@ def to_jax(
       progress: called after each tensor.
 
     Raises:
-      CheckpointError: if a file or a tensor is missing, unexpected or of another shape, or ``target`` exists.
+      CheckpointError: if a file or a tensor is missing, unexpected or of another shape, ``target`` exists, or Talker
+        or Token2Wav are converted and the voices are missing or wrong.
       ConfigError: if config.json is not the model's.
     """
     store.refuse_existing(target)
-    if missing := [name for name in REQUIRED_FILES if not (source / name).is_file()]:
-        raise CheckpointError(f"{source} has no {' and no '.join(missing)}; fetch all files of the model into it")
+    files = side_files(source)
     config = OmniConfig.load(source)
     tensors = read_headers(source)
-    entries = table(config, check(source, tensors, config, components))
+    here = check(source, tensors, config, components)
+    speakers = _speakers(source, config) if {"talker", "token2wav"} & set(here) else {}
+    entries = table(config, here)
     count, done = sum(len(e.names) for e in entries), 0
 
     def pieces(entry: Entry) -> Iterator[np.ndarray]:
@@ -90,10 +97,41 @@ def to_jax(
             yield piece
 
     leaves = [_leaf(entry, tensors, dtype, pieces) for entry in entries]
-    files = [source / name for name in REQUIRED_FILES + OTHER_FILES if (source / name).is_file()]
-    store.save(target, leaves, files)
+
+    def beside(folder: Path) -> None:
+        for file in [*files, *([source / voices.PUBLISHED_FILE] if speakers else [])]:
+            shutil.copyfile(file, folder / file.name)
+        if speakers:
+            voices.save_voices(folder, speakers)
+        kept = [n for n in optional_constants(config) if n in tensors and n.split(".")[0] in here]
+        write_file(folder / CONSTANTS_FILE, [NewTensor.of(n, tensors[n]) for n in kept])
+
+    store.save(target, leaves, beside)
     sizes = [leaf.nbytes for leaf in leaves]
-    return Conversion(tuple(dict.fromkeys(e.component for e in entries)), count, sum(sizes), max(sizes))
+    return Conversion(here, count, sum(sizes), max(sizes))
+
+
+def side_files(source: Path) -> list[Path]:
+    """The files that go along with the parameters, out of the folder of either side.
+
+    Raises:
+      CheckpointError: if one that must be there is not.
+    """
+    if missing := [name for name in REQUIRED_FILES if not (source / name).is_file()]:
+        raise CheckpointError(f"{source} has no {' and no '.join(missing)}; fetch all files of the model into it")
+    return [source / name for name in REQUIRED_FILES + OTHER_FILES if (source / name).is_file()]
+
+
+def _speakers(source: Path, config: OmniConfig) -> dict[str, voices.Voice]:
+    path = source / voices.PUBLISHED_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{source} has no {path.name}, the voices that the Talker and Token2Wav speak in; fetch it from the "
+            "published model, or convert with --components thinker for text alone"
+        )
+    speakers = voices.read_spk_dict(path)
+    voices.check(speakers, config, path)
+    return speakers
 
 
 def _leaf(

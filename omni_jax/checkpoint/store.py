@@ -5,6 +5,8 @@
     FOLDER/omni_jax.json            the version of this layout, and which components are here, in which dtypes
     FOLDER/params/thinker/          one Orbax checkpoint (a pytree) for each component
     FOLDER/config.json, tokenizer.json, preprocessor_config.json, chat_template.json, ...   as they came
+    FOLDER/voices.npz               the voices (checkpoint/voices.py), where Talker or Token2Wav are here
+    FOLDER/constants.safetensors    tensors of the published files that are no parameters, kept for the way back
 
 Orbax is used here and nowhere else for parameters. Each component is one ordinary Orbax checkpoint, which Orbax
 restores straight into sharded arrays. Writing one is less direct: Orbax wants every array whole, and holds what it has
@@ -23,7 +25,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,34 +74,42 @@ class Leaf:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def save(folder: Path, leaves: Sequence[Leaf], files: Iterable[Path] = ()) -> None:
+def save(folder: Path, leaves: Sequence[Leaf], beside: Callable[[Path], None] = lambda unfinished: None) -> None:
     """Writes a checkpoint, from one process alone.
-
-    Nothing stands at ``folder`` until all of it is written; after a failure nothing is left.
 
     Args:
       folder: a path where nothing is yet; its parent is made if need be.
       leaves: the parameters.
-      files: what to copy beside them.
+      beside: called with the unfinished folder, to put files into it.
 
     Raises:
       CheckpointError: if ``folder`` exists.
+    """
+    with new_folder(folder) as unfinished:
+        beside(unfinished)
+        parts: dict[str, list[Leaf]] = {}
+        for leaf in leaves:
+            parts.setdefault(leaf.path[0], []).append(leaf)
+        for component, part in parts.items():
+            _write_component((unfinished / "params" / component).absolute(), part)
+        about = {name: sorted({str(leaf.dtype) for leaf in part}) for name, part in parts.items()}
+        text = json.dumps({"format": FORMAT, "components": about}, indent=2)
+        (unfinished / ABOUT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written; after a failure nothing is left.
+
+    Raises:
+      CheckpointError: if something stands at ``folder``.
     """
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
         partial.mkdir()
-        for file in files:
-            shutil.copyfile(file, partial / file.name)
-        parts: dict[str, list[Leaf]] = {}
-        for leaf in leaves:
-            parts.setdefault(leaf.path[0], []).append(leaf)
-        for component, part in parts.items():
-            _write_component((partial / "params" / component).absolute(), part)
-        about = {name: sorted({str(leaf.dtype) for leaf in part}) for name, part in parts.items()}
-        text = json.dumps({"format": FORMAT, "components": about}, indent=2)
-        (partial / ABOUT_FILE).write_text(text + "\n", encoding="utf-8")
+        yield partial
         os.sync()
         partial.rename(folder)
     finally:  # gone already where all went well
@@ -117,13 +127,25 @@ def _write_component(folder: Path, leaves: Sequence[Leaf]) -> None:
     with _layout({leaf.path[1:] for leaf in leaves if leaf.stacked}), _without_noise():
         ocp.save(str(folder), unflatten_dict(zeros))
     for leaf in leaves:
-        (array,) = folder.glob(f"*/{'.'.join(leaf.path[1:])}/zarr.json")
-        # not waiting for the disk file by file: all of them are waited for together before the folder gets its name
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(array.parent), "file_io_sync": False}}
-        store = ts.open(spec, open=True).result()
+        store = _open(folder, leaf.path[1:])
         chunk: Any = store.chunk_layout.write_chunk.shape
         for where, block in _blocks(leaf, chunk):
             store[where].write(block).result()
+
+
+def _open(component: Path, path: Sequence[str], cache_bytes: int = 0) -> ts.TensorStore:
+    """One array of a component, as Orbax keeps it; so many bytes of it, once read, are kept unpacked."""
+    (array,) = component.glob(f"*/{'.'.join(path)}/zarr.json")
+    spec = {
+        "driver": "zarr3",
+        # not waiting for the disk file by file: all of them are waited for together before the folder gets its name
+        "kvstore": {"driver": "file", "path": str(array.parent), "file_io_sync": False},
+        # by itself it leaves chunks of zeros out and takes any that are missing for zeros, where Orbax sees damage
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+        "context": {"cache_pool": {"total_bytes_limit": cache_bytes}},
+    }
+    return ts.open(spec, open=True).result()
 
 
 def _layout(stacked: set[tuple[str, ...]]) -> ocp.Context:
@@ -278,6 +300,33 @@ def load(
         except Exception as e:  # as above
             raise CheckpointError(f"cannot read the parameters in {path}: {_first_line(e.__cause__ or e)}") from e
     return params
+
+
+def open_leaf(folder: Path, path: Sequence[str]) -> Callable[[int | None], np.ndarray]:
+    """One array of a checkpoint, to be read layer by layer; the checkpoint is one that ``abstract`` found whole.
+
+    Args:
+      folder: the checkpoint.
+      path: where the array stands in the tree, the component first.
+
+    Returns:
+      a function that reads the layer it is given, or all of the array for None.
+
+    Raises:
+      CheckpointError: from that function, if numbers are missing or damaged.
+    """
+    # small layers share a chunk, which is not to be unpacked for each of them anew
+    store = _open((folder / "params" / path[0]).absolute(), path[1:], cache_bytes=2 * _CHUNK_BYTES)
+
+    def read(layer: int | None) -> np.ndarray:
+        try:
+            part: Any = store if layer is None else store[layer]
+            return np.asarray(part.read().result())
+        except Exception as e:  # tensorstore has no one kind of error for a file that is missing or damaged
+            where = f"{'/'.join(path)} in {folder / 'params'}"
+            raise CheckpointError(f"cannot read {where}: {_first_line(e)}; convert the checkpoint again") from e
+
+    return read
 
 
 def _first_line(error: BaseException) -> str:

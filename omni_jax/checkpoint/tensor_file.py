@@ -20,6 +20,7 @@ import numpy as np
 from omni_jax.errors import CheckpointError
 
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+_BLOCK_BYTES = 64 * 2**20
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -96,6 +97,11 @@ class NewTensor:
     dtype: np.dtype
     make: Callable[[], np.ndarray]
 
+    @classmethod
+    def of(cls, name: str, tensor: StoredTensor) -> NewTensor:
+        """The same tensor in another file."""
+        return cls(name, tensor.shape, tensor.dtype, tensor.read)
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
@@ -118,4 +124,8 @@ def write_file(path: Path, tensors: Iterable[NewTensor]) -> None:
             array = t.make()
             if array.shape != t.shape or array.dtype != t.dtype:
                 raise CheckpointError(f"{t.name} is {array.dtype}{array.shape}; {t.dtype}{t.shape} was announced")
-            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            rows = np.atleast_1d(array)
+            count = max(1, len(rows) * _BLOCK_BYTES // max(1, rows.nbytes))
+            for start in range(0, len(rows), count):
+                # a transposed array is copied here, so not all of it at once
+                f.write(np.ascontiguousarray(rows[start : start + count]).reshape(-1).view(np.uint8).data)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from omni_jax.errors import InputError
 from omni_jax.generation.sampling import Sampling
+from omni_jax.models.token2wav import SAMPLE_RATE
 from omni_jax.processing.layout import Usage
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.tokenizer import TextStream
@@ -24,6 +27,9 @@ class Options:
       stop: strings that end the reply; they are not part of it.
       stop_token_ids: token ids that end the reply, besides the checkpoint's own.
       assume_fps: take every video's frames to be this many a second, whatever rate they were really sampled at.
+      modalities: ("text",), or ("text", "audio") to have the reply spoken too.
+      voice: who speaks; the checkpoint's default voice if None.
+      talker: how it is spoken, see ``Talk``; its seed is that of the text unless it has one.
     """
 
     max_tokens: int = 256
@@ -35,6 +41,9 @@ class Options:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     assume_fps: float | None = None
+    modalities: tuple[str, ...] = ("text",)
+    voice: str | None = None
+    talker: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def create(cls, **given: Any) -> Options:
@@ -54,8 +63,14 @@ class Options:
             raise InputError(f"max_tokens is {options.max_tokens}; it must be at least 1")
         if any(not isinstance(s, str) or not s for s in options.stop):
             raise InputError(f"stop is {options.stop!r}; each must be a string of at least one character")
+        if isinstance(options.modalities, str) or not set(options.modalities) <= {"text", "audio"}:
+            raise InputError(f'modalities is {options.modalities!r}; it must be ["text"] or ["text", "audio"]')
         _ = options.sampling
         return options
+
+    @property
+    def speaks(self) -> bool:
+        return "audio" in self.modalities
 
     @property
     def sampling(self) -> Sampling:
@@ -70,6 +85,8 @@ class Timings:
     encode: float = 0.0  # the encoders
     prefill: float = 0.0  # reading the prompt
     decode: float = 0.0  # the reply, token by token
+    talk: float = 0.0  # its codes, one by one
+    wave: float = 0.0  # codes to samples
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,9 @@ class Reply:
       finish_reason: "stop" at an end mark or a stop string, "length" at ``max_tokens`` or the end of the context.
       usage: what the prompt was made of.
       timings: of the batch the request was in.
+      codec_ids: the codes of the speech, 50 a second; none for a reply of one token or none.
+      audio: float32 [samples] from -1 to 1, 480 for each code; None if no speech was asked for.
+      sample_rate: of ``audio``.
       error: why there is no answer; only ``generate_batch`` returns such a reply, the others raise.
     """
 
@@ -90,6 +110,9 @@ class Reply:
     finish_reason: Literal["stop", "length", "error"]
     usage: Usage
     timings: Timings = field(default_factory=Timings)
+    codec_ids: tuple[int, ...] = ()
+    audio: np.ndarray | None = field(default=None, compare=False)
+    sample_rate: int = SAMPLE_RATE
     error: str | None = None
 
     @classmethod
@@ -99,9 +122,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of a reply as it comes; the texts of all events add up to the reply's."""
+    """A piece of a reply as it comes; the texts of all events add up to the reply's, and so does the sound."""
 
     text: str | None
+    audio: np.ndarray | None = None  # float32 [samples]
     reply: Reply | None = None  # in the last event
 
 

@@ -1,7 +1,7 @@
 """Choosing the next token: one jittable function for a batch whose rows each have their own settings.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, then the draw. A row's random numbers
-depend on its own seed and step alone, so a request draws the same tokens whatever else is in the batch.
+The order is that of transformers: repetition penalty, barred tokens, temperature, top-k, top-p, then the draw. A row's
+random numbers depend on its own seed and step alone, so a request draws the same tokens whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -64,10 +64,17 @@ class SamplingState:
     seed: UInt32[Array, " B"]
     step: Int[Array, " B"]  # tokens drawn so far
     seen: Bool[Array, "B V"]  # which tokens the prompt and the reply hold
+    barred: Bool[Array, " V"] | None = None  # tokens that are never chosen
 
     @classmethod
-    def create(cls, rows: Sequence[Sampling], prompts: Sequence[np.ndarray], vocab: int) -> SamplingState:
-        """For requests with these settings and prompt token ids."""
+    def create(
+        cls,
+        rows: Sequence[Sampling],
+        prompts: Sequence[np.ndarray],
+        vocab: int,
+        barred: np.ndarray | None = None,
+    ) -> SamplingState:
+        """For requests with these settings and prompt token ids; ``barred`` [vocab] holds for all of them."""
         seen = np.zeros((len(rows), vocab), bool)
         for i, prompt in enumerate(prompts):
             seen[i, prompt] = True
@@ -79,12 +86,15 @@ class SamplingState:
             seed=np.array([r.seed for r in rows], np.uint32),
             step=np.zeros(len(rows), np.int32),
             seen=seen,
+            barred=barred,
         )
 
 
 def sample(logits: Float[Array, "B V"], state: SamplingState) -> tuple[Int[Array, " B"], SamplingState]:
     """Draws one token for each row and remembers it."""
     scores = _penalise(jnp.asarray(logits, jnp.float32), state)
+    if state.barred is not None:
+        scores = jnp.where(state.barred, _NEVER, scores)
     likeliest = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     # sorting a vocabulary costs more than a step of a small model: only where a row asks for it
     drawn = jax.lax.cond(jnp.any(state.temperature > 0), _draw, lambda *_: likeliest, scores, state)

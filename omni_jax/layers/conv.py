@@ -2,35 +2,110 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jaxtyping import Float
 
+from omni_jax.batch import Array
 from omni_jax.layers.params import param
+
+Axes3 = tuple[str, str, str]
 
 
 class Conv1D(nn.Module):
-    """A convolution with ``(kernel - 1) // 2`` zeros on either side."""
+    """A convolution whose ends are padded with ``(kernel - 1) * dilation`` frames in all.
+
+    With stride 1 there are as many frames after it as before.
+    """
 
     inputs: int
     outputs: int
     kernel: int
     stride: int = 1
+    dilation: int = 1
+    edges: Literal["constant", "reflect"] = "constant"  # zeros, or the mirrored neighbours
+    use_bias: bool = True
+    axes: Axes3 = ("kernel", "patch", "embed")
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init, shape = nn.initializers.lecun_normal(in_axis=(0, 1)), (self.kernel, self.inputs, self.outputs)
-        kernel = param(self, "kernel", init, shape, ("kernel", "patch", "embed"))
-        bias = param(self, "bias", nn.initializers.zeros, (self.outputs,), ("embed",))
-        side = (self.kernel - 1) // 2
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.stride,),
-            padding=((side, side),),
-            dimension_numbers=("NTC", "TIO", "NTC"),
-        )
-        return y + bias.astype(self.dtype)
+        kernel = param(self, "kernel", init, shape, self.axes)
+        sides = same_sides(self.kernel, self.dilation)
+        if self.edges == "reflect":
+            x, sides = jnp.pad(x, ((0, 0), sides, (0, 0)), mode="reflect"), (0, 0)
+        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), sides, stride=self.stride, dilation=self.dilation)
+        if self.use_bias:
+            y += param(self, "bias", nn.initializers.zeros, (self.outputs,), self.axes[2:]).astype(self.dtype)
+        return y
+
+
+class UpsamplingConv1D(nn.Module):
+    """A transposed convolution that makes exactly ``stride`` frames of each (reference ``ConvTranspose1d``).
+
+    All ``stride`` phases of the output are channels of one ordinary convolution over the input, so nothing is
+    multiplied with the zeros that a stretched input would have.
+    """
+
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    axes: Axes3 = ("kernel", "patch", "embed")
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init, shape = nn.initializers.lecun_normal(in_axis=(0, 1)), (self.kernel, self.inputs, self.outputs)
+        kernel = param(self, "kernel", init, shape, self.axes).astype(self.dtype)
+        bias = param(self, "bias", nn.initializers.zeros, (self.outputs,), self.axes[2:]).astype(self.dtype)
+        phases, sides = self._phases(kernel)
+        y = conv(x.astype(self.dtype), phases, sides)
+        return y.reshape(x.shape[0], x.shape[1] * self.stride, self.outputs) + bias
+
+    def _phases(self, kernel: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
+        """[taps, inputs, stride * outputs], and how many frames the taps reach to either side.
+
+        Output frame ``stride * n + p`` is the sum over taps o of ``x[n + o] * kernel[p + cut - stride * o]``.
+        """
+        stride, last = self.stride, self.kernel - 1
+        cut = (self.kernel - stride) // 2
+        behind, ahead = (last - cut) // stride, (stride - 1 + cut) // stride
+        # row i of the padded kernel is tap i - before of the kernel
+        before = stride * ahead - cut
+        after = stride * behind + stride - 1 + cut - last
+        padded = jnp.pad(kernel, ((before, after), (0, 0), (0, 0)))
+        taps = padded.reshape(behind + ahead + 1, stride, self.inputs, self.outputs)[::-1]
+        return taps.transpose(0, 2, 1, 3).reshape(behind + ahead + 1, self.inputs, -1), (behind, ahead)
+
+
+def same_sides(kernel: int, dilation: int) -> tuple[int, int]:
+    """Frames to put before and after, so that a convolution of stride 1 gives as many as it takes."""
+    pad = (kernel - 1) * dilation
+    return pad // 2, pad - pad // 2
+
+
+def conv(
+    x: Float[Array, "B T inputs"],
+    kernel: Float[Array, "taps inputs outputs"],
+    sides: tuple[int, int],
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+) -> jax.Array:
+    """A convolution over time, with zeros on either side. [B, T', outputs]"""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride,),
+        padding=(sides,),
+        rhs_dilation=(dilation,),
+        dimension_numbers=("NTC", "TIO", "NTC"),
+    )

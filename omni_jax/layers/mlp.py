@@ -30,10 +30,11 @@ class GatedMLP(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """down(gelu(up(x))) with the exact (erf) GELU."""
+    """down(gelu(up(x))): the exact (erf) GELU, or its approximation with tanh."""
 
     width: int
     hidden: int
+    approximate: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -41,5 +42,5 @@ class GeluMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kw = dtypes(self)
         y = Linear((self.width,), (self.hidden,), ("embed", "mlp"), name="up", **kw)(x)
-        y = jax.nn.gelu(y, approximate=False)
+        y = jax.nn.gelu(y, approximate=self.approximate)
         return Linear((self.hidden,), (self.width,), ("mlp", "embed"), name="down", **kw)(y)

@@ -7,7 +7,7 @@ unstacked and called one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,10 +15,18 @@ import jax
 import jax.numpy as jnp
 
 
-def layer_stack(layer: type[nn.Module], fields: Mapping[str, Any], depth: int, scan: bool, shared: int) -> Any:
+def layer_stack(
+    layer: type[nn.Module],
+    fields: Mapping[str, Any],
+    depth: int,
+    scan: bool,
+    shared: int,
+    methods: Sequence[str] = ("__call__",),
+) -> Any:
     """The layers of a tower, to be assigned in its ``setup`` as ``self.layers``.
 
-    Each is called as ``layer(**fields)(carry, index, *shared) -> (carry, None)``, with ``shared`` further arguments.
+    Each is called as ``layer(**fields)(carry, index, *shared) -> (carry, None)``, with ``shared`` further arguments;
+    so are its other ``methods``, whose second result may be an array (``map_layers``).
     """
     if not scan:
         return [layer(**fields) for _ in range(depth)]
@@ -29,6 +37,7 @@ def layer_stack(layer: type[nn.Module], fields: Mapping[str, Any], depth: int, s
         in_axes=(0, *[nn.broadcast] * shared),  # type: ignore[arg-type]
         length=depth,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        methods=list(methods),
     )(**fields)
 
 
@@ -39,6 +48,13 @@ def call_layers(layers: Any, depth: int, carry: Any, *shared: Any) -> Any:
     for i, layer in enumerate(layers):
         carry, _ = layer(carry, i, *shared)
     return carry
+
+
+def map_layers(layers: Any, depth: int, method: str, *shared: Any) -> jax.Array:
+    """What ``method`` of each layer gives for ``shared`` alone, stacked on a leading axis."""
+    if isinstance(layers, nn.Module):
+        return getattr(layers, method)((), jnp.arange(depth), *shared)[1]
+    return jnp.stack([getattr(layer, method)((), i, *shared)[1] for i, layer in enumerate(layers)])
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,39 @@ class Decoder(nn.Module):
         carry = call_layers(self.layers, c.num_hidden_layers, carry, rope, mask)
         return self.norm(carry.x), carry.cache
 
+    def prefill(
+        self,
+        x: Float[Array, "B S D"],
+        ids: Int[Array, "3 B S"],
+        delta: Int[Array, " B"],
+        segment_ids: Int[Array, "B S"],
+        cache: KVCache,
+    ) -> tuple[Float[jax.Array, "B S D"], Int[jax.Array, " B"], KVCache]:
+        """Reads left-padded rows into an empty cache.
+
+        Args:
+          x: the rows' embeddings.
+          ids, delta: what ``omni_jax.positions.position_ids`` gave for them.
+          segment_ids: 0 where there is padding.
+          cache: with at least S slots.
+
+        Returns:
+          All hidden states, the position id of each row's next token, and the cache.
+        """
+        mask = Mask(jnp.asarray(segment_ids), causal=True)
+        hidden, cache = self(x, ids, mask, cache)
+        length = jnp.sum(mask.segments != 0, axis=1)
+        end = jnp.full_like(length, segment_ids.shape[1])
+        return hidden, length + delta, dataclasses.replace(cache, begin=end - length, end=end)
+
+    def decode(
+        self, x: Float[Array, "B D"], position: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[jax.Array, "B D"], KVCache]:
+        """Reads one token of each row; returns its hidden state and the cache with the token in it."""
+        ids = jnp.broadcast_to(position[None, :, None], (3, position.shape[0], 1))
+        hidden, cache = self(x[:, None], ids, None, cache)
+        return hidden[:, 0], dataclasses.replace(cache, end=cache.end + 1)
+
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[jax.Array, "*rows V"]:
         """Scores of the next word, in float32."""
         return self.head(hidden).astype(jnp.float32)

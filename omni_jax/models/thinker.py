@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +68,7 @@ class Thinker(nn.Module):
           media_index: which feature a position takes, counted over all of ``features`` in turn; -1 for a word.
           features: what the encoders gave, in the order of ``OmniBatch``.
         """
-        words = self.decoder.embed(tokens)
+        words = self.words(tokens)
         if not features:
             return words
         index = jnp.asarray(media_index)
@@ -78,26 +77,20 @@ class Thinker(nn.Module):
 
     def prefill(
         self, x: Float[Array, "B S D"], spans: Spans, segment_ids: Int[Array, "B S"], cache: KVCache
-    ) -> tuple[Float[jax.Array, "B D"], Int[jax.Array, " B"], KVCache]:
-        """Reads left-padded prompts into an empty cache.
-
-        Returns:
-          The hidden state of the last position, the position id of the next token, and the cache.
-        """
+    ) -> tuple[Float[jax.Array, "B S D"], Int[jax.Array, " B"], KVCache]:
+        """Reads left-padded prompts into an empty cache; returns what ``Decoder.prefill`` does."""
         ids, delta = position_ids(spans, segment_ids, self.config.position_id_per_seconds)
-        mask = Mask(jnp.asarray(segment_ids), causal=True)
-        hidden, cache = self.decoder(x, ids, mask, cache)
-        length = jnp.sum(mask.segments != 0, axis=1)
-        end = jnp.full_like(length, segment_ids.shape[1])
-        return hidden[:, -1], length + delta, dataclasses.replace(cache, begin=end - length, end=end)
+        return self.decoder.prefill(x, ids, delta, segment_ids, cache)
 
     def decode(
-        self, tokens: Int[Array, " B"], position: Int[Array, " B"], cache: KVCache
+        self, x: Float[Array, "B D"], position: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[jax.Array, "B D"], KVCache]:
-        """Reads one word of each row; returns its hidden state and the cache with the word in it."""
-        ids = jnp.broadcast_to(position[None, :, None], (3, position.shape[0], 1))
-        hidden, cache = self.decoder(self.decoder.embed(tokens[:, None]), ids, None, cache)
-        return hidden[:, 0], dataclasses.replace(cache, end=cache.end + 1)
+        """Reads the embedding of one word of each row; returns its hidden state and the cache with the word in it."""
+        return self.decoder.decode(x, position, cache)
+
+    def words(self, tokens: Int[Array, "*rows"]) -> Float[jax.Array, "*rows D"]:
+        """The words' embeddings."""
+        return self.decoder.embed(tokens)
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[jax.Array, "*rows V"]:
         """Scores of the next word, in float32."""

@@ -1,0 +1,94 @@
+"""The Talker: what the Thinker said to codes of speech (reference ``Qwen2_5OmniTalkerForConditionalGeneration``).
+
+A row of its input is the sum of something from the Thinker and the embedding of a code, both as wide as the Thinker;
+a projection then takes it to the Talker's own width (section 7.1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+from jaxtyping import Float, Int
+
+from omni_jax.batch import Array, Spans
+from omni_jax.config import TalkerConfig
+from omni_jax.layers.attention import Mask
+from omni_jax.layers.linear import Linear
+from omni_jax.layers.params import dtypes
+from omni_jax.models.decoder import Decoder, KVCache
+from omni_jax.positions import position_ids
+
+NO_CODE = -1  # in place of a code where a row has none
+
+
+class Talker(nn.Module):
+    """Speaks in codes, 50 a second.
+
+    ``__call__`` is the whole of it, for training and scoring. Generation calls ``prefill`` once a reply, then
+    ``decode`` once a code. E is the Thinker's width, D the Talker's, V the number of codes.
+    """
+
+    config: TalkerConfig
+    scan_layers: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        c, kw = self.config, dtypes(self)
+        self.proj = Linear((c.embedding_size,), (c.hidden_size,), ("mlp", "embed"), **kw)
+        self.decoder = Decoder(c, c.embedding_size, scan_layers=self.scan_layers, **kw)
+
+    def __call__(
+        self, text: Float[Array, "B S E"], codes: Int[Array, "B S"], spans: Spans, segment_ids: Int[Array, "B S"]
+    ) -> Float[jax.Array, "B S V"]:
+        """The scores of the next code at every position; padding gives numbers without meaning.
+
+        Args:
+          text: what the Thinker gives to each position.
+          codes: the code of each position, or NO_CODE.
+          spans: of the position ids.
+          segment_ids: 0 where there is padding.
+        """
+        ids, _ = position_ids(spans, segment_ids, self.config.position_id_per_seconds)
+        mask = Mask(jnp.asarray(segment_ids), causal=True)
+        return self.logits(self.decoder(self._embed(text, codes), ids, mask, None)[0])
+
+    def prefill(
+        self,
+        text: Float[Array, "B S E"],
+        codes: Int[Array, "B S"],
+        spans: Spans,
+        segment_ids: Int[Array, "B S"],
+        cache: KVCache,
+    ) -> tuple[Float[jax.Array, "B S D"], Int[jax.Array, " B"], KVCache]:
+        """Reads left-padded rows into an empty cache; returns what ``Decoder.prefill`` does."""
+        ids, delta = position_ids(spans, segment_ids, self.config.position_id_per_seconds)
+        return self.decoder.prefill(self._embed(text, codes), ids, delta, segment_ids, cache)
+
+    def decode(
+        self, text: Float[Array, "B E"], codes: Int[Array, " B"], position: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[jax.Array, "B D"], KVCache]:
+        """Reads one code of each row beside its share of the text; returns what ``Decoder.decode`` does."""
+        return self.decoder.decode(self._embed(text, codes), position, cache)
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[jax.Array, "*rows V"]:
+        """Scores of the next code, in float32."""
+        return self.decoder.logits(hidden)
+
+    def _embed(self, text: Array, codes: Array) -> jax.Array:
+        codes = jnp.asarray(codes)
+        spoken = self.decoder.embed(jnp.maximum(codes, 0))
+        return self.proj(jnp.asarray(text, self.dtype) + jnp.where((codes != NO_CODE)[..., None], spoken, 0))
+
+
+def abstract_params(model: Talker) -> Any:
+    """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
+    one = np.zeros((1, 1), np.int32)
+    spans = Spans(one, one, one, one, one, one.astype(np.float32))
+    text = np.zeros((1, 1, model.config.embedding_size), np.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), text, one, spans, one + 1)["params"]

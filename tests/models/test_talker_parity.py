@@ -1,0 +1,124 @@
+"""The Talker against PyTorch, float32, random weights, several widths and seeds."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import torch
+
+from omni_jax import positions
+from omni_jax.models.decoder import KVCache
+from omni_jax.models.talker import NO_CODE, abstract_params
+from omni_jax.processing.layout import AudioInput, Prompt, VisionInput, lay_out
+from tests.generation.test_text_parity import reference_arguments
+from tests.pairs import Whole, relative_error
+
+# float32 sums in another order: some 1e-6 a layer at these depths, with room for the condition of random weights
+TOLERANCE = 1e-4
+
+STEPS = 8
+LENGTH, SLOTS = 128, 160  # of our rows, left-padded, and of the cache
+
+
+def a_prompt(whole: Whole, rng: np.random.Generator) -> Prompt:
+    """Text, a sound, a picture and a silent video; only their sizes matter here."""
+    c = whole.config.thinker_config
+    dim = c.vision_config.patch_dim
+    sound = AudioInput(np.zeros((57, c.audio_config.num_mel_bins), np.float32))
+    picture = VisionInput(np.zeros((6 * 22, dim), np.float32), (1, 6, 22))
+    video = VisionInput(np.zeros((3 * 4 * 6, dim), np.float32), (3, 4, 6), "video")
+    text = rng.integers(0, 500, 9).tolist()
+    ids = [*text[:4], c.audio_start_token_id, c.audio_token_index, c.audio_end_token_id, text[4]]
+    for token in (c.image_token_index, c.video_token_index):
+        ids += [c.vision_start_token_id, token, c.vision_end_token_id]
+    return lay_out([*ids, *text[5:]], [sound, picture, video], c)
+
+
+class Case:
+    """A prompt, what the Thinker would have given for it, and the codes of some steps."""
+
+    def __init__(self, whole: Whole, seed: int):
+        rng, c = np.random.default_rng(seed), whole.config.talker_config
+        self.prompt = a_prompt(whole, rng)
+        self.text = rng.standard_normal((1, len(self.prompt) + 2, c.embedding_size)).astype(np.float32)
+        self.shares = rng.standard_normal((1, STEPS, c.embedding_size)).astype(np.float32)
+        self.codes = rng.integers(0, c.vocab_size, STEPS)
+        self.first = (c.tts_codec_pad_token_id, c.tts_codec_start_token_id)
+
+    def reference(self, talker: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Scores at every position of the prompt's rows, [T, V], and after each step, [STEPS, V]."""
+        length = self.text.shape[1]
+        given = reference_arguments(self.prompt)
+        where = {k: given[k] for k in ("image_grid_thw", "video_grid_thw", "video_second_per_grid")}
+        with torch.no_grad():
+            out = talker(
+                inputs_embeds=torch.tensor(self.text),
+                input_text_ids=torch.nn.functional.pad(given["input_ids"], (0, 2), value=1),
+                attention_mask=torch.ones(1, length, dtype=torch.long),
+                cache_position=torch.arange(length),
+                audio_feature_lengths=given["feature_attention_mask"].sum(1),
+                use_cache=True,
+                **where,
+            )
+            prompt, steps = out.logits[0].numpy(), []
+            for i, code in enumerate(self.codes.tolist()):
+                out = talker(
+                    input_ids=torch.tensor([[code]]),
+                    thinker_reply_part=torch.tensor(self.shares[:, i:]),
+                    attention_mask=torch.ones(1, length + i + 1, dtype=torch.long),
+                    cache_position=torch.tensor([length + i]),
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
+                )
+                steps.append(out.logits[0, -1].numpy())
+        return prompt, np.stack(steps)
+
+    def ours(self, whole: Whole) -> tuple[Any, ...]:
+        """The arguments of the Talker's ``prefill`` but the cache: left-padded rows."""
+        pad = LENGTH - self.text.shape[1]
+        segments = (*self.prompt.segments, positions.Text(2))
+        spans = positions.stack([positions.resolve(segments, whole.config.thinker_config, begin=pad)], LENGTH)
+        text = np.pad(self.text, ((0, 0), (pad, 0), (0, 0)), constant_values=np.float32(3))
+        codes = np.full((1, LENGTH), NO_CODE, np.int32)
+        codes[0, -2:] = self.first
+        return text, codes, spans, (np.arange(LENGTH) >= pad)[None].astype(np.int32)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_logits_of_prefill_and_steps(whole: Whole, seed: int) -> None:
+    case = Case(whole, seed)
+    prompt, steps = case.reference(whole.torch.talker)
+    rows = case.ours(whole)
+    for model, params in whole.talkers():
+
+        def apply(params: Any, method: str | None, *args: Any, model: Any = model) -> Any:
+            return model.apply({"params": params}, *args, method=method)
+
+        call = functools.partial(jax.jit(apply, static_argnums=1), params)
+        assert relative_error(call(None, *rows)[0, -len(prompt) :], prompt) < TOLERANCE
+        cache = KVCache.empty(model.config, 1, SLOTS, model.scan_layers, np.float32)
+        hidden, position, cache = call("prefill", *rows, cache)
+        assert relative_error(call("logits", hidden[:, -1])[0], prompt[-1]) < TOLERANCE
+        for i in range(STEPS):
+            hidden, cache = call("decode", case.shares[:, i], case.codes[i : i + 1], position + i, cache)
+            assert relative_error(call("logits", hidden)[0], steps[i]) < TOLERANCE
+
+
+def test_every_weight_matters(whole: Whole) -> None:
+    """So that parity over random weights says something of each of them: none is constant, none is unused."""
+    model, params = whole.talkers()[0]
+    shapes = jax.tree.map(lambda leaf: leaf.shape, nn.unbox(abstract_params(model)))
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, params)
+    rows = Case(whole, 0).ours(whole)
+
+    def total(params: Any) -> jax.Array:
+        logits = model.apply({"params": params}, *rows)[0, -1]
+        return (logits * np.arange(len(logits))).sum()
+
+    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(total))(params)):
+        assert np.any(gradient), jax.tree_util.keystr(path)
