@@ -1,4 +1,4 @@
-# make demo         converts a small random model and asks it about the media in tests/media; needs nothing done before
+# make demo         converts a small random model, asks it about the media in tests/media, and has it speak its answer
 # make test         every test, with PyTorch as the oracle; needs nothing done before
 # make check        lint, format and types
 # make test-newest  the tests that need no PyTorch, on Python 3.12 with the newest jax and flax
@@ -31,8 +31,11 @@ else
 	rm -rf out/demo
 	$(BIN)/python tools/make_checkpoint.py out/demo/published --size small
 	$(BIN)/python tools/convert.py to-jax out/demo/published out/demo/model
-	$(BIN)/python serve.py chat --model out/demo/model --max-tokens 48 --temperature 1 $(MEDIA) $(QUESTION)
+	$(BIN)/python serve.py chat --model out/demo/model --max-tokens 48 --temperature 1 $(MEDIA) $(QUESTION) \
+		--out out/demo/reply.wav --talker.max-tokens 150 --talker.seed 3
+	$(BIN)/python tools/spectrogram.py out/demo/reply.wav out/demo/reply.png
 	@echo
+	@echo "The spoken reply is in out/demo/reply.wav, a picture of it in out/demo/reply.png."
 	@echo "The words above are random, for so are the model's numbers. For real answers, convert a trained model:"
 	@echo "  $(BIN)/python tools/convert.py to-jax FOLDER-OF-QWEN2.5-OMNI out/model && make demo MODEL=out/model"
 endif
@@ -55,16 +58,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed-run: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e .[plots]
 	touch $@
 
 $(VENV)/installed-test: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e .[test]
+	$(BIN)/python -m pip install --quiet -e .[plots,test]
 	$(TORCHVISION)
 	touch $@ $(VENV)/installed-run
 
 $(VENV)/installed-check: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e .[test,check]
+	$(BIN)/python -m pip install --quiet -e .[plots,test,check]
 	$(TORCHVISION)
 	touch $@ $(VENV)/installed-test $(VENV)/installed-run
 

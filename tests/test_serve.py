@@ -85,7 +85,7 @@ def test_help_teaches_and_names_nothing_that_is_not_there() -> None:
         done = serve(*arguments)
         assert done.returncode == 0
         assert "python serve.py chat --model" in done.stdout
-        for absent in ("batch", "http", "port", "voice", "--out", "speech"):
+        for absent in ("batch", "http", "port"):
             assert absent not in done.stdout
 
 

@@ -63,8 +63,9 @@ def load(
     held = store.components(folder)
     wanted = tuple(held if components is None else components)
     if "thinker" not in wanted or "thinker" not in held:
+        asked = ", ".join(wanted)
         raise CheckpointError(
-            f"{folder} has {', '.join(held)}, and {', '.join(wanted)} was asked for; all need thinker"
+            f"{folder} has {', '.join(held)}, and {asked} was asked for; nothing goes without thinker"
         )
     config, processor = OmniConfig.load(folder), Processor.load(folder, allow_urls=allow_urls)
     kind = jnp.dtype(dtype or jnp.result_type(*held["thinker"]))

@@ -109,7 +109,7 @@ class Reply:
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length", "error"]
     usage: Usage
-    timings: Timings = field(default_factory=Timings)
+    timings: Timings = field(default_factory=Timings, compare=False)
     codec_ids: tuple[int, ...] = ()
     audio: np.ndarray | None = field(default=None, compare=False)
     sample_rate: int = SAMPLE_RATE

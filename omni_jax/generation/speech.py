@@ -32,6 +32,9 @@ from omni_jax.processing.collate import SMALLEST_ROW
 from omni_jax.processing.layout import Prompt
 from omni_jax.sharding import constrain
 
+# Codes that a cache has room for at first; it doubles as speech goes on. A step reads all of its cache, and few replies
+# come near the limit of 4096 codes.
+_ROOM = 512
 _SALT = 0x7A1CE2  # so that words and codes of one request are not drawn with the same random numbers
 
 
@@ -133,9 +136,10 @@ class SpeechLoop:
           steps: how many codes one jitted call makes at most.
         """
         self.params = params
-        self._config, self._words, self._mesh = config, words, mesh
+        self._config, self._words, self._mesh, self._steps = config, words, mesh, steps
         self._prefill = jax.jit(functools.partial(_prefill, model), static_argnames="slots")
         self._advance = jax.jit(functools.partial(_advance, model, steps), donate_argnums=1)
+        self._grow = jax.jit(KVCache.grown, static_argnums=1)
 
     def speak(self, heard: Conditioning, requests: Sequence[SpeechRequest]) -> list[np.ndarray]:
         """Speaks a batch of replies; returns each request's codes up to its end, int32 [codes].
@@ -165,7 +169,7 @@ class SpeechLoop:
         idle = [0] * (rows - len(requests))
         reply = np.array([*(r.reply for r in requests), *idle], np.int32)
         marks = self._marks([*(r.speaker for r in requests), *idle])
-        slots = bucket(segment_ids.shape[1] + int(left.max()), smallest=64)
+        slots = bucket(segment_ids.shape[1] + min(int(left.max()), _ROOM), smallest=64)
         with on_mesh(self._mesh):
             filled = self._prefill(self.params, heard, marks, reply, spans, segment_ids, slots=slots)
         logits, position, cache, text = jax.block_until_ready(filled)
@@ -181,6 +185,12 @@ class SpeechLoop:
 
         NOTHING stands from a row's end on. The state that is given is used up.
         """
+        needed = int(np.max(state.cache.end)) + min(self._steps, int(np.max(state.left)))
+        slots = state.cache.slots
+        if needed > slots:
+            slots = bucket(max(needed, 2 * slots), smallest=64)
+            with on_mesh(self._mesh):
+                state = dataclasses.replace(state, cache=self._grow(state.cache, slots))
         with on_mesh(self._mesh):
             made, state = self._advance(self.params, state)
         return np.asarray(made), state

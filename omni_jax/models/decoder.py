@@ -49,6 +49,18 @@ class KVCache:
 
         return cls(one(), one(), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
+    @property
+    def slots(self) -> int:
+        return jax.tree.leaves(self.k)[0].shape[-2]
+
+    def grown(self, slots: int) -> KVCache:
+        """The same with room for ``slots`` positions."""
+
+        def more(cache: Array) -> jax.Array:
+            return jnp.pad(cache, [*[(0, 0)] * (cache.ndim - 2), (0, slots - cache.shape[-2]), (0, 0)])
+
+        return dataclasses.replace(self, k=jax.tree.map(more, self.k), v=jax.tree.map(more, self.v))
+
     def write_prompt(self, layer: int | jax.Array, k: Array, v: Array) -> KVCache:
         """Writes the first positions of a layer; k and v are [B, S, K, H]."""
 

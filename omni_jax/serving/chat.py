@@ -1,10 +1,11 @@
-"""One question from the command line: media and text in, the reply on the terminal as it is made."""
+"""One question from the command line: media and text in, the reply on the terminal as it is made, and as sound."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,10 @@ from rich.table import Table
 from omni_jax.errors import InputError
 from omni_jax.generation.model import load
 from omni_jax.generation.reply import Options, Reply
+from omni_jax.generation.speech import Talk
+from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Usage
+from omni_jax.serving.wav import write_wav
 
 _FILE = tyro.conf.arg(metavar="FILE")
 
@@ -31,7 +35,7 @@ class Chat:
     For instance:
 
         python serve.py chat --model out/model \\
-            --image menu.jpg --text "Which dish is cheapest?"
+            --image menu.jpg --text "Which dish is cheapest?" --out answer.wav
     """
 
     model: Annotated[Path, tyro.conf.arg(metavar="DIR")]
@@ -44,8 +48,14 @@ class Chat:
     """A sound, or a video of which only the sound is wanted."""
     video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _FILE] = ()
     """A video."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.wav")] = None
+    """Speak the answer into this file: 24 kHz, 16 bits, one channel."""
+    voice: str | None = None
+    """Who speaks; without it, Chelsie, or the checkpoint's first voice."""
+    talker: Talk = field(default_factory=Talk)
+    """How the answer is spoken."""
     system: str | None = None
-    """The system prompt; without it, the chat template's own."""
+    """The system prompt; without it, the chat template's own, or with --out the one that speech was trained with."""
     use_audio_in_video: Literal["auto", "true", "false"] = "auto"
     """Whether to hear the videos too. auto: those that have a sound track; true: a silent video is an error."""
     fps: float | None = None
@@ -74,9 +84,12 @@ class Chat:
         messages, options = self.messages(), self.options()
         Options.create(**options)  # a mistake in them shows before a large model is loaded
         terminal = Console(stderr=True)
+        if self.out is not None and not self.out.resolve().parent.is_dir():
+            raise InputError(f"--out {self.out}: the folder {self.out.resolve().parent} does not exist")
         begun = time.perf_counter()
+        components = ("thinker",) if self.out is None else None
         with terminal.status(f"loading {self.model}"):
-            model = load(self.model, dtype=self.dtype, allow_urls=self.allow_urls)
+            model = load(self.model, dtype=self.dtype, components=components, allow_urls=self.allow_urls)
         loaded = time.perf_counter() - begun
         waiting = terminal.status("reading the question and compiling for its length")
         waiting.start()
@@ -87,7 +100,9 @@ class Chat:
                     sys.stdout.write(event.text)
                     sys.stdout.flush()
                 if event.reply is not None:
-                    _finish(terminal, event.reply, loaded)
+                    if self.out is not None and event.reply.audio is not None:
+                        write_wav(self.out, event.reply.audio, event.reply.sample_rate)
+                    _finish(terminal, event.reply, loaded, self.out)
         finally:
             waiting.stop()
 
@@ -104,16 +119,22 @@ class Chat:
         parts += [{"type": "text", "text": text} for text in self.text]
         if not parts:
             raise InputError("nothing to answer: give --text, --image, --audio or --video")
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        prompt = SPEECH_SYSTEM_PROMPT if self.system is None and self.out is not None else self.system
+        system = [] if prompt is None else [{"role": "system", "content": prompt}]
         return [*system, {"role": "user", "content": parts}]
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of ``OmniModel.stream``."""
         names = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        if self.out is not None:
+            usual = dataclasses.asdict(Talk())  # its seed, unless given, is that of the text
+            talker = {k: v for k, v in dataclasses.asdict(self.talker).items() if v != usual[k]}
+            options |= dict(modalities=("text", "audio"), voice=self.voice, talker=talker)
+        return options
 
 
-def _finish(terminal: Console, reply: Reply, loaded: float) -> None:
+def _finish(terminal: Console, reply: Reply, loaded: float, out: Path | None) -> None:
     sys.stdout.write("\n")
     sys.stdout.flush()
     times, made = reply.timings, len(reply.token_ids)
@@ -128,15 +149,17 @@ def _finish(terminal: Console, reply: Reply, loaded: float) -> None:
         "prefill": times.prefill,
         "decode": times.decode,
     }
+    if out is not None:
+        rows |= {"talk": times.talk, "wave": times.wave}
     for stage, seconds in rows.items():
         table.add_row(stage, f"{seconds:.2f}")
     terminal.print()
     terminal.print(table)
-    for line in (
-        f"prompt: {_describe(reply.usage)}",
-        f"reply: {made} tokens, {made / times.decode:.1f} a second{cut}",
-        "encode, prefill and decode include compiling for these lengths",
-    ):
+    lines = [f"prompt: {_describe(reply.usage)}", f"reply: {made} tokens, {made / times.decode:.1f} a second{cut}"]
+    if out is not None and reply.audio is not None:
+        lines.append(f"speech: {len(reply.codec_ids)} codes, {len(reply.audio) / reply.sample_rate:.2f} s in {out}")
+    lines.append("all but load and prepare include compiling for these lengths")
+    for line in lines:
         terminal.print(line, highlight=False, soft_wrap=True)
 
 

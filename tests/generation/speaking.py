@@ -49,7 +49,7 @@ class Parts:
         self.speech = SpeechLoop(talker, unstack_layers(held["talker"]), self.config, self.text.words)
 
     def silence_ends(self) -> None:
-        """Gives the two ends a score of zero, which is never the highest, so that speech goes on to its limit."""
+        """Gives the two ends a score of zero, which is never the highest: greedy speech goes on to its limit."""
         c = self.config.talker_config
         head = self.speech.params["decoder"]["head"]
         ends = np.array([c.tts_codec_pad_token_id, c.tts_codec_end_token_id])
