@@ -70,7 +70,8 @@ def speak(
         if "replies" in parts:
             results["replies"] = replies(ours, middle_config())
     finally:
-        ours.close(), theirs.close()
+        ours.close()
+        theirs.close()
     write(json_out, results)
 
 
