@@ -41,7 +41,7 @@ def reply(folder: str, sizes: dict[str, int]) -> None:
     questions = [[picture, {"type": "text", "text": "What is it?"}], "hello", "a longer question of some words"]
     dialogues = [[{"role": "user", "content": content}] for content in questions]
     for mesh in (None, make_mesh(**sizes)):
-        model = omni_jax.load(folder, mesh=mesh)
+        model = omni_jax.load(folder, mesh=mesh, components=("thinker",))
         ids = [r.token_ids for r in model.generate_batch(dialogues, max_tokens=12)]
         print(json.dumps({"devices": 1 if mesh is None else mesh.size, "ids": ids}), flush=True)
 

@@ -220,7 +220,9 @@ class OmniModel:
                 yield Event(pieces[0])
         timings.decode = clock.lap()
         rests = [writer.end() for writer in writers]
-        spoken = self._speak(state.kept, prompts, writers, options, timings) if state.kept is not None else None
+        heard = state.kept
+        del state  # the Thinker's cache is not needed while the reply is spoken
+        spoken = None if heard is None else self._speak(heard, prompts, writers, options, timings)
         for i, (prompt, writer) in enumerate(zip(prompts, writers, strict=True)):
             assert writer.finish_reason is not None
             reply = Reply(writer.text, tuple(writer.ids), writer.finish_reason, prompt.usage, timings)
@@ -241,7 +243,7 @@ class OmniModel:
         assert self._speech is not None
         clock, voice, talk = _Clock(), choose(self.voices, options.voice), self._talk(options)
         requests = [
-            SpeechRequest(prompt, len(writer.ids), voice.bos_token, talk)
+            SpeechRequest(prompt, writer.spoken, voice.bos_token, talk)
             for prompt, writer in zip(prompts, writers, strict=True)
         ]
         codes = self._speech.speak(heard, requests)

@@ -65,6 +65,8 @@ class Options:
             raise InputError(f"stop is {options.stop!r}; each must be a string of at least one character")
         if isinstance(options.modalities, str) or not set(options.modalities) <= {"text", "audio"}:
             raise InputError(f'modalities is {options.modalities!r}; it must be ["text"] or ["text", "audio"]')
+        if not isinstance(options.talker, Mapping):
+            raise InputError(f"talker is {options.talker!r}; it must be a dict of options")
         _ = options.sampling
         return options
 
@@ -135,17 +137,19 @@ class ReplyWriter:
     def __init__(self, processor: Processor, options: Options):
         self.ids: list[int] = []
         self.finish_reason: Literal["stop", "length"] | None = None
-        self._text = ""
+        self._text, self._cut = "", False  # and whether a stop string was cut off
         self._stream: TextStream = processor.text_stream()
         self._stop_ids = stop_ids(processor, options)
         self._stop = options.stop
         self._emitted = 0
+        self._begins: list[int] = []  # where in the text each token's share begins
 
     def push(self, tokens: Iterable[int]) -> str:
         """Takes tokens; returns the text that is now certain. Tokens after the end are passed over."""
         for token in tokens:
             if self.finish_reason is None and token >= 0:
                 self.ids.append(int(token))
+                self._begins.append(len(self._text))
                 if token in self._stop_ids:
                     self._finish("stop")
                 else:
@@ -162,6 +166,15 @@ class ReplyWriter:
     def text(self) -> str:
         return self._text[: self._emitted]
 
+    @property
+    def spoken(self) -> int:
+        """How many of the tokens the Talker is given: those of the text, and the one after them, which ends it.
+
+        Of a stop string nothing is spoken but what shares a token with the text.
+        """
+        within = sum(begin < len(self._text) for begin in self._begins)
+        return min(within + 1, len(self.ids)) if self._cut else len(self.ids)
+
     def _finish(self, reason: Literal["stop", "length"]) -> None:
         self._write(self._stream.flush())
         self.finish_reason = self.finish_reason or reason
@@ -170,7 +183,7 @@ class ReplyWriter:
         self._text += piece
         places = [place for s in self._stop if (place := self._text.find(s)) >= 0]
         if places:
-            self._text = self._text[: min(places)]
+            self._text, self._cut = self._text[: min(places)], True
             self.finish_reason = "stop"
 
     def _certain(self) -> str:

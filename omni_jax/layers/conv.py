@@ -102,8 +102,8 @@ def conv(
 ) -> jax.Array:
     """A convolution over time, with zeros on either side. [B, T', outputs]"""
     return jax.lax.conv_general_dilated(
-        x,
-        kernel,
+        jnp.asarray(x),
+        jnp.asarray(kernel),
         window_strides=(stride,),
         padding=(sides,),
         rhs_dilation=(dilation,),

@@ -92,7 +92,7 @@ class VocoderStage(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, length: jax.Array) -> jax.Array:
+    def __call__(self, x: Array, length: Array) -> jax.Array:
         c, kw = self.config, dtypes(self)
         channels, rate = c.upsample_initial_channel >> self.index, c.upsample_rates[self.index]
         kernel = c.upsample_kernel_sizes[self.index]
@@ -265,7 +265,7 @@ def downsample_phases(even: Float[Array, "B T+6 C"], odd: Float[Array, "B T+6 C"
     return _shifted_sum(even, from_even) + _shifted_sum(odd, {o: taps[2 * o + 6] for o in range(-_REACH, _REACH)})
 
 
-def _prolonged(x: jax.Array, first: jax.Array, last: jax.Array, length: jax.Array) -> jax.Array:
+def _prolonged(x: Array, first: Array, last: Array, length: Array) -> jax.Array:
     """Each row with what a filter reads beyond its ends: 3 times ``first``'s first frame and ``last``'s last one.
 
     Only those frames are written; what stands further behind a row's end is read by nothing that is kept.
@@ -277,17 +277,18 @@ def _prolonged(x: jax.Array, first: jax.Array, last: jax.Array, length: jax.Arra
     return y.at[rows[:, None], places].set(end[:, None])
 
 
-def _shifted_sum(x: jax.Array, taps: dict[int, np.float32]) -> jax.Array:
+def _shifted_sum(x: Array, taps: dict[int, np.float32]) -> jax.Array:
     """The sum of ``tap * x[t + offset]`` for a prolonged ``x``, at its own places."""
     length = x.shape[1] - 2 * _REACH
+    x = jnp.asarray(x)
     parts = [tap * x[:, _REACH + o : _REACH + o + length] for o, tap in taps.items()]
     return sum(parts[1:], start=parts[0])
 
 
-def _inside(x: jax.Array, length: jax.Array) -> jax.Array:
+def _inside(x: Array, length: Array) -> jax.Array:
     return (jnp.arange(x.shape[1])[None, :] < jnp.asarray(length)[:, None])[..., None]
 
 
-def _cut(x: jax.Array, length: jax.Array) -> jax.Array:
+def _cut(x: Array, length: Array) -> jax.Array:
     """Zeros after each row's end."""
     return jnp.where(_inside(x, length), x, 0)

@@ -75,7 +75,7 @@ class Modulations:
 class _Evaluation:
     """What all layers of one evaluation share."""
 
-    modulation: jax.Array  # [L, 6, D]
+    modulation: Float[Array, "L 6 D"]
     blocks: Blocks
     rotary: Tables
 
@@ -125,7 +125,7 @@ class DiT(nn.Module):
         nothing = self.codec_embed(jnp.zeros((len(codes), 1), jnp.int32))
         return Conditions(given, self._conditions(speakers[:, 1:], nothing, jnp.zeros_like(cond)[:, None]))
 
-    def _conditions(self, speaker: jax.Array, codes: jax.Array, cond: jax.Array) -> jax.Array:
+    def _conditions(self, speaker: Array, codes: Array, cond: Array) -> jax.Array:
         parts = [jnp.broadcast_to(p, (*codes.shape[:2], p.shape[-1])) for p in (speaker, codes, cond)]
         return self.input_proj.constant(jnp.concatenate(parts, axis=-1))
 
@@ -207,7 +207,7 @@ class TimeEmbedding(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, times: jax.Array) -> jax.Array:
+    def __call__(self, times: Array) -> jax.Array:
         x = jnp.asarray(time_sinusoid(times), self.dtype)
         x = Linear((_TIME_FREQUENCIES,), (self.width,), ("channels", "mlp"), name="up", **dtypes(self))(x)
         return Linear((self.width,), (self.width,), ("mlp", "embed"), name="down", **dtypes(self))(jax.nn.silu(x))
@@ -294,7 +294,7 @@ def rotate_first_head(x: Float[Array, "N F heads H"], tables: Tables) -> jax.Arr
     cos, sin = tables
     first, second = x[:, :, 0, 0::2], x[:, :, 0, 1::2]
     turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return x.at[:, :, 0].set(turned.reshape(x.shape[0], x.shape[1], x.shape[3]))
+    return jnp.asarray(x).at[:, :, 0].set(turned.reshape(x.shape[0], x.shape[1], x.shape[3]))
 
 
 def time_sinusoid(times: Float[Array, " E"]) -> Float[jax.Array, "E 256"]:

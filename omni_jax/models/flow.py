@@ -65,10 +65,10 @@ def integrate(
             return slopes.at[number].set(slope), None
 
         none = jnp.zeros((len(_PLACES), *value.shape), value.dtype)
-        slopes, _ = jax.lax.scan(stage, none, (jnp.arange(len(_PLACES)), _STAGES, moments))
+        slopes, _ = jax.lax.scan(stage, none, (jnp.arange(len(_PLACES)), jnp.asarray(_STAGES), moments))
         return value + size * _weighed(jnp.asarray(_WEIGHTS), slopes), None
 
-    return jax.lax.scan(step, jnp.asarray(start), (np.diff(grid), moments))[0]
+    return jax.lax.scan(step, jnp.asarray(start), (jnp.asarray(np.diff(grid)), moments))[0]
 
 
 def _weighed(weights: jax.Array, slopes: jax.Array) -> jax.Array:

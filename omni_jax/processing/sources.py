@@ -123,7 +123,7 @@ def _data_url(url: str) -> bytes:
 def _fetch(url: str, allowed: bool) -> bytes:
     if not allowed:
         raise InputError(
-            "fetching from the web is off; pass the file, or load the model with allow_urls=True (serve.py: --allow-urls)"
+            "fetching from the web is off; pass the file, or load the model with allow_urls=True (--allow-urls)"
         )
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:

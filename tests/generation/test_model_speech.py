@@ -17,7 +17,8 @@ from omni_jax.errors import CheckpointError, InputError
 from omni_jax.generation.model import OmniModel
 
 SPEAK: dict[str, Any] = dict(max_tokens=8, modalities=("text", "audio"))
-SPEAK["talker"] = dict(max_tokens=40, temperature=0.3, top_k=0, top_p=1.0)  # so that random replies end at different places
+# so that random replies end at different places
+SPEAK["talker"] = dict(max_tokens=40, temperature=0.3, top_k=0, top_p=1.0)
 SAMPLES_A_CODE = 480
 # float32 through 36 evaluations and the vocoder's waves, summed in another order for another batch
 TOLERANCE = 1e-3
@@ -122,6 +123,7 @@ def test_an_unknown_voice_matters_only_if_speech_is_asked_for(model: OmniModel) 
     [
         ({"modalities": ("text", "smell")}, "modalities is ('text', 'smell'); it must be"),
         ({"modalities": "audio"}, "modalities is 'audio'; it must be"),
+        ({**SPEAK, "talker": 3}, "talker is 3; it must be a dict of options"),
         ({**SPEAK, "talker": {"speed": 2}}, "unknown talker option speed; known: temperature"),
         ({**SPEAK, "talker": {"top_p": 0}}, "talker top_p is 0; it must be above 0"),
     ],

@@ -80,6 +80,14 @@ def test_a_stop_id_of_the_request(processor: Processor) -> None:
     assert ("".join(pieces), writer.ids, writer.finish_reason) == ("x", [x, y], "stop")
 
 
+def test_what_is_spoken_ends_with_the_text(processor: Processor) -> None:
+    x, y, z = (ids_of(processor, c)[0] for c in "xyz")
+    assert write(processor, [x, x, y, z])[1].spoken == 4  # the last is never read by the Thinker, and not spoken
+    assert write(processor, [x, x, y, z], stop="yz")[1].spoken == 3  # x, x, and the one that ends them
+    assert write(processor, [y, z], stop="yz")[1].spoken == 1
+    assert write(processor, [x, processor.stop_ids[0], y])[1].spoken == 2
+
+
 def test_a_character_cut_by_the_end_of_the_reply(processor: Processor) -> None:
     half = ids_of(processor, "é")[:1]
     assert write(processor, half)[0] == ["", "\N{REPLACEMENT CHARACTER}"]

@@ -34,7 +34,7 @@ TIME_TOLERANCE = 1e-4
 STAGE_TOLERANCE = 2e-4
 WAVE_TOLERANCE = 1e-3
 
-LENGTHS = (29, 5, 60)  # codes: a partial block at the end, less than one block, whole blocks
+LENGTHS = (29, 5, 36)  # codes: a partial block at the end, less than one block, whole blocks
 
 
 @dataclass
@@ -160,7 +160,7 @@ def test_layer_of_the_published_size() -> None:
     torch.manual_seed(0)
     theirs = Qwen2_5OmniDiTConfig()
     theirs._attn_implementation = "sdpa"
-    block = DiTDecoderLayer(theirs, look_backward_block=1)
+    block = DiTDecoderLayer(theirs, look_backward_block=1).eval()
     n, h, d = theirs.num_attention_heads, theirs.head_dim, theirs.hidden_size
 
     def linear(module: Any, shape: tuple[int, ...] | None = None, bias: tuple[int, ...] | None = None) -> Any:
@@ -226,14 +226,15 @@ def _solved(speaking: Speaking, monkeypatch: pytest.MonkeyPatch) -> list[np.ndar
 
 def test_from_codes_to_mel_to_samples(speaking: Speaking, monkeypatch: pytest.MonkeyPatch) -> None:
     mels = _solved(speaking, monkeypatch)
-    waves = [speaking.torch.code2wav_bigvgan_model(torch.tensor(mel.T[None].copy())).numpy() for mel in mels]
+    vocoder = speaking.torch.code2wav_bigvgan_model
+    waves = [vocoder(torch.tensor(mel.T[None].copy())).numpy() for mel in mels[::2]]
     voices, seeds = [speaking.voice] * len(mels), [0] * len(mels)
     for model, params in speaking.models():
         loop = Waveform(model, params)
         ours = loop.mel(speaking.codes, voices, speaking.noise, seeds)
         for mel, theirs in zip(ours, mels, strict=True):
             assert relative_error(mel, theirs) < TOLERANCE
-    for wave, theirs in zip(loop.vocode(ours), waves, strict=True):
+    for wave, theirs in zip(loop.vocode(ours[::2]), waves, strict=True):
         assert relative_error(wave, theirs) < WAVE_TOLERANCE
         assert np.abs(theirs).mean() > 0.01
 
