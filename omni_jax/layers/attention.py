@@ -112,7 +112,12 @@ def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> 
 
     def row(operands: tuple[jax.Array, ...]) -> jax.Array:
         *heads, seen = operands
-        return jax.lax.map(lambda head: _all_heads(*(a[None, None] for a in head), seen[None])[0, 0], tuple(heads))
+
+        def head(operands: tuple[jax.Array, ...]) -> jax.Array:
+            q, k, v = (a[None, None] for a in operands)
+            return _all_heads(q, k, v, seen[None])[0, 0]
+
+        return jax.lax.map(head, tuple(heads))
 
     return jax.lax.map(row, (q, k, v, seen))
 
