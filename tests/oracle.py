@@ -59,6 +59,9 @@ def _one_query_a_key() -> OmniConfig:
     return OmniConfig.tiny(thinker_config=thinker, talker_config=talker, token2wav_config=wav)
 
 
+# two test processes share two cores, and threads of PyTorch that wait for each other hold them up
+torch.set_num_threads(1)
+
 # name of the configuration (for test ids) -> the configuration
 CONFIGS = {"tiny": OmniConfig.tiny(), "seven": _seven_queries_a_key(), "one": _one_query_a_key()}
 

@@ -61,18 +61,19 @@ def speak(
     ours, theirs = Side(), Side()
     results: dict[str, Any] = {}
     try:
-        if "token2wav" in parts:
-            cases = token2wav_cases(ours, theirs, OmniConfig.qwen2_5_omni_7b(), seconds, reference_seconds, batches)
-            results["token2wav"] = _run(cases, ours, theirs, 1, warm_up=False)
-        if "talker" in parts:
-            cases = talker_cases(ours, theirs, middle_config(), batches)
-            results["talker"] = _run(cases, ours, theirs, repeats, warm_up=True)
-        if "replies" in parts:
-            results["replies"] = replies(ours, middle_config())
+        for part in parts:
+            if part == "token2wav":
+                cases = token2wav_cases(ours, theirs, OmniConfig.qwen2_5_omni_7b(), seconds, reference_seconds, batches)
+                results[part] = _run(cases, ours, theirs, 1, warm_up=False)
+            elif part == "talker":
+                cases = talker_cases(ours, theirs, middle_config(), batches)
+                results[part] = _run(cases, ours, theirs, repeats, warm_up=True)
+            else:
+                results[part] = replies(ours, middle_config())
+            write(json_out, results)  # each part as it is done: a long run may be broken off
     finally:
         ours.close()
         theirs.close()
-    write(json_out, results)
 
 
 def _check(seconds: Sequence[int], reference: Sequence[int], batches: Sequence[int], repeats: int) -> None:
