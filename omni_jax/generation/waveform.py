@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from omni_jax.batch import Array
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import DiTConfig
 from omni_jax.errors import InputError
+from omni_jax.generation.text import on_mesh
 from omni_jax.models.dit import Blocks, pack
 from omni_jax.models.flow import evaluation_times, guided, integrate, sway_grid
 from omni_jax.models.speaker_encoder import shortest_clip
@@ -88,7 +88,7 @@ class Waveform:
         lengths = [len(row) for row in rows]
         blocks, parts = pack(lengths, c.block_size, fine_bucket(sum(-(-n // c.block_size) for n in lengths)))
         speech = _speech(c, blocks, parts, rows, which, noise, seeds)
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             speakers = np.stack([np.asarray(self._speakers(self.params, v.ref_mel)) for v in used])
             mel = np.asarray(self._mel(self.params, speech, speakers, np.concatenate([v.cond for v in used])))
         return [mel[part].reshape(-1, c.mel_dim)[:n] for part, n in zip(parts, lengths, strict=True)]
@@ -106,14 +106,11 @@ class Waveform:
             for slot, i in enumerate(rows):
                 length[slot] = len(mels[i])
                 batch[slot, : length[slot]] = mels[i]
-            with self._on_mesh():
+            with on_mesh(self._mesh):
                 made = np.asarray(self._vocode(self.params, batch, length))
             per_frame = made.shape[1] // frames
             samples |= {i: made[slot, : per_frame * length[slot]] for slot, i in enumerate(rows)}
         return [samples[i] for i in range(len(mels))]
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
 def fine_bucket(n: int) -> int:
