@@ -51,13 +51,15 @@ class AudioBlocks:
 class VisionFrames:
     """Frames of about one size, each cut into windows; four patches in a row are one merged cell.
 
-    A frame here is what the encoder calls one: ``temporal_patch_size`` pictures deep.
+    A frame here is what the encoder calls one: ``temporal_patch_size`` pictures deep. In training, where shapes are
+    fixed, small frames share a row of windows, a canvas; then ``valid`` numbers the frames of a canvas from 1, and
+    patches of equal number see each other.
     """
 
     patches: Float[Array, "F W P C"]
     row: Int[Array, "F W P"]  # of the patch in its frame
     column: Int[Array, "F W P"]
-    valid: Bool[Array, "F W P"]
+    valid: Bool[Array, "F W P"] | Int[Array, "F W P"]  # False or 0: nothing
 
 
 @struct.dataclass
@@ -79,6 +81,15 @@ class OmniBatch:
     def mask(self) -> Bool[Array, "B S"]:
         """True where a token is real."""
         return self.segment_ids != PADDING
+
+
+@struct.dataclass
+class TrainBatch:
+    """What one step learns from. Several examples share a row; each is a segment, and its position ids start at 0."""
+
+    inputs: OmniBatch
+    targets: Int[Array, "B S"]  # the next token of the example
+    weights: Float[Array, "B S"]  # of the loss at a position; 0: nothing is learnt there
 
 
 def bucket(n: int, smallest: int = 1) -> int:

@@ -17,6 +17,9 @@ import jinja2.sandbox
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.processing.sources import decode_base64
 
+REPLY_HEADER = "<|im_start|>assistant\n"
+"""What ChatML writes before a reply."""
+
 SPEECH_SYSTEM_PROMPT = (
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
     "visual inputs, as well as generating text and speech."
@@ -238,6 +241,7 @@ class ChatTemplate:
     """Puts messages into the text that the model was trained on, and knows which of it a user wrote."""
 
     def __init__(self, source: str, where: str = "the chat template") -> None:
+        self._made_of = (source, where)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -246,6 +250,10 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as e:
             raise CheckpointError(f"{where} is not a template: {e}") from e
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Compiled templates cannot be sent to another process; their sources can."""
+        return ChatTemplate, self._made_of
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
@@ -302,3 +310,19 @@ def _template_content(message: Message, stand_in: Callable[[str], str]) -> str |
         return {"type": part.kind, part.kind: ""}
 
     return [plain(part) for part in message.content]
+
+
+def split_at_replies(pieces: Sequence[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:
+    """Cuts what ``ChatTemplate.render`` gives after each header of a reply.
+
+    Encoded one by one, the parts have a reply begin at a token of its own, as it does when it is generated; in one text
+    a line break that a reply begins with would melt into the header's.
+    """
+    parts: list[list[tuple[str, bool]]] = [[]]
+    for text, trusted in pieces:
+        *headers, rest = text.split(REPLY_HEADER) if trusted else [text]
+        for before in headers:
+            parts[-1].append((before + REPLY_HEADER, True))
+            parts.append([])
+        parts[-1].append((rest, trusted))
+    return parts

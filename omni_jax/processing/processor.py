@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 
@@ -16,7 +17,15 @@ from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings, audio_input
-from omni_jax.processing.chat import ChatTemplate, MediaPart, Message, parse_messages
+from omni_jax.processing.chat import (
+    REPLY_HEADER,
+    ChatTemplate,
+    MediaPart,
+    Message,
+    TextPart,
+    parse_messages,
+    split_at_replies,
+)
 from omni_jax.processing.layout import (
     FRAMES_PER_SECOND,
     AudioInput,
@@ -29,6 +38,8 @@ from omni_jax.processing.layout import (
 from omni_jax.processing.sources import describe, is_located, locate
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
 from omni_jax.processing.vision import PixelSettings, image_input, video_input
+
+LiveKind: TypeAlias = Literal["audio", "video"]  # media that may come while a prompt is read
 
 # keys of preprocessor_config.json that no part reads: names of classes, and sizes that follow from other keys
 _IGNORED = frozenset(
@@ -163,11 +174,78 @@ class Processor:
           InputError: for anything in the request that cannot be served, naming its place.
         """
         parsed = parse_messages(messages)
-        parts = [part for message in parsed for part in message.media]
-        items = [self._item(part, assume_fps) for part in parts]
-        prompt = self._lay_out(parsed, items, add_generation_prompt)
-        self._check_length(prompt, parts, items, max_length)
+        pieces = self._template.render(parsed, add_generation_prompt=add_generation_prompt)
+        return self._prompt(parsed, self.tokenizer.encode(pieces), assume_fps, max_length)
+
+    def dialogue(
+        self, messages: Sequence[Mapping[str, Any]], *, max_length: int | None = None
+    ) -> tuple[Prompt, np.ndarray]:
+        """Reads a whole dialogue to learn from.
+
+        Args:
+          messages: see ``omni_jax.processing.chat``.
+          max_length: most tokens; the model's context if None.
+
+        Returns:
+          The dialogue, and of each token which of the assistant's messages it is a word of, the mark that ends the
+          message among them; -1 for headers, other messages and placeholders. int32 [T]
+
+        Raises:
+          InputError: for anything in it that cannot be used, naming its place.
+        """
+        parsed = parse_messages(messages)
+        parts = split_at_replies(self._template.render(parsed, add_generation_prompt=False))
+        prompt = self._prompt(parsed, [i for part in parts for i in self.tokenizer.encode(part)], None, max_length)
+        replies = self._replies(prompt)
+        written = sum(message.role == "assistant" for message in parsed)
+        if replies.max(initial=-1) + 1 != written:
+            raise InputError(
+                f"the chat template wrote {replies.max(initial=-1) + 1} replies as ChatML has them "
+                f"({REPLY_HEADER!r} to '<|im_end|>'), but the messages hold {written}"
+            )
+        return prompt, replies
+
+    def document(self, text: str, *, max_length: int | None = None) -> Prompt:
+        """A text without roles, and the mark that ends it; names of special tokens in it are plain letters.
+
+        Raises:
+          InputError: if it is empty or too long.
+        """
+        if not text:
+            raise InputError("the text is empty")
+        ids = self.tokenizer.encode([(text, False), ("<|endoftext|>", True)])
+        prompt = lay_out(ids, (), self.config.thinker_config)
+        self._check_length(prompt, (), (), max_length)
         return prompt
+
+    def before_media(self, messages: Sequence[Message], kind: LiveKind, *, assume_fps: float | None = None) -> Prompt:
+        """What stands before media that are still to come, in a last message of the user's.
+
+        Args:
+          messages: that come before, see ``parse_messages``; maybe none.
+          kind: of the media. Their begin mark is not part of the result.
+          assume_fps: see ``__call__``.
+
+        Raises:
+          InputError: for anything in the messages that cannot be served, naming its place.
+        """
+        return self._prompt(messages, self._around_media(messages, kind, "")[0], assume_fps, None)
+
+    def after_media(self, messages: Sequence[Message], kind: LiveKind, text: str) -> list[int]:
+        """The ids that follow the end mark of these media: more text of the user's, and the beginning of a reply."""
+        return self._around_media(messages, kind, text)[1]
+
+    def with_pixels(self, **changes: float) -> Self:
+        """The same processor with other settings of ``PixelSettings``; a new most takes a higher least down with it."""
+        other, pixels = copy.copy(self), dataclasses.replace(self.settings.pixels, **changes)
+        pixels = dataclasses.replace(
+            pixels,
+            min_pixels=min(pixels.min_pixels, pixels.max_pixels),
+            video_min_pixels=min(pixels.video_min_pixels, pixels.video_max_pixels),
+            min_frames=min(pixels.min_frames, pixels.max_frames),
+        )
+        other.settings = dataclasses.replace(self.settings, pixels=pixels)
+        return other
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a reply; special tokens give none."""
@@ -177,9 +255,43 @@ class Processor:
         """Takes a reply's tokens one by one and gives its text in whole characters."""
         return TextStream(self.tokenizer)
 
-    def _lay_out(self, messages: Sequence[Message], items: Sequence[Item], add_generation_prompt: bool) -> Prompt:
-        ids = self.tokenizer.encode(self._template.render(messages, add_generation_prompt=add_generation_prompt))
-        return lay_out(ids, items, self.config.thinker_config)
+    def _around_media(self, messages: Sequence[Message], kind: LiveKind, text: str) -> tuple[list[int], list[int]]:
+        """The ids before the begin mark and after the end mark of media in a last message."""
+        c = self.config.thinker_config
+        begin, placeholder, end = {
+            "audio": (c.audio_start_token_id, c.audio_token_index, c.audio_end_token_id),
+            "video": (c.vision_start_token_id, c.video_token_index, c.vision_end_token_id),
+        }[kind]
+        content = (MediaPart(kind, None, "the media to come"), *([TextPart(text)] if text else []))
+        ids = self.tokenizer.encode(self._template.render((*messages, Message("user", content))))
+        place = max((i for i, token in enumerate(ids) if token == placeholder), default=0)
+        if ids[max(place - 1, 0) : place + 2] != [begin, placeholder, end]:
+            raise InputError(f"the chat template must put {kind} of a user between a begin and an end mark")
+        return ids[: place - 1], ids[place + 2 :]
+
+    def _prompt(
+        self, messages: Sequence[Message], ids: Sequence[int], assume_fps: float | None, max_length: int | None
+    ) -> Prompt:
+        """Reads the media of messages, and puts them in the places that the template has left."""
+        parts = [part for message in messages for part in message.media]
+        items = [self._item(part, assume_fps) for part in parts]
+        prompt = lay_out(ids, items, self.config.thinker_config)
+        self._check_length(prompt, parts, items, max_length)
+        return prompt
+
+    def _replies(self, prompt: Prompt) -> np.ndarray:
+        """Which reply each token is a word of, see ``dialogue``. Users cannot write the marks that are looked for."""
+        header = np.asarray(self.tokenizer.encode([(REPLY_HEADER, True)]))
+        replies = np.full(len(prompt), -1, np.int32)
+        ends = np.flatnonzero(prompt.tokens == self.tokenizer.special_id("<|im_end|>"))
+        places = np.flatnonzero(prompt.tokens == header[0]).tolist()
+        begins = [i for i in places if np.array_equal(prompt.tokens[i : i + len(header)], header)]
+        for number, begin in enumerate(begins):
+            after = ends[ends > begin]
+            if not len(after):
+                break
+            replies[begin + len(header) : after[0] + 1] = number
+        return np.where(prompt.media_item < 0, replies, -1).astype(np.int32)
 
     def _item(self, part: MediaPart, assume_fps: float | None) -> Item:
         try:

@@ -1,4 +1,4 @@
-"""Where media come from: a path, a file: or data: URL, bytes, or the web if that is allowed."""
+"""Where media come from: a path, a file: or data: URL, bytes, or the web and buckets if that is allowed."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ def locate(value: Any, *, allow_urls: bool = False) -> Source:
     """Finds out what a value names.
 
     Args:
-      value: a path, a ``file:``, ``data:``, ``http:`` or ``https:`` URL, the bytes of a file, or a source.
-      allow_urls: whether to fetch from the web. A server that does so lends its network to whoever asks.
+      value: a path, a ``file:``, ``data:``, ``http:``, ``https:`` or ``gs:`` URL, the bytes of a file, or a source.
+      allow_urls: whether to fetch from the web and from buckets. A server that does so lends its network, and what its
+        account may read, to whoever asks.
 
     Raises:
       InputError: if it is none of these, is not there, or is empty.
@@ -77,10 +78,12 @@ def locate(value: Any, *, allow_urls: bool = False) -> Source:
         return _filled(Source(_data_url(text)))
     if name in ("http", "https"):
         return _filled(Source(_fetch(text, allow_urls)))
+    if name == "gs":
+        return _filled(Source(_fetch_from_bucket(text, allow_urls)))
     if name == "file":
         return _file(_file_url(text))
     if "://" in text:
-        raise InputError(f"unknown kind of URL {name!r}; known: file, data, http, https")
+        raise InputError(f"unknown kind of URL {name!r}; known: file, data, http, https, gs")
     return _file(text)
 
 
@@ -120,11 +123,42 @@ def _data_url(url: str) -> bytes:
     return decode_base64(urllib.parse.unquote(data) if "%" in data else data, "the data URL")
 
 
-def _fetch(url: str, allowed: bool) -> bytes:
+def bucket(url: str) -> tuple[Any, str]:
+    """The file system of a ``gs://`` URL, as fsspec has it, and the path in it.
+
+    Raises:
+      InputError: if the libraries that read buckets are not installed, or there is no access.
+    """
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(url)
+    except ImportError as e:
+        raise InputError(f"{url}: to read buckets, install gcsfs: pip install omni_jax[gcs] ({e})") from e
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot reach the bucket of {url}: {e}") from e
+
+
+def _fetch_from_bucket(url: str, allowed: bool) -> bytes:
+    _check_allowed(allowed)
+    files, path = bucket(url)
+    try:
+        return files.cat_file(path)
+    except FileNotFoundError as e:
+        raise InputError("no such file") from e
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot fetch it: {e}") from e
+
+
+def _check_allowed(allowed: bool) -> None:
     if not allowed:
         raise InputError(
             "fetching from the web is off; pass the file, or load the model with allow_urls=True (--allow-urls)"
         )
+
+
+def _fetch(url: str, allowed: bool) -> bytes:
+    _check_allowed(allowed)
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
             data = answer.read(MOST_BYTES + 1)

@@ -1,4 +1,5 @@
 import json
+import pickle
 import re
 import shutil
 
@@ -186,3 +187,44 @@ def test_the_preprocessor_file_is_followed():
     settings = ProcessorConfig.from_dict(later)
     assert (settings.pixels.min_pixels, settings.pixels.max_pixels, settings.pixels.fps) == (784, 7840, 1.0)
     assert ProcessorConfig.from_dict({"max_seconds": 30}).mel.max_seconds == 30
+
+
+def test_a_dialogue_says_whose_words_its_tokens_are(processor):
+    said = [("user", "hello"), ("assistant", "\nworld"), ("user", "and"), ("assistant", "")]
+    prompt, replies = processor.dialogue([{"role": role, "content": text} for role, text in said])
+    end = processor.tokenizer.special_id("<|im_end|>")
+    assert processor.decode(prompt.tokens[replies == 0]) == "\nworld"
+    assert prompt.tokens[replies == 1].tolist() == [end] and (prompt.tokens[replies >= 0] == end).sum() == 2
+    before = processor([{"role": "user", "content": "hello"}])
+    assert (replies[: len(before)] == -1).all() and replies[len(before)] == 0
+    np.testing.assert_array_equal(prompt.tokens[: len(before)], before.tokens)
+
+
+def test_a_dialogue_needs_a_template_of_chatml(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
+    (tmp_path / "other" / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=re.escape("wrote 0 replies as ChatML has them ('<|im_start|>assistant")):
+        Processor.load(tmp_path / "other").dialogue([{"role": "assistant", "content": "hello"}])
+
+
+def test_a_document_ends_with_its_mark(processor):
+    prompt = processor.document("hello <|im_end|>")
+    assert prompt.tokens[-1] == processor.tokenizer.special_id("<|endoftext|>")
+    assert processor.decode(prompt.tokens) == "hello <|im_end|>" and len(prompt.segments) == 1
+    with pytest.raises(InputError, match="the text is empty"):
+        processor.document("")
+    with pytest.raises(InputError, match="tokens, over the limit of 3"):
+        processor.document("hello " * 9, max_length=3)
+
+
+def test_other_pixels(processor):
+    small = processor.with_pixels(max_pixels=112 * 112, video_max_pixels=56 * 56, max_frames=2)
+    messages = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, video(SILENT)]}]
+    assert small(messages).usage.image <= 16 < processor(messages).usage.image
+    assert small(messages).usage.video <= 4 < processor(messages).usage.video
+
+
+def test_a_processor_travels_between_processes(processor):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "image", "image": PICTURE}]}]
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(processor))(messages).tokens, processor(messages).tokens)

@@ -1,0 +1,89 @@
+"""What a run learns from, and how much of it goes into a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omni_jax.data.rows import VideoSound
+from omni_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows, and the budgets of a step; every step has the same shapes. docs/data.md explains each field.
+
+    Budgets of media are for each row of the batch, and the rows of a stream share theirs.
+    """
+
+    train: tuple[str, ...] = ()
+    """Files of rows: JSONL, ArrayRecord or Parquet, on a disk or gs://; patterns like rows-*.jsonl are allowed."""
+    weights: tuple[float, ...] = ()
+    """How often each of the files is drawn from; without it, one epoch shows every row of all of them once."""
+    seed: int = 0
+    """Of the order of rows, below 2**32."""
+    rows: int = 1
+    """Rows of the batch of a step, over all processes."""
+    streams: int = 1
+    """Parts that rows are dealt out to and packed in; a multiple of the processes. Batches depend on it, and not on
+    how many processes there are."""
+    tokens: int = 8192
+    """Positions in a row of the batch."""
+    spans: int = 512
+    """Runs of position ids in a row: one for a text, three for a picture, about one for each second of a video."""
+    audio_blocks: int = 32
+    """Blocks of two seconds of sound; 0: no sound at all."""
+    canvases: int = 8
+    """Canvases that frames of pictures and videos are put on; 0: no pictures at all."""
+    windows: int = 64
+    """Windows of 112 x 112 pixels on a canvas, and so in the largest frame."""
+    lookahead: int = 16
+    """Examples that may wait for a place while smaller ones fill the batch."""
+    workers: int = 0
+    """Processes that decode for each stream; 0: threads of this process do."""
+    use_audio_in_video: VideoSound = "auto"
+    """Whether videos are heard that do not say so themselves. Under always, the sound that a row lists beside a video
+    (`<video><audio>`) is the video's own."""
+    max_pixels: int | None = None
+    """Most pixels of a picture; larger ones are made smaller. Without it, what the checkpoint's preprocessor says."""
+    video_max_pixels: int | None = None
+    """Most pixels of a frame of a video."""
+    fps: float | None = None
+    """Frames a second that are taken of a video; 2 if nothing is said."""
+    max_frames: int | None = None
+    """Most frames of a video."""
+    max_reject_share: float = 0.01
+    """The run stops when more than this share of the rows cannot be used."""
+    rejects: Path | None = None
+    """File that names each row that cannot be used, and why, as JSONL."""
+
+    def check(self, process_count: int) -> None:
+        """Raises ConfigError if the fields do not go together."""
+        if not self.train:
+            raise ConfigError("data.train is empty; name at least one file of rows (--data.train ROWS.jsonl)")
+        if self.weights and len(self.weights) != len(self.train):
+            raise ConfigError(f"data.weights has {len(self.weights)} numbers, but data.train {len(self.train)} files")
+        if any(weight <= 0 for weight in self.weights):
+            raise ConfigError(f"data.weights must be over 0, got {self.weights}; leave out what is not to be drawn")
+        if self.streams < 1 or self.rows % self.streams:
+            raise ConfigError(f"data.rows is {self.rows}, which data.streams, {self.streams}, must divide")
+        if self.streams % process_count:
+            raise ConfigError(
+                f"data.streams is {self.streams}, but must be a multiple of the {process_count} processes; "
+                f"data.streams={self.rows} gives every row of the batch a stream of its own"
+            )
+        for name, least in {"rows": 1, "tokens": 2, "spans": 1, "audio_blocks": 0, "canvases": 0, "windows": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.lookahead < 1 or self.workers < 0 or not 0 <= self.max_reject_share < 1 or not 0 <= self.seed < 2**32:
+            raise ConfigError(
+                "data.lookahead must be at least 1, workers at least 0, max_reject_share from 0 to below 1 and seed "
+                f"from 0 to below 2**32; got {self.lookahead}, {self.workers}, {self.max_reject_share}, {self.seed}"
+            )
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """What it changes of ``PixelSettings``."""
+        names = ("max_pixels", "video_max_pixels", "fps", "max_frames")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

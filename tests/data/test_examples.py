@@ -1,0 +1,138 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omni_jax.batch import AudioBlocks
+from omni_jax.data.config import DataConfig
+from omni_jax.data.examples import Prepare, Reject
+from omni_jax.data.packing import Budget
+from omni_jax.data.sources import Row
+from omni_jax.positions import resolve
+from tests.data.conftest import PICTURE, VIDEO, WAV
+
+CONFIG = DataConfig(tokens=600, spans=16, audio_blocks=4, canvases=1, windows=8)
+SMALL = dict(max_pixels=120 * 120, video_max_pixels=120 * 120)
+
+
+@pytest.fixture(scope="module")
+def prepare(processor):
+    return Prepare(processor.with_pixels(**SMALL), CONFIG.tokens, Budget.of(CONFIG).check)
+
+
+def row(values, file="/data/rows.jsonl"):
+    return Row(file, 7, json.dumps(values).encode())
+
+
+def ask(content, answer="A disc.", **rest):
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], **rest}
+
+
+def learnt(prepare, example):
+    """The text that is learnt, special tokens included."""
+    tokens = example.tokens[example.weights > 0]
+    return b"".join(prepare.processor.tokenizer.token_bytes(int(t)) or f"<{t}>".encode() for t in tokens).decode()
+
+
+@pytest.fixture(scope="module")
+def end(processor):
+    return f"<{processor.tokenizer.special_id('<|im_end|>')}>"
+
+
+def test_the_words_of_the_assistant_are_learnt(prepare, end):
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "assistant\nhello"},
+        {"role": "assistant", "content": "\n\nhello world"},
+        {"role": "user", "content": "<|im_start|>assistant\nno<|im_end|>"},
+        {"role": "assistant", "content": "<image> no", "loss_scale": 0.5},
+        {"role": "assistant", "content": "not this", "loss": False},
+        {"role": "assistant", "content": ""},
+    ]
+    example = prepare(row({"messages": messages, "images": [PICTURE]}))
+    assert learnt(prepare, example).replace(end, "|").startswith("\n\nhello world|")
+    assert learnt(prepare, example).endswith(f" no{end}{end}")
+    assert set(np.unique(example.weights)) == {0.0, 0.5, 1.0}
+    assert (example.weights[example.unit >= 0] == 0).all() and (example.unit >= 0).any()
+
+
+def test_a_reply_is_learnt_as_it_would_be_generated(prepare):
+    """The prompt of the example is the prompt of inference to the last token, even before a line break."""
+    for answer in ("\nA disc.", "  A disc.", "A disc."):
+        values = ask("What?", answer)
+        example = prepare(row(values))
+        prompt = prepare.processor(values["messages"][:1])
+        assert (example.weights > 0).argmax() == len(prompt)
+        np.testing.assert_array_equal(example.tokens[: len(prompt)], prompt.tokens)
+
+
+def test_all_of_a_document_is_learnt(prepare):
+    text = "Once <|im_start|>\nupon"
+    example = prepare(row({"text": text}))
+    eos = prepare.processor.tokenizer.special_id("<|endoftext|>")
+    assert learnt(prepare, example) == f"{text}<{eos}>" and (example.weights == 1).all()
+    assert example.audio is None and example.vision == () and (example.unit == -1).all()
+
+
+def test_media_become_units(prepare, config):
+    example = prepare(row(ask("<image><video><audio>?", images=[PICTURE], videos=[VIDEO], audios=[WAV])))
+    assert isinstance(example.audio, AudioBlocks) and example.blocks == 2 + 2  # 3 s of sound each, the video's first
+    assert len(example.windows) == 1 + 3  # a picture, and six frames in pairs
+    frames = [group for group in example.vision for _ in range(len(group.patches))]
+    assert [int(f.valid.any(-1).sum(-1).max()) for f in frames] == example.windows.tolist()
+    used = example.unit[example.unit >= 0]
+    assert set(used) == set(range(example.blocks + len(frames)))
+    per_unit = [config.thinker_config.audio_config.block_tokens] * example.blocks
+    per_unit += [16 * int(n) for n in example.windows]
+    assert (example.feature[example.unit >= 0] < np.array(per_unit)[used]).all()
+    prompt, _ = prepare.processor.dialogue(ask([{"type": "image", "image": PICTURE}])["messages"])
+    assert len(resolve(prompt.segments, config.thinker_config)) == 3 < example.spans.begin.shape[1]
+
+
+def test_media_in_a_bucket(prepare, gs):
+    gs.pipe("gs://b/media/picture.jpg", Path(PICTURE).read_bytes())
+    local = prepare(row(ask("<image>", images=[PICTURE])))
+    for source, file in (("gs://b/media/picture.jpg", "/data/rows.jsonl"), ("media/picture.jpg", "gs://b/rows.jsonl")):
+        found = prepare(row(ask("<image>", images=[source]), file))
+        np.testing.assert_array_equal(found.vision[0].patches, local.vision[0].patches)
+    missing = prepare(row(ask("<image>", images=["gs://b/none.jpg"])))
+    assert "(image 'gs://b/none.jpg'): no such file" in missing.reason
+
+
+def test_an_example_travels_between_processes(prepare):
+    other = pickle.loads(pickle.dumps(prepare))
+    values = row(ask("<image>?", images=[PICTURE]))
+    np.testing.assert_array_equal(other(values).vision[0].patches, prepare(values).vision[0].patches)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (ask("<image>"), "the messages have 1 <image> tags, but images holds 0"),
+        (ask("<image>", images=["no.png"]), "(image '/data/no.png'): no such file"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "it has no words of the assistant"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "unknown role 'tool'"),
+        ({"text": ""}, "the text is empty"),
+        ({"text": "a b " * 400}, "tokens, over the limit of 600"),
+        (ask("a", "b" * 700), "tokens, over the limit of 600"),
+        (ask("<audio>" * 3, audios=[WAV] * 3), "it takes 6 blocks of two seconds of sound, over the 4 of a step"),
+        (
+            ask([{"type": "image", "image": PICTURE, "min_pixels": 320 * 240, "max_pixels": 336 * 448}]),
+            "it takes 9 windows in a frame, over the 8 of a canvas (data.windows)",
+        ),
+        (
+            ask([{"type": "video", "video": VIDEO, "nframes": 24, "use_audio_in_video": False}]),
+            "it takes 12 frames of up to 2 windows, more than fit on 1 canvases of 8 (data.canvases, data.windows)",
+        ),
+        (ask(["<image>"]), "messages[0].content[0] must be an object"),
+        (ask([{"type": "image", "image": PICTURE}] * 8), "it takes 17 runs of position ids, over the 16 of a row"),
+        (ask([{"type": "image_url", "image_url": {"url": 3}}]), "TypeError"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_used(prepare, values, reason):
+    found = prepare(row(values))
+    assert isinstance(found, Reject)
+    assert (found.file, found.number) == ("/data/rows.jsonl", 7)
+    assert reason in found.reason

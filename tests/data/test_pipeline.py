@@ -1,0 +1,293 @@
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from omni_jax.data import pipeline
+from omni_jax.data.config import DataConfig
+from omni_jax.data.packing import fill
+from omni_jax.data.sources import open_rows
+from omni_jax.errors import ConfigError, InputError
+from tests.data.conftest import MEDIA, PICTURE, VIDEO, WAV
+
+DATA = DataConfig(
+    rows=2,
+    tokens=256,
+    spans=48,
+    audio_blocks=3,
+    canvases=2,
+    windows=8,
+    lookahead=4,
+    max_pixels=112 * 112,
+    video_max_pixels=84 * 84,
+    max_reject_share=0.2,
+)
+
+
+def talk(question, **rest):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "A disc."}], **rest}
+
+
+ROWS = [
+    *({"text": "once " * n} for n in range(2, 14)),
+    *(talk(f"<image>What is {i}?", images=[PICTURE]) for i in range(4)),
+    *(talk(f"<audio>What is {i}?", audios=[WAV]) for i in range(3)),
+    talk("<video>What is it?", videos=[VIDEO]),
+    talk("<image>What is it?", images=["none.png"]),
+    {"text": "once " * 900},
+]
+
+
+@pytest.fixture
+def rows(write_rows):
+    return write_rows(*ROWS)
+
+
+@pytest.fixture
+def start(processor):
+    """Begins to read; what is begun is closed."""
+    begun = []
+
+    def start(config, state=None, **process):
+        begun.append(pipeline.batches(config, processor, **process))
+        if state is not None:
+            begun[-1].set_state(json.loads(json.dumps(state)))
+        return begun[-1]
+
+    yield start
+    for batches in begun:
+        batches.close()
+
+
+def take(batches, n):
+    """Some batches, each with the names of its rows and the state after it."""
+    return [(next(batches), batches.rows, batches.get_state()) for _ in range(n)]
+
+
+def assert_same(found, expected):
+    for (batch, names, state), (other, other_names, other_state) in zip(found, expected, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, batch, other)
+        assert names == other_names and state == other_state
+
+
+def shapes(batch):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), batch)
+
+
+def test_equal_seeds_give_equal_batches_of_fixed_shapes(rows, start):
+    config = dataclasses.replace(DATA, train=(rows,))
+    found = take(start(config), 6)
+    assert_same(take(start(config), 6), found)
+    others = take(start(dataclasses.replace(config, seed=1)), 6)
+    assert [names for _, names, _ in found] != [names for _, names, _ in others]
+    for batch, names, _ in [*found, *others]:
+        assert shapes(batch) == shapes(found[0][0])
+        assert fill(batch).examples == len(names) > 0 and 0 < fill(batch).learnt < fill(batch).tokens <= 1
+    assert max(fill(batch).windows for batch, _, _ in found) > 0
+    assert max(fill(batch).audio_blocks for batch, _, _ in found) > 0
+    assert np.mean([fill(batch).tokens for batch, _, _ in found]) > 0.9
+
+
+def test_rows_without_media_fill_the_same_shapes(rows, write_rows, start):
+    text = write_rows({"text": "once"}, name="text.jsonl")
+    (batch, _, _), (media, _, _) = (take(start(dataclasses.replace(DATA, train=(p,))), 1)[0] for p in (text, rows))
+    assert shapes(batch) == shapes(media)
+    assert fill(batch).windows == fill(batch).audio_blocks == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_goes_on_where_it_stopped(rows, start, workers):
+    """To the bit, with rejected rows and epochs in between, and whatever the number of workers was before."""
+    config = dataclasses.replace(DATA, train=(rows,), rows=4, streams=2)
+    whole = take(start(config), 7)
+    assert whole[-1][2]["streams"]["0"]["next"] > 2 * len(ROWS) / 2 and whole[-1][2]["streams"]["1"]["rejected"]
+    other = dataclasses.replace(config, workers=workers)
+    for stop in (0, 2, 5) if workers == 0 else (3,):
+        state = start(config).get_state() if stop == 0 else whole[stop - 1][2]
+        assert_same(take(start(other, state), 7 - stop), whole[stop:])
+
+
+def test_a_run_goes_back_within_itself(rows, start):
+    batches = start(dataclasses.replace(DATA, train=(rows,)))
+    batches.start_prefetch()
+    take(batches, 1)
+    state = batches.get_state()
+    found = take(batches, 3)
+    batches.set_state(state)
+    assert_same(take(batches, 3), found)
+
+
+def test_orbax_carries_the_state(rows, start, tmp_path):
+    config = dataclasses.replace(DATA, train=(rows,))
+    batches, other = start(config), start(config)
+    take(batches, 2)
+    ocp.save_checkpointables(tmp_path / "checkpoint", {"data": batches})
+    ocp.load_checkpointables(tmp_path / "checkpoint", {"data": other})
+    assert_same(take(other, 2), take(batches, 2))
+
+
+def test_a_program_may_end_in_the_middle(write_rows, processor, tmp_path):
+    """Silently, its workers stopped, though nobody closes anything."""
+    (tmp_path / "processor").write_bytes(pickle.dumps(processor))
+    program = f"""if __name__ == "__main__":
+        import pickle
+        from omni_jax.data import pipeline
+        from omni_jax.data.config import DataConfig
+        processor = pickle.load(open({str(tmp_path / "processor")!r}, "rb"))
+        config = DataConfig(train=({write_rows({"text": "once"})!r},), tokens=64, canvases=1, windows=1, workers=1)
+        batches = pipeline.batches(config, processor)
+        print(next(batches).inputs.tokens.shape)
+    """
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 64)\n", "")
+
+
+def test_processes_share_the_work_of_one(rows, start):
+    """Their batches, one after the other, are those of one process."""
+    config = dataclasses.replace(DATA, train=(rows,), rows=4, streams=4)
+    whole = take(start(config), 3)
+    parts = [take(start(config, process_index=i, process_count=2), 3) for i in range(2)]
+    for n in range(3):
+        (one, first, state), (two, second, other) = parts[0][n], parts[1][n]
+        jax.tree.map(lambda w, a, b: np.testing.assert_array_equal(w, np.concatenate([a, b])), whole[n][0], one, two)
+        assert first + second == whole[n][1]
+        assert {**state["streams"], **other["streams"]} == whole[n][2]["streams"]
+    # and one process can go on with what two have left
+    state = {**parts[0][1][2], "streams": {**parts[0][1][2]["streams"], **parts[1][1][2]["streams"]}}
+    assert_same(take(start(config, state), 1), whole[2:])
+
+
+def test_streams_are_disjoint_and_miss_nothing(write_rows, start):
+    text = write_rows(*({"text": f"once {i}"} for i in range(40)))
+    config = dataclasses.replace(DATA, train=(text,), rows=2, streams=2, tokens=60, lookahead=1)
+    parts = [start(config, process_index=i, process_count=2) for i in range(2)]
+    names = [list(itertools.chain.from_iterable(n for _, n, _ in take(part, 6))) for part in parts]
+    epochs = [set(some[:18]) for some in names]  # of the 20 that are each stream's; a few may still wait
+    assert not epochs[0] & epochs[1] and all(len(epoch) == 18 for epoch in epochs)
+    rows = pipeline.mixture([open_rows(text)], (), 3)
+    dealt = [[rows[i].number for i in range(s, 40, 2)] for s in range(2)]
+    assert sorted(dealt[0] + dealt[1]) == list(range(1, 41))
+
+
+def test_every_epoch_has_an_order_of_its_own(write_rows):
+    files = [open_rows(write_rows(*({"text": str(i)} for i in range(n)), name=f"{n}.jsonl")) for n in (7, 5)]
+    rows = pipeline.mixture(files, (), 3)
+    epochs = [[rows[i].name for i in range(12 * e, 12 * e + 12)] for e in range(3)]
+    assert all(sorted(epoch) == sorted(row.name for f in files for row in f) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [rows[i].name for i in range(12)] != [pipeline.mixture(files, (), 4)[i].name for i in range(12)]
+
+
+def test_files_are_mixed_by_weight(write_rows):
+    names = [write_rows(*({"text": str(i)} for i in range(10)), name=f"{n}.jsonl") for n in "ab"]
+    rows = pipeline.mixture([open_rows(name) for name in names], (3.0, 1.0), 0)
+    drawn = collections.Counter(rows[i].file for i in range(400))
+    assert drawn == {names[0]: 300, names[1]: 100}
+    first = [rows[i].number for i in range(40) if rows[i].file == names[1]]
+    assert sorted(first) == list(range(1, 11))  # an epoch of its own
+
+
+def test_rejects_are_named_once_and_skipped(rows, start, tmp_path):
+    path = tmp_path / "out" / "rejects.jsonl"
+    config = dataclasses.replace(DATA, train=(rows,), rejects=path)
+    batches = start(config)
+    names = [name for _, some, _ in take(batches, 8) for name in some]
+    state = batches.get_state()["streams"]["0"]
+    assert state["next"] > 3 * len(ROWS) and state["rejected"] >= 6
+    assert not {f"{rows}:21", f"{rows}:22"} & set(names)
+    found = {line["row"]: line for line in map(json.loads, path.read_text().splitlines())}
+    assert found.keys() == {21, 22} and len(path.read_text().splitlines()) == 2
+    assert found[21]["file"] == rows and re.search("none.png'.: no such file", found[21]["reason"])
+    assert "tokens, over the limit of 256" in found[22]["reason"]
+    batches.close()
+    before = path.read_text()
+    path.write_text(before + '{"file": "cut o')  # killed while it wrote
+    take(start(config), 8)
+    assert path.read_text() == before
+    path.write_text("[]\n")
+    with pytest.raises(InputError, match="is not a file of rejected rows"):
+        start(config)
+
+
+def test_each_process_names_its_own_rejects(write_rows, start, tmp_path):
+    text = write_rows(*({"text": "once" * (i % 2)} for i in range(40)))
+    path = tmp_path / "r.jsonl"
+    config = dataclasses.replace(DATA, train=(text,), streams=2, rejects=path, max_reject_share=0.9)
+    for i in range(2):
+        take(start(config, process_index=i, process_count=2), 3)
+    found = [{json.loads(line)["row"] for line in (tmp_path / f"r-{i}.jsonl").read_text().splitlines()} for i in (0, 1)]
+    assert found[0] | found[1] == set(range(1, 41, 2)) and not path.exists()
+
+
+def test_too_many_rejects_stop_the_run(write_rows, start, tmp_path):
+    text = write_rows(*({"text": "once"} for _ in range(60)), *({"text": ""} for _ in range(10)), "{", name="bad.jsonl")
+    path = tmp_path / "rejects.jsonl"
+    config = dataclasses.replace(DATA, train=(text,), max_reject_share=0.03, rejects=path)
+    message = r"4 of \d+ rows cannot be used, over the share of 0.03 .*\n.*bad.jsonl:\d+: (the text is empty|not JSON)"
+    with pytest.raises(InputError, match=message) as caught:
+        take(start(config), 100)
+    assert str(path) in str(caught.value) and len(path.read_text().splitlines()) >= 3
+    # 11 of 71 rows are under one in five, however long it goes on
+    assert take(start(dataclasses.replace(config, max_reject_share=0.2)), 20)
+
+
+def test_data_that_have_changed_are_refused(rows, write_rows, start, tmp_path):
+    config = dataclasses.replace(DATA, train=(rows,))
+    state = start(config).get_state()
+    for change, message in (
+        (dict(seed=3), "seed was 0 and is 3"),
+        (dict(tokens=300), "tokens was 256 and is 300"),
+        (dict(train=(write_rows({"text": "a"}, name="b.jsonl"),)), "rows of data.train was [22] and is [1]"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            start(dataclasses.replace(config, **change), state)
+    moved = tmp_path / "moved" / "rows.jsonl"
+    moved.parent.mkdir()
+    (tmp_path / "rows.jsonl").rename(moved)
+    start(dataclasses.replace(config, train=(str(moved),), workers=1, max_reject_share=0.5), state)
+
+
+def test_a_waiting_row_that_is_gone_is_named(write_rows, start, tmp_path):
+    picture = tmp_path / "a.jpg"
+    picture.write_bytes((MEDIA / "picture.jpg").read_bytes())
+    rows = write_rows(talk("<image>", images=["a.jpg"]))
+    batches = start(dataclasses.replace(DATA, train=(rows,)))
+    ((_, _, state),) = take(batches, 1)
+    assert state["streams"]["0"]["waiting"]
+    picture.unlink()
+    with pytest.raises(InputError, match=r"could be used before cannot be used now: .*rows.jsonl:1: .*a.jpg"):
+        start(dataclasses.replace(DATA, train=(rows,)), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(train=()), "data.train is empty"),
+        (dict(weights=(1.0, 2.0)), "data.weights has 2 numbers, but data.train 1 files"),
+        (dict(weights=(0.0,)), "data.weights must be over 0"),
+        (dict(streams=3), "data.rows is 2, which data.streams, 3, must divide"),
+        (dict(streams=1), "data.streams is 1, but must be a multiple of the 2 processes; data.streams=2 gives"),
+        (dict(tokens=1), "data.tokens must be at least 2, got 1"),
+        (dict(lookahead=0), "data.lookahead must be at least 1"),
+        (dict(max_reject_share=1.0), "max_reject_share from 0 to below 1"),
+    ],
+)
+def test_configurations_that_are_refused(change, message):
+    config = dataclasses.replace(DATA, train=("a.jsonl",), streams=2)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        dataclasses.replace(config, **change).check(2)
+    config.check(2)

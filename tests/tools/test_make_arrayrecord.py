@@ -1,0 +1,98 @@
+"""The tool that writes ArrayRecord."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from omni_jax.config import OmniConfig
+from omni_jax.data.examples import Example, Prepare
+from omni_jax.data.sources import open_rows
+from omni_jax.errors import InputError
+from omni_jax.processing.processor import Processor
+from tools import make_arrayrecord
+from tools.make_arrayrecord import write
+from tools.tokenizer_files import write_tokenizer
+
+MEDIA = Path(__file__).parents[1] / "media"
+
+
+def talk(content: Any, **rest: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A fox."}], **rest}
+
+
+ROWS = [
+    {"text": "once é"},
+    talk("<image>?", images=["media/picture.png"]),
+    talk([{"type": "audio_url", "audio_url": {"url": "media/speech.wav"}}]),
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A file of rows with media beside it."""
+    path = tmp_path / "in" / "rows.jsonl"
+    (path.parent / "media").mkdir(parents=True)
+    for name in ("picture.png", "speech.wav"):
+        (path.parent / "media" / name).write_bytes((MEDIA / name).read_bytes())
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Prepare:
+    folder = tmp_path / "processor"
+    folder.mkdir()
+    write_tokenizer(folder, OmniConfig.tiny())
+    OmniConfig.tiny().save(folder)
+    return Prepare(Processor.load(folder), 512, lambda example: None)
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_rows_say_the_same_from_another_place(rows: Path, prepare: Prepare, tmp_path: Path, embed: bool) -> None:
+    steps: list[tuple[int, int]] = []
+    path = tmp_path / "out" / "deep" / "rows.arrayrecord"
+    assert write(str(rows), path, embed=embed, progress=lambda n, of: steps.append((n, of))) == 3
+    assert steps == [(i, 3) for i in range(4)] and list(path.parent.iterdir()) == [path]
+    expected = [prepare(row) for row in open_rows(str(rows))]
+    if embed:
+        (rows.parent / "media").rename(tmp_path / "gone")
+    for row, example in zip(open_rows(str(path)), expected, strict=True):
+        found = prepare(row)
+        assert isinstance(found, Example) and isinstance(example, Example)
+        jax.tree.map(np.testing.assert_array_equal, found, example.replace(name=found.name))
+    if not embed:
+        assert b'"../../in/media/picture.png"' in open_rows(str(path))[1].contents
+
+
+def test_nothing_is_left_of_what_failed(rows: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.arrayrecord"
+    with rows.open("a") as file:
+        file.write("[]\n")
+    with pytest.raises(InputError, match=r"rows.jsonl:4: a row must be an object, got list"):
+        write(str(rows), path, progress=lambda n, of: None)
+    (rows.parent / "media" / "picture.png").unlink()
+    with pytest.raises(InputError, match=r"rows.jsonl:2: 'media/picture.png': no such file"):
+        write(str(rows), path, embed=True, progress=lambda n, of: None)
+    assert not list(tmp_path.glob("rows.arrayrecord*"))
+    path.touch()
+    with pytest.raises(InputError, match="exists already"):
+        write(str(rows), path, progress=lambda n, of: None)
+
+
+def test_the_command_line(rows: Path, tmp_path: Path) -> None:
+    tool = [sys.executable, make_arrayrecord.__file__]
+    path = tmp_path / "rows.arrayrecord"
+    done = subprocess.run([*tool, rows, path], capture_output=True, text=True, check=True)
+    assert f"{path}: 3 rows" in done.stdout.replace("\n", "")
+    shown = subprocess.run([*tool, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--embed" in shown and "--data.train" in shown
+    again = subprocess.run([*tool, rows, path], capture_output=True, text=True)
+    assert again.returncode == 1 and "exists already" in again.stderr
