@@ -15,6 +15,7 @@ jitted function expands the table to ids. Every quirk of the reference is kept, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -166,9 +167,19 @@ def _resolve_interleaved(segment: Interleaved, config: ThinkerConfig, begin: int
     return [*spans, Span(begin, after), Span(begin + 1, after)], after + 1
 
 
-def stack(rows: Sequence[Sequence[Span]], length: int) -> Spans:
-    """Stacks the spans of each row into a table of bucketed width; ``length`` is S, where unused spans begin."""
-    width = bucket(max((len(row) for row in rows), default=1), smallest=4)
+def cut(spans: Sequence[Span], begin: int, end: int) -> list[Span]:
+    """The spans of text positions ``begin`` to ``end``, counted from ``begin``.
+
+    One that goes on from before keeps its true beginning, which is then below 0.
+    """
+    ends = [span.begin for span in spans[1:]] + [end]
+    own = [s for s, after in zip(spans, ends, strict=False) if s.begin < end and after > begin]
+    return [dataclasses.replace(span, begin=span.begin - begin) for span in own]
+
+
+def stack(rows: Sequence[Sequence[Span]], length: int, width: int | None = None) -> Spans:
+    """Stacks the spans of each row into a table of ``width``, bucketed if None; unused ones begin at ``length``, S."""
+    width = bucket(max((len(row) for row in rows), default=1), smallest=4) if width is None else width
     unused = Span(length, 0)
     padded = [[*row, *[unused] * (width - len(row))] for row in rows]
 

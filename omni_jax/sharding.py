@@ -12,7 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from omni_jax.errors import ConfigError
 
@@ -93,16 +93,38 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     return shardings
 
 
+def small(tree: Any) -> Any:
+    """Says that arrays of a few numbers, such as a state's counters, are whole on every device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
+def place_of(params: Any, mesh: Mesh | None) -> Sharding:
+    """Where such arrays are to be put by the host: beside the parameters.
+
+    A program is compiled once for arrays that lie in one place, and again where they lie in another.
+    """
+    if mesh is not None:
+        return NamedSharding(mesh, PartitionSpec())
+    leaf = jax.tree.leaves(params)[0]
+    return SingleDeviceSharding(next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0])
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Says how an activation is spread, by the names of its axes; does nothing where no mesh is set.
 
     An axis whose size the mesh does not divide, such as three blocks of sound over eight devices, stays whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    divides = [
-        name if name and size % math.prod(mesh.shape[axis] for axis in RULES[name]) == 0 else None
-        for name, size in zip(names, x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, _spec(divides))
+    axes = [axes_of(name, size) if name else None for name, size in zip(names, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def axes_of(name: str, size: int) -> tuple[str, ...] | None:
+    """The axes of the mesh that is set which an activation's axis is spread over; None if they do not divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or size % math.prod(mesh.shape[axis] for axis in RULES[name]):
+        return None
+    return RULES[name] or None

@@ -1,7 +1,8 @@
 """The Thinker over eight devices and over one; run by test_sharding.py in a process that pretends to have eight.
 
 ``forward MESHES`` prints one JSON line a mesh: its sizes, the largest relative difference, and how many arrays are
-really spread. ``reply MODEL MESH`` prints the token ids of a batch of replies without a mesh and with it.
+really spread. ``reply MODEL PARTS MESH`` prints the token ids and the codes of a batch of replies, and
+of a streamed one, which is spoken if the parts are all, without a mesh and with it.
 """
 
 from __future__ import annotations
@@ -36,14 +37,20 @@ def prompts(config: OmniConfig) -> list[Prompt]:
     return rows
 
 
-def reply(folder: str, sizes: dict[str, int]) -> None:
+def reply(folder: str, parts: str, sizes: dict[str, int]) -> None:
     picture = {"type": "image", "image": np.arange(56 * 84 * 3, dtype=np.uint8).reshape(56, 84, 3)}
     questions = [[picture, {"type": "text", "text": "What is it?"}], "hello", "a longer question of some words"]
     dialogues = [[{"role": "user", "content": content}] for content in questions]
+    components, spoken = ("thinker",), {}
+    if parts == "all":
+        talker = dict(temperature=0.0, max_tokens=5, repetition_penalty=2.0)
+        components, spoken = None, dict(modalities=("text", "audio"), talker=talker)
     for mesh in (None, make_mesh(**sizes)):
-        model = omni_jax.load(folder, mesh=mesh, components=("thinker",))
-        ids = [r.token_ids for r in model.generate_batch(dialogues, max_tokens=12)]
-        print(json.dumps({"devices": 1 if mesh is None else mesh.size, "ids": ids}), flush=True)
+        model = omni_jax.load(folder, mesh=mesh, components=components)
+        replies = model.generate_batch(dialogues, max_tokens=12)
+        *_, last = model.stream(dialogues[0], max_tokens=12, **spoken)
+        said = [[r.token_ids, r.codec_ids] for r in (*replies, last.reply)]
+        print(json.dumps({"devices": 1 if mesh is None else mesh.size, "said": said}), flush=True)
 
 
 def forward(meshes: list[dict[str, int]]) -> None:
@@ -70,4 +77,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "forward":
         forward(json.loads(sys.argv[2]))
     else:
-        reply(sys.argv[2], json.loads(sys.argv[3]))
+        reply(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))

@@ -42,11 +42,17 @@ def run(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_replies_over_eight_devices_equal_one(tiny_model: Path) -> None:
-    alone, together = run("reply", str(tiny_model), json.dumps({"data": 2, "fsdp": 2, "tensor": 2}))
+@pytest.mark.parametrize(
+    ("parts", "mesh"),
+    # the small Talker has one head of keys, which no tensor axis divides
+    [("thinker", {"data": 2, "fsdp": 2, "tensor": 2}), ("all", {"data": 2, "fsdp": 4})],
+)
+def test_replies_over_eight_devices_equal_one(tiny_model: Path, parts: str, mesh: dict[str, int]) -> None:
+    alone, together = run("reply", str(tiny_model), parts, json.dumps(mesh))
     assert (alone["devices"], together["devices"]) == (1, 8)
-    assert alone["ids"] == together["ids"]
-    assert all(len(ids) == 12 for ids in alone["ids"])
+    assert alone["said"] == together["said"]
+    assert all(len(tokens) == 12 for tokens, _ in alone["said"])
+    assert bool(alone["said"][-1][1]) == (parts == "all")
 
 
 def test_forward_over_eight_devices_equals_one() -> None:

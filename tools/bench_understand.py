@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,12 @@ from rich.console import Console
 from rich.progress import track
 from transformers import DynamicCache, Qwen2_5OmniConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from omni_jax.batch import OmniBatch
+from omni_jax import positions
 from omni_jax.config import OmniConfig
 from omni_jax.generation.sampling import Sampling
 from omni_jax.generation.text import TextLoop, TextRequest
 from omni_jax.models.thinker import Thinker, abstract_params
-from omni_jax.processing.collate import collate
+from omni_jax.processing.chunks import Feed, feed
 from omni_jax.processing.layout import AudioInput, Prompt, VisionInput, lay_out
 from tools.bench_sizes import middle_config
 from tools.bench_timing import Case, measure, seconds, show, write
@@ -44,27 +45,32 @@ class Ours:
         self.params = jax.tree.map(lambda s: jnp.asarray(0.02 * rng.standard_normal(s.shape, np.float32)), shapes)
         self.loop = TextLoop(model, self.params, steps=DECODED_TOKENS)
 
-    def batch(self, *prompts: Prompt) -> OmniBatch:
+    def plan(self, *prompts: Prompt) -> Feed:
         """On the device already, so that no copy is timed."""
-        return jax.tree.map(jnp.asarray, collate(prompts, self._whole, length=len(prompts[0])))
+        plan = feed(prompts, [positions.resolve(p.segments, self.config) for p in prompts], self._whole)
+        return dataclasses.replace(plan, calls=tuple(jax.tree.map(jnp.asarray, call) for call in plan.calls))
 
     def encode(self, item: AudioInput | VisionInput, token: int) -> Callable[[], float]:
-        batch = self.batch(lay_out([token], [item], self.config))
-        return lambda: seconds(lambda: self.loop.encode(batch))
+        calls = self.plan(lay_out([token], [item], self.config)).calls
+        return lambda: seconds(lambda: jax.block_until_ready([self.loop.encode(call) for call in calls]))
 
     def text(self, ids: np.ndarray) -> tuple[Callable[[], float], Callable[[], float]]:
         """Reading the prompts [B, S], and saying DECODED_TOKENS tokens in each row, in seconds a token."""
-        batch = self.batch(*(lay_out(row.tolist(), [], self.config) for row in ids))
-        requests = [TextRequest(Sampling(), DECODED_TOKENS, ())] * len(ids)
+        plan, every = self.plan(*(lay_out(row.tolist(), [], self.config) for row in ids)), range(len(ids))
+        requests = dict.fromkeys(every, TextRequest(Sampling(), DECODED_TOKENS, ()))
 
         def read() -> Any:
-            return self.loop.start(batch, [], requests)
+            state = self.loop.empty(len(ids), ids.shape[1] + DECODED_TOKENS)
+            for stretch in plan.stretches:
+                state = self.loop.read(state, stretch, [])
+            return jax.block_until_ready(state)
 
         prefilled = functools.cache(read)
 
         def say() -> float:
-            state = jax.block_until_ready(jax.tree.map(jnp.copy, prefilled()))  # the loop uses its state up
-            return seconds(lambda: list(self.loop.tokens(state))) / DECODED_TOKENS
+            state = self.loop.ask(prefilled(), requests, dict(zip(every, ids, strict=True)))
+            state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # the loop uses its state up
+            return seconds(lambda: self.loop.advance(state)) / DECODED_TOKENS
 
         return lambda: seconds(read), say
 

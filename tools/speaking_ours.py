@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from omni_jax import positions
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig
+from omni_jax.generation.exchange import ROOM
 from omni_jax.generation.sampling import Sampling
-from omni_jax.generation.speech import SpeechLoop, SpeechRequest, SpeechState, Talk
-from omni_jax.generation.text import NOTHING, Conditioning, TextLoop, TextRequest
+from omni_jax.generation.speech import Said, SpeechLoop, SpeechRequest, Talk
+from omni_jax.generation.text import NOTHING, TextLoop, TextRequest
 from omni_jax.generation.waveform import Waveform
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker as talker_model
 from omni_jax.models import thinker, token2wav
-from omni_jax.processing.collate import collate
+from omni_jax.processing.chunks import Feed, feed
 from omni_jax.processing.layout import Prompt, lay_out
 
 STAGES = ("Thinker", "Talker", "DiT", "vocoder")  # of a spoken reply
@@ -94,7 +96,7 @@ def vocoder(config: OmniConfig, clip: int, codes: int, rows: int) -> float:
 @functools.cache
 def _text_loop(config: OmniConfig) -> TextLoop:
     model = thinker.Thinker(config.thinker_config, scan_layers=False)
-    return TextLoop(model, random_params(thinker.abstract_params(model)))
+    return TextLoop(model, random_params(thinker.abstract_params(model)), keep=True)
 
 
 @functools.cache
@@ -105,28 +107,50 @@ def _speech_loop(config: OmniConfig) -> SpeechLoop:
     return SpeechLoop(model, params, config, lambda ids: jnp.zeros((*np.shape(ids), width)))
 
 
+class _Talking:
+    """A batch of replies that are all said, and the Talker's state after their prompts."""
+
+    def __init__(self, config: OmniConfig, heard: jax.Array, prompts: list[Prompt], replies: list[int]):
+        """``heard`` has the prompts' rows and behind them the replies', of so many tokens."""
+        self.config, self.heard, self.prompts = config, heard, prompts
+        self.said = Said(np.array([*map(len, prompts)]), np.array(replies), np.ones(len(replies), bool))
+        longest = max(map(len, prompts)) + 2
+        self.state = _speech_loop(config).empty(len(prompts), longest + ROOM)
+        for stretch in _plan(config, prompts).stretches:
+            self.state = _speech_loop(config).read(self.state, heard, stretch.chunk)
+
+    def speak(self, speakers: Sequence[int], talks: Sequence[Talk]) -> list[np.ndarray]:
+        """The codes of each row."""
+        loop, made = _speech_loop(self.config), []
+        rows = zip(self.prompts, speakers, talks, strict=True)
+        requests = {i: SpeechRequest(len(p), speaker, talk) for i, (p, speaker, talk) in enumerate(rows)}
+        after = [positions.Span(0, len(p)) for p in self.prompts]
+        spans = positions.stack([[span] for span in after], 2, width=1)
+        state = loop.begin(jax.tree.map(jnp.copy, self.state), self.heard, requests, spans)
+        while loop.ready(state, self.said).any():
+            codes, state = loop.advance(state, self.heard, self.said)
+            made.append(codes)
+        return [row[row != NOTHING] for row in np.concatenate(made, axis=1)]
+
+
+def _plan(config: OmniConfig, prompts: list[Prompt]) -> Feed:
+    return feed(prompts, [positions.resolve(p.segments, config.thinker_config) for p in prompts], config)
+
+
 @functools.cache
-def _speaking(config: OmniConfig, rows: int, length: int, steps: int) -> SpeechState:
+def _talking(config: OmniConfig, rows: int, length: int, steps: int) -> _Talking:
     """A batch that has read prompts of ``length`` and has ``steps`` codes to say."""
     rng, width = np.random.default_rng(4), config.talker_config.embedding_size
-    prompts, replies = (rng.standard_normal((rows, n, width), np.float32) for n in (length, steps))
-    request = SpeechRequest(_prompt(config, length, 0), steps, 0, Talk(max_tokens=steps))
-    return _speech_loop(config).start(Conditioning(jnp.asarray(prompts), jnp.asarray(replies)), [request] * rows)
+    heard = jnp.asarray(rng.standard_normal((rows, length + steps, width), np.float32))
+    return _Talking(config, heard, [_prompt(config, length, 0)] * rows, [steps] * rows)
 
 
 def talker(config: OmniConfig, rows: int, length: int, steps: int) -> float:
     """Seconds a step after a prompt of ``length``, with the published way of drawing codes."""
-    state = jax.block_until_ready(jax.tree.map(jnp.copy, _speaking(config, rows, length, steps)))
-    took, made = _compiler.without(lambda: _all_codes(_speech_loop(config), state))
-    return took / int((made != NOTHING).any(0).sum())  # a row's chance of an early end is small, but not none
-
-
-def _all_codes(loop: SpeechLoop, state: SpeechState) -> np.ndarray:
-    made = []
-    while np.asarray(state.left).any():
-        codes, state = loop.advance(state)
-        made.append(codes)
-    return np.concatenate(made, axis=1)
+    talking, talk = _talking(config, rows, length, steps), Talk(max_tokens=steps)
+    jax.block_until_ready(talking.state)
+    took, made = _compiler.without(lambda: talking.speak([0] * rows, [talk] * rows))
+    return took / max(map(len, made))  # a row's chance of an early end is small, but not none
 
 
 @dataclass(frozen=True)
@@ -141,25 +165,30 @@ class Dialogue:
 
 def replies(config: OmniConfig, clip: int, dialogues: tuple[Dialogue, ...]) -> dict[str, float]:
     """Seconds of each stage of spoken replies to dialogues that are worked on together."""
-    text, speech, (wave, voice) = _text_loop(config), _speech_loop(config), _waveform(config, clip)
+    text, (wave, voice) = _text_loop(config), _waveform(config, clip)
     prompts = [_prompt(config, d.prompt, d.seed) for d in dialogues]
-    batch = collate(prompts, config)
-    asked = [TextRequest(Sampling(), d.words, ()) for d in dialogues]
-    spoken = [
-        SpeechRequest(prompt, d.words, voice.bos_token, Talk(max_tokens=d.codes, seed=d.seed))
-        for prompt, d in zip(prompts, dialogues, strict=True)
-    ]
+    plan, every = _plan(config, prompts), range(len(dialogues))
+    asked = {i: TextRequest(Sampling(), d.words, ()) for i, d in enumerate(dialogues)}
+    ids = {i: prompt.tokens for i, prompt in enumerate(prompts)}
 
-    def say() -> Conditioning:
-        state = text.start(batch, [], asked, keep=True)
+    def say() -> jax.Array:
+        state = text.empty(len(prompts), max(map(len, prompts)) + max(d.words for d in dialogues))
+        for stretch in plan.stretches:
+            state = text.read(state, stretch, [])
+        state = text.ask(state, asked, ids)
         while np.asarray(state.left).any():
             _, state = text.advance(state)
-        assert state.kept is not None
-        return state.kept
+        assert state.heard is not None
+        return jnp.asarray(state.heard)
+
+    def speak() -> list[np.ndarray]:
+        talking = _Talking(config, heard, prompts, [d.words for d in dialogues])
+        talks = [Talk(max_tokens=d.codes, seed=d.seed) for d in dialogues]
+        return talking.speak([voice.bos_token for _ in every], talks)
 
     many = len(dialogues)
     said, heard = _compiler.without(say)
-    talked, codes = _compiler.without(lambda: speech.speak(heard, spoken))
+    talked, codes = _compiler.without(speak)
     seeds = [d.seed for d in dialogues]
     solved, mels = _compiler.without(lambda: wave.mel(codes, [voice] * many, [None] * many, seeds))
     vocoded, _ = _compiler.without(lambda: wave.vocode(mels))

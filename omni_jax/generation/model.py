@@ -15,26 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from omni_jax import positions
 from omni_jax.batch import bucket
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice, choose, load_voices
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, InputError
-from omni_jax.generation.reply import Event, Options, Reply, ReplyWriter, Timings, stop_ids
-from omni_jax.generation.speech import SpeechLoop, SpeechRequest, Talk
-from omni_jax.generation.text import Conditioning, TextLoop, TextRequest
+from omni_jax.generation.exchange import ROOM, Ask, Exchange, Loops, Pace, Voicing
+from omni_jax.generation.listening import Listener
+from omni_jax.generation.reply import Event, Options, Reply, ReplyWriter, stop_ids
+from omni_jax.generation.speech import SpeechLoop, Talk
+from omni_jax.generation.text import TextLoop, TextRequest
+from omni_jax.generation.warmup import Compilations, warm_up
 from omni_jax.generation.waveform import Waveform
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
-from omni_jax.processing.collate import collate
-from omni_jax.processing.layout import Prompt, Usage
+from omni_jax.processing.layout import Prompt
+from omni_jax.processing.live import LivePrompt
 from omni_jax.processing.processor import Processor
 from omni_jax.sharding import param_shardings
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-
-_NOBODY = Prompt(np.zeros(0, np.int32), (), (), np.zeros(0, np.int32), np.zeros(0, np.int32), Usage())
 
 
 def load(
@@ -44,6 +46,7 @@ def load(
     mesh: Mesh | None = None,
     components: Sequence[str] | None = None,
     allow_urls: bool = False,
+    pace: Pace | None = None,
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
@@ -54,6 +57,7 @@ def load(
       mesh: from ``omni_jax.sharding.make_mesh``, to spread the parameters over several devices.
       components: ("thinker",) to read and write only; all that the checkpoint has if None.
       allow_urls: whether media may be fetched from the web; a server that does so lends its network to whoever asks.
+      pace: how much is done at a time while a reply is streamed; the usual if None.
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
@@ -77,7 +81,9 @@ def load(
         shardings = {name: param_shardings(_abstract(model), mesh) for name, model in models.items()}
     params = store.load(folder, wanted, dtype=kind, shardings=shardings)
     params = params if scan else unstack_layers(params)
-    return OmniModel(config, processor, models, params, load_voices(folder) if "talker" in wanted else {}, mesh)
+    return OmniModel(
+        config, processor, models, params, load_voices(folder) if "talker" in wanted else {}, mesh, pace or Pace()
+    )
 
 
 def _model(config: OmniConfig, component: str, dtype: Any, scan: bool) -> Any:
@@ -109,14 +115,17 @@ class OmniModel:
         params: Mapping[str, Any],
         voices: Mapping[str, Voice],
         mesh: Mesh | None,
+        pace: Pace,
     ):
         self.config, self.processor, self.voices = config, processor, voices
-        self._text = TextLoop(models["thinker"], params["thinker"], mesh)
-        self._speech, self._wave = None, None
+        keep = "talker" in models
+        text = TextLoop(models["thinker"], params["thinker"], mesh=mesh, steps=pace.tokens, keep=keep)
+        speech, wave = None, None
         if "talker" in models:
-            self._speech = SpeechLoop(models["talker"], params["talker"], config, self._text.words, mesh=mesh)
+            speech = SpeechLoop(models["talker"], params["talker"], config, text.words, mesh=mesh, steps=pace.codes)
         if "token2wav" in models:
-            self._wave = Waveform(models["token2wav"], params["token2wav"], mesh)
+            wave = Waveform(models["token2wav"], params["token2wav"], mesh)
+        self._loops = Loops(config, pace, text, speech, wave)
         self._row_multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def generate(self, messages: Messages, **options: Any) -> Reply:
@@ -129,17 +138,56 @@ class OmniModel:
         Raises:
           InputError: if the messages or options cannot be served; names the part, the value and the limit.
         """
-        return next(event.reply for event in self.stream(messages, **options) if event.reply is not None)
+        chosen, begun = Options.create(**options), time.perf_counter()
+        self._check_speech(chosen, [messages])
+        prompt = self._prompt(messages, chosen)
+        events = self._answer([prompt], chosen, time.perf_counter() - begun, live=False)
+        return next(event.reply for _, event in events if event.reply is not None)
 
     def stream(self, messages: Messages, **options: Any) -> Iterator[Event]:
-        """Answers one dialogue piece by piece: text as it is made, then the sound, whole.
+        """Answers one dialogue piece by piece: text and sound as they are made.
 
-        The last event carries the whole reply; closing the iterator ends it.
+        The last event carries the whole reply, which the pieces add up to. Nothing is made before it is asked for;
+        closing the iterator ends the reply and frees what it holds.
         """
         chosen, begun = Options.create(**options), time.perf_counter()
         self._check_speech(chosen, [messages])
         prompt = self._prompt(messages, chosen)
-        return self._answer([prompt], chosen, Timings(prepare=time.perf_counter() - begun))
+        events = self._answer([prompt], chosen, time.perf_counter() - begun, live=True)
+        return (event for _, event in events)
+
+    def listen(self, messages: Messages = (), *, hears: bool = True, sees: bool = False, **options: Any) -> Listener:
+        """Begins a dialogue that is heard, or seen, while it goes on.
+
+        Whatever comes is read as soon as it fills two seconds, so that only the rest is left when the speaker ends::
+
+            listener = model.listen([{"role": "system", "content": SPEECH_SYSTEM_PROMPT}], modalities=("text", "audio"))
+            for samples in microphone:
+                listener.audio(samples, 48_000)
+            for event in listener.answer():
+                ...
+
+        Args:
+          messages: that came before, earlier replies among them; maybe none. What is heard and seen becomes a message
+            of the user's after them.
+          hears: whether sound is to come (``Listener.audio``).
+          sees: whether pictures are to come (``Listener.video``); with sound too, they are one video.
+          **options: see ``Options``; ``Listener.answer`` may change all but ``modalities`` and ``assume_fps``.
+
+        Raises:
+          InputError: if the messages or options cannot be served.
+        """
+        chosen = Options.create(**options)
+        self._check_speech(chosen, [messages])
+        prompt = LivePrompt(self.processor, messages, hears=hears, sees=sees, assume_fps=chosen.assume_fps)
+        exchange = Exchange(self._loops, self._rows(1), len(prompt.head.prompt) + ROOM, speaks=chosen.speaks)
+
+        def ask(whole: Prompt, others: Mapping[str, Any]) -> Ask:
+            if settled := sorted({"modalities", "assume_fps"} & set(others)):
+                raise InputError(f"{' and '.join(settled)} must be given to listen; what came is already read so")
+            return self._ask(whole, Options.create(**{**options, **others}))
+
+        return Listener(prompt, exchange, ask)
 
     def generate_batch(self, conversations: Sequence[Messages], *, batch_size: int = 8, **options: Any) -> list[Reply]:
         """Answers many dialogues, each as ``generate`` would alone.
@@ -167,10 +215,32 @@ class OmniModel:
         order = sorted(prompts, key=lambda i: len(prompts[i]))
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            share = Timings(prepare=prepare * len(rows) / len(order))
-            events = self._answer([prompts[i] for i in rows], chosen, share)
-            replies |= dict(zip(rows, [e.reply for e in events if e.reply is not None], strict=True))
+            events = self._answer([prompts[i] for i in rows], chosen, prepare * len(rows) / len(order), live=False)
+            replies |= {rows[i]: event.reply for i, event in events if event.reply is not None}
         return [replies[i] for i in range(len(conversations))]
+
+    def warmup(self, *, tokens: int = 2048, windows: int = 32, rows: int = 1) -> Compilations:
+        """Compiles what ``stream`` and ``listen`` run, so that no request has to wait for the compiler.
+
+        What is larger than this is compiled when it is met, and so is ``generate`` with speech, whose sound is made at
+        once and not in blocks.
+
+        Args:
+          tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
+          windows: of a picture at most, each 112 x 112 pixels: a picture of 480 x 640 has 30. 0 for none.
+          rows: dialogues at once.
+
+        Returns:
+          How many programs there were, and the seconds they took.
+        """
+        rows = self._rows(rows)
+        with Compilations() as compilations:
+            warm_up(self._loops, rows=rows, tokens=tokens, windows=windows)
+            if self._loops.wave is not None and self.voices:
+                pace = self._loops.pace
+                chunks = dict(first_chunk_codes=pace.first_chunk_codes, chunk_codes=pace.chunk_codes)
+                self._loops.wave.warm_up(list(self.voices.values()), rows, **chunks)
+        return compilations
 
     def synthesize(
         self,
@@ -195,74 +265,42 @@ class OmniModel:
           InputError: for codes out of range, none or too many, noise of another shape, or an unknown voice.
         """
         self._need_speech()
-        assert self._wave is not None
-        return self._wave.synthesize([np.asarray(codec_ids)], [choose(self.voices, voice)], [noise], [seed])[0]
+        wave = self._loops.wave
+        assert wave is not None
+        return wave.synthesize([np.asarray(codec_ids)], [choose(self.voices, voice)], [noise], [seed])[0]
 
     def _prompt(self, messages: Messages, options: Options) -> Prompt:
         context = self.config.thinker_config.text_config.max_position_embeddings
         return self.processor(messages, assume_fps=options.assume_fps, max_length=context - 1)
 
-    def _answer(self, prompts: Sequence[Prompt], options: Options, timings: Timings) -> Iterator[Event]:
-        """Runs one batch. Text comes as it is made if there is one row; at the end each row's reply, in order."""
-        rows = -(-bucket(len(prompts)) // self._row_multiple) * self._row_multiple
-        batch = collate([*prompts, *[_NOBODY] * (rows - len(prompts))], self.config)
-        clock = _Clock()
-        features = self._text.encode(batch)
-        timings.encode = clock.lap()
-        requests = [self._request(p, options) for p in prompts]
-        state = self._text.start(batch, features, requests, keep=options.speaks)
-        timings.prefill = clock.lap()
-        writers = [ReplyWriter(self.processor, options) for _ in prompts]
-        while np.asarray(state.left).any() and not all(writer.finish_reason for writer in writers):
-            made, state = self._text.advance(state)
-            pieces = [writer.push(tokens) for writer, tokens in zip(writers, made, strict=False)]
-            if len(writers) == 1 and pieces[0]:
-                yield Event(pieces[0])
-        timings.decode = clock.lap()
-        rests = [writer.end() for writer in writers]
-        heard = state.kept
-        del state  # the Thinker's cache is not needed while the reply is spoken
-        spoken = None if heard is None else self._speak(heard, prompts, writers, options, timings)
-        for i, (prompt, writer) in enumerate(zip(prompts, writers, strict=True)):
-            assert writer.finish_reason is not None
-            reply = Reply(writer.text, tuple(writer.ids), writer.finish_reason, prompt.usage, timings)
-            if spoken is not None:
-                codes, audio = spoken[i]
-                reply = dataclasses.replace(reply, codec_ids=tuple(codes.tolist()), audio=audio)
-            yield Event(rests[i] or None, reply.audio, reply)
+    def _answer(
+        self, prompts: Sequence[Prompt], options: Options, prepare: float, *, live: bool
+    ) -> Iterator[tuple[int, Event]]:
+        """Runs one batch; yields pieces with the number of their row."""
+        rows = self._rows(len(prompts))
+        asks = [self._ask(p, options) for p in prompts]
+        said = max(min(ROOM, ask.text.max_tokens) for ask in asks)
+        if options.speaks:
+            said = max(said, min(ROOM, self._talk(options).max_tokens + 2))
+        exchange = Exchange(self._loops, rows, max(map(len, prompts)) + said, speaks=options.speaks)
+        exchange.timings.prepare = prepare
+        exchange.read(prompts, [positions.resolve(p.segments, self.config.thinker_config) for p in prompts])
+        yield from exchange.answer(asks, live=live)
 
-    def _speak(
-        self,
-        heard: Conditioning,
-        prompts: Sequence[Prompt],
-        writers: Sequence[ReplyWriter],
-        options: Options,
-        timings: Timings,
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The codes and the samples of every row."""
-        assert self._speech is not None
-        clock, voice, talk = _Clock(), choose(self.voices, options.voice), self._talk(options)
-        requests = [
-            SpeechRequest(prompt, writer.spoken, voice.bos_token, talk)
-            for prompt, writer in zip(prompts, writers, strict=True)
-        ]
-        codes = self._speech.speak(heard, requests)
-        timings.talk = clock.lap()
-        audio = self._samples(codes, voice, [None] * len(codes), options.seed)
-        timings.wave = clock.lap()
-        return list(zip(codes, audio, strict=True))
+    def _rows(self, requests: int) -> int:
+        """Rows of a batch that holds so many requests."""
+        return -(-bucket(requests) // self._row_multiple) * self._row_multiple
 
-    def _samples(
-        self, codes: Sequence[np.ndarray], voice: Voice, noise: Sequence[np.ndarray | None], seed: int
-    ) -> list[np.ndarray]:
-        """Token2Wav over the rows that have codes; the others are silent, of no length."""
-        assert self._wave is not None
-        rows = [i for i, row in enumerate(codes) if len(row)]
-        made = self._wave.synthesize(
-            [codes[i] for i in rows], [voice] * len(rows), [noise[i] for i in rows], [seed] * len(rows)
-        )
-        samples = dict(zip(rows, made, strict=True))
-        return [samples.get(i, np.zeros(0, np.float32)) for i in range(len(codes))]
+    def _ask(self, prompt: Prompt, options: Options) -> Ask:
+        c, length = self.config.thinker_config, len(prompt)
+        room = min(options.max_tokens, c.text_config.max_position_embeddings - length)
+        text = TextRequest(options.sampling, room, stop_ids(self.processor, options))
+        after = positions.resolve((*prompt.segments, positions.Text(2)), c)[-1]
+        voicing = None
+        if options.speaks:
+            voicing = Voicing(choose(self.voices, options.voice), self._talk(options), options.seed)
+        span = dataclasses.replace(after, begin=0)
+        return Ask(prompt.tokens, span, prompt.usage, text, ReplyWriter(self.processor, options), voicing)
 
     def _check_speech(self, options: Options, conversations: Sequence[Messages]) -> None:
         """Before any work: what speech needs is there. Warns of a system prompt that speech was not trained with."""
@@ -279,7 +317,9 @@ class OmniModel:
             )
 
     def _need_speech(self) -> None:
-        missing = [name for name, part in (("talker", self._speech), ("token2wav", self._wave)) if part is None]
+        missing = [
+            name for name, part in (("talker", self._loops.speech), ("token2wav", self._loops.wave)) if part is None
+        ]
         if missing:
             raise InputError(
                 f"speech needs {' and '.join(missing)}, which this model was loaded or converted without; convert and "
@@ -289,11 +329,6 @@ class OmniModel:
     def _talk(self, options: Options) -> Talk:
         return Talk.create({"seed": options.seed, **options.talker}, self.config)
 
-    def _request(self, prompt: Prompt, options: Options) -> TextRequest:
-        context = self.config.thinker_config.text_config.max_position_embeddings
-        room = min(options.max_tokens, context - len(prompt))
-        return TextRequest(options.sampling, room, stop_ids(self.processor, options))
-
 
 def _asks_for_speech(messages: Messages) -> bool:
     """Whether a dialogue begins with the system prompt that speech was trained with."""
@@ -302,13 +337,3 @@ def _asks_for_speech(messages: Messages) -> bool:
     if isinstance(content, list | tuple) and len(content) == 1 and isinstance(content[0], Mapping):
         content = content[0].get("text")
     return isinstance(first, Mapping) and first.get("role") == "system" and content == SPEECH_SYSTEM_PROMPT
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last call."""
-        last, self._last = self._last, time.perf_counter()
-        return self._last - last

@@ -175,6 +175,11 @@ class ReplyWriter:
         within = sum(begin < len(self._text) for begin in self._begins)
         return min(within + 1, len(self.ids)) if self._cut else len(self.ids)
 
+    @property
+    def settled(self) -> int:
+        """How many tokens are given to the Talker whatever follows: those that no stop string can cut off any more."""
+        return sum(begin < self._emitted for begin in self._begins) if self._stop else len(self.ids)
+
     def _finish(self, reason: Literal["stop", "length"]) -> None:
         self._write(self._stream.flush())
         self.finish_reason = self.finish_reason or reason

@@ -89,9 +89,21 @@ class SamplingState:
             barred=barred,
         )
 
+    def replaced(self, other: SamplingState, rows: Bool[np.ndarray, " B"]) -> SamplingState:
+        """With these rows of another one, whose barred tokens must be the same."""
 
-def sample(logits: Float[Array, "B V"], state: SamplingState) -> tuple[Int[Array, " B"], SamplingState]:
-    """Draws one token for each row and remembers it."""
+        def one(mine: Array, theirs: Array) -> np.ndarray:
+            mine = np.asarray(mine)
+            return np.where(rows.reshape(-1, *[1] * (mine.ndim - 1)), np.asarray(theirs), mine)
+
+        names = [f.name for f in dataclasses.fields(self) if f.name != "barred"]
+        return dataclasses.replace(self, **{n: one(getattr(self, n), getattr(other, n)) for n in names})
+
+
+def sample(
+    logits: Float[Array, "B V"], state: SamplingState, active: Bool[Array, " B"]
+) -> tuple[Int[Array, " B"], SamplingState]:
+    """Draws one token for each row, and remembers those of the active ones."""
     scores = _penalise(jnp.asarray(logits, jnp.float32), state)
     if state.barred is not None:
         scores = jnp.where(state.barred, _NEVER, scores)
@@ -99,8 +111,8 @@ def sample(logits: Float[Array, "B V"], state: SamplingState) -> tuple[Int[Array
     # sorting a vocabulary costs more than a step of a small model: only where a row asks for it
     drawn = jax.lax.cond(jnp.any(state.temperature > 0), _draw, lambda *_: likeliest, scores, state)
     tokens = jnp.where(state.temperature > 0, drawn, likeliest)
-    seen = jnp.asarray(state.seen).at[jnp.arange(len(tokens)), tokens].set(True)
-    return tokens, dataclasses.replace(state, seen=seen, step=state.step + 1)
+    seen = jnp.asarray(state.seen).at[jnp.arange(len(tokens)), tokens].max(active)
+    return tokens, dataclasses.replace(state, seen=seen, step=state.step + active)
 
 
 def _penalise(scores: jax.Array, state: SamplingState) -> jax.Array:

@@ -1,8 +1,10 @@
-"""The Talker's loop: what the Thinker read and said goes in once, then several codes come out of each jitted call.
+"""The Talker's loop: what the Thinker read and said goes in as it comes, and codes come out, several a jitted call.
 
 A row of the Talker's input carries a share of the text (section 7.2): the prompt's rows, one that names the voice, one
 for each token of the reply but the last, then the mark that the text has ended, then padding for ever. The first token
-of the reply is read with the prompt; from then on each code takes one more of these rows, until the Talker ends.
+of the reply is read with the prompt; from then on each code takes one more of these rows, until the Talker ends. So the
+Talker may begin when the Thinker has said two tokens (the first is then known not to be the last), and it follows the
+Thinker at a token a code.
 """
 
 from __future__ import annotations
@@ -20,21 +22,18 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from omni_jax import positions
-from omni_jax.batch import Array, Spans, bucket
+from omni_jax.batch import Array, Spans
 from omni_jax.config import OmniConfig, TalkerConfig
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.generation.sampling import Sampling, SamplingState, sample
-from omni_jax.generation.text import NOTHING, Conditioning, call, on_mesh
+from omni_jax.generation.text import NOTHING, call, on_mesh, room
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.talker import NO_CODE, Talker
-from omni_jax.processing.collate import SMALLEST_ROW
-from omni_jax.processing.layout import Prompt
-from omni_jax.sharding import constrain
+from omni_jax.positions import position_ids
+from omni_jax.processing.chunks import Chunk
+from omni_jax.sharding import constrain, place_of, small
 
-# Codes that a cache has room for at first; it doubles as speech goes on. A step reads all of its cache, and few replies
-# come near the limit of 4096 codes.
-_ROOM = 512
+_NEVER = 2**30  # in place of a token's number, while the end of the text is not known
 _SALT = 0x7A1CE2  # so that words and codes of one request are not drawn with the same random numbers
 
 
@@ -88,29 +87,51 @@ class SpeechRequest:
     """What the loop needs to know of one row.
 
     Attributes:
-      prompt: what the Thinker read.
-      reply: how many tokens the Thinker said, its end mark included. The last of them was never read and is not
-        spoken; a reply of one token or none has no codes.
+      prompt: how many tokens the Thinker read before its reply.
       speaker: the text id that begins a reply in the voice (``Voice.bos_token``).
       talk: the options.
     """
 
-    prompt: Prompt
-    reply: int
+    prompt: int
     speaker: int
     talk: Talk
+
+
+@dataclass(frozen=True)
+class Said:
+    """How far the Thinker has come with each row's reply.
+
+    Attributes:
+      prompt: tokens before the reply. int [B]
+      tokens: of the reply that are known to be spoken, its end mark included. int [B]
+      ended: whether no more follow. bool [B]
+    """
+
+    prompt: np.ndarray
+    tokens: np.ndarray
+    ended: np.ndarray
+
+    @property
+    def last(self) -> np.ndarray:
+        """The number of the reply's last token, which is not spoken: the mark of the end stands in its place."""
+        return np.where(self.ended, self.tokens - 1, _NEVER).astype(np.int32)
+
+    @property
+    def codes(self) -> np.ndarray:
+        """How many codes there are rows for. While the text goes on, its last token known may turn out its last one."""
+        return np.where(self.ended, _NEVER, np.maximum(self.tokens - 2, 0)).astype(np.int32)
 
 
 @struct.dataclass
 class SpeechState:
     """A batch in the middle of its speech; every shape is fixed, so one program serves all steps."""
 
-    logits: Float[Array, "B V"]  # of the next code
-    position: Int[Array, " B"]  # its position id
+    hidden: Float[Array, "B D"]  # of the last row that was read
+    position: Int[Array, " B"]  # the position id of the next one
     cache: KVCache
     sampling: SamplingState
-    left: Int[Array, " B"]  # codes each row may still say; 0: it has ended
-    text: Float[Array, "B R E"]  # the share of the text of each code to come; the last row stands for all after it
+    left: Int[Array, " B"]  # codes each row may still say; 0: it has not begun, or it has ended
+    marks: Float[Array, "B 3 E"]  # the voice, the end of the text, and what follows it
 
 
 class SpeechLoop:
@@ -135,85 +156,112 @@ class SpeechLoop:
           mesh: over which the parameters are spread.
           steps: how many codes one jitted call makes at most.
         """
-        self.params = params
-        self._config, self._words, self._mesh, self._steps = config, words, mesh, steps
-        self._prefill = jax.jit(functools.partial(_prefill, model), static_argnames="slots")
-        self._advance = jax.jit(functools.partial(_advance, model, steps), donate_argnums=1)
+        self.params, self.steps = params, steps
+        self._config, self._words, self._mesh, self._place = config, words, mesh, place_of(params, mesh)
+        begun = None if mesh is not None else self._place
+        self._empty = jax.jit(functools.partial(_empty, model), static_argnums=(0, 1), out_shardings=begun)
         self._grow = jax.jit(KVCache.grown, static_argnums=1)
+        self._rows = jax.jit(_rows)
+        self._shares = jax.jit(functools.partial(_shares, steps))
+        self._read = jax.jit(functools.partial(_read, model), donate_argnums=1)
+        self._begin = jax.jit(functools.partial(_begin, model), donate_argnums=1)
+        self._advance = jax.jit(functools.partial(_advance, model), donate_argnums=1)
 
-    def speak(self, heard: Conditioning, requests: Sequence[SpeechRequest]) -> list[np.ndarray]:
-        """Speaks a batch of replies; returns each request's codes up to its end, int32 [codes].
+    def empty(self, rows: int, slots: int) -> SpeechState:
+        """Rows that have read nothing, with room for so much of each."""
+        with on_mesh(self._mesh):
+            hidden, cache, marks = self._empty(rows, room(slots))
+        none = np.zeros(rows, np.int32)
+        position, sampling, left = jax.device_put((none, self._sampling([Sampling()] * rows), none), self._place)
+        return SpeechState(hidden, position, cache, sampling, left, marks)
+
+    def grown(self, state: SpeechState, slots: int) -> SpeechState:
+        """The same with room for so much of each row."""
+        while state.cache.slots < slots:  # a step at a time, so that few programs do it
+            with on_mesh(self._mesh):
+                state = dataclasses.replace(state, cache=self._grow(state.cache, 2 * state.cache.slots))
+        return state
+
+    def read(self, state: SpeechState, heard: Float[Array, "B slots E"], chunk: Chunk) -> SpeechState:
+        """Reads a chunk of the prompts, which the Thinker has read. The state that is given is used up."""
+        places = np.asarray(state.cache.end)[:, None] + np.arange(chunk.tokens.shape[1], dtype=np.int32)
+        with on_mesh(self._mesh):
+            return self._read(self.params, state, self._rows(heard, places), chunk.spans, chunk.valid)
+
+    def begin(
+        self,
+        state: SpeechState,
+        heard: Float[Array, "B slots E"],
+        requests: Mapping[int, SpeechRequest],
+        spans: Spans,
+    ) -> SpeechState:
+        """Reads the voice and the first token of the reply, whereupon rows can speak.
 
         Args:
-          heard: what the Thinker read and said, of the requests' rows and maybe of more.
-          requests: one a row.
+          state: rows that have read their prompts. It is used up.
+          heard: what the Thinker read and said.
+          requests: of the rows that begin.
+          spans: of these two position ids, for every row.
 
         Raises:
           CheckpointError: if a voice begins with an id that the Thinker has not.
         """
-        state, made = self.start(heard, requests), []
-        while np.asarray(state.left).any():
-            codes, state = self.advance(state)
-            made.append(codes)
-        rows = np.concatenate(made, axis=1) if made else np.zeros((len(requests), 0), np.int32)
-        return [row[row != NOTHING] for row in rows[: len(requests)]]
-
-    def start(self, heard: Conditioning, requests: Sequence[SpeechRequest]) -> SpeechState:
-        """Reads prompts and the first token of the replies. Rows beyond the requests hold nothing and end at once."""
-        c, rows = self._config.talker_config, heard.prompt.shape[0]
-        spans, segment_ids = self._layout([r.prompt for r in requests], rows)
-        left = np.zeros(rows, np.int32)
-        for i, r in enumerate(requests):
-            room = max(c.max_position_embeddings - len(r.prompt) - 2, 0)
-            left[i] = min(r.talk.max_tokens, room) if r.reply > 1 else 0
-        idle = [0] * (rows - len(requests))
-        reply = np.array([*(r.reply for r in requests), *idle], np.int32)
-        marks = self._marks([*(r.speaker for r in requests), *idle])
-        slots = bucket(segment_ids.shape[1] + min(int(left.max()), _ROOM), smallest=64)
+        c, rows = self._config.talker_config, state.position.shape[0]
+        samplings, left = [Sampling()] * rows, np.array(state.left)
+        speakers, prompt = np.zeros(rows, np.int32), np.zeros((rows, 1), np.int32)
+        for i, r in requests.items():
+            # words and codes of one request are not to be drawn with the same random numbers
+            samplings[i] = dataclasses.replace(r.talk.sampling, seed=r.talk.seed ^ _SALT)
+            left[i] = min(r.talk.max_tokens, max(c.max_position_embeddings - r.prompt - 2, 0))
+            speakers[i], prompt[i] = r.speaker, r.prompt
+        new = np.isin(np.arange(rows), list(requests))
+        state, marks = self.grown(state, int(np.max(state.cache.end)) + 2), self._marks(speakers)
         with on_mesh(self._mesh):
-            filled = self._prefill(self.params, heard, marks, reply, spans, segment_ids, slots=slots)
-        logits, position, cache, text = jax.block_until_ready(filled)
-        samplings = [dataclasses.replace(r.talk.sampling, seed=r.talk.seed ^ _SALT) for r in requests]
-        # the ids that stand for the prompt when repetition is counted (section 7.2)
-        before = np.array([c.tts_codec_mask_token_id, c.tts_codec_pad_token_id, c.tts_codec_start_token_id])
-        samplings += [Sampling()] * len(idle)
-        sampling = SamplingState.create(samplings, [before] * rows, c.vocab_size, barred_codes(self._config))
-        return SpeechState(logits, position, cache, sampling, left, text)
+            state = self._begin(self.params, state, marks, self._rows(heard, prompt), spans, new)
+        sampling = state.sampling.replaced(self._sampling(samplings), new)
+        sampling, left = jax.device_put((sampling, left), self._place)
+        return dataclasses.replace(state, sampling=sampling, left=left)
 
-    def advance(self, state: SpeechState) -> tuple[np.ndarray, SpeechState]:
-        """One jitted call: up to ``steps`` codes of each row, [B, steps], and the state after them.
+    def ready(self, state: SpeechState, said: Said) -> np.ndarray:
+        """How many codes each row could say now. int [B]"""
+        return np.minimum(np.asarray(state.left), np.maximum(said.codes - np.asarray(state.sampling.step), 0))
 
-        NOTHING stands from a row's end on. The state that is given is used up.
+    def advance(
+        self, state: SpeechState, heard: Float[Array, "B slots E"], said: Said, steps: int | None = None
+    ) -> tuple[np.ndarray, SpeechState]:
+        """One jitted call: up to ``steps`` codes of each row, as far as the text has come, and the state after them.
+
+        Args:
+          state: it is used up.
+          heard: what the Thinker read and said.
+          said: how much of it.
+          steps: as many as the loop makes at most if None.
+
+        Returns:
+          The codes [B, the loop's steps], NOTHING where a row had none to say; and the state.
         """
-        needed = int(np.max(state.cache.end)) + min(self._steps, int(np.max(state.left)))
-        slots = state.cache.slots
-        if needed > slots:
-            slots = bucket(max(needed, 2 * slots), smallest=64)
-            with on_mesh(self._mesh):
-                state = dataclasses.replace(state, cache=self._grow(state.cache, slots))
+        steps = self.steps if steps is None else min(steps, self.steps)
+        ready = np.minimum(self.ready(state, said), steps).astype(np.int32)
+        state = self.grown(state, int(np.max(state.cache.end)) + int(ready.max()))
         with on_mesh(self._mesh):
-            made, state = self._advance(self.params, state)
+            shares = self._shares(heard, said.prompt.astype(np.int32), state.sampling.step, said.last, state.marks)
+            made, state = self._advance(self.params, state, shares, ready)
         return np.asarray(made), state
 
-    def _layout(self, prompts: Sequence[Prompt], rows: int) -> tuple[Spans, np.ndarray]:
-        """Positions and padding: the voice and the first token of the reply follow each prompt as text does (7.3)."""
-        lengths = np.array([*map(len, prompts), *[0] * (rows - len(prompts))])
-        width = bucket(int(lengths.max()) + 2, SMALLEST_ROW)
-        begin = width - 2 - lengths
-        segments = [*(p.segments for p in prompts), *[()] * (rows - len(prompts))]
-        spans = [
-            positions.resolve((*own, positions.Text(2)), self._config.thinker_config, begin=int(first))
-            for own, first in zip(segments, begin, strict=True)
-        ]
-        return positions.stack(spans, width), (np.arange(width) >= begin[:, None]).astype(np.int32)
+    def _sampling(self, rows: Sequence[Sampling]) -> SamplingState:
+        c = self._config.talker_config
+        # the ids that stand for the prompt when repetition is counted (section 7.2)
+        before = np.array([c.tts_codec_mask_token_id, c.tts_codec_pad_token_id, c.tts_codec_start_token_id])
+        return SamplingState.create(rows, [before] * len(rows), c.vocab_size, barred_codes(self._config))
 
-    def _marks(self, speakers: Sequence[int]) -> jax.Array:
+    def _marks(self, speakers: np.ndarray) -> jax.Array:
         """Embeddings of each row's voice, of the end of the text and of what follows, [B, 3, E]."""
         c, vocab = self._config.talker_config, self._config.thinker_config.text_config.vocab_size
-        wrong = [s for s in speakers if not 0 <= s < vocab]
-        if wrong:
+        wrong = speakers[(speakers < 0) | (speakers >= vocab)]
+        if wrong.size:
             raise CheckpointError(f"the voice begins with the text id {wrong[0]}, but the Thinker has {vocab} ids")
-        return self._words(np.array([[s, c.tts_text_end_token_id, c.tts_text_pad_token_id] for s in speakers]))
+        ends = np.broadcast_to([c.tts_text_end_token_id, c.tts_text_pad_token_id], (len(speakers), 2))
+        return self._words(np.concatenate([speakers[:, None], ends], axis=1).astype(np.int32))
 
 
 def barred_codes(config: OmniConfig) -> np.ndarray:
@@ -229,56 +277,94 @@ def _ends(config: TalkerConfig) -> tuple[int, int]:
     return config.tts_codec_pad_token_id, config.tts_codec_end_token_id
 
 
-def _prefill(
+def _empty(model: Talker, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array]:
+    c = model.config
+    cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
+    marks = constrain(jnp.zeros((rows, 3, c.embedding_size), model.dtype), "batch", None, "width")
+    return constrain(jnp.zeros((rows, c.hidden_size), model.dtype), "batch", "width"), cache, marks
+
+
+def _rows(heard: Array, places: Int[Array, "B C"]) -> jax.Array:
+    """What the Thinker gives at these places, [B, C, E]; anything behind its end."""
+    return jnp.take_along_axis(jnp.asarray(heard), jnp.asarray(places)[..., None], axis=1, mode="clip")
+
+
+def _shares(steps: int, heard: Array, prompt: Array, step: Array, last: Array, marks: Array) -> jax.Array:
+    """The rows that go with the next codes: of the tokens r_1, r_2, ... before ``last``, the end, then padding."""
+    token = jnp.asarray(step)[:, None] + 1 + jnp.arange(steps)
+    rows = _rows(heard, jnp.asarray(prompt)[:, None] + token)
+    token, last = token[..., None], jnp.asarray(last)[:, None, None]
+    return jnp.where(token < last, rows, jnp.where(token == last, marks[:, 1:2], marks[:, 2:]))
+
+
+def _read(
+    model: Talker, params: Any, state: SpeechState, text: Float[Array, "B C E"], spans: Spans, valid: Bool[Array, "B C"]
+) -> SpeechState:
+    return _extend(model, params, state, text, jnp.full(valid.shape, NO_CODE), spans, valid)
+
+
+def _begin(
     model: Talker,
     params: Any,
-    heard: Conditioning,
+    state: SpeechState,
     marks: Float[Array, "B 3 E"],
-    reply: Int[Array, " B"],
+    first: Float[Array, "B 1 E"],
     spans: Spans,
-    segment_ids: Int[Array, "B T"],
-    slots: int,
-) -> tuple[jax.Array, jax.Array, KVCache, jax.Array]:
-    """Logits of the first code, its position, the filled cache, and the shares of the text of all codes to come."""
-    rows, width = segment_ids.shape
-    c, prompt = model.config, heard.prompt
-    spare = width - 2 - prompt.shape[1]  # both are padded on the left, to lengths of their own
-    prompt = jnp.pad(prompt, ((0, 0), (spare, 0), (0, 0))) if spare > 0 else prompt[:, -spare:]
-    text = jnp.concatenate([prompt, marks[:, :1], heard.reply[:, :1]], axis=1)
-    codes = np.full((rows, width), NO_CODE, np.int32)
-    codes[:, -2:] = c.tts_codec_pad_token_id, c.tts_codec_start_token_id
-    cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
-    hidden, position, cache = call(model, "prefill", params, text, codes, spans, segment_ids, cache)
-    shares = _shares(heard.reply, marks[:, 1:2], marks[:, 2:], reply[:, None, None] - 1)
-    return call(model, "logits", params, hidden[:, -1]), position, cache, shares
+    new: Bool[Array, " B"],
+) -> SpeechState:
+    c, rows = model.config, len(marks)
+    state = dataclasses.replace(state, marks=jnp.where(jnp.asarray(new)[:, None, None], marks, state.marks))
+    codes = jnp.broadcast_to(jnp.array([c.tts_codec_pad_token_id, c.tts_codec_start_token_id]), (rows, 2))
+    text = jnp.concatenate([marks[:, :1], first], axis=1)
+    return _extend(model, params, state, text, codes, spans, jnp.broadcast_to(jnp.asarray(new)[:, None], (rows, 2)))
 
 
-def _shares(reply: Array, end: Array, padding: Array, last: Array) -> jax.Array:
-    """The rows that go with the codes: r_1, r_2, ... up to the token before ``last``, the end, then padding."""
-    token = jnp.arange(reply.shape[1])[:, None]
-    text = jnp.where(token < last, reply, jnp.where(token == last, end, padding))
-    return constrain(jnp.concatenate([text[:, 1:], padding], axis=1), "batch", None, "width")
+def _extend(
+    model: Talker, params: Any, state: SpeechState, text: Array, codes: Array, spans: Spans, valid: Array
+) -> SpeechState:
+    valid = jnp.asarray(valid)
+    ids, delta = position_ids(spans, valid.astype(jnp.int32), model.config.position_id_per_seconds)
+    hidden, cache = call(model, "extend", params, text, codes, ids, valid, state.cache)
+    count = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return dataclasses.replace(
+        state,
+        hidden=jnp.where((count > 0)[:, None], last, state.hidden),
+        position=small(jnp.maximum(state.position, jnp.where(count > 0, count + delta, 0))),
+        cache=cache,
+    )
 
 
-def _advance(model: Talker, steps: int, params: Any, state: SpeechState) -> tuple[Int[Array, "B steps"], SpeechState]:
-    """Says up to ``steps`` codes in every row that has not ended; leaves off as soon as none is left."""
-    rows, shares, _ = state.text.shape
+def _advance(
+    model: Talker, params: Any, state: SpeechState, shares: Float[Array, "B steps E"], ready: Int[Array, " B"]
+) -> tuple[Int[Array, "B steps"], SpeechState]:
+    """Says ``ready`` codes in every row that does not end before; leaves off as soon as none is left."""
+    rows, most, _ = shares.shape
 
     def going(loop: tuple[jax.Array, jax.Array, SpeechState]) -> Bool[Array, ""]:
         step, _, state = loop
-        return (step < steps) & jnp.any(state.left > 0)
+        return jnp.any((state.left > 0) & (step < ready))
 
     def one(loop: tuple[jax.Array, jax.Array, SpeechState]) -> tuple[jax.Array, jax.Array, SpeechState]:
         step, made, state = loop
-        codes, sampling = sample(state.logits, state.sampling)
-        going_on = (state.left > 0) & ~jnp.isin(codes, np.array(_ends(model.config)))
-        made = made.at[:, step].set(jnp.where(going_on, codes, NOTHING))
-        share = jnp.minimum(state.sampling.step, shares - 1)
-        text = state.text[jnp.arange(rows), share]
-        hidden, cache = call(model, "decode", params, text, codes, state.position, state.cache)
-        logits, left = call(model, "logits", params, hidden), jnp.where(going_on, state.left - 1, 0)
-        return step + 1, made, SpeechState(logits, state.position + 1, cache, sampling, left, state.text)
+        active = (state.left > 0) & (step < ready)
+        codes, sampling = sample(call(model, "logits", params, state.hidden), state.sampling, active)
+        ended = jnp.isin(codes, np.array(_ends(model.config)))
+        made = made.at[:, step].set(jnp.where(active & ~ended, codes, NOTHING))
+        text, valid = shares[:, step][:, None], active[:, None]
+        ids = jnp.broadcast_to(jnp.asarray(state.position)[None, :, None], (3, rows, 1))
+        hidden, cache = call(model, "extend", params, text, codes[:, None], ids, valid, state.cache)
+        after = dataclasses.replace(
+            state,
+            hidden=jnp.where(valid, hidden[:, 0], state.hidden),
+            position=state.position + active,
+            cache=cache,
+            sampling=sampling,
+            left=jnp.where(active, jnp.where(ended, 0, state.left - 1), state.left),
+        )
+        return step + 1, made, after
 
-    made = jnp.full((rows, steps), NOTHING, jnp.int32)
+    made = jnp.full((rows, most), NOTHING, jnp.int32)
     _, made, state = jax.lax.while_loop(going, one, (jnp.int32(0), made, state))
-    return made, state
+    position, sampling, left = small((state.position, state.sampling, state.left))
+    return made, dataclasses.replace(state, position=position, sampling=sampling, left=left)

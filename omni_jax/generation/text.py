@@ -1,11 +1,15 @@
-"""The Thinker's loop: media in once, the prompt in once, then several words in each jitted call."""
+"""The Thinker's loop: the prompt in chunks, as far as it is known, then several words in each jitted call.
+
+Rows stand on their own: each has its place in the cache, may read while another speaks, and stands still when it has
+nothing to do.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,38 +21,35 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from omni_jax.batch import Array, OmniBatch, bucket
+from omni_jax.batch import Array, AudioBlocks, VisionFrames, bucket
 from omni_jax.generation.sampling import Sampling, SamplingState, sample
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.thinker import Thinker
-from omni_jax.sharding import constrain
+from omni_jax.positions import position_ids
+from omni_jax.processing.chunks import Chunk, Stretch
+from omni_jax.sharding import constrain, place_of, small
 
 NOTHING = -1  # in place of a token, after a row has ended
 
-
-@struct.dataclass
-class Conditioning:
-    """What the Talker needs of the Thinker: the final hidden state of every token and its embedding, added up.
-
-    The embedding of a media token counts as zero (section 7.2). S is the padded length of the prompts, R the room for
-    the replies.
-    """
-
-    prompt: Float[Array, "B S D"]
-    reply: Float[Array, "B R D"]  # of the tokens said so far; what follows them has no meaning
+_ROOM = 256  # slots of a cache at least; it doubles as a dialogue goes on
+_STOPS = 8  # ids that end a row at least
 
 
 @struct.dataclass
 class TextState:
-    """A batch in the middle of its replies; every shape is fixed, so one program serves all steps."""
+    """A batch of dialogues; every shape is fixed, so one program serves all steps.
 
-    logits: Float[Array, "B V"]  # of the next token
-    position: Int[Array, " B"]  # its position id
+    ``heard`` is what the Talker needs: the final hidden state and the embedding of each token, added up, in the slots
+    of the cache. The embedding of a media token counts as zero (section 7.2).
+    """
+
+    hidden: Float[Array, "B D"]  # of the last token that was read
+    position: Int[Array, " B"]  # the position id of the next one
     cache: KVCache
     sampling: SamplingState
     left: Int[Array, " B"]  # tokens each row may still say; 0: it has ended
     stop: Int[Array, "B stops"]  # ids that end a row, padded with NOTHING
-    kept: Conditioning | None  # where speech is to follow
+    heard: Float[Array, "B slots D"] | None  # where speech may follow
 
 
 @dataclass(frozen=True)
@@ -63,83 +64,117 @@ class TextRequest:
 class TextLoop:
     """The jitted functions around a Thinker and its parameters. It holds no state of any request."""
 
-    def __init__(self, model: Thinker, params: Any, mesh: Mesh | None = None, steps: int = 8):
-        """``steps`` is how many tokens one jitted call makes at most."""
-        self.params = params
-        self._mesh = mesh
+    def __init__(self, model: Thinker, params: Any, *, mesh: Mesh | None = None, steps: int = 8, keep: bool = False):
+        """Compiles nothing yet.
+
+        Args:
+          model, params: the Thinker and its parameters.
+          mesh: over which the parameters are spread.
+          steps: how many tokens one jitted call makes at most.
+          keep: whether to collect in ``TextState.heard`` what speech needs.
+        """
+        self.params, self.steps, self.vocab = params, steps, model.config.text_config.vocab_size
+        self._mesh, self._place = mesh, place_of(params, mesh)
         self._encode_audio = jax.jit(functools.partial(call, model, "encode_audio"))
         self._encode_vision = jax.jit(functools.partial(call, model, "encode_vision"))
-        self._prefill = jax.jit(functools.partial(_prefill, model), static_argnames=("slots", "keep"))
         self._words = jax.jit(functools.partial(call, model, "words"))
+        self._overlay = jax.jit(_overlay, donate_argnums=0)
+        begun = None if mesh is not None else self._place
+        self._empty = jax.jit(functools.partial(_empty, model, keep), static_argnums=(0, 1), out_shardings=begun)
+        self._grow = jax.jit(_grown, static_argnames="slots")
+        self._read = jax.jit(functools.partial(_read, model), donate_argnums=1)
         self._advance = jax.jit(functools.partial(_advance, model, steps), donate_argnums=1)
 
-    def encode(self, batch: OmniBatch) -> list[jax.Array]:
-        """The features of all media in the order of ``OmniBatch``, each [features, D]."""
+    def encode(self, media: AudioBlocks | VisionFrames) -> jax.Array:
+        """The features of sound or pictures, [features, D]."""
         with on_mesh(self._mesh):
-            features = [] if batch.audio is None else [self._encode_audio(self.params, batch.audio)]
-            features += [self._encode_vision(self.params, frames) for frames in batch.vision]
-            return jax.block_until_ready(features)
+            if isinstance(media, AudioBlocks):
+                return self._encode_audio(self.params, media)
+            return self._encode_vision(self.params, media)
 
     def words(self, ids: Int[Array, "*rows"]) -> jax.Array:
         """The embeddings of text ids, [*rows, D]."""
         with on_mesh(self._mesh):
             return self._words(self.params, ids)
 
-    def start(
-        self,
-        batch: OmniBatch,
-        features: Sequence[jax.Array],
-        requests: Sequence[TextRequest],
-        *,
-        keep: bool = False,
-    ) -> TextState:
-        """Reads the prompts. Rows of the batch beyond the requests hold nothing and end at once.
+    def empty(self, rows: int, slots: int) -> TextState:
+        """So many dialogues that have not begun, with room for so many tokens of each."""
+        with on_mesh(self._mesh):
+            hidden, cache, heard = self._empty(rows, room(slots))
+        sampling = SamplingState.create([Sampling()] * rows, [np.zeros(0, np.int32)] * rows, self.vocab)
+        none, stop = np.zeros(rows, np.int32), np.full((rows, _STOPS), NOTHING, np.int32)
+        position, sampling, left, stop = jax.device_put((none, sampling, none, stop), self._place)
+        return TextState(hidden, position, cache, sampling, left, stop, heard)
+
+    def grown(self, state: TextState, slots: int) -> TextState:
+        """The same with room for so many tokens of each row."""
+        while state.cache.slots < slots:  # a step at a time, so that few programs do it
+            with on_mesh(self._mesh):
+                state = self._grow(state, slots=2 * state.cache.slots)
+        return state
+
+    def read(self, state: TextState, stretch: Stretch, features: Sequence[jax.Array]) -> TextState:
+        """Reads a chunk of each row's prompt. The state that is given is used up.
 
         Args:
-          batch: the prompts.
-          features: what ``encode`` gave for the batch.
-          requests: one a row.
-          keep: collect in the state's ``kept`` what speech needs.
-        """
-        rows = batch.tokens.shape[0]
-        idle = TextRequest(Sampling(), 0, ())
-        requests = [*requests, *[idle] * (rows - len(requests))]
-        length = batch.tokens.shape[1] + max(r.max_tokens for r in requests)
-        text = dataclasses.replace(batch, audio=None, vision=())
-        slots = bucket(length, smallest=64)
-        with on_mesh(self._mesh):
-            filled = self._prefill(self.params, text, list(features), slots=slots, keep=keep)
-        logits, position, cache, kept = jax.block_until_ready(filled)
-        mask = np.asarray(batch.mask)
-        prompts = [np.asarray(batch.tokens)[i, mask[i]] for i in range(rows)]
-        stops = max(len(r.stop_ids) for r in requests)
-        return TextState(
-            logits=logits,
-            position=position,
-            cache=cache,
-            sampling=SamplingState.create([r.sampling for r in requests], prompts, logits.shape[-1]),
-            left=np.array([r.max_tokens for r in requests], np.int32),
-            stop=np.array([[*r.stop_ids, *[NOTHING] * (stops - len(r.stop_ids))] for r in requests], np.int32),
-            kept=kept,
-        )
-
-    def advance(self, state: TextState) -> tuple[np.ndarray, TextState]:
-        """One jitted call: up to ``steps`` tokens of each row, [B, steps], and the state after them.
-
-        A row's tokens end with its stop id, if it has met one; NOTHING stands after the end. All rows have ended when
-        nothing is ``left``. The state that is given is used up.
+          state: with room for the chunk.
+          stretch: what to read.
+          features: what ``encode`` gave for each call that the stretch counts.
         """
         with on_mesh(self._mesh):
-            made, state = self._advance(self.params, state)
+            x = self._words(self.params, stretch.chunk.tokens)
+            for number, index in stretch.takes.items():
+                x = self._overlay(x, features[number], index)
+            return self._read(self.params, state, stretch.chunk, x, stretch.media)
+
+    def ask(
+        self, state: TextState, requests: Mapping[int, TextRequest], prompts: Mapping[int, np.ndarray]
+    ) -> TextState:
+        """Says how rows are to answer what they have read.
+
+        Args:
+          state: rows that have read their prompts, and others, which stay as they are.
+          requests: of the rows that begin to answer.
+          prompts: the token ids of each of them, for the penalty on repetition.
+        """
+        rows = state.position.shape[0]
+        samplings, before = [Sampling()] * rows, [np.zeros(0, np.int32)] * rows
+        left, stop = np.array(state.left), np.array(state.stop)
+        wider = bucket(max((len(r.stop_ids) for r in requests.values()), default=1), stop.shape[1])
+        stop = np.pad(stop, ((0, 0), (0, wider - stop.shape[1])), constant_values=NOTHING)
+        for i, r in requests.items():
+            samplings[i], before[i], left[i] = r.sampling, prompts[i], r.max_tokens
+            stop[i] = [*r.stop_ids, *[NOTHING] * (wider - len(r.stop_ids))]
+        new = np.isin(np.arange(rows), list(requests))
+        sampling = state.sampling.replaced(SamplingState.create(samplings, before, self.vocab), new)
+        sampling, left, stop = jax.device_put((sampling, left, stop), self._place)
+        return dataclasses.replace(state, sampling=sampling, left=left, stop=stop)
+
+    def advance(
+        self, state: TextState, steps: int | None = None, *, ended: Bool[np.ndarray, " B"] | None = None
+    ) -> tuple[np.ndarray, TextState]:
+        """One jitted call: some tokens of each row, and the state after them.
+
+        Args:
+          state: it is used up.
+          steps: tokens of a row at most; as many as the loop makes in a call if None.
+          ended: rows that say no more, for a reason of which the loop knows nothing.
+
+        Returns:
+          [B, the loop's steps]: a row's tokens end with its stop id, if it has met one, and NOTHING stands after the
+          end. All rows have ended when nothing is ``left`` in the state.
+        """
+        steps = self.steps if steps is None else min(steps, self.steps)
+        state = self.grown(state, int(np.max(state.cache.end)) + min(steps, int(np.max(state.left))))
+        ended = np.zeros(state.left.shape, bool) if ended is None else ended
+        with on_mesh(self._mesh):
+            made, state = self._advance(self.params, state, ended, np.int32(steps))
         return np.asarray(made), state
 
-    def tokens(self, state: TextState) -> Iterator[np.ndarray]:
-        """Runs until every row has ended; yields what each ``advance`` made. Closing the iterator frees the state."""
-        while True:
-            made, state = self.advance(state)
-            yield made
-            if not np.asarray(state.left).any():
-                return
+
+def room(slots: int) -> int:
+    """How many slots a cache gets that needs so many: a power of two, so that few programs serve all lengths."""
+    return max(_ROOM, 1 << (slots - 1).bit_length())
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
@@ -152,25 +187,56 @@ def call(model: nn.Module, method: str, params: Any, *args: Any) -> Any:
     return model.apply({"params": params}, *args, method=method)
 
 
-def _prefill(
-    model: Thinker, params: Any, batch: OmniBatch, features: list[jax.Array], slots: int, keep: bool
-) -> tuple[jax.Array, jax.Array, KVCache, Conditioning | None]:
-    """Logits of the first token, its position, the filled cache, and what speech needs if ``keep``."""
-    rows, length = batch.tokens.shape
-    cache = KVCache.empty(model.config.text_config, rows, slots, model.scan_layers, model.dtype)
-    x = call(model, "embed", params, batch.tokens, batch.media_index, features)
-    hidden, position, cache = call(model, "prefill", params, x, batch.spans, batch.segment_ids, cache)
-    logits = call(model, "logits", params, hidden[:, -1])
-    if not keep:
-        return logits, position, cache, None
-    prompt = constrain(hidden + jnp.where((batch.media_index >= 0)[..., None], 0, x), "batch", "sequence", "width")
-    reply = constrain(jnp.zeros((rows, slots - length, x.shape[-1]), hidden.dtype), "batch", None, "width")
-    return logits, position, cache, Conditioning(prompt, reply)
+def _overlay(x: Array, features: Array, index: Array) -> jax.Array:
+    """Puts features where ``index`` says which; -1 leaves the word."""
+    media = jnp.take(features, jnp.maximum(index, 0), axis=0)
+    return jnp.where((index >= 0)[..., None], media.astype(x.dtype), x)
 
 
-def _advance(model: Thinker, steps: int, params: Any, state: TextState) -> tuple[Int[Array, "B steps"], TextState]:
+def _empty(model: Thinker, keep: bool, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array | None]:
+    c = model.config.text_config
+    cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
+    heard = constrain(jnp.zeros((rows, slots, c.hidden_size), model.dtype), "batch", None, "width") if keep else None
+    return constrain(jnp.zeros((rows, c.hidden_size), model.dtype), "batch", "width"), cache, heard
+
+
+def _grown(state: TextState, slots: int) -> TextState:
+    more = slots - state.cache.slots
+    heard = None if state.heard is None else jnp.pad(state.heard, ((0, 0), (0, more), (0, 0)))
+    return dataclasses.replace(state, cache=state.cache.grown(slots), heard=heard)
+
+
+def _read(
+    model: Thinker, params: Any, state: TextState, chunk: Chunk, x: Float[Array, "B C D"], media: Bool[Array, "B C"]
+) -> TextState:
+    valid = jnp.asarray(chunk.valid)
+    ids, delta = position_ids(chunk.spans, valid.astype(jnp.int32), model.config.position_id_per_seconds)
+    hidden, cache = call(model, "extend", params, x, ids, valid, state.cache)
+    heard = state.heard
+    if heard is not None:
+        heard = _kept(heard, hidden + jnp.where(media[..., None], 0, x), valid, state)
+    count = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return dataclasses.replace(
+        state,
+        hidden=jnp.where((count > 0)[:, None], last, state.hidden),
+        # a dialogue goes on after the largest id that it holds
+        position=small(jnp.maximum(state.position, jnp.where(count > 0, count + delta, 0))),
+        cache=cache,
+        heard=heard,
+    )
+
+
+def _kept(heard: Array, rows: Float[Array, "B C D"], valid: Bool[Array, "B C"], state: TextState) -> jax.Array:
+    """``heard`` with these rows behind what the cache held before them."""
+    slot = jnp.where(valid, jnp.asarray(state.cache.end)[:, None] + jnp.arange(rows.shape[1]), heard.shape[1])
+    return jnp.asarray(heard).at[jnp.arange(rows.shape[0])[:, None], slot].set(rows.astype(heard.dtype), mode="drop")
+
+
+def _advance(
+    model: Thinker, most: int, params: Any, state: TextState, over: Bool[Array, " B"], steps: Int[Array, ""]
+) -> tuple[Int[Array, "B most"], TextState]:
     """Says up to ``steps`` tokens in every row that has not ended; leaves off as soon as none is left."""
-    rows = state.position.shape[0]
 
     def going(loop: tuple[jax.Array, jax.Array, TextState]) -> Bool[Array, ""]:
         step, _, state = loop
@@ -178,19 +244,26 @@ def _advance(model: Thinker, steps: int, params: Any, state: TextState) -> tuple
 
     def one(loop: tuple[jax.Array, jax.Array, TextState]) -> tuple[jax.Array, jax.Array, TextState]:
         step, made, state = loop
-        tokens, sampling = sample(state.logits, state.sampling)
         active = state.left > 0
+        tokens, sampling = sample(call(model, "logits", params, state.hidden), state.sampling, active)
         made = made.at[:, step].set(jnp.where(active, tokens, NOTHING))
         ended = jnp.any(tokens[:, None] == state.stop, axis=1)
-        left = jnp.where(active & ~ended, state.left - 1, 0)
-        x = call(model, "words", params, tokens)
-        hidden, cache = call(model, "decode", params, x, state.position, state.cache)
-        logits, kept = call(model, "logits", params, hidden), state.kept
-        if kept is not None:
-            reply = jnp.asarray(kept.reply).at[jnp.arange(rows), state.sampling.step].set(hidden + x)
-            kept = dataclasses.replace(kept, reply=reply)
-        return step + 1, made, TextState(logits, state.position + 1, cache, sampling, left, state.stop, kept)
+        x, valid = call(model, "words", params, tokens)[:, None], active[:, None]
+        ids = jnp.broadcast_to(jnp.asarray(state.position)[None, :, None], (3, len(tokens), 1))
+        hidden, cache = call(model, "extend", params, x, ids, valid, state.cache)
+        after = dataclasses.replace(
+            state,
+            hidden=jnp.where(valid, hidden[:, 0], state.hidden),
+            position=state.position + active,
+            cache=cache,
+            sampling=sampling,
+            left=jnp.where(active & ~ended, state.left - 1, 0),
+            heard=None if state.heard is None else _kept(state.heard, hidden + x, valid, state),
+        )
+        return step + 1, made, after
 
-    made = jnp.full((rows, steps), NOTHING, jnp.int32)
+    made = jnp.full((state.position.shape[0], most), NOTHING, jnp.int32)
+    state = dataclasses.replace(state, left=jnp.where(over, 0, state.left))
     _, made, state = jax.lax.while_loop(going, one, (jnp.int32(0), made, state))
-    return made, state
+    position, sampling, left, stop = small((state.position, state.sampling, state.left, state.stop))
+    return made, dataclasses.replace(state, position=position, sampling=sampling, left=left, stop=stop)

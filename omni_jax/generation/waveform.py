@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,17 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt32
 
-from omni_jax.batch import Array
+from omni_jax.batch import Array, bucket
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import DiTConfig
 from omni_jax.errors import InputError
-from omni_jax.generation.text import on_mesh
-from omni_jax.models.dit import Blocks, pack
-from omni_jax.models.flow import evaluation_times, guided, integrate, sway_grid
-from omni_jax.models.speaker_encoder import shortest_clip
-from omni_jax.models.token2wav import Token2Wav
+from omni_jax.generation.text import call, on_mesh
+from omni_jax.generation.waveform_input import check_codes, check_seed, check_voice
+from omni_jax.generation.waveform_stream import Mode, StreamPrograms, WaveformStream
+from omni_jax.models.dit import Blocks, DiT, pack
+from omni_jax.models.dit_stream import Speaker
+from omni_jax.models.flow import draw_noise, solve
+from omni_jax.models.token2wav import Token2Wav, parts
 
 
 @struct.dataclass
@@ -43,9 +45,11 @@ class Waveform:
     def __init__(self, model: Token2Wav, params: Any, mesh: Mesh | None = None):
         self.config, self.params = model.config, params
         self._mesh = mesh
-        self._speakers = jax.jit(functools.partial(_speakers, model))
-        self._mel = jax.jit(functools.partial(_mel, model))
-        self._vocode = jax.jit(functools.partial(_vocode, model))
+        dit, bigvgan = parts(model)
+        self._speakers = jax.jit(functools.partial(call, dit, "speakers"))
+        self._mel = jax.jit(functools.partial(_mel, dit))
+        self._vocode = jax.jit(functools.partial(call, bigvgan, "__call__"))
+        self._programs = StreamPrograms(dit, bigvgan, params, mesh)
 
     def synthesize(
         self,
@@ -86,12 +90,12 @@ class Waveform:
         used = list({id(v): v for v in voices}.values())
         which = [next(i for i, v in enumerate(used) if v is voice) for voice in voices]
         lengths = [len(row) for row in rows]
-        blocks, parts = pack(lengths, c.block_size, fine_bucket(sum(-(-n // c.block_size) for n in lengths)))
-        speech = _speech(c, blocks, parts, rows, which, noise, seeds)
+        blocks, places = pack(lengths, c.block_size, fine_bucket(sum(-(-n // c.block_size) for n in lengths)))
+        speech = _speech(c, blocks, places, rows, which, noise, seeds)
+        speakers = np.stack([self._speaker_rows(v) for v in used])
         with on_mesh(self._mesh):
-            speakers = np.stack([np.asarray(self._speakers(self.params, v.ref_mel)) for v in used])
-            mel = np.asarray(self._mel(self.params, speech, speakers, np.concatenate([v.cond for v in used])))
-        return [mel[part].reshape(-1, c.mel_dim)[:n] for part, n in zip(parts, lengths, strict=True)]
+            mel = np.asarray(self._mel(self.params["dit"], speech, speakers, np.concatenate([v.cond for v in used])))
+        return [mel[part].reshape(-1, c.mel_dim)[:n] for part, n in zip(places, lengths, strict=True)]
 
     def vocode(self, mels: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Float[np.ndarray, " samples"]]:
         """The second half of ``synthesize``. Spectrograms of about one length go through the vocoder together."""
@@ -107,10 +111,73 @@ class Waveform:
                 length[slot] = len(mels[i])
                 batch[slot, : length[slot]] = mels[i]
             with on_mesh(self._mesh):
-                made = np.asarray(self._vocode(self.params, batch, length))
+                made = np.asarray(self._vocode(self.params["bigvgan"], batch, length))
             per_frame = made.shape[1] // frames
             samples |= {i: made[slot, : per_frame * length[slot]] for slot, i in enumerate(rows)}
         return [samples[i] for i in range(len(mels))]
+
+    def stream(
+        self,
+        voices: Sequence[Voice],
+        seeds: Sequence[int],
+        noise: Sequence[Float[np.ndarray, "frames mel"] | None] | None = None,
+        *,
+        mode: Mode = "carried",
+        first_chunk_codes: int = 36,
+        chunk_codes: int = 24,
+    ) -> WaveformStream:
+        """A batch of streams, one for each voice, that speak codes as they come (docs/streaming.md).
+
+        Args:
+          voices: who speaks each.
+          seeds: of the noise, which is that of ``synthesize``.
+          noise: what the flow starts from, for at least as many frames as there will be; drawn where None.
+          mode: how the flow is cut into blocks, ``models/dit_stream.py``.
+          first_chunk_codes: codes that are waited for at first. Of the first packet the two networks' look-ahead is
+            missing, so that less than the default's makes it empty (published sizes).
+          chunk_codes: codes that are waited for later. Both are a multiple of a block's.
+
+        Raises:
+          InputError: for a voice, a seed, noise, a mode or a chunk that cannot be used.
+        """
+        c = self.config.dit_config
+        noise = [None] * len(voices) if noise is None else noise
+        for i, (voice, seed, given) in enumerate(zip(voices, seeds, noise, strict=True)):
+            check_seed(f"stream {i}", seed)
+            check_voice(c, voice)
+            if given is not None and (np.ndim(given) != 2 or given.shape[1] != c.mel_dim):
+                raise InputError(f"stream {i}: noise has shape {list(np.shape(given))}, not [frames, {c.mel_dim}]")
+        if mode not in get_args(Mode):
+            raise InputError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
+        chunks = _blocks(c, "first_chunk_codes", first_chunk_codes), _blocks(c, "chunk_codes", chunk_codes)
+        rows = bucket(len(voices))
+        speaker = Speaker(np.zeros((rows, 2, c.enc_dim), np.float32), np.zeros((rows, c.enc_emb_dim), np.float32))
+        for i, voice in enumerate(voices):
+            speaker.rows[i], speaker.cond[i] = self._speaker_rows(voice), voice.cond[0]
+        return WaveformStream(self._programs, speaker, seeds, noise, mode=mode, chunks=chunks)
+
+    def warm_up(self, voices: Sequence[Voice], rows: int = 1, **settings: Any) -> None:
+        """Compiles what streams of at most ``rows`` rows need, by speaking some codes in each of ``voices``.
+
+        There are four programs for a bucket of rows (1, 2, 3, 4, 6, 8, ...), the first and the later chunk in either
+        network, besides one for each length of a voice's clip and two that make a state.
+
+        Args:
+          voices: that will speak.
+          rows: in a batch of streams; also those of a smaller bucket are compiled.
+          settings: of ``stream``: the mode and the chunks.
+        """
+        for voice in voices:
+            self._speaker_rows(voice)
+        size = self.config.dit_config.block_size // self.config.dit_config.repeats
+        for batch in sorted({bucket(n) for n in range(1, rows + 1)}):
+            stream = self.stream([voices[0]] * batch, [0] * batch, **settings)
+            for blocks in (*stream.chunks, 0):
+                stream.push([np.zeros(blocks * size, np.int32)] * batch, [blocks == 0] * batch)
+
+    def _speaker_rows(self, voice: Voice) -> np.ndarray:
+        with on_mesh(self._mesh):
+            return np.asarray(self._speakers(self.params["dit"], voice.ref_mel))
 
 
 def fine_bucket(n: int) -> int:
@@ -124,30 +191,21 @@ def fine_bucket(n: int) -> int:
 
 def _check(config: DiTConfig, row: int, codes: np.ndarray, voice: Voice, noise: np.ndarray | None, seed: int) -> None:
     where, codes = f"request {row}", np.asarray(codes)
-    longest = config.max_position_embeddings // config.repeats
-    if codes.ndim != 1 or codes.dtype.kind not in "iu" or not codes.size:
-        raise InputError(f"{where}: codes must be a list of at least one integer, got {codes.dtype}{codes.shape}")
-    if codes.size > longest:
-        raise InputError(f"{where}: {codes.size} codes; Token2Wav takes at most {longest} at once, split them")
-    wrong = codes[(codes < 0) | (codes > config.num_embeds)]
-    if wrong.size:
-        raise InputError(f"{where}: code {wrong[0]} is out of range; Token2Wav knows 0 to {config.num_embeds}")
+    if not codes.size:
+        raise InputError(f"{where}: codes must have at least one integer, got none")
+    check_codes(config, where, codes)
     if noise is not None and np.shape(noise) != (codes.size * config.repeats, config.mel_dim):
         wanted = [codes.size * config.repeats, config.mel_dim]
         raise InputError(f"{where}: noise has shape {list(np.shape(noise))}; {codes.size} codes need {wanted}")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"{where}: seed is {seed}; it must be at least 0 and below 2**32")
-    _check_voice(config, voice)
+    check_seed(where, seed)
+    check_voice(config, voice)
 
 
-def _check_voice(config: DiTConfig, voice: Voice) -> None:
-    cond, clip = np.shape(voice.cond), np.shape(voice.ref_mel)
-    shortest = shortest_clip(config)
-    if cond != (1, config.enc_emb_dim):
-        raise InputError(f"voice {voice.name}: cond has shape {list(cond)}, the model needs [1, {config.enc_emb_dim}]")
-    if len(clip) != 3 or clip[0] != 1 or clip[1] < shortest or clip[2] != config.mel_dim:
-        needed = f"[1, T, {config.mel_dim}] with T at least {shortest}"
-        raise InputError(f"voice {voice.name}: ref_mel has shape {list(clip)}, the model needs {needed}")
+def _blocks(config: DiTConfig, name: str, codes: int) -> int:
+    size = config.block_size // config.repeats
+    if codes < size or codes % size:
+        raise InputError(f"{name} is {codes}; it must be a multiple of {size}, the codes of a block")
+    return codes // size
 
 
 def _speech(
@@ -178,34 +236,8 @@ def _speech(
     return speech
 
 
-def draw_noise(
-    seed: UInt32[Array, " N"], index: Int[Array, " N"], shape: tuple[int, ...]
-) -> Float[jax.Array, "N F mel"]:
-    """The noise of each block, from its request's seed and its place there alone."""
-
-    def one(seed: jax.Array, index: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)
-
-    return jax.vmap(one)(jnp.asarray(seed), jnp.asarray(index))
-
-
-def _apply(model: Token2Wav, part: str, method: str, params: Any, *args: Any) -> Any:
-    def call(module: Token2Wav, *args: Any) -> Any:
-        return getattr(getattr(module, part), method)(*args)
-
-    return model.apply({"params": params}, *args, method=call)
-
-
-def _speakers(model: Token2Wav, params: Any, ref_mel: jax.Array) -> jax.Array:
-    return _apply(model, "dit", "speakers", params, ref_mel)
-
-
-def _vocode(model: Token2Wav, params: Any, mel: jax.Array, length: jax.Array) -> jax.Array:
-    return _apply(model, "bigvgan", "__call__", params, mel, length)
-
-
 def _mel(
-    model: Token2Wav,
+    dit: DiT,
     params: Any,
     speech: SpeechBlocks,
     speakers: Float[Array, "V 2 enc_dim"],
@@ -214,14 +246,6 @@ def _mel(
     """From noise to mel."""
     drawn = draw_noise(speech.seed, speech.blocks.index, speech.noise.shape[1:])
     noise = jnp.where(speech.draws[:, None, None], drawn, speech.noise)
-    noise = jnp.where(speech.blocks.valid[..., None], noise, 0)
-    conditions = _apply(model, "dit", "conditions", params, speech.codes, speakers[speech.voice], cond[speech.voice])
-    grid = sway_grid()
-    times = evaluation_times(grid)
-    moments = _apply(model, "dit", "modulations", params, times.reshape(-1))
-    moments = jax.tree.map(lambda a: a.reshape(*times.shape, *a.shape[1:]), moments)
-
-    def velocity(mel: jax.Array, moment: Any) -> jax.Array:
-        return guided(*_apply(model, "dit", "velocity", params, mel, conditions, moment, speech.blocks))
-
-    return integrate(velocity, noise, grid, moments)
+    inputs = (speech.codes, speakers[speech.voice], cond[speech.voice])
+    conditions = call(dit, "conditions", params, *inputs)
+    return solve(dit, params, noise, conditions, speech.blocks)[0]

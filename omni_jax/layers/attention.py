@@ -5,6 +5,7 @@ Letters: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H nu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.params import dtypes
+from omni_jax.layers.splash import fits, splash_attention
 
 _HIDDEN = -1e30  # finite, so that a query that sees nothing gives a number and not NaN
 _LOGITS_AT_ONCE = 2**26  # float32 scores held at a time, 256 MiB; more are worked off piece by piece
@@ -38,9 +40,21 @@ def attention(
 ) -> Float[jax.Array, "B T N H"]:
     """Attention of a sequence to itself, scaled by 1 / sqrt(H), softmax in float32.
 
-    Long sequences are worked off in pieces of queries, so that no more than 256 MiB of scores exist at a time; causal
-    pieces read only the keys up to their own end.
+    On a TPU a kernel does it where the sizes are such that it can; which of the two it is is decided when the program
+    is compiled. Elsewhere long sequences are worked off in pieces of queries, so that no more than 256 MiB of scores
+    exist at a time; causal pieces read only the keys up to their own end.
     """
+    if not fits(q, mask.causal):
+        return _plain(q, k, v, mask)
+    kernel = functools.partial(splash_attention, causal=mask.causal)
+    return jax.lax.platform_dependent(
+        *(jnp.asarray(a) for a in (q, k, v, mask.segments)),
+        tpu=kernel,
+        default=lambda q, k, v, segments: _plain(q, k, v, Mask(segments, mask.causal)),
+    )
+
+
+def _plain(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
     batch, length, heads, _ = q.shape
     scores = heads * length * length
     if batch > 1 and batch * scores > _LOGITS_AT_ONCE:
@@ -56,7 +70,7 @@ def attention(
 def _map_rows(q: Array, k: Array, v: Array, mask: Mask, at_once: int) -> jax.Array:
     def one(row: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, segments = (a[None] for a in row)
-        return attention(q, k, v, Mask(segments, mask.causal))[0]
+        return _plain(q, k, v, Mask(segments, mask.causal))[0]
 
     return jax.lax.map(one, (q, k, v, mask.segments), batch_size=at_once)
 
@@ -87,14 +101,23 @@ def _map_pieces(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
 
 
 def _scores_and_sum(q: Array, k: Array, v: Array, visible: jax.Array) -> jax.Array:
+    return cached_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), visible)
+
+
+def cached_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], visible: Bool[Array, "B T S"]
+) -> Float[jax.Array, "B T N H"]:
+    """Attention of some positions to keys in the layout of a cache; ``visible`` says which of them each query sees."""
     batch, length, heads, width = q.shape
-    keys, kv_heads = k.shape[1:3]
-    grouped = jnp.swapaxes(q.reshape(batch, length, kv_heads, heads // kv_heads, width), 1, 2)  # [B, K, T, G, H]
+    kv_heads, keys = k.shape[1:3]
+    grouped = jnp.swapaxes(jnp.asarray(q).reshape(batch, length, kv_heads, heads // kv_heads, width), 1, 2)  # [B, K, T, G, H]
     grouped = grouped.reshape(batch, kv_heads, -1, width)
     seen = jnp.repeat(visible, heads // kv_heads, axis=1)  # [B, T * G, S]
-    operands = (grouped, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), seen)
-    if length * keys < _ONE_BY_ONE:
+    operands = (grouped, jnp.asarray(k), jnp.asarray(v), seen)
+    if length * keys < _ONE_BY_ONE or length == 1:
         out = _all_heads(*operands)
+    elif batch * heads * length * keys > _LOGITS_AT_ONCE:
+        out = _head_by_head(*operands)
     else:
         out = jax.lax.platform_dependent(*operands, cpu=_head_by_head, default=_all_heads)
     return jnp.swapaxes(out.reshape(batch, kv_heads, length, heads // kv_heads, width), 1, 2).reshape(q.shape)
@@ -124,24 +147,6 @@ def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> 
 
 def _softmax(scores: jax.Array) -> jax.Array:
     return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-
-
-def decode_attention(
-    q: Float[Array, "B 1 N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    begin: Int[Array, " B"],
-    end: Int[Array, " B"],
-) -> Float[jax.Array, "B 1 N H"]:
-    """Attention of one new token to a cache whose slots ``begin`` to ``end`` of each row are filled."""
-    batch, _, heads, width = q.shape
-    slots = jnp.arange(k.shape[2])
-    visible = (slots >= begin[:, None]) & (slots < end[:, None])
-    grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], width)
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
-    weights = _softmax(jnp.where(visible[:, None, None], scores, _HIDDEN))
-    out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v)
-    return out.reshape(q.shape)
 
 
 class SelfAttention(nn.Module):

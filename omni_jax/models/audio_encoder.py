@@ -5,14 +5,17 @@ A block never sees its neighbours, so blocks are a batch axis and a new block ca
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from omni_jax.batch import AudioBlocks
+from omni_jax.batch import Array, AudioBlocks
 from omni_jax.config import AudioEncoderConfig
 from omni_jax.layers.attention import Mask, SelfAttention, attention
 from omni_jax.layers.conv import Conv1D
@@ -20,8 +23,11 @@ from omni_jax.layers.linear import Embedding, Linear
 from omni_jax.layers.mlp import GeluMLP
 from omni_jax.layers.norm import LayerNorm
 from omni_jax.layers.params import dtypes
-from omni_jax.layers.stack import call_layers, layer_stack
+from omni_jax.layers.stack import Remat, call_layers, layer_stack
+from omni_jax.layers.stream import Block, Streaming
 from omni_jax.sharding import constrain
+
+TOKEN_SECONDS = 0.04
 
 
 class AudioLayer(nn.Module):
@@ -47,6 +53,7 @@ class AudioEncoder(nn.Module):
 
     config: AudioEncoderConfig
     scan_layers: bool = True
+    remat: Remat = "none"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -54,7 +61,9 @@ class AudioEncoder(nn.Module):
         c, kw = self.config, dtypes(self)
         self.conv1 = Conv1D(c.num_mel_bins, c.d_model, 3, **kw)
         self.conv2 = Conv1D(c.d_model, c.d_model, 3, stride=2, **kw)
-        self.layers = layer_stack(AudioLayer, dict(config=c, **kw), c.encoder_layers, self.scan_layers, shared=1)
+        self.layers = layer_stack(
+            AudioLayer, dict(config=c, **kw), c.encoder_layers, self.scan_layers, shared=1, remat=self.remat
+        )
         self.norm = LayerNorm(c.d_model, param_dtype=self.param_dtype)
         # in every checkpoint and read by no release: the marks around sound are ordinary words
         self.bos_eos = Embedding(2, c.output_dim, ("norm", "embed"), param_dtype=self.param_dtype)
@@ -75,6 +84,40 @@ class AudioEncoder(nn.Module):
         if self.is_initializing():
             self.bos_eos(jnp.zeros((), jnp.int32))
         return self.proj(x)
+
+
+@dataclass(frozen=True)
+class AudioStream:
+    """The encoder as a part that streams. An input unit is the log-mel of one token, float32 [4, mel bins].
+
+    A block is all that its tokens depend on, so there is no state; a row begins with a block.
+    """
+
+    model: AudioEncoder
+
+    @property
+    def streaming(self) -> Streaming:
+        return Streaming(TOKEN_SECONDS, self.model.config.block_tokens, look_ahead=0, look_back=0)
+
+    def whole(self, params: Any, x: Block) -> Block:
+        units = x.valid.shape[1]
+        spare = -units % self.streaming.block
+        mel = jnp.pad(jnp.asarray(x.values), ((0, 0), (0, spare), (0, 0), (0, 0)))
+        made, _ = self.step(params, (), Block(mel, jnp.pad(jnp.asarray(x.valid), ((0, 0), (0, spare)))))
+        return Block(made.values[:, :units], x.valid)
+
+    def init_state(self, batch: int) -> tuple[()]:
+        return ()
+
+    def step(
+        self, params: Any, state: tuple[()], block: Block, active: Bool[Array, " B"] | None = None
+    ) -> tuple[Block, tuple[()]]:
+        valid = jnp.asarray(block.valid) if active is None else block.valid & jnp.asarray(active)[:, None]
+        mel, size = jnp.where(valid[..., None, None], block.values, 0), self.streaming.block
+        frames = mel.shape[2] * valid.reshape(-1, size).sum(axis=1)
+        blocks = AudioBlocks(mel.reshape(len(frames), size * mel.shape[2], -1), frames)
+        tokens: Any = self.model.apply({"params": params}, blocks)
+        return Block(jnp.reshape(tokens, (*valid.shape, -1)), valid), state
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:

@@ -29,12 +29,13 @@ from omni_jax.layers.precision import full_precision
 
 Weights: TypeAlias = tuple[jax.Array, jax.Array]
 
-_EDGE_KERNEL = 7  # of the first and the last convolution; in no file
+EDGE_KERNEL = 7  # of the first and the last convolution; in no file
 _AXES = ("kernel", "channels", "channels")
 _FLOOR_DB, _REFERENCE_DB = -115.0, 20.0
 
 _TAPS = 12
 _REACH = _TAPS // 4  # samples on either side that a filter's phase reads
+ACTIVATION_REACH = 2 * _REACH - 1  # and that a wave between two filters depends on
 
 
 class BigVGAN(nn.Module):
@@ -47,11 +48,11 @@ class BigVGAN(nn.Module):
     def setup(self) -> None:
         c, kw = self.config, dtypes(self)
         channels = c.upsample_initial_channel
-        self.conv_in = Conv1D(c.mel_dim, channels, _EDGE_KERNEL, axes=_AXES, **kw)
+        self.conv_in = Conv1D(c.mel_dim, channels, EDGE_KERNEL, axes=_AXES, **kw)
         self.stage = [VocoderStage(c, i, **kw) for i in range(len(c.upsample_rates))]
         last = channels >> len(c.upsample_rates)
         self.activation = Wave(last, **kw)
-        self.conv_out = Conv1D(last, 1, _EDGE_KERNEL, use_bias=False, axes=_AXES, **kw)
+        self.conv_out = Conv1D(last, 1, EDGE_KERNEL, use_bias=False, axes=_AXES, **kw)
 
     def __call__(self, mel: Float[Array, "B T M"], length: Int[Array, " B"]) -> Float[jax.Array, "B samples"]:
         """Samples from -1 to 1, ``samples_per_frame`` for each frame; zeros after a row's end.

@@ -4,7 +4,8 @@ Letters: N blocks, F frames a block, M mel bins, D width, L layers, E times.
 
 A frame sees its block of ``block_size`` frames, and in a few layers the block before or after it. So the blocks are a
 batch axis: attention is F queries by F or 2F keys, whatever the length. The blocks of all requests stand in one list,
-one request after the other; no request is padded to another's length.
+in any order; each says where the blocks before and after it stand. No request is padded to another's length. A block
+may stand there more than once, each time with other neighbours: so ``models/dit_stream.py`` solves block by block.
 
 What an evaluation needs and does not change from one to the next is made once: the speaker's row and the codes, taken
 through the first projection (``conditions``), and every layer's scales and shifts for all times (``modulations``).
@@ -12,9 +13,10 @@ through the first projection (``conditions``), and every layer's scales and shif
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -43,16 +45,37 @@ _TIME_SCALE = 1000.0
 _NORM_EPS = 1e-6
 
 
+NO_BLOCK = -1  # in place of a neighbour
+
+
+@struct.dataclass
+class Past:
+    """What a list hands on from one call to the next: of R streams the last block, for the first one to look back to.
+
+    Their keys and values are a ``KeysValues``; in ``Blocks`` they count as if they stood behind the list, at N + r.
+    """
+
+    valid: Bool[Array, "R F"]
+    keep: Int[Array, " R"]  # the block that the next call looks back to; N + r where stream r stands still
+
+
 @struct.dataclass
 class Blocks:
-    """Which frames the blocks of a list hold."""
+    """Which frames the blocks of a list hold, and which of them are neighbours."""
 
     index: Int[Array, " N"]  # the how manyeth block of its request; 0 for a block of padding
     valid: Bool[Array, "N F"]  # False for frames after a request's end
+    before: Int[Array, " N"]  # where the block before stands in the list, or in the past; NO_BLOCK if nowhere
+    after: Int[Array, " N"]
+    past: Past | None = None
 
-    def twice(self) -> Blocks:
-        """The list with itself behind it."""
-        return jax.tree.map(lambda a: jnp.concatenate([jnp.asarray(a)] * 2), self)
+
+@struct.dataclass
+class KeysValues:
+    """Keys and values of R streams in the S layers that look back, for the request and for nothing."""
+
+    keys: Float[Array, "R S 2 F heads H"]
+    values: Float[Array, "R S 2 F heads H"]
 
 
 @struct.dataclass
@@ -140,19 +163,27 @@ class DiT(nn.Module):
 
     @full_precision
     def velocity(
-        self, mel: Float[Array, "N F M"], conditions: Conditions, modulations: Modulations, blocks: Blocks
-    ) -> tuple[Float[jax.Array, "N F M"], Float[jax.Array, "N F M"]]:
-        """One evaluation at one time: the velocity for the request, and for nothing. Padding gives anything finite."""
+        self,
+        mel: Float[Array, "N F M"],
+        conditions: Conditions,
+        modulations: Modulations,
+        blocks: Blocks,
+        memory: KeysValues | None = None,
+    ) -> tuple[Float[jax.Array, "N F M"], Float[jax.Array, "N F M"], KeysValues | None]:
+        """One evaluation at one time: the velocity for the request, and for nothing. Padding gives anything finite.
+
+        Args:
+          memory: of this evaluation in the call before, if ``blocks`` has a past. Last in the result is the next one.
+        """
         c = self.config
         mel = jnp.where(blocks.valid[..., None], jnp.asarray(mel, self.dtype), 0)
         x = self.input_proj.variable(mel)
-        x = constrain(jnp.concatenate([x + conditions.given, x + conditions.null]), "batch", None, None)
-        both = blocks.twice()
-        shared = _Evaluation(modulations.layers, both, rotary_tables(both, c.head_dim, c.rope_theta))
-        x = call_layers(self.layers, c.num_hidden_layers, x, shared)
+        x = constrain(jnp.stack([x + conditions.given, x + conditions.null]), None, "batch", None, None)
+        shared = _Evaluation(modulations.layers, blocks, rotary_tables(blocks, c.head_dim, c.rope_theta))
+        x, memory = call_layers(self.layers, c.num_hidden_layers, (x, memory), shared)
         scale, shift = modulations.final
-        given, null = jnp.split(self.proj(_norm(x, scale, shift)), 2)
-        return given, null
+        given, null = self.proj(_norm(x, scale, shift))
+        return given, null, memory
 
     def __call__(
         self,
@@ -167,7 +198,8 @@ class DiT(nn.Module):
         modulations = jax.tree.map(lambda a: a[0], self.modulations(jnp.asarray(time)[None]))
         speakers = jnp.broadcast_to(self.speakers(ref_mel)[None], (len(codes), 2, self.config.enc_dim))
         cond = jnp.broadcast_to(jnp.asarray(cond), (len(codes), self.config.enc_emb_dim))
-        return self.velocity(mel, self.conditions(codes, speakers, cond), modulations, blocks)
+        given, null, _ = self.velocity(mel, self.conditions(codes, speakers, cond), modulations, blocks)
+        return given, null
 
 
 class DiTLayer(nn.Module):
@@ -188,15 +220,20 @@ class DiTLayer(nn.Module):
         """The six rows of this layer at each time. [E, 6, D]"""
         return carry, self.modulation(rows).reshape(len(rows), 6, self.config.hidden_size)
 
-    def __call__(self, x: jax.Array, index: int | jax.Array, shared: _Evaluation) -> tuple[jax.Array, None]:
+    def __call__(
+        self, carry: tuple[jax.Array, KeysValues | None], index: int | jax.Array, shared: _Evaluation
+    ) -> tuple[tuple[jax.Array, KeysValues | None], None]:
+        """``carry``: frames [2, N, F, D], for the request and for nothing, and the memory."""
+        x, memory = carry
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = shared.modulation[index]
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeysValues | None]:
             q, k = (rotate_first_head(a, shared.rotary) for a in (q, k))
-            return attention_of_layer(self.config, index, q, k, v, shared.blocks), None
+            return attention_of_layer(self.config, index, (q, k, v), shared.blocks, memory)
 
-        x = x + gate_a * self.attention(_norm(x, scale_a, shift_a), attend)[0]
-        return x + gate_m * self.mlp(_norm(x, scale_m, shift_m)), None
+        attended, memory = self.attention(_norm(x, scale_a, shift_a), attend)
+        x = x + gate_a * attended
+        return (x + gate_m * self.mlp(_norm(x, scale_m, shift_m)), memory), None
 
 
 class TimeEmbedding(nn.Module):
@@ -236,44 +273,78 @@ class InputProjection(nn.Module):
 
 
 def attention_of_layer(
-    config: DiTConfig, index: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks
-) -> jax.Array:
-    """``block_attention`` with the neighbours that layer ``index`` sees; a branch each where it is a traced number."""
+    config: DiTConfig,
+    index: int | jax.Array,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    blocks: Blocks,
+    memory: KeysValues | None,
+) -> tuple[jax.Array, KeysValues | None]:
+    """``block_attention`` with the neighbours that layer ``index`` sees; a branch each where it is a traced number.
+
+    A layer that looks back also looks into the memory, and leaves there what the next call will look back to.
+    """
     kinds = [(i in config.look_backward_layers, i in config.look_ahead_layers) for i in range(config.num_hidden_layers)]
+    slots = np.cumsum([0, *(behind for behind, _ in kinds)])[:-1]  # layers before it that look back
+    past = blocks.past
+
+    def branch(behind: bool, ahead: bool, slot: Any, qkv: Any, memory: KeysValues | None) -> Any:
+        q, k, v = qkv
+        if not behind or memory is None or past is None:
+            return block_attention(q, k, v, blocks, behind=behind, ahead=ahead), memory
+        old = (jnp.moveaxis(a[:, slot], 1, 0) for a in (memory.keys, memory.values))
+        keys, values = (jnp.concatenate(pair, axis=1) for pair in zip((k, v), old, strict=True))
+        sources = (keys, values, jnp.concatenate([blocks.valid, past.valid]))
+        out = block_attention(q, k, v, blocks, behind=behind, ahead=ahead, sources=sources)
+        new = (jnp.moveaxis(_take(a, past.keep), 0, 1) for a in (keys, values))
+        kept = (jnp.asarray(a).at[:, slot].set(b) for a, b in zip((memory.keys, memory.values), new, strict=True))
+        return out, KeysValues(*kept)
+
     if isinstance(index, int):
-        behind, ahead = kinds[index]
-        return block_attention(q, k, v, blocks, behind=behind, ahead=ahead)
+        return branch(*kinds[index], slots[index], qkv, memory)
     used = sorted(set(kinds))
-    branches = [
-        lambda q, k, v, behind=behind, ahead=ahead: block_attention(q, k, v, blocks, behind=behind, ahead=ahead)
-        for behind, ahead in used
-    ]
-    return jax.lax.switch(jnp.array([used.index(kind) for kind in kinds])[index], branches, q, k, v)
+    branches = [functools.partial(branch, *kind) for kind in used]
+    which = jnp.array([used.index(kind) for kind in kinds])[index]
+    return jax.lax.switch(which, branches, jnp.asarray(slots)[index], qkv, memory)
 
 
 def block_attention(
-    q: Float[Array, "N F heads H"],
-    k: Float[Array, "N F heads H"],
-    v: Float[Array, "N F heads H"],
+    q: Float[Array, "*halves N F heads H"],
+    k: Float[Array, "*halves N F heads H"],
+    v: Float[Array, "*halves N F heads H"],
     blocks: Blocks,
     *,
     behind: bool,
     ahead: bool,
-) -> Float[jax.Array, "N F heads H"]:
-    """Attention of each block to itself, and to the block before or after it in its request, where there is one."""
-    valid = jnp.asarray(blocks.valid)
-    inner = jnp.asarray(blocks.index) > 0  # has a block before it
-    keys, values, visible = [k], [v], [valid]
+    sources: tuple[Array, Array, Array] | None = None,
+) -> Float[jax.Array, "*halves N F heads H"]:
+    """Attention of each block to itself, and to the block before or after it, where there is one.
+
+    ``sources``: keys, values and which of them are valid, in what ``blocks.before`` points into; the list if None.
+    """
+    own = k, v, jnp.asarray(blocks.valid)
+    pieces = [own]
     if behind:
-        keys, values = [jnp.roll(k, 1, axis=0), *keys], [jnp.roll(v, 1, axis=0), *values]
-        visible = [jnp.roll(valid, 1, axis=0) & inner[:, None], *visible]
+        pieces.insert(0, _neighbours(*(sources or own), blocks.before))
     if ahead:
-        keys, values = [*keys, jnp.roll(k, -1, axis=0)], [*values, jnp.roll(v, -1, axis=0)]
-        visible = [*visible, jnp.roll(valid & inner[:, None], -1, axis=0)]
-    k, v, seen = (jnp.concatenate(a, axis=1) for a in (keys, values, visible))
-    scores = jnp.einsum("nqhd,nkhd->nhqk", q, k) * q.shape[-1] ** -0.5
+        pieces.append(_neighbours(*own, blocks.after))
+    keys, values, visible = zip(*pieces, strict=True)
+    k, v, seen = jnp.concatenate(keys, axis=-3), jnp.concatenate(values, axis=-3), jnp.concatenate(visible, axis=1)
+    scores = jnp.einsum("...nqhd,...nkhd->...nhqk", q, k) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _HIDDEN), axis=-1)
-    return jnp.einsum("nhqk,nkhd->nqhd", weights, v)
+    return jnp.einsum("...nhqk,...nkhd->...nqhd", weights, v)
+
+
+def _neighbours(k: Array, v: Array, valid: Array, places: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys, values and which are valid of the blocks in ``places``; nothing of a block that is not there."""
+    there = jnp.asarray(places) != NO_BLOCK
+    visible = jnp.take(valid, places, axis=0, mode="clip") & there[:, None]
+    # what no one may see has no weight, but even so one row's NaN would go over to another
+    return _take(k, places), jnp.where(there[:, None, None, None], _take(v, places), 0), visible
+
+
+def _take(x: Array, places: Array) -> jax.Array:
+    """Blocks of a list [*halves, N, F, heads, H]; any block for one that is not there."""
+    return jnp.take(x, places, axis=-4, mode="clip")
 
 
 def rotary_tables(blocks: Blocks, head_dim: int, theta: float) -> Tables:
@@ -285,16 +356,16 @@ def rotary_tables(blocks: Blocks, head_dim: int, theta: float) -> Tables:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate_first_head(x: Float[Array, "N F heads H"], tables: Tables) -> jax.Array:
+def rotate_first_head(x: Float[Array, "*halves N F heads H"], tables: Tables) -> jax.Array:
     """Turns the pairs (0, 1), (2, 3), ... of head 0.
 
     The other heads know no places: the model was trained with an embedding as wide as one head on all of them laid
     side by side, and so it has to be used.
     """
     cos, sin = tables
-    first, second = x[:, :, 0, 0::2], x[:, :, 0, 1::2]
+    first, second = x[..., 0, 0::2], x[..., 0, 1::2]
     turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.asarray(x).at[:, :, 0].set(turned.reshape(x.shape[0], x.shape[1], x.shape[3]))
+    return jnp.asarray(x).at[..., 0, :].set(turned.reshape(*x.shape[:-2], x.shape[-1]))
 
 
 def time_sinusoid(times: Float[Array, " E"]) -> Float[jax.Array, "E 256"]:
@@ -325,7 +396,10 @@ def pack(lengths: list[int], block_size: int, slots: int) -> tuple[Blocks, list[
     ends = list(itertools.accumulate(counts))
     index, valid = np.zeros(slots, np.int32), np.zeros((slots, block_size), bool)
     parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    before, after = np.full((2, slots), NO_BLOCK, np.int32)
     for part, length in zip(parts, lengths, strict=True):
         index[part] = np.arange(part.stop - part.start)
         valid[part].reshape(-1)[:length] = True
-    return Blocks(index, valid), parts
+        before[part.start + 1 : part.stop] = np.arange(part.start, part.stop - 1)
+        after[part.start : part.stop - 1] = np.arange(part.start + 1, part.stop)
+    return Blocks(index, valid, before, after), parts

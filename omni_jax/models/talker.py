@@ -13,24 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array, Spans
 from omni_jax.config import TalkerConfig
 from omni_jax.layers.attention import Mask
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.params import dtypes
-from omni_jax.models.decoder import Decoder, KVCache
+from omni_jax.models.decoder import Decoder, DecoderStream, KVCache
 from omni_jax.positions import position_ids
 
+CODE_SECONDS = 0.02
 NO_CODE = -1  # in place of a code where a row has none
 
 
 class Talker(nn.Module):
     """Speaks in codes, 50 a second.
 
-    ``__call__`` is the whole of it, for training and scoring. Generation calls ``prefill`` once a reply, then
-    ``decode`` once a code. E is the Thinker's width, D the Talker's, V the number of codes.
+    ``__call__`` is the whole of it, for training and scoring. Generation calls ``extend`` for each stretch of the
+    prompt and for each code. E is the Thinker's width, D the Talker's, V the number of codes.
     """
 
     config: TalkerConfig
@@ -56,25 +57,18 @@ class Talker(nn.Module):
         """
         ids, _ = position_ids(spans, segment_ids, self.config.position_id_per_seconds)
         mask = Mask(jnp.asarray(segment_ids), causal=True)
-        return self.logits(self.decoder(self._embed(text, codes), ids, mask, None)[0])
+        return self.logits(self.decoder(self._embed(text, codes), ids, mask))
 
-    def prefill(
+    def extend(
         self,
-        text: Float[Array, "B S E"],
-        codes: Int[Array, "B S"],
-        spans: Spans,
-        segment_ids: Int[Array, "B S"],
+        text: Float[Array, "B C E"],
+        codes: Int[Array, "B C"],
+        ids: Int[Array, "3 B C"],
+        valid: Bool[Array, "B C"],
         cache: KVCache,
-    ) -> tuple[Float[jax.Array, "B S D"], Int[jax.Array, " B"], KVCache]:
-        """Reads left-padded rows into an empty cache; returns what ``Decoder.prefill`` does."""
-        ids, delta = position_ids(spans, segment_ids, self.config.position_id_per_seconds)
-        return self.decoder.prefill(self._embed(text, codes), ids, delta, segment_ids, cache)
-
-    def decode(
-        self, text: Float[Array, "B E"], codes: Int[Array, " B"], position: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[jax.Array, "B D"], KVCache]:
-        """Reads one code of each row beside its share of the text; returns what ``Decoder.decode`` does."""
-        return self.decoder.decode(self._embed(text, codes), position, cache)
+    ) -> tuple[Float[jax.Array, "B C D"], KVCache]:
+        """Reads more positions behind what the cache holds; see ``Decoder.extend``."""
+        return self.decoder.extend(self._embed(text, codes), ids, valid, cache)
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[jax.Array, "*rows V"]:
         """Scores of the next code, in float32."""
@@ -84,6 +78,13 @@ class Talker(nn.Module):
         codes = jnp.asarray(codes)
         spoken = self.decoder.embed(jnp.maximum(codes, 0))
         return self.proj(jnp.asarray(text, self.dtype) + jnp.where((codes != NO_CODE)[..., None], spoken, 0))
+
+
+def decoder_stream(model: Talker, slots: int) -> DecoderStream:
+    """Its decoder, behind the projection, as a part that streams, with the parameters of ``decoder``."""
+    c = model.config
+    kw: dict[str, Any] = dict(scan_layers=model.scan_layers, dtype=model.dtype, param_dtype=model.param_dtype)
+    return DecoderStream(Decoder(c, c.embedding_size, **kw), CODE_SECONDS, slots)
 
 
 def abstract_params(model: Talker) -> Any:

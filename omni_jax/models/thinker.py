@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array, AudioBlocks, OmniBatch, Spans, VisionFrames
 from omni_jax.config import ThinkerConfig
 from omni_jax.layers.attention import Mask
 from omni_jax.layers.params import dtypes
-from omni_jax.models.audio_encoder import AudioEncoder
-from omni_jax.models.decoder import Decoder, KVCache
+from omni_jax.layers.stack import Remat
+from omni_jax.models.audio_encoder import TOKEN_SECONDS, AudioEncoder
+from omni_jax.models.decoder import Decoder, DecoderStream, KVCache
 from omni_jax.models.vision_encoder import VisionEncoder
 from omni_jax.positions import position_ids
 
@@ -25,30 +26,35 @@ from omni_jax.positions import position_ids
 class Thinker(nn.Module):
     """Hears, sees, reads and writes.
 
-    ``__call__`` is the whole of it, for training and scoring. Generation calls the parts: ``encode_audio``,
-    ``encode_vision`` and ``embed`` once a request, then ``prefill``, then ``decode`` once a word.
+    ``__call__`` is the whole of it, for training and scoring. Generation calls the parts: ``encode_audio`` and
+    ``encode_vision`` for the media, then ``extend`` for each stretch of the prompt and for each word of the reply.
     """
 
     config: ThinkerConfig
     scan_layers: bool = True
+    remat: Remat = "none"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
         c = self.config
-        kw = dict(dtypes(self), scan_layers=self.scan_layers)
+        kw = dict(dtypes(self), scan_layers=self.scan_layers, remat=self.remat)
         self.audio_encoder = AudioEncoder(c.audio_config, **kw)
         self.vision_encoder = VisionEncoder(c.vision_config, **kw)
         self.decoder = Decoder(c.text_config, **kw)
 
     def __call__(self, batch: OmniBatch) -> Float[jax.Array, "B S V"]:
         """The scores of the next word at every position; padding gives numbers without meaning."""
+        return self.decoder.logits(self.hidden(batch))
+
+    def hidden(self, batch: OmniBatch) -> Float[jax.Array, "B S D"]:
+        """What the scores are a product of: the state of every position after the last norm."""
         features = [] if batch.audio is None else [self.encode_audio(batch.audio)]
         features += [self.encode_vision(frames) for frames in batch.vision]
         x = self.embed(batch.tokens, batch.media_index, features)
         ids, _ = position_ids(batch.spans, batch.segment_ids, self.config.position_id_per_seconds)
         mask = Mask(jnp.asarray(batch.segment_ids), causal=True)
-        return self.decoder.logits(self.decoder(x, ids, mask, None)[0])
+        return self.decoder(x, ids, mask)
 
     def encode_audio(self, audio: AudioBlocks) -> Float[jax.Array, "features D"]:
         """One feature for each 40 ms of every block, padding included."""
@@ -75,18 +81,11 @@ class Thinker(nn.Module):
         media = jnp.take(jnp.concatenate(features), jnp.maximum(index, 0), axis=0)
         return jnp.where((index >= 0)[..., None], media.astype(words.dtype), words)
 
-    def prefill(
-        self, x: Float[Array, "B S D"], spans: Spans, segment_ids: Int[Array, "B S"], cache: KVCache
-    ) -> tuple[Float[jax.Array, "B S D"], Int[jax.Array, " B"], KVCache]:
-        """Reads left-padded prompts into an empty cache; returns what ``Decoder.prefill`` does."""
-        ids, delta = position_ids(spans, segment_ids, self.config.position_id_per_seconds)
-        return self.decoder.prefill(x, ids, delta, segment_ids, cache)
-
-    def decode(
-        self, x: Float[Array, "B D"], position: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[jax.Array, "B D"], KVCache]:
-        """Reads the embedding of one word of each row; returns its hidden state and the cache with the word in it."""
-        return self.decoder.decode(x, position, cache)
+    def extend(
+        self, x: Float[Array, "B C D"], ids: Int[Array, "3 B C"], valid: Bool[Array, "B C"], cache: KVCache
+    ) -> tuple[Float[jax.Array, "B C D"], KVCache]:
+        """Reads embeddings behind what the cache holds, see ``Decoder.extend``."""
+        return self.decoder.extend(x, ids, valid, cache)
 
     def words(self, tokens: Int[Array, "*rows"]) -> Float[jax.Array, "*rows D"]:
         """The words' embeddings."""
@@ -95,6 +94,13 @@ class Thinker(nn.Module):
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[jax.Array, "*rows V"]:
         """Scores of the next word, in float32."""
         return self.decoder.logits(hidden)
+
+
+def decoder_stream(model: Thinker, slots: int) -> DecoderStream:
+    """Its language model as a part that streams, with the parameters of ``decoder``. Of sound, a position is 40 ms."""
+    c = model.config
+    decoder = Decoder(c.text_config, scan_layers=model.scan_layers, dtype=model.dtype, param_dtype=model.param_dtype)
+    return DecoderStream(decoder, TOKEN_SECONDS, slots)
 
 
 def abstract_params(model: Thinker) -> Any:

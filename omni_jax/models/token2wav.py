@@ -28,14 +28,19 @@ class Token2Wav(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        self.dit = DiT(self.config.dit_config, scan_layers=self.scan_layers, **dtypes(self))
-        self.bigvgan = BigVGAN(self.config.bigvgan_config, **dtypes(self))
+        self.dit, self.bigvgan = parts(self)
 
     def __call__(self, *args: Any) -> tuple[jax.Array, jax.Array]:
         """One evaluation of the DiT, and what the vocoder makes of it; for ``abstract_params``."""
         given, null = self.dit(*args)
         mel = given.reshape(1, -1, given.shape[-1])
         return self.bigvgan(mel, np.array([mel.shape[1]])), null
+
+
+def parts(model: Token2Wav) -> tuple[DiT, BigVGAN]:
+    """The two networks, each to be called alone with its own part of the parameters: ``dit`` and ``bigvgan``."""
+    kw = dtypes(model)
+    return DiT(model.config.dit_config, scan_layers=model.scan_layers, **kw), BigVGAN(model.config.bigvgan_config, **kw)
 
 
 def abstract_params(model: Token2Wav) -> Any:

@@ -21,7 +21,7 @@ from omni_jax.layers.mlp import GatedMLP
 from omni_jax.layers.norm import RMSNorm
 from omni_jax.layers.params import dtypes
 from omni_jax.layers.rotary import Tables, picture_tables, rotate
-from omni_jax.layers.stack import call_layers, layer_stack
+from omni_jax.layers.stack import Remat, call_layers, layer_stack
 from omni_jax.sharding import constrain
 
 
@@ -81,13 +81,16 @@ class VisionEncoder(nn.Module):
 
     config: VisionEncoderConfig
     scan_layers: bool = True
+    remat: Remat = "none"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
         c, kw = self.config, dtypes(self)
         self.patch_embed = Linear((c.patch_dim,), (c.hidden_size,), ("patch", "embed"), use_bias=False, **kw)
-        self.layers = layer_stack(VisionLayer, dict(config=c, **kw), c.depth, self.scan_layers, shared=2)
+        self.layers = layer_stack(
+            VisionLayer, dict(config=c, **kw), c.depth, self.scan_layers, shared=2, remat=self.remat
+        )
         self.merger = Merger(c, **kw)
 
     def __call__(self, frames: VisionFrames) -> Float[jax.Array, "F W cells out"]:

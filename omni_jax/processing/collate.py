@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,16 +18,13 @@ from omni_jax.processing.layout import AudioInput, Prompt, VisionInput
 SMALLEST_ROW = 64  # text positions
 
 
-def collate(
-    prompts: Sequence[Prompt], config: OmniConfig, *, length: int | None = None, pad_left: bool = True
-) -> OmniBatch:
-    """Stacks prompts, one a row.
+def collate(prompts: Sequence[Prompt], config: OmniConfig, *, length: int | None = None) -> OmniBatch:
+    """Stacks prompts, one a row, padded at the end.
 
     Args:
       prompts: at least one.
       config: gives the sizes of blocks and windows.
       length: S; the bucketed length of the longest prompt if None.
-      pad_left: where a row's padding stands. Generation pads on the left, so that all rows end together.
 
     Raises:
       InputError: if a prompt is longer than ``length``.
@@ -36,24 +33,45 @@ def collate(
     length = bucket(longest, SMALLEST_ROW) if length is None else length
     if longest > length:
         raise InputError(f"a prompt has {longest} tokens, but the batch was asked to be {length} long")
-    audio, audio_features, n_audio = _collate_audio(prompts, config)
-    vision, vision_features = _collate_vision(prompts, config.thinker_config.vision_config, n_audio)
-    features = audio_features | vision_features
+    audio, vision, features = collate_media(prompts, config)
 
     shape = (len(prompts), length)
     tokens = np.full(shape, config.thinker_config.pad_token_id, np.int32)
     segment_ids, media_index = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     spans = []
     for i, prompt in enumerate(prompts):
-        begin = length - len(prompt) if pad_left else 0
-        real = slice(begin, begin + len(prompt))
+        real = slice(len(prompt))
         tokens[i, real], segment_ids[i, real] = prompt.tokens, 1
-        media_index[i, real] = _media_index(prompt, [features[i, j] for j in range(len(prompt.media))])
-        spans.append(positions.resolve(prompt.segments, config.thinker_config, begin=begin))
+        media_index[i, real] = media_index_of(prompt, [features[i, j] for j in range(len(prompt.media))])
+        spans.append(positions.resolve(prompt.segments, config.thinker_config))
     return OmniBatch(tokens, segment_ids, media_index, positions.stack(spans, length), audio, vision)
 
 
-def _media_index(prompt: Prompt, features: list[np.ndarray]) -> np.ndarray:
+def collate_media(
+    prompts: Sequence[Prompt],
+    config: OmniConfig,
+    *,
+    blocks: Callable[[int], int] = bucket,
+    frames: Callable[[int, int], int] = lambda windows, frames: bucket(frames),
+) -> tuple[AudioBlocks | None, tuple[VisionFrames, ...], dict[tuple[int, int], np.ndarray]]:
+    """What the encoders are given.
+
+    Args:
+      prompts: whose media it is.
+      config: gives the sizes of blocks and windows.
+      blocks: how many blocks there are to be, for so many real ones.
+      frames: how many frames there are to be in a group, for windows a frame and real frames.
+
+    Returns:
+      The sound, the groups of frames, and of each item, by its row and its place there, where its features stand
+      in the list of all features.
+    """
+    audio, features, n_audio = _collate_audio(prompts, config, blocks)
+    vision, places = _collate_vision(prompts, config.thinker_config.vision_config, n_audio, frames)
+    return audio, vision, features | places
+
+
+def media_index_of(prompt: Prompt, features: list[np.ndarray]) -> np.ndarray:
     """Where the feature of each token stands, given where those of each item stand. [T]"""
     index = np.full(len(prompt), -1, np.int32)
     for item, places in enumerate(features):
@@ -68,7 +86,7 @@ def _items(prompts: Sequence[Prompt], kind: type) -> list[tuple[tuple[int, int],
 
 
 def _collate_audio(
-    prompts: Sequence[Prompt], config: OmniConfig
+    prompts: Sequence[Prompt], config: OmniConfig, rounded: Callable[[int], int]
 ) -> tuple[AudioBlocks | None, dict[tuple[int, int], np.ndarray], int]:
     """The blocks, the place of each item's features, and the number of features (with those of padding)."""
     sizes = config.thinker_config.audio_config
@@ -77,7 +95,7 @@ def _collate_audio(
     if not items:
         return None, {}, 0
     count = sum(-(-len(mel) // frames) for _, mel in items)
-    blocks = np.zeros((bucket(count), frames, sizes.num_mel_bins), np.float32)
+    blocks = np.zeros((rounded(count), frames, sizes.num_mel_bins), np.float32)
     lengths = np.zeros(len(blocks), np.int32)
     features, block = {}, 0
     for key, mel in items:
@@ -118,7 +136,7 @@ def _windows(height: int, width: int, side: int, merge: int) -> _Windows:
 
 
 def _collate_vision(
-    prompts: Sequence[Prompt], sizes: VisionEncoderConfig, first_feature: int
+    prompts: Sequence[Prompt], sizes: VisionEncoderConfig, first_feature: int, rounded: Callable[[int, int], int]
 ) -> tuple[tuple[VisionFrames, ...], dict[tuple[int, int], np.ndarray]]:
     """Groups of frames of about one size, and the place of each item's features."""
     groups: dict[int, list[tuple[tuple[int, int], VisionInput, _Windows]]] = defaultdict(list)
@@ -129,7 +147,8 @@ def _collate_vision(
         groups[bucket(windows.count)].append((key, item, windows))
     vision, features = [], {}
     for width in sorted(groups):
-        frames, places = _collate_group(groups[width], width, sizes)
+        slots = rounded(width, sum(item.grid[0] for _, item, _ in groups[width]))
+        frames, places = _collate_group(groups[width], slots, width, sizes)
         features.update({key: first_feature + place for key, place in places.items()})
         first_feature += frames.patches.shape[0] * width * sizes.window_cells**2
         vision.append(frames)
@@ -137,10 +156,12 @@ def _collate_vision(
 
 
 def _collate_group(
-    group: Sequence[tuple[tuple[int, int], VisionInput, _Windows]], width: int, sizes: VisionEncoderConfig
+    group: Sequence[tuple[tuple[int, int], VisionInput, _Windows]],
+    frames: int,
+    width: int,
+    sizes: VisionEncoderConfig,
 ) -> tuple[VisionFrames, dict[tuple[int, int], np.ndarray]]:
     """One group of ``width`` windows a frame."""
-    frames = bucket(sum(item.grid[0] for _, item, _ in group))
     cells, merged = sizes.window_cells**2, sizes.spatial_merge_size**2
     shape = (frames, width, cells, merged)
     patches = np.zeros((*shape, sizes.patch_dim), np.float32)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,11 +17,12 @@ from rich.table import Table
 
 from omni_jax.errors import InputError
 from omni_jax.generation.model import load
-from omni_jax.generation.reply import Options, Reply
+from omni_jax.generation.reply import Event, Options, Reply
 from omni_jax.generation.speech import Talk
+from omni_jax.models.token2wav import SAMPLE_RATE
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Usage
-from omni_jax.serving.wav import write_wav
+from omni_jax.serving.wav import GrowingWav
 
 _FILE = tyro.conf.arg(metavar="FILE")
 
@@ -28,9 +31,9 @@ _FILE = tyro.conf.arg(metavar="FILE")
 class Chat:
     """Asks a model one question and prints its answer as it is made.
 
-    Only the answer goes to stdout; progress, and the time of each stage at the end, go to stderr. The model sees images
-    first, then sounds, then videos, each kind in the order given, and the text last: it was trained with media before
-    the question.
+    Only the answer goes to stdout, and its sound to a file, both as they are made; progress, and the time of each stage
+    at the end, go to stderr. The model sees images first, then sounds, then videos, each kind in the order given, and
+    the text last: it was trained with media before the question.
 
     For instance:
 
@@ -48,8 +51,10 @@ class Chat:
     """A sound, or a video of which only the sound is wanted."""
     video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _FILE] = ()
     """A video."""
+    speak: bool = False
+    """Speak the answer too, into reply.wav unless --out names another file."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.wav")] = None
-    """Speak the answer into this file: 24 kHz, 16 bits, one channel."""
+    """Speak the answer into this file: 24 kHz, 16 bits, one channel. It grows while the answer is made."""
     voice: str | None = None
     """Who speaks; without it, Chelsie, or the checkpoint's first voice."""
     talker: Talk = field(default_factory=Talk)
@@ -84,27 +89,24 @@ class Chat:
         messages, options = self.messages(), self.options()
         Options.create(**options)  # a mistake in them shows before a large model is loaded
         terminal = Console(stderr=True)
-        if self.out is not None and not self.out.resolve().parent.is_dir():
-            raise InputError(f"--out {self.out}: the folder {self.out.resolve().parent} does not exist")
+        sound = self.sound
+        if sound is not None and not sound.resolve().parent.is_dir():
+            raise InputError(f"--out {sound}: the folder {sound.resolve().parent} does not exist")
         begun = time.perf_counter()
-        components = ("thinker",) if self.out is None else None
+        components = ("thinker",) if sound is None else None
         with terminal.status(f"loading {self.model}"):
             model = load(self.model, dtype=self.dtype, components=components, allow_urls=self.allow_urls)
         loaded = time.perf_counter() - begun
-        waiting = terminal.status("reading the question and compiling for its length")
-        waiting.start()
-        try:
-            for event in model.stream(messages, **options):
-                if event.text:
-                    waiting.stop()
-                    sys.stdout.write(event.text)
-                    sys.stdout.flush()
-                if event.reply is not None:
-                    if self.out is not None and event.reply.audio is not None:
-                        write_wav(self.out, event.reply.audio, event.reply.sample_rate)
-                    _finish(terminal, event.reply, loaded, self.out)
-        finally:
-            waiting.stop()
+        with terminal.status("reading the question and compiling for its length") as waiting:
+            events = model.stream(messages, **options)
+            with contextlib.nullcontext() if sound is None else GrowingWav(sound, SAMPLE_RATE) as wav:
+                played = _play(events, wav, waiting.stop)
+        _finish(terminal, played, loaded, sound)
+
+    @property
+    def sound(self) -> Path | None:
+        """The file that is spoken into, if the answer is spoken."""
+        return Path("reply.wav") if self.speak and self.out is None else self.out
 
     def messages(self) -> list[dict[str, Any]]:
         """The dialogue. InputError if there is nothing in it."""
@@ -119,7 +121,7 @@ class Chat:
         parts += [{"type": "text", "text": text} for text in self.text]
         if not parts:
             raise InputError("nothing to answer: give --text, --image, --audio or --video")
-        prompt = SPEECH_SYSTEM_PROMPT if self.system is None and self.out is not None else self.system
+        prompt = SPEECH_SYSTEM_PROMPT if self.system is None and self.sound is not None else self.system
         system = [] if prompt is None else [{"role": "system", "content": prompt}]
         return [*system, {"role": "user", "content": parts}]
 
@@ -127,28 +129,51 @@ class Chat:
         """The keyword arguments of ``OmniModel.stream``."""
         names = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
         options = {name: getattr(self, name) for name in names}
-        if self.out is not None:
+        if self.sound is not None:
             usual = dataclasses.asdict(Talk())  # its seed, unless given, is that of the text
             talker = {k: v for k, v in dataclasses.asdict(self.talker).items() if v != usual[k]}
             options |= dict(modalities=("text", "audio"), voice=self.voice, talker=talker)
         return options
 
 
-def _finish(terminal: Console, reply: Reply, loaded: float, out: Path | None) -> None:
+@dataclass
+class _Played:
+    """What came of a reply, and after how many seconds its first text and its first sound did."""
+
+    reply: Reply
+    text: float | None = None
+    sound: float | None = None
+
+
+def _play(events: Iterator[Event], wav: GrowingWav | None, first: Callable[[], None]) -> _Played:
+    """Writes pieces as they come; ``first`` is called before the first text."""
+    begun, text, sound = time.perf_counter(), None, None
+    for event in events:
+        since = time.perf_counter() - begun
+        if event.text:
+            text = since if text is None else text
+            first()
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+        if event.audio is not None and wav is not None:
+            sound = since if sound is None else sound
+            wav.write(event.audio)
+        if event.reply is not None:
+            return _Played(event.reply, text, sound)
+    raise AssertionError("a stream ends with a reply")
+
+
+def _finish(terminal: Console, played: _Played, loaded: float, out: Path | None) -> None:
     sys.stdout.write("\n")
     sys.stdout.flush()
+    reply = played.reply
     times, made = reply.timings, len(reply.token_ids)
     cut = "" if reply.finish_reason == "stop" else "; cut at --max-tokens or the end of the context"
     table = Table(box=None, pad_edge=False)
     table.add_column("stage")
     table.add_column("seconds", justify="right")
-    rows = {
-        "load": loaded,
-        "prepare": times.prepare,
-        "encode": times.encode,
-        "prefill": times.prefill,
-        "decode": times.decode,
-    }
+    rows = {"load": loaded}
+    rows |= {name: getattr(times, name) for name in ("prepare", "encode", "prefill", "decode")}
     if out is not None:
         rows |= {"talk": times.talk, "wave": times.wave}
     for stage, seconds in rows.items():
@@ -158,6 +183,8 @@ def _finish(terminal: Console, reply: Reply, loaded: float, out: Path | None) ->
     lines = [f"prompt: {_describe(reply.usage)}", f"reply: {made} tokens, {made / times.decode:.1f} a second{cut}"]
     if out is not None and reply.audio is not None:
         lines.append(f"speech: {len(reply.codec_ids)} codes, {len(reply.audio) / reply.sample_rate:.2f} s in {out}")
+    firsts = [f"{name} after {at:.2f} s" for name, at in (("text", played.text), ("sound", played.sound)) if at]
+    lines += [f"first {', '.join(firsts)}"] if firsts else []
     lines.append("all but load and prepare include compiling for these lengths")
     for line in lines:
         terminal.print(line, highlight=False, soft_wrap=True)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import wave
 from pathlib import Path
 
 import numpy as np
 
 
-def write_wav(path: Path, samples: np.ndarray, rate: int) -> None:
-    """Writes float32 [n] from -1 to 1 as 16-bit WAV; the file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    whole = np.round(np.clip(samples, -1, 1) * 32767).astype("<i2")
-    try:
-        with wave.open(str(partial), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(rate)
-            file.writeframes(whole.tobytes())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+class GrowingWav:
+    """A 16-bit WAV of one channel that is a whole file after every piece, so that a player may follow it."""
+
+    def __init__(self, path: Path, rate: int):
+        """Makes the file, without sound as yet; ``rate`` is in samples a second."""
+        self._close = contextlib.ExitStack()
+        self._file = self._close.enter_context(path.open("wb"))
+        self._wave = self._close.enter_context(wave.Wave_write(self._file))
+        self._wave.setnchannels(1)
+        self._wave.setsampwidth(2)
+        self._wave.setframerate(rate)
+        self.write(np.zeros(0, np.float32))
+
+    def write(self, samples: np.ndarray) -> None:
+        """Adds float32 [n] from -1 to 1."""
+        self._wave.writeframes(np.round(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+        self._file.flush()
+
+    def __enter__(self) -> GrowingWav:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close.close()

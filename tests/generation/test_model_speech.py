@@ -99,7 +99,7 @@ def test_synthesize(model: OmniModel) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"codec_ids": []}, "codes must be a list of at least one integer"),
+        ({"codec_ids": []}, "codes must have at least one integer, got none"),
         ({"codec_ids": [66]}, "code 66 is out of range; Token2Wav knows 0 to 65"),
         ({"codec_ids": [-1]}, "code -1 is out of range"),
         ({"codec_ids": [0] * 16385}, "16385 codes; Token2Wav takes at most 16384"),

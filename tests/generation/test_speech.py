@@ -7,18 +7,19 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, InputError
-from omni_jax.generation import speech
-from omni_jax.generation.sampling import Sampling
-from omni_jax.generation.speech import SpeechRequest, Talk, _shares, barred_codes
-from omni_jax.generation.text import Conditioning, TextRequest
-from omni_jax.processing.collate import collate
+from omni_jax.generation import text
+from omni_jax.generation.speech import Said, SpeechRequest, Talk, _shares, barred_codes
+from omni_jax.generation.text import NOTHING
 from omni_jax.processing.layout import Prompt, lay_out
-from tests.generation.speaking import Line, Parts
+from tests.generation import speaking
+from tests.generation.speaking import SLOTS, Line, Parts, after, said_all
 
 SPEAKERS = (603, 604)
 CONFIG = OmniConfig.tiny()
@@ -75,36 +76,64 @@ def test_short_replies(endless: Parts) -> None:
     assert endless.say([a_line(5, 1)])[1] == [[]]
 
 
+def hearing(parts: Parts, heard: np.ndarray, lines: list[Line], replies: list[int]) -> list[list[int]]:
+    """The codes of rows whose Thinker gave ``heard``: the prompt, then the reply."""
+    state = parts.speech.empty(len(heard), SLOTS)
+    for stretch in parts.plan([line.prompt for line in lines], len(heard)).stretches:
+        state = parts.speech.read(state, heard, stretch.chunk)
+    return parts.speak(state, heard, lines, replies)
+
+
 def test_an_empty_reply(endless: Parts) -> None:
-    width = CONFIG.talker_config.embedding_size
-    heard = Conditioning(np.ones((2, 64, width), np.float32), np.ones((2, 8, width), np.float32))
-    talk = Talk.create({"max_tokens": 3, **GREEDY}, CONFIG)
-    requests = [SpeechRequest(a_prompt(4), reply, SPEAKERS[0], talk) for reply in (0, 4)]
-    codes = endless.speech.speak(heard, requests)
-    assert [(len(c), c.dtype) for c in codes] == [(0, np.int32), (3, np.int32)]
-    assert [len(c) for c in endless.speech.speak(heard, requests[:1])] == [0]
+    heard = np.ones((2, 64, CONFIG.talker_config.embedding_size), np.float32)
+    lines = [a_line(4, 0, **GREEDY), dataclasses.replace(a_line(4, 4), talk=Talk.create({"max_tokens": 3}, CONFIG))]
+    assert [len(c) for c in hearing(endless, heard, lines, [0, 4])] == [0, 3]
 
 
 def test_padding_has_no_part_in_the_codes(endless: Parts) -> None:
-    """Neither the prompt's padding nor what stands after the reply, even where it is huge."""
-    rng, width = np.random.default_rng(0), CONFIG.talker_config.embedding_size
-    prompt, reply = (rng.standard_normal((1, n, width)).astype(np.float32) for n in (64, 16))
-    request = SpeechRequest(a_prompt(20), 6, SPEAKERS[0], Talk.create({"max_tokens": 24, **GREEDY}, CONFIG))
-    speak = functools.partial(endless.speech.speak, requests=[request])
-    plain = speak(Conditioning(prompt, reply))[0]
-    padded_prompt, padded_reply = prompt.copy(), reply.copy()
-    padded_prompt[:, :44], padded_reply[:, 5:] = 1e6, np.nan
-    assert np.array_equal(speak(Conditioning(padded_prompt, padded_reply))[0], plain)
-    padded_reply[:, 4] = 1e6
-    assert not np.array_equal(speak(Conditioning(prompt, padded_reply))[0], plain)
+    """What stands behind the reply, even where it is no number."""
+    rng = np.random.default_rng(0)
+    plain = rng.standard_normal((1, 64, CONFIG.talker_config.embedding_size)).astype(np.float32)
+    speak = functools.partial(hearing, endless, lines=[a_line(20, 6, **GREEDY)], replies=[6])
+    padded = plain.copy()
+    padded[:, 25:] = np.nan
+    assert speak(padded) == speak(plain)
+    padded[:, 24] = 1e6
+    assert speak(padded) != speak(plain)
 
 
 def test_the_shares_of_the_text() -> None:
     """Section 7.2: r_1 ... r_{N-2}, the end, then padding for ever; r_0 was read with the prompt."""
-    reply = np.arange(10, 16, dtype=np.float32)[None, :, None]
+    heard = np.array([7, 8, 10, 11, 12, 13, 14, 15], np.float32)[None, :, None]
+    marks = np.array([-3, -1, -2], np.float32)[None, :, None]
     for said, shares in ((2, [-1, -2, -2, -2, -2, -2]), (4, [11, 12, -1, -2, -2, -2]), (6, [11, 12, 13, 14, -1, -2])):
-        last = np.array([[[said - 1]]])
-        assert _shares(reply, np.full((1, 1, 1), -1.0), np.full((1, 1, 1), -2.0), last)[0, :, 0].tolist() == shares
+        last = said_all([2], [said], 1).last
+        made = [_shares(2, heard, np.array([2]), np.array([step]), last, marks)[0, :, 0] for step in (0, 2, 4)]
+        assert np.concatenate(made).tolist() == shares
+
+
+def test_codes_follow_the_text_as_it_comes(endless: Parts) -> None:
+    """Rows of the reply as they come, in several pieces and each row at its own pace, give the codes of the whole."""
+    lines = [a_line(5, 40, **GREEDY), a_line(70, 30, seed=3), a_line(9, 2)]
+    thinker, speech = endless.read([line.prompt for line in lines])
+    replies, thinker = endless.reply(thinker, lines)
+    heard, lengths = thinker.heard, np.array([*map(len, replies)])
+    assert heard is not None
+    whole = endless.speak(jax.tree.map(jnp.copy, speech), heard, lines, lengths.tolist())
+    prompts, rows = np.array([5, 70, 9]), 3
+    requests = {i: SpeechRequest(len(r.prompt), r.speaker, r.talk) for i, r in enumerate(lines)}
+    spans, made = after([line.prompt for line in lines], rows, CONFIG), []
+    speech = endless.speech.begin(speech, heard, requests, spans)
+    for known in range(2, 44, 3):
+        tokens = np.minimum(lengths, known + np.array([0, 4, 0]))
+        said = Said(prompts, tokens, np.full(rows, known > 40))
+        assert (endless.speech.ready(speech, said) <= 20).all()
+        codes, speech = endless.speech.advance(speech, heard, said, 1 + known % 5)
+        made.append(codes)
+    while endless.speech.ready(speech, said).any():
+        codes, speech = endless.speech.advance(speech, heard, said)
+        made.append(codes)
+    assert [row[row != NOTHING].tolist() for row in np.concatenate(made, axis=1)] == whole
 
 
 def test_the_end_is_cut_off_and_ids_that_are_no_sound_are_never_said(parts: Parts) -> None:
@@ -125,7 +154,8 @@ def test_a_cache_that_grows_changes_no_code(endless: Parts, monkeypatch: pytest.
     lines = [a_line(5, 9, max_tokens=150, **GREEDY), a_line(70, 3, seed=1, max_tokens=150)]
     _, codes = endless.say(lines)
     assert len(codes[0]) == 150
-    monkeypatch.setattr(speech, "_ROOM", 1)
+    monkeypatch.setattr(text, "_ROOM", 16)
+    monkeypatch.setattr(speaking, "SLOTS", 80)
     assert endless.say(lines)[1] == codes
 
 
@@ -135,14 +165,6 @@ def test_the_end_of_the_context(tiny_model: Path) -> None:
     talker = dataclasses.replace(parts.config.talker_config, max_position_embeddings=32)
     parts.speech._config = dataclasses.replace(parts.config, talker_config=talker)
     assert [len(c) for c in parts.say([a_line(n, 3, **GREEDY) for n in (25, 28, 31)])[1]] == [5, 2, 0]
-
-
-def test_keeping_changes_no_token_and_costs_nothing_if_not_asked_for(endless: Parts) -> None:
-    line = a_line(12, 20)
-    (reply,), _ = endless.say([line])
-    state = endless.text.start(collate([line.prompt], CONFIG), [], [TextRequest(Sampling(), 20, ())])
-    assert state.kept is None
-    assert [t for made in endless.text.tokens(state) for t in made[0] if t >= 0] == reply
 
 
 def test_defaults_are_the_published_ones() -> None:

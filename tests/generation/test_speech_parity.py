@@ -93,7 +93,7 @@ def test_greedy_codes(endless: Parts, lines: Any, theirs: Any, name: str) -> Non
     assert len(set(codes)) > 9  # the random model does say something
 
 
-def test_a_left_padded_batch_equals_the_single_runs(endless: Parts, lines: Any, theirs: Any) -> None:
+def test_a_batch_equals_the_single_runs(endless: Parts, lines: Any, theirs: Any) -> None:
     """Prompts and replies of all kinds in both voices together; the reference refuses such a batch (7.5 D)."""
     _, codes = endless.say(list(lines.values()))
     assert dict(zip(lines, codes, strict=True)) == theirs

@@ -107,7 +107,7 @@ def test_greedy_reply(model: OmniModel, theirs: dict[str, list[int]], name: str)
     assert len(set(reply.token_ids)) > 2  # the random model does say something
 
 
-def test_a_left_padded_batch_equals_the_single_replies(model: OmniModel, theirs: dict[str, list[int]]) -> None:
+def test_a_batch_equals_the_single_replies(model: OmniModel, theirs: dict[str, list[int]]) -> None:
     """Against the reference's single runs: its own batches shift positions (reference notes, 7.5 D)."""
     replies = model.generate_batch([messages(name) for name in PROMPTS], max_tokens=LENGTH)
     assert {name: list(r.token_ids) for name, r in zip(PROMPTS, replies, strict=True)} == theirs

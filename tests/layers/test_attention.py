@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from omni_jax.layers import attention as module
-from omni_jax.layers.attention import Mask, attention, decode_attention
+from omni_jax.layers.attention import Mask, attention, cached_attention
 
 TOLERANCE = 2e-6  # float32 sums over some hundred numbers of size one
 
@@ -81,12 +81,18 @@ def test_padding_of_nan_does_not_leak() -> None:
     assert np.array_equal(np.asarray(attention(q, k, v, Mask(segments, True)))[:, 6:], clean)
 
 
-def test_decoding_sees_the_filled_slots_only() -> None:
+@pytest.mark.parametrize(("count", "at_once"), [(1, 10**9), (6, 10**9), (6, 10)])
+def test_what_follows_a_cache_sees_the_slots_that_it_may(
+    monkeypatch: pytest.MonkeyPatch, count: int, at_once: int
+) -> None:
+    """A word, or some of a prompt; and where the scores are too many to be held at a time."""
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", at_once)
     q, k, v, _ = inputs(3, 20, 4, 2)
-    begin, end = np.array([0, 5, 3]), np.array([20, 6, 11])
-    ours = decode_attention(q[:, :1], k.swapaxes(1, 2), v.swapaxes(1, 2), begin, end)
-    for b in range(3):
-        real = slice(begin[b], end[b])
-        last = np.concatenate([q[b : b + 1, :1]] * (end[b] - begin[b]), axis=1)
-        theirs = plain(last, k[b : b + 1, real], v[b : b + 1, real], np.ones((1, end[b] - begin[b])), True)
-        assert np.abs(ours[b, 0] - theirs[0, -1]).max() < TOLERANCE
+    last = np.array([19, 5, 10])[:, None] - np.arange(count)[::-1]
+    visible = np.arange(20) <= last[..., None]
+    ours = cached_attention(q[:, :count], k.swapaxes(1, 2), v.swapaxes(1, 2), visible)
+    for b, t in np.ndindex(3, count):
+        seen = slice(0, last[b, t] + 1)
+        alone = np.concatenate([q[b : b + 1, t : t + 1]] * (last[b, t] + 1), axis=1)
+        theirs = plain(alone, k[b : b + 1, seen], v[b : b + 1, seen], np.ones((1, last[b, t] + 1)), True)
+        assert np.abs(ours[b, t] - theirs[0, -1]).max() < TOLERANCE

@@ -22,7 +22,7 @@ from tests.pairs import Whole, relative_error
 TOLERANCE = 1e-4
 
 STEPS = 8
-LENGTH, SLOTS = 128, 160  # of our rows, left-padded, and of the cache
+LENGTH, SLOTS, CHUNK = 128, 160, 48  # of our rows, padded at the end, of the cache, and of what is read at a time
 
 
 def a_prompt(whole: Whole, rng: np.random.Generator) -> Prompt:
@@ -79,34 +79,43 @@ class Case:
         return prompt, np.stack(steps)
 
     def ours(self, whole: Whole) -> tuple[Any, ...]:
-        """The arguments of the Talker's ``prefill`` but the cache: left-padded rows."""
-        pad = LENGTH - self.text.shape[1]
+        """The arguments of the Talker: a row with padding at its end."""
+        length = self.text.shape[1]
         segments = (*self.prompt.segments, positions.Text(2))
-        spans = positions.stack([positions.resolve(segments, whole.config.thinker_config, begin=pad)], LENGTH)
-        text = np.pad(self.text, ((0, 0), (pad, 0), (0, 0)), constant_values=np.float32(3))
+        spans = positions.stack([positions.resolve(segments, whole.config.thinker_config)], LENGTH)
+        text = np.pad(self.text, ((0, 0), (0, LENGTH - length), (0, 0)), constant_values=np.float32(3))
         codes = np.full((1, LENGTH), NO_CODE, np.int32)
-        codes[0, -2:] = self.first
-        return text, codes, spans, (np.arange(LENGTH) >= pad)[None].astype(np.int32)
+        codes[0, length - 2 : length] = self.first
+        return text, codes, spans, (np.arange(LENGTH) < length)[None].astype(np.int32)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_logits_of_prefill_and_steps(whole: Whole, seed: int) -> None:
     case = Case(whole, seed)
     prompt, steps = case.reference(whole.torch.talker)
-    rows = case.ours(whole)
+    text, codes, spans, segment_ids = case.ours(whole)
+    ids, delta = positions.position_ids(spans, segment_ids, whole.config.talker_config.position_id_per_seconds)
+    length = len(prompt)
     for model, params in whole.talkers():
 
         def apply(params: Any, method: str | None, *args: Any, model: Any = model) -> Any:
             return model.apply({"params": params}, *args, method=method)
 
         call = functools.partial(jax.jit(apply, static_argnums=1), params)
-        assert relative_error(call(None, *rows)[0, -len(prompt) :], prompt) < TOLERANCE
-        cache = KVCache.empty(model.config, 1, SLOTS, model.scan_layers, np.float32)
-        hidden, position, cache = call("prefill", *rows, cache)
-        assert relative_error(call("logits", hidden[:, -1])[0], prompt[-1]) < TOLERANCE
+        logits = call(None, text, codes, spans, segment_ids)[0, :length]
+        assert relative_error(logits, prompt) < TOLERANCE
+        cache, read = KVCache.empty(model.config, 1, SLOTS, model.scan_layers, np.float32), []
+        for begin in range(0, LENGTH, CHUNK):  # the last chunk is half empty
+            part = slice(begin, begin + CHUNK)
+            valid = segment_ids[:, part] == 1
+            hidden, cache = call("extend", text[:, part], codes[:, part], ids[:, :, part], valid, cache)
+            read.append(call("logits", hidden)[0])
+        assert relative_error(np.concatenate(read)[:length], prompt) < TOLERANCE
         for i in range(STEPS):
-            hidden, cache = call("decode", case.shares[:, i], case.codes[i : i + 1], position + i, cache)
-            assert relative_error(call("logits", hidden)[0], steps[i]) < TOLERANCE
+            where = np.full((3, 1, 1), length + int(delta[0]) + i)
+            given = case.shares[:, i : i + 1], case.codes[None, i : i + 1], where, np.ones((1, 1), bool)
+            hidden, cache = call("extend", *given, cache)
+            assert relative_error(call("logits", hidden)[0, 0], steps[i]) < TOLERANCE
 
 
 def test_every_weight_matters(whole: Whole) -> None:
@@ -117,7 +126,7 @@ def test_every_weight_matters(whole: Whole) -> None:
     rows = Case(whole, 0).ours(whole)
 
     def total(params: Any) -> jax.Array:
-        logits = model.apply({"params": params}, *rows)[0, -1]
+        logits = model.apply({"params": params}, *rows)[0, rows[-1].sum() - 1]
         return (logits * np.arange(len(logits))).sum()
 
     for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(total))(params)):

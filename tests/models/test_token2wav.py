@@ -19,7 +19,7 @@ from omni_jax.checkpoint.table import table
 from omni_jax.config import OmniConfig
 from omni_jax.models import bigvgan
 from omni_jax.models.dit import Blocks, Conditions, Modulations, block_attention, pack
-from omni_jax.models.flow import POINTS, evaluation_times, integrate, sway_grid
+from omni_jax.models.flow import EVALUATIONS, POINTS, evaluation_times, integrate, sway_grid
 from omni_jax.models.token2wav import Token2Wav, abstract_params
 from omni_jax.sharding import RULES
 
@@ -46,7 +46,8 @@ def _shapes(config: OmniConfig, blocks: int) -> tuple[Token2Wav, Any, tuple[Any,
     width, frames = c.hidden_size, c.block_size
     conditions = Conditions(array(blocks, frames, width), array(blocks, 1, width))
     modulations = Modulations(array(c.num_hidden_layers, 6, width), array(2, width))
-    listed = Blocks(array(blocks, dtype=jnp.int32), array(blocks, frames, dtype=bool))
+    numbers = array(blocks, dtype=jnp.int32)
+    listed = Blocks(numbers, array(blocks, frames, dtype=bool), numbers, numbers)
     arguments = (array(blocks, frames, c.mel_dim), conditions, modulations, listed)
     return model, nn.unbox(abstract_params(model)), arguments
 
@@ -137,14 +138,19 @@ def test_the_solver_is_of_fourth_order(power: int) -> None:
     """A cubic in time is followed exactly."""
     grid = sway_grid()
     moments = jnp.asarray(evaluation_times(grid))
-    end = integrate(lambda value, time: jnp.ones_like(value) * (power + 1) * time**power, jnp.zeros(3), grid, moments)
+
+    def velocity(value: jax.Array, time: jax.Array, calls: int) -> tuple[jax.Array, int]:
+        return jnp.ones_like(value) * (power + 1) * time**power, calls + 1
+
+    end, calls = integrate(velocity, jnp.zeros(3), grid, moments, 0)
+    assert calls == EVALUATIONS
     np.testing.assert_allclose(end, np.ones(3), rtol=1e-6)
 
 
 def test_the_solver_uses_each_stage() -> None:
     """dy/dt = y over one step of size h: the fourth-order polynomial, exact for any rule of this order."""
     grid = np.array([0, 0.5], np.float32)
-    end = integrate(lambda value, _: value, jnp.ones(2), grid, jnp.zeros((1, 4)))
+    end, _ = integrate(lambda value, *_: (value, ()), jnp.ones(2), grid, jnp.zeros((1, 4)), ())
     np.testing.assert_allclose(end, 1 + 0.5 + 0.5**2 / 2 + 0.5**3 / 6 + 0.5**4 / 24, rtol=1e-6)
 
 

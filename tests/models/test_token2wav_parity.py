@@ -194,7 +194,7 @@ def _compare_layer(config: DiTConfig, block: Any, leaves: Any, rotary: Any, fram
     table = jnp.broadcast_to(modulation, (config.num_hidden_layers, *modulation.shape[1:]))
     shared = _Evaluation(table, blocks, rotary_tables(blocks, config.head_dim, config.rope_theta))
     for index in (1, jnp.int32(1)):
-        ours, _ = jax.jit(lambda x, i=index: layer.apply(variables, x, i, shared))(padded)
+        (ours, _), _ = jax.jit(lambda x, i=index: layer.apply(variables, (x, None), i, shared))(padded)
         assert relative_error(np.asarray(ours).reshape(-1, config.hidden_size)[:frames], theirs) < TOLERANCE
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -6,10 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omni_jax.batch import bucket
+from omni_jax import positions
+from omni_jax.batch import AudioBlocks, bucket
 from omni_jax.config import OmniConfig
 from omni_jax.errors import InputError
 from omni_jax.positions import position_ids
+from omni_jax.processing.chunks import BLOCKS, NARROW, WIDE, feed
 from omni_jax.processing.collate import collate
 from omni_jax.processing.layout import AudioInput, VisionInput, lay_out
 from tests.processing.test_layout import TINY as THINKER
@@ -59,13 +62,13 @@ def features(batch):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(prompts, min_size=1, max_size=3), st.booleans())
-def test_every_token_finds_its_own_feature(prompts, pad_left):
-    batch = collate(prompts, CONFIG, pad_left=pad_left)
+@given(st.lists(prompts, min_size=1, max_size=3))
+def test_every_token_finds_its_own_feature(prompts):
+    batch = collate(prompts, CONFIG)
     found = features(batch)
     for i, prompt in enumerate(prompts):
         real = np.flatnonzero(batch.segment_ids[i])
-        assert real[-1] == batch.tokens.shape[1] - 1 if pad_left else real[0] == 0
+        np.testing.assert_array_equal(real, np.arange(len(prompt)))
         np.testing.assert_array_equal(batch.tokens[i, real], prompt.tokens)
         for j, media in enumerate(prompt.media):
             own = real[prompt.media_item == j]
@@ -114,13 +117,47 @@ def test_windows_of_a_picture():
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(prompts, min_size=2, max_size=2))
 def test_ids_are_the_same_alone_and_in_a_batch(prompts):
-    together = [collate(prompts, CONFIG, length=2048, pad_left=left) for left in (True, False)]
+    batch = collate(prompts, CONFIG, length=2048)
+    ids = np.asarray(ids_of(batch.spans, batch.segment_ids)[0])
     for i, prompt in enumerate(prompts):
         alone = collate([prompt, prompt], CONFIG, length=2048)
-        expected = np.asarray(ids_of(alone.spans, alone.segment_ids)[0])[:, 0, -len(prompt) :]
-        for batch in together:
-            ids = np.asarray(ids_of(batch.spans, batch.segment_ids)[0])[:, i]
-            np.testing.assert_array_equal(ids[:, batch.segment_ids[i] == 1], expected)
+        expected = np.asarray(ids_of(alone.spans, alone.segment_ids)[0])[:, 0]
+        np.testing.assert_array_equal(ids[:, i], expected)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(prompts, min_size=1, max_size=3))
+def test_chunks_hold_what_the_whole_holds(prompts):
+    """Tokens, position ids and features of each chunk are those of the batch that is read at once."""
+    whole = collate(prompts, CONFIG, length=2048)
+    ids, values = np.asarray(ids_of(whole.spans, whole.segment_ids)[0]), features(whole)
+    plan = feed(prompts, [positions.resolve(p.segments, CONFIG.thinker_config) for p in prompts], CONFIG)
+    of_calls = [features(part) for part in map(only, plan.calls)]
+    assert {c.mel.shape[0] for c in plan.calls if isinstance(c, AudioBlocks)} <= {1, BLOCKS}
+    begin = 0
+    for stretch in plan.stretches:
+        chunk = stretch.chunk
+        part = slice(begin, begin + chunk.tokens.shape[1])
+        assert part.stop - begin in (NARROW, WIDE)
+        np.testing.assert_array_equal(chunk.valid, whole.segment_ids[:, part] == 1)
+        np.testing.assert_array_equal(chunk.tokens[chunk.valid], whole.tokens[:, part][chunk.valid])
+        own = np.asarray(ids_of(chunk.spans, chunk.valid.astype(np.int32))[0])
+        np.testing.assert_array_equal(own[:, chunk.valid], ids[:, :, part][:, chunk.valid])
+        found = np.full(chunk.tokens.shape, -1.0)
+        for number, index in stretch.takes.items():
+            assert (found[index >= 0] == -1).all()
+            found[index >= 0] = of_calls[number][index[index >= 0]]
+        index = whole.media_index[:, part]
+        np.testing.assert_array_equal(stretch.media, index >= 0)
+        np.testing.assert_array_equal(found[index >= 0], values[index[index >= 0]])
+        begin = part.stop
+    assert begin >= max(map(len, prompts))
+
+
+def only(call):
+    """A batch that holds one call of an encoder."""
+    audio = call if isinstance(call, AudioBlocks) else None
+    return SimpleNamespace(audio=audio, vision=() if audio else (call,))
 
 
 def test_a_prompt_longer_than_the_batch_is_refused():

@@ -1,0 +1,126 @@
+"""Every program that a stream runs, compiled before the first request; and a counter that shows it.
+
+Programs differ by shapes alone, and all shapes are rounded up to a few: two widths of chunks, caches of powers of two,
+pictures of so many windows. So it is enough to walk these once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jax import monitoring
+
+from omni_jax import positions
+from omni_jax.batch import AudioBlocks, VisionFrames, bucket
+from omni_jax.generation.exchange import Loops
+from omni_jax.generation.sampling import Sampling
+from omni_jax.generation.speech import Said, SpeechRequest, SpeechState, Talk
+from omni_jax.generation.text import TextRequest, TextState, room
+from omni_jax.processing.chunks import BLOCKS, NARROW, Stretch, feed, frames_of_call
+from omni_jax.processing.layout import lay_out
+
+
+class Compilations:
+    """Counts the programs that are compiled, or fetched from a cache on disk, while it is open.
+
+    Attributes:
+      count: so far.
+      seconds: that they took.
+    """
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def __enter__(self) -> Compilations:
+        monitoring.register_event_duration_secs_listener(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        monitoring.unregister_event_duration_listener(self._note)
+
+    def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+            self.seconds += duration_secs
+
+
+def warm_up(loops: Loops, *, rows: int, tokens: int, windows: int) -> None:
+    """Runs every program of Thinker and Talker for batches of ``rows``; Token2Wav's has ``Waveform.warm_up``.
+
+    Args:
+      loops: of a model.
+      rows: dialogues at once.
+      tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
+      windows: of a picture at most, each 112 x 112 pixels; 0 for none.
+    """
+    _media(loops, rows, windows)
+    slots, last = room(1), room(tokens)
+    while True:
+        for lengths in ((NARROW, NARROW), (2 * NARROW + 1,)):
+            text, speech = _read(loops, rows, slots, lengths)
+        _answer(loops, text, speech, sum(lengths))
+        if slots == last:
+            break
+        slots *= 2
+        loops.text.grown(loops.text.empty(rows, slots // 2), slots)
+        if loops.speech is not None:
+            loops.speech.grown(loops.speech.empty(rows, slots // 2), slots)
+
+
+def _media(loops: Loops, rows: int, windows: int) -> None:
+    """The encoders, and how what they make gets into either width of chunk."""
+    c = loops.config.thinker_config
+    sound, vision = c.audio_config, c.vision_config
+    calls: list[AudioBlocks | VisionFrames] = []
+    for blocks in (1, BLOCKS):
+        mel = np.zeros((blocks, sound.block_frames, sound.num_mel_bins), np.float32)
+        calls.append(AudioBlocks(mel, np.full(blocks, sound.block_frames, np.int32)))
+    for size in sorted({bucket(n) for n in range(1, windows + 1)}):
+        shape = (frames_of_call(size), size, (vision.window_cells * vision.spatial_merge_size) ** 2)
+        place = np.zeros(shape, np.int32)
+        calls.append(VisionFrames(np.zeros((*shape, vision.patch_dim), np.float32), place, place, place == 0))
+    for call in calls:
+        features = loops.text.encode(call)
+        for length in (NARROW, 2 * NARROW + 1):
+            (stretch,) = _plan(loops, rows, length)
+            nowhere = np.full(stretch.chunk.tokens.shape, -1, np.int32)
+            with_media = dataclasses.replace(stretch, takes={0: nowhere})
+            loops.text.read(loops.text.empty(rows, length), with_media, [features])
+
+
+def _plan(loops: Loops, rows: int, length: int) -> tuple[Stretch, ...]:
+    c = loops.config
+    prompt = lay_out([0] * length, [], c.thinker_config)
+    return feed([prompt] * rows, [positions.resolve(prompt.segments, c.thinker_config)] * rows, c).stretches
+
+
+def _read(loops: Loops, rows: int, slots: int, lengths: tuple[int, ...]) -> tuple[TextState, SpeechState | None]:
+    """Prompts in pieces of these lengths, each of which is one chunk."""
+    text = loops.text.empty(rows, slots)
+    speech = None if loops.speech is None else loops.speech.empty(rows, slots)
+    for length in lengths:
+        (stretch,) = _plan(loops, rows, length)
+        text = loops.text.read(text, stretch, [])
+        if loops.speech is not None and speech is not None:
+            assert text.heard is not None
+            speech = loops.speech.read(speech, text.heard, stretch.chunk)
+    return text, speech
+
+
+def _answer(loops: Loops, text: TextState, speech: SpeechState | None, length: int) -> None:
+    """Calls of both loops: the first, and one after it."""
+    rows, every = text.position.shape[0], range(text.position.shape[0])
+    request = TextRequest(Sampling(), 2 * loops.pace.tokens, ())
+    text = loops.text.ask(text, dict.fromkeys(every, request), dict.fromkeys(every, np.zeros(1, np.int32)))
+    for steps in (loops.pace.first_tokens, loops.pace.tokens):
+        _, text = loops.text.advance(text, steps)
+    if loops.speech is None or speech is None:
+        return
+    assert text.heard is not None
+    speaking = SpeechRequest(length, 0, Talk(max_tokens=2 * loops.pace.codes))
+    spans = positions.stack([[positions.Span(0, length)]] * rows, 2, width=1)
+    speech = loops.speech.begin(speech, text.heard, dict.fromkeys(every, speaking), spans)
+    said = Said(np.full(rows, length), np.full(rows, 2 * loops.pace.tokens), np.ones(rows, bool))
+    for _ in range(2):
+        _, speech = loops.speech.advance(speech, text.heard, said)
