@@ -1,7 +1,7 @@
 """Sound to log-mel frames, as the Whisper feature extractor of the reference makes them (spec 2.3).
 
 The reference pads every clip to five minutes first. Two hops of silence after the clip give the same frames, so that is
-all the padding there is here.
+all the padding there is here. ``MelStream`` and ``Resampler`` take a sound in pieces, while it goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ import soxr
 from omni_jax.errors import InputError
 from omni_jax.processing.layout import AudioInput, audio_tokens
 
-_SLAB = 4096  # frames whose spectra are in memory at a time
+# frames whose spectra are taken at a time: a block of the encoder's, since products of matrices of other heights may
+# round otherwise, and a sound that is heard block by block is to have the very same numbers
+_SLAB = 200
+_LEAST = -10.0  # decades; the least that is told apart
+_RANGE = 8.0  # decades that are kept under the loudest bin
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,86 @@ def log_mel(samples: np.ndarray, settings: MelSettings) -> np.ndarray:
     """
     hop = settings.hop_length
     frames = -(-len(samples) // hop)
-    # frames that begin after the clip still reach into it and count for the maximum; at the end of the reference's
-    # five minutes there is no room for them, and the clip is reflected instead
-    room = max(settings.chunk_length * settings.sampling_rate // hop, frames)
-    computed = min(frames + math.ceil(settings.n_fft / 2 / hop), room)
+    computed = _computed(frames, settings)
     padded = np.zeros(computed * hop, np.float64)
     padded[: len(samples)] = samples
-    mel = _mel_power(np.pad(padded, settings.n_fft // 2, mode="reflect"), computed, settings)
-    logs = np.log10(np.maximum(mel, 1e-10))
-    logs = np.maximum(logs, logs.max(initial=-10.0) - 8.0)
-    return ((logs[:frames] + 4.0) / 4.0).astype(np.float32)
+    logs = _logs(_mel_power(np.pad(padded, settings.n_fft // 2, mode="reflect"), computed, settings))
+    return _features(logs, logs.max(initial=_LEAST))[:frames]
+
+
+class MelStream:
+    """``log_mel`` of a sound that goes on, a block of frames as soon as the sound has all that they see.
+
+    A frame sees half a window (200 samples) on both sides of its first sample; so a block is there 40 samples, 2.5 ms,
+    after its end. The beginning is reflected and the end padded as ``log_mel`` does it.
+
+    The floor of a block lies eight decades under the loudest bin of all that was heard up to the block's end; of the
+    last frames, under the loudest of the whole. So the frames do not depend on the pieces that the sound comes in. From
+    the block with the loudest bin on they are those of ``log_mel``; before it, only bins that lie under the clip's own
+    floor differ, and they are lower.
+
+    Attributes:
+      samples: how many were heard.
+    """
+
+    def __init__(self, settings: MelSettings, block: int):
+        """``block`` is how many frames come out at a time."""
+        self.samples = 0
+        self._settings, self._block = settings, block
+        self._held = np.zeros(0, np.float32)  # from the first sample that the next frame sees
+        self._done = 0  # frames
+        self._loudest = _LEAST
+
+    def push(self, samples: np.ndarray) -> list[np.ndarray]:
+        """Takes more of the sound, float [n]; returns the blocks that are whole now, each float32 [block, mel bins]."""
+        hop, n_fft = self._settings.hop_length, self._settings.n_fft
+        self.samples += len(samples)
+        self._held = np.concatenate([self._held, samples])
+        out = []
+        while len(self._held) + self._unseen >= (self._block - 1) * hop + n_fft:
+            seen = np.pad(self._held, (self._unseen, 0), mode="reflect")
+            out.append(self._floored(seen, self._block))
+            self._held = seen[self._block * hop :]
+            self._done += self._block
+        return out
+
+    def finish(self) -> np.ndarray:
+        """Says that the sound has ended; returns the frames that are left, float32 [frames, mel bins]."""
+        hop, half = self._settings.hop_length, self._settings.n_fft // 2
+        frames = -(-self.samples // hop)
+        computed = _computed(frames, self._settings) - self._done
+        rest = np.zeros(computed * hop + half - self._unseen)
+        rest[: len(self._held)] = self._held
+        seen = np.pad(rest, (self._unseen, half), mode="reflect")
+        return self._floored(seen, computed)[: frames - self._done]
+
+    @property
+    def _unseen(self) -> int:
+        """Samples that the next frame sees before the beginning of the sound."""
+        return 0 if self._done else self._settings.n_fft // 2
+
+    def _floored(self, seen: np.ndarray, frames: int) -> np.ndarray:
+        logs = _logs(_mel_power(seen, frames, self._settings))
+        self._loudest = max(self._loudest, logs.max(initial=_LEAST))
+        return _features(logs, self._loudest)
+
+
+def _computed(frames: int, settings: MelSettings) -> int:
+    """How many frames are computed of a clip of so many.
+
+    Those that begin after the clip still reach into it and count for the maximum; at the end of the reference's five
+    minutes there is no room for them, and the clip is reflected instead.
+    """
+    room = max(settings.chunk_length * settings.sampling_rate // settings.hop_length, frames)
+    return min(frames + math.ceil(settings.n_fft / 2 / settings.hop_length), room)
+
+
+def _logs(power: np.ndarray) -> np.ndarray:
+    return np.log10(np.maximum(power, 10**_LEAST))
+
+
+def _features(logs: np.ndarray, loudest: float) -> np.ndarray:
+    return ((np.maximum(logs, loudest - _RANGE) + 4.0) / 4.0).astype(np.float32)
 
 
 def _mel_power(padded: np.ndarray, frames: int, settings: MelSettings) -> np.ndarray:
@@ -97,6 +171,32 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     length = -(-len(samples) * target // rate)
     out = soxr.resample(samples.astype(np.float32), rate, target, quality="HQ")[:length]
     return np.pad(out, (0, length - len(out)))
+
+
+class Resampler:
+    """``resample`` of a sound that goes on; the pieces add up to the same samples. At 48 kHz they come 34 ms late."""
+
+    def __init__(self, rate: int, target: int):
+        self._rate, self._target = rate, target
+        self._stream = None if rate == target else soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
+        self._taken = self._given = 0
+
+    def push(self, samples: np.ndarray) -> np.ndarray:
+        """Takes more of the sound, float [n]; returns what is certain now, float32 [m]."""
+        samples = samples.astype(np.float32)
+        self._taken += len(samples)
+        if self._stream is not None:
+            samples = self._stream.resample_chunk(samples)
+        self._given += len(samples)
+        return samples
+
+    def finish(self) -> np.ndarray:
+        """Says that the sound has ended; returns the rest of it."""
+        if self._stream is None:
+            return np.zeros(0, np.float32)
+        left = -(-self._taken * self._target // self._rate) - self._given
+        rest = self._stream.resample_chunk(np.zeros(0, np.float32), last=True)[:left]
+        return np.pad(rest, (0, left - len(rest)))
 
 
 def audio_input(samples: np.ndarray, settings: MelSettings) -> AudioInput:

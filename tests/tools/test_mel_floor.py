@@ -1,0 +1,20 @@
+"""The table in docs/streaming.md is what the tool prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import mel_floor
+
+
+def test_the_table_of_the_docs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["mel_floor.py"])
+    mel_floor.main()
+    text = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text(encoding="utf-8")
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 10
+    for row in rows:
+        assert row.removesuffix("|  |").rstrip() in text
