@@ -159,13 +159,13 @@ class SpeechLoop:
         self.params, self.steps = params, steps
         self._config, self._words, self._mesh, self._place = config, words, mesh, place_of(params, mesh)
         begun = None if mesh is not None else self._place
-        self._empty = jax.jit(functools.partial(_empty, model), static_argnums=(0, 1), out_shardings=begun)
+        self._empty = jax.jit(functools.partial(empty_rows, model), static_argnums=(0, 1), out_shardings=begun)
         self._grow = jax.jit(KVCache.grown, static_argnums=1)
         self._rows = jax.jit(_rows)
         self._shares = jax.jit(functools.partial(_shares, steps))
         self._read = jax.jit(functools.partial(_read, model), donate_argnums=1)
         self._begin = jax.jit(functools.partial(_begin, model), donate_argnums=1)
-        self._advance = jax.jit(functools.partial(_advance, model), donate_argnums=1)
+        self._advance = jax.jit(functools.partial(say_codes, model), donate_argnums=1)
 
     def empty(self, rows: int, slots: int) -> SpeechState:
         """Rows that have read nothing, with room for so much of each."""
@@ -277,7 +277,7 @@ def _ends(config: TalkerConfig) -> tuple[int, int]:
     return config.tts_codec_pad_token_id, config.tts_codec_end_token_id
 
 
-def _empty(model: Talker, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array]:
+def empty_rows(model: Talker, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array]:
     c = model.config
     cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
     marks = constrain(jnp.zeros((rows, 3, c.embedding_size), model.dtype), "batch", None, "width")
@@ -335,7 +335,7 @@ def _extend(
     )
 
 
-def _advance(
+def say_codes(
     model: Talker, params: Any, state: SpeechState, shares: Float[Array, "B steps E"], ready: Int[Array, " B"]
 ) -> tuple[Int[Array, "B steps"], SpeechState]:
     """Says ``ready`` codes in every row that does not end before; leaves off as soon as none is left."""

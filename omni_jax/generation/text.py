@@ -80,10 +80,10 @@ class TextLoop:
         self._words = jax.jit(functools.partial(call, model, "words"))
         self._overlay = jax.jit(_overlay, donate_argnums=0)
         begun = None if mesh is not None else self._place
-        self._empty = jax.jit(functools.partial(_empty, model, keep), static_argnums=(0, 1), out_shardings=begun)
+        self._empty = jax.jit(functools.partial(empty_rows, model, keep), static_argnums=(0, 1), out_shardings=begun)
         self._grow = jax.jit(_grown, static_argnames="slots")
-        self._read = jax.jit(functools.partial(_read, model), donate_argnums=1)
-        self._advance = jax.jit(functools.partial(_advance, model, steps), donate_argnums=1)
+        self._read = jax.jit(functools.partial(read_chunk, model), donate_argnums=1)
+        self._advance = jax.jit(functools.partial(say_tokens, model, steps), donate_argnums=1)
 
     def encode(self, media: AudioBlocks | VisionFrames) -> jax.Array:
         """The features of sound or pictures, [features, D]."""
@@ -193,7 +193,7 @@ def _overlay(x: Array, features: Array, index: Array) -> jax.Array:
     return jnp.where((index >= 0)[..., None], media.astype(x.dtype), x)
 
 
-def _empty(model: Thinker, keep: bool, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array | None]:
+def empty_rows(model: Thinker, keep: bool, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array | None]:
     c = model.config.text_config
     cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
     heard = constrain(jnp.zeros((rows, slots, c.hidden_size), model.dtype), "batch", None, "width") if keep else None
@@ -206,7 +206,7 @@ def _grown(state: TextState, slots: int) -> TextState:
     return dataclasses.replace(state, cache=state.cache.grown(slots), heard=heard)
 
 
-def _read(
+def read_chunk(
     model: Thinker, params: Any, state: TextState, chunk: Chunk, x: Float[Array, "B C D"], media: Bool[Array, "B C"]
 ) -> TextState:
     valid = jnp.asarray(chunk.valid)
@@ -233,7 +233,7 @@ def _kept(heard: Array, rows: Float[Array, "B C D"], valid: Bool[Array, "B C"], 
     return jnp.asarray(heard).at[jnp.arange(rows.shape[0])[:, None], slot].set(rows.astype(heard.dtype), mode="drop")
 
 
-def _advance(
+def say_tokens(
     model: Thinker, most: int, params: Any, state: TextState, over: Bool[Array, " B"], steps: Int[Array, ""]
 ) -> tuple[Int[Array, "B most"], TextState]:
     """Says up to ``steps`` tokens in every row that has not ended; leaves off as soon as none is left."""

@@ -63,7 +63,7 @@ class StreamPrograms:
         stepped = functools.partial(jax.jit, donate_argnums=1, out_shardings=self.place)
         self._begin = {mode: begun(part.init_state) for mode, part in parts.items()}
         self._begin_vocoder = begun(self.vocoder.init_state)
-        self._solve = {mode: stepped(functools.partial(_solve, part)) for mode, part in parts.items()}
+        self._solve = {mode: stepped(functools.partial(solve_step, part)) for mode, part in parts.items()}
         self._vocode = stepped(self.vocoder.step)
 
     def begin(self, mode: Mode, rows: int) -> tuple[Any, Any]:
@@ -237,7 +237,7 @@ class WaveformStream:
         return feed
 
 
-def _solve(part: WindowedDiT | CarriedDiT, params: Any, state: Any, feed: Feed, speaker: Speaker) -> tuple[Block, Any]:
+def solve_step(part: WindowedDiT | CarriedDiT, params: Any, state: Any, feed: Feed, speaker: Speaker) -> tuple[Block, Any]:
     c, (rows, codes) = part.dit.config, feed.codes.shape
     blocks = codes * c.repeats // c.block_size
     index = feed.index[:, None] + jnp.arange(blocks)

@@ -24,6 +24,7 @@ from omni_jax.layers.splash import fits, splash_attention
 _HIDDEN = -1e30  # finite, so that a query that sees nothing gives a number and not NaN
 _LOGITS_AT_ONCE = 2**26  # float32 scores held at a time, 256 MiB; more are worked off piece by piece
 _CAUSAL_PIECE = 256  # queries a piece where half of the scores would be masked away
+_TILE = 512  # keys at a time where all scores would be too many
 _ONE_BY_ONE = 2**16  # queries x keys, from where on a CPU does better with one head at a time
 
 
@@ -110,14 +111,16 @@ def cached_attention(
     """Attention of some positions to keys in the layout of a cache; ``visible`` says which of them each query sees."""
     batch, length, heads, width = q.shape
     kv_heads, keys = k.shape[1:3]
-    grouped = jnp.swapaxes(jnp.asarray(q).reshape(batch, length, kv_heads, heads // kv_heads, width), 1, 2)  # [B, K, T, G, H]
+    grouped = jnp.swapaxes(
+        jnp.asarray(q).reshape(batch, length, kv_heads, heads // kv_heads, width), 1, 2
+    )  # [B, K, T, G, H]
     grouped = grouped.reshape(batch, kv_heads, -1, width)
     seen = jnp.repeat(visible, heads // kv_heads, axis=1)  # [B, T * G, S]
     operands = (grouped, jnp.asarray(k), jnp.asarray(v), seen)
     if length * keys < _ONE_BY_ONE or length == 1:
         out = _all_heads(*operands)
-    elif batch * heads * length * keys > _LOGITS_AT_ONCE:
-        out = _head_by_head(*operands)
+    elif batch * heads * length * keys > _LOGITS_AT_ONCE and not keys % _TILE:
+        out = jax.lax.platform_dependent(*operands, cpu=_head_by_head, default=_tile_by_tile)
     else:
         out = jax.lax.platform_dependent(*operands, cpu=_head_by_head, default=_all_heads)
     return jnp.swapaxes(out.reshape(batch, kv_heads, length, heads // kv_heads, width), 1, 2).reshape(q.shape)
@@ -143,6 +146,26 @@ def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> 
         return jax.lax.map(head, tuple(heads))
 
     return jax.lax.map(row, (q, k, v, seen))
+
+
+def _tile_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """The same, some keys at a time and none behind the last that is seen; the softmax is put together as they come."""
+    last = jnp.max(jnp.where(seen, jnp.arange(k.shape[2]), -1))
+
+    def one(i: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, largest, total = so_far
+        keys, values = (jax.lax.dynamic_slice_in_dim(a, i * _TILE, _TILE, axis=2) for a in (k, v))
+        own = jax.lax.dynamic_slice_in_dim(seen, i * _TILE, _TILE, axis=2)
+        scores = jnp.einsum("bkth,bksh->bkts", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores = jnp.where(own[:, None], scores, _HIDDEN)
+        larger = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        weights, kept = jnp.exp(scores - larger[..., None]), jnp.exp(largest - larger)
+        more = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        return out * kept[..., None] + more, larger, total * kept + jnp.sum(weights, axis=-1)
+
+    begin = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], _HIDDEN), jnp.zeros(q.shape[:-1])
+    out, _, total = jax.lax.fori_loop(0, last // _TILE + 1, one, begin)
+    return (out / jnp.maximum(total, 1e-30)[..., None]).astype(v.dtype)
 
 
 def _softmax(scores: jax.Array) -> jax.Array:

@@ -96,3 +96,16 @@ def test_what_follows_a_cache_sees_the_slots_that_it_may(
         alone = np.concatenate([q[b : b + 1, t : t + 1]] * (last[b, t] + 1), axis=1)
         theirs = plain(alone, k[b : b + 1, seen], v[b : b + 1, seen], np.ones((1, last[b, t] + 1)), True)
         assert np.abs(ours[b, t] - theirs[0, -1]).max() < TOLERANCE
+
+
+def test_keys_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerators do where all scores are too many; the last tiles are seen by nobody."""
+    monkeypatch.setattr(module, "_TILE", 4)
+    q, k, v, _ = inputs(3, 20, 4, 2)
+    seen = np.arange(20) <= np.array([0, 9, 11])[:, None, None] - np.array([0, 3])[:, None]
+    grouped = q[:, :4].reshape(3, 2, 8, 8)
+    keys = k.swapaxes(1, 2), v.swapaxes(1, 2), np.repeat(seen, 4, axis=1)
+    seen_first = np.asarray(module._tile_by_tile(grouped, *keys)), np.asarray(module._all_heads(grouped, *keys))
+    real = np.broadcast_to(keys[2].any(-1)[:, None], seen_first[0].shape[:3])
+    assert np.abs(seen_first[0] - seen_first[1])[real].max() < TOLERANCE
+    assert np.isfinite(seen_first[0]).all()

@@ -1,0 +1,259 @@
+"""Compiles a program for TPUs that are not there, with the real compiler, and says whether it fits and what it costs.
+
+Figures are the compiler's, or counted from the compiler's output (docs/tpu.md says how far to trust them). No TPU is
+needed: pip install -e '.[aot]' brings the compiler. The status is 1 where the program does not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler is asked for by name
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or a second compilation on this machine is refused
+
+import jax
+import tyro
+from jax.experimental import topologies
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
+
+from configs import RECIPES
+from omni_jax.config import OmniConfig
+from omni_jax.errors import ConfigError
+from omni_jax.sharding import MESH_AXES
+from omni_jax.training.recipe import MeshSizes, Recipe
+from omni_jax.training.step import program as train_program
+from omni_jax.training.tpu import COMPILER_OPTIONS
+from tools.aot_hlo import Program as Text
+from tools.aot_programs import PROGRAMS, Program, Shapes, on_chip
+
+GIB = 2**30
+# of a chip, as the compiler counts it
+HBM = {"v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB}
+ROOM = 0.95  # share of it that a program may fill; nearer the limit the compiler changes the program
+MODELS = {"7b": OmniConfig.qwen2_5_omni_7b, "3b": OmniConfig.qwen2_5_omni_3b}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a compiled program; bytes are those of one chip, and of one run."""
+
+    program: str
+    topology: str
+    mesh: dict[str, int]
+    fits: bool
+    peak_bytes_per_chip: int
+    hbm_bytes: int
+    argument_bytes: int
+    state_bytes: int  # of the arguments, from their shapes: more in ``argument_bytes`` is padding, or lost sharding
+    donated_bytes: int
+    collective_bytes: dict[str, int]
+    synchronous_all_gather_bytes: int
+    pallas_calls: int
+    traffic_bytes: int
+    traffic_ratio: float | None  # over weights and cache read once
+    largest_copy_bytes: int
+    cache_shard_bytes: int
+    estimated_cycles: int
+    unknown_loops: int  # how often they turn depends on the data; counted once, in all figures
+    compile_seconds: float
+    libtpu: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Compiles one program for one topology.
+
+    Programs are the recipes of train.py, and of generation thinker-prefill, thinker-decode, talker-decode, dit-block
+    and vocoder-block, each with -7b or -3b.
+
+    For instance:
+
+        python tools/aot_compile.py thinker-sft-7b --topology v5p:4x4x4
+
+        python tools/aot_compile.py thinker-decode-7b --topology v5e:2x2 --mesh.tensor 4 --json decode.json
+    """
+
+    program: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROGRAM")]
+    topology: Annotated[str, tyro.conf.arg(metavar="GEN:AxB[xC]")]
+    """Chips: v5e:2x2, v5p:4x4x4, v6e:16x16 and so on."""
+    mesh: MeshSizes = field(default_factory=MeshSizes)
+    """How they are laid out. Without it all are on fsdp for a recipe, on tensor for a program of generation."""
+    shapes: Shapes = field(default_factory=Shapes)
+    """Of a program of generation."""
+    tokens: int | None = None
+    """Positions in a row of a recipe's batch, if not the recipe's own."""
+    rows: int | None = None
+    """Rows of a recipe's batch, if not one for each part of the mesh that holds rows."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the report here as well."""
+    keep_text: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the compiled program's text here."""
+
+    def run(self) -> Report:
+        """Raises ConfigError for a program, a topology or a mesh that there is not."""
+        devices = describe(self.topology)
+        if self.program in RECIPES:
+            recipe = self._recipe(RECIPES[self.program], len(devices))
+            mesh = recipe.mesh.make(devices)
+            function, arguments = train_program(recipe, mesh)
+            wanted, options = Program(function, arguments), COMPILER_OPTIONS
+        else:
+            name, _, size = self.program.rpartition("-")
+            if name not in PROGRAMS or size not in MODELS:
+                known = [*RECIPES, *(f"{p}-{s}" for p in PROGRAMS for s in MODELS)]
+                raise ConfigError(f"there is no program {self.program!r}; there are {', '.join(known)}")
+            mesh = self._laid(MeshSizes(tensor=len(devices))).make(devices)
+            wanted, options = PROGRAMS[name](MODELS[size](), mesh, self.shapes), {}
+        report, text = compile_for(wanted, mesh, options, name=self.program, topology=self.topology)
+        if self.json is not None:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            self.json.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
+        if self.keep_text is not None and text is not None:
+            self.keep_text.write_text(text, encoding="utf-8")
+        return report
+
+    def _laid(self, usual: MeshSizes) -> MeshSizes:
+        return usual if self.mesh == MeshSizes() else self.mesh
+
+    def _recipe(self, recipe: Recipe, chips: int) -> Recipe:
+        mesh = self._laid(MeshSizes(fsdp=chips))
+        rows = mesh.data * mesh.fsdp if self.rows is None else self.rows
+        data = dataclasses.replace(recipe.data, rows=rows, tokens=self.tokens or recipe.data.tokens)
+        return dataclasses.replace(recipe, mesh=mesh, data=data)
+
+
+def describe(topology: str) -> list[Any]:
+    """The chips of a topology, which are not there.
+
+    A whole cube of v5p, and a whole pod of v5e or v6e, is a torus; compiled as a mere grid, a v5p's all-gathers would
+    become all-reduces of twice the bytes.
+
+    Raises:
+      ConfigError: for a name that the compiler does not know.
+    """
+    generation, _, sizes = topology.partition(":")
+    if generation not in HBM:
+        raise ConfigError(f"topology is {topology!r}; it must begin with one of {', '.join(HBM)}")
+    try:
+        grid = tuple(map(int, sizes.split("x")))
+        if generation == "v5p":
+            wrap = tuple(n >= 4 for n in grid) if min(grid) >= 4 else (False,) * len(grid)
+        else:
+            wrap = (*(n == 16 for n in grid), False) if grid == (16, 16) else (False,) * 3
+        return list(topologies.get_topology_desc(topology, platform="tpu", wrap=wrap).devices)
+    except Exception as e:
+        raise ConfigError(f"topology {topology!r}: {str(e).splitlines()[0]}") from e
+
+
+def compile_for(
+    wanted: Program, mesh: Any, options: Mapping[str, Any], *, name: str, topology: str
+) -> tuple[Report, str | None]:
+    """Compiles; returns the report and the text, which there is not where the program does not fit."""
+    begun, hbm = time.perf_counter(), int(HBM[topology.partition(":")[0]])
+    known: dict[str, Any] = dict(
+        program=name,
+        topology=topology,
+        mesh={axis: int(mesh.shape[axis]) for axis in MESH_AXES},
+        hbm_bytes=hbm,
+        state_bytes=int(sum(map(on_chip, jax.tree.leaves(wanted.arguments)))),
+        cache_shard_bytes=int(wanted.shard),
+        libtpu=version("libtpu"),
+    )
+    try:
+        with jax.set_mesh(mesh):
+            lowered = wanted.function.lower(*wanted.arguments)
+            compiled = lowered.compile(compiler_options=dict(options) or None)
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        unknown = {f.name: 0 for f in dataclasses.fields(Report) if f.name not in known}
+        unknown |= dict(fits=False, collective_bytes={}, traffic_ratio=None, error=str(e).splitlines()[0])
+        unknown["compile_seconds"] = time.perf_counter() - begun
+        return Report(**known, **unknown), None
+    seconds = time.perf_counter() - begun
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    counts = Text(text).count()
+    return Report(
+        **known,
+        fits=memory.peak_memory_in_bytes <= ROOM * hbm,
+        peak_bytes_per_chip=memory.peak_memory_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        donated_bytes=memory.alias_size_in_bytes,
+        collective_bytes={kind: int(size) for kind, size in counts.collectives.items()},
+        synchronous_all_gather_bytes=int(counts.synchronous["all-gather"]),
+        pallas_calls=counts.pallas,
+        traffic_bytes=int(counts.traffic),
+        traffic_ratio=counts.traffic / wanted.floor if wanted.floor else None,
+        largest_copy_bytes=int(counts.largest_copy),
+        estimated_cycles=int(counts.cycles),
+        unknown_loops=counts.unknown_loops,
+        compile_seconds=seconds,
+    ), text
+
+
+def show(report: Report) -> None:
+    """Prints the report, and what to do where the program does not fit."""
+    table = Table("", "one chip, one run", box=None)
+    sizes = {
+        "memory at its peak": report.peak_bytes_per_chip,
+        "memory of the chip": report.hbm_bytes,
+        "arguments": report.argument_bytes,
+        "arguments, from their shapes": report.state_bytes,
+        "donated": report.donated_bytes,
+        **{f"{kind}, moved": n for kind, n in sorted(report.collective_bytes.items())},
+        "all-gather that nothing runs beside": report.synchronous_all_gather_bytes,
+        "HBM traffic, a floor": report.traffic_bytes,
+        "largest copy": report.largest_copy_bytes,
+    }
+    for name, size in sizes.items():
+        table.add_row(name, f"{size / GIB:.3f} GiB")
+    if report.traffic_ratio is not None:
+        table.add_row("HBM traffic over weights and cache", f"{report.traffic_ratio:.3f}")
+    table.add_row("Pallas calls in the text", str(report.pallas_calls))
+    table.add_row("estimated cycles", f"{report.estimated_cycles / 1e9:.3f} G")
+    if report.unknown_loops:
+        table.add_row("loops of unknown length, counted once", str(report.unknown_loops))
+    table.add_row("compiling", f"{report.compile_seconds:.0f} s with libtpu {report.libtpu}")
+    console = Console(width=120)
+    console.print(f"{report.program} on {report.topology}", highlight=False)
+    console.print(table)
+    if report.fits:
+        return
+    if report.error:
+        console.print(report.error, highlight=False, soft_wrap=True)
+    console.print(
+        f"it does not fit in {ROOM:.0%} of {report.hbm_bytes / GIB:.2f} GiB: take more chips, or of a recipe a larger "
+        "mesh.fsdp, fewer data.tokens or rows, or mesh.sequence or mesh.tensor over 1; of a decoding step a smaller "
+        "batch or cache",
+        highlight=False,
+    )
+
+
+def main() -> int:
+    try:
+        report = tyro.cli(Compile, description=__doc__).run()
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    show(report)
+    return 0 if report.fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
