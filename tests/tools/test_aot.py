@@ -1,0 +1,60 @@
+"""Programs compiled for TPUs by the real compiler, in processes with an environment of their own; no TPU is needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Of what a decoding step must move. The rest is activations, logits and the scores of attention.
+MOST_TRAFFIC = 1.05
+
+
+def compile_for(*arguments: str, folder: Path) -> tuple[int, dict[str, Any], str]:
+    """The status, the report and what was printed."""
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "aot_compile.py"),
+        *arguments,
+        "--json",
+        str(folder / "report.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    file = folder / "report.json"
+    assert file.exists() or done.returncode == 2, done.stderr[-3000:]
+    return done.returncode, json.loads(file.read_text()) if file.exists() else {}, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("program", ["thinker-decode-7b", "talker-decode-7b"])
+def test_a_decoding_step_moves_weights_and_cache_once(tmp_path: Path, program: str) -> None:
+    """Batch 32, cache 8192, on four chips."""
+    status, report, _ = compile_for(program, "--topology", "v5e:2x2", "--mesh.tensor", "4", folder=tmp_path)
+    assert (status, report["fits"]) == (0, True)
+    assert 0.99 < report["traffic_ratio"] <= MOST_TRAFFIC
+    assert report["largest_copy_bytes"] < report["cache_shard_bytes"]
+    assert report["donated_bytes"] >= 2 * report["cache_shard_bytes"]  # keys and values
+
+
+def test_what_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
+    shapes = ("--shapes.batch", "256", "--shapes.cache", "32768")
+    status, report, said = compile_for("talker-decode-7b", "--topology", "v5e:2x2", *shapes, folder=tmp_path)
+    assert (status, report["fits"]) == (1, False)
+    assert "it does not fit in 95%" in said and "a smaller batch or cache" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing-7b", "--topology", "v5e:2x2"), "there is no program 'nothing-7b'; there are"),
+        (("talker-decode-7b", "--topology", "v9:2x2"), "topology is 'v9:2x2'; it must begin with one of v5e"),
+        (("talker-decode-7b", "--topology", "v5e:2x2", "--mesh.tensor", "3"), "tensor=3 needs 3 devices, there are 4"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    status, _, said = compile_for(*arguments, folder=tmp_path)
+    assert status == 2 and message in said
