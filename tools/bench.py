@@ -20,11 +20,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs what the command line asks for; ``args`` stand for it where they are given."""
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         sys.exit("the benchmark runs beside PyTorch: pip install -e '.[test]'")
-    # here, for the processes of ``speak`` import this file and must not hold what they do not use
+    # here, for the processes of ``speak`` and ``latency`` import this file and must not hold what they do not use
+    from tools.bench_latency import latency
     from tools.bench_speak import speak
     from tools.bench_understand import understand
 
-    commands = {"understand": understand, "speak": speak}
+    commands = {"understand": understand, "speak": speak, "latency": latency}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=args)
 
 
