@@ -237,7 +237,9 @@ class WaveformStream:
         return feed
 
 
-def solve_step(part: WindowedDiT | CarriedDiT, params: Any, state: Any, feed: Feed, speaker: Speaker) -> tuple[Block, Any]:
+def solve_step(
+    part: WindowedDiT | CarriedDiT, params: Any, state: Any, feed: Feed, speaker: Speaker
+) -> tuple[Block, Any]:
     c, (rows, codes) = part.dit.config, feed.codes.shape
     blocks = codes * c.repeats // c.block_size
     index = feed.index[:, None] + jnp.arange(blocks)
