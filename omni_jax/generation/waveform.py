@@ -47,6 +47,7 @@ class Waveform:
         self._mesh = mesh
         dit, bigvgan = parts(model)
         self._speakers = jax.jit(functools.partial(call, dit, "speakers"))
+        self._known: dict[str, tuple[Voice, np.ndarray]] = {}  # rows of the voices that have spoken
         self._mel = jax.jit(functools.partial(_mel, dit))
         self._vocode = jax.jit(functools.partial(call, bigvgan, "__call__"))
         self._programs = StreamPrograms(dit, bigvgan, params, mesh)
@@ -176,8 +177,13 @@ class Waveform:
                 stream.push([np.zeros(blocks * size, np.int32)] * batch, [blocks == 0] * batch)
 
     def _speaker_rows(self, voice: Voice) -> np.ndarray:
-        with on_mesh(self._mesh):
-            return np.asarray(self._speakers(self.params["dit"], voice.ref_mel))
+        """What the speaker encoder makes of a voice, once for all of its requests."""
+        known = self._known.get(voice.name)
+        if known is None or known[0] is not voice:
+            with on_mesh(self._mesh):
+                known = voice, np.asarray(self._speakers(self.params["dit"], voice.ref_mel))
+            self._known[voice.name] = known
+        return known[1]
 
 
 def fine_bucket(n: int) -> int:

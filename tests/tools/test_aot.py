@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ def compile_for(*arguments: str, folder: Path) -> tuple[int, dict[str, Any], str
         "--json",
         str(folder / "report.json"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "libtpu")}  # where the Makefile puts it
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     file = folder / "report.json"
     assert file.exists() or done.returncode == 2, done.stderr[-3000:]
     return done.returncode, json.loads(file.read_text()) if file.exists() else {}, done.stdout + done.stderr
