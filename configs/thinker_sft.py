@@ -1,15 +1,17 @@
-"""Instruction tuning of the Thinker.
+"""Instruction tuning of the Thinker (paper section 4.2): ChatML, with the loss on the assistant's words alone.
 
-python train.py thinker-sft-7b --mesh.fsdp 64
+python train.py thinker-sft-7b --init CHECKPOINT --data.train dialogues.jsonl
+
+The encoders stay as they are; ``--phases.0.train.0.paths '(?!audio_encoder/bos_eos).*'`` trains them too.
 """
 
-from omni_jax.config import OmniConfig
-from omni_jax.training.recipe import MeshSizes, Recipe
+from configs.sizes import ADAPTERS, DECODER, recipes
+from omni_jax.training.recipe import Group, Optimizer, Phase
 
-ABOUT = "instruction tuning of the Thinker"
-
-RECIPES = {
-    "thinker-sft-7b": Recipe(ABOUT, OmniConfig.qwen2_5_omni_7b(), MeshSizes(fsdp=64)),
-    "thinker-sft-3b": Recipe(ABOUT, OmniConfig.qwen2_5_omni_3b(), MeshSizes(fsdp=32)),
-    "thinker-sft-tiny": Recipe(ABOUT, OmniConfig.tiny()),
-}
+RECIPES = recipes(
+    "thinker-sft",
+    "instruction tuning of the Thinker",
+    phases=(Phase("dialogues", (Group(f"{DECODER}|{ADAPTERS}"),)),),
+    optimizer=Optimizer(learning_rate=1e-5, warmup=100, weight_decay=0.01),
+    steps=5_000,
+)

@@ -11,3 +11,7 @@ class ConfigError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written whole: missing, unexpected or mis-shaped tensors."""
+
+
+class TrainingError(Exception):
+    """A run went wrong in a way that going on would not mend, such as a loss that is no number."""

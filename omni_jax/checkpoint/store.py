@@ -245,14 +245,7 @@ def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike
 
 def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
     path = str((folder / "params" / component).absolute())
-    try:
-        with _without_noise():
-            stored: Any = ocp.metadata(path).metadata
-    except Exception as e:  # Orbax has no one kind of error for a folder that is missing or damaged
-        raise CheckpointError(f"{path} is missing or damaged ({_first_line(e)}); convert the checkpoint again") from e
-    if not isinstance(stored, dict):  # what it gives for a folder whose arrays are not all there
-        raise CheckpointError(f"{path} is damaged: the files of some parameter are missing; convert it again")
-    found: dict[str, Any] = flatten_dict(stored, sep="/")
+    found: dict[str, Any] = flatten_dict(tree_shapes(Path(path)), sep="/")
     expected = {"/".join(e.path[1:]): e.leaf_shape for e in table(config, [component])}
     if trouble := differences(expected, {name: tuple(leaf.shape) for name, leaf in found.items()}):
         raise CheckpointError(f"{path} does not hold the {component} that config.json describes:{trouble}")
@@ -293,13 +286,52 @@ def load(
         wish = shardings[name]
         places = jax.tree.map(lambda _, s=wish: s, tree) if isinstance(wish, jax.sharding.Sharding) else wish
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
-        path = str((folder / "params" / name).absolute())
-        try:
-            with _without_noise():
-                params[name] = ocp.load(path, target)
-        except Exception as e:  # as above
-            raise CheckpointError(f"cannot read the parameters in {path}: {_first_line(e.__cause__ or e)}") from e
+        params[name] = load_tree(folder / "params" / name, target)
     return params
+
+
+def tree_shapes(path: Path) -> dict[str, Any]:
+    """Shapes and dtypes of one Orbax checkpoint, a component or a part of a training state.
+
+    Raises:
+      CheckpointError: if it is missing or damaged.
+    """
+    try:
+        with _without_noise():
+            stored: Any = ocp.metadata(str(path.absolute())).metadata
+    except Exception as e:  # Orbax has no one kind of error for a folder that is missing or damaged
+        raise CheckpointError(f"{path} is missing or damaged ({_first_line(e)}); convert the checkpoint again") from e
+    if not isinstance(stored, dict):  # what it gives for a folder whose arrays are not all there
+        raise CheckpointError(f"{path} is damaged: the files of some parameter are missing; convert it again")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
+
+
+def load_tree(path: Path, target: Any) -> Any:
+    """One Orbax checkpoint, cast and laid out as the abstract arrays of ``target`` say.
+
+    Raises:
+      CheckpointError: if numbers are missing or damaged.
+    """
+    try:
+        with _without_noise():
+            return ocp.load(str(path.absolute()), target)
+    except Exception as e:  # as above
+        raise CheckpointError(f"cannot read the parameters in {path}: {_first_line(e.__cause__ or e)}") from e
+
+
+def save_tree(path: Path, tree: Any) -> Callable[[], None]:
+    """Begins to write one Orbax checkpoint, from all processes together.
+
+    It returns when the arrays may be changed again; what it returns waits until they are written.
+    """
+    with _layout(set()), _without_noise():
+        response = ocp.save_async(str(path.absolute()), tree)
+
+    def wait() -> None:
+        with _without_noise():
+            response.result()
+
+    return wait
 
 
 def open_leaf(folder: Path, path: Sequence[str]) -> Callable[[int | None], np.ndarray]:

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.params import dtypes
 from omni_jax.layers.splash import fits, splash_attention
+from omni_jax.sharding import axes_of
 
 _HIDDEN = -1e30  # finite, so that a query that sees nothing gives a number and not NaN
 _LOGITS_AT_ONCE = 2**26  # float32 scores held at a time, 256 MiB; more are worked off piece by piece
@@ -45,14 +47,27 @@ def attention(
     is compiled. Elsewhere long sequences are worked off in pieces of queries, so that no more than 256 MiB of scores
     exist at a time; causal pieces read only the keys up to their own end.
     """
+    arrays = tuple(jnp.asarray(a) for a in (q, k, v, mask.segments))
+    plain = functools.partial(_by_device, causal=mask.causal)
     if not fits(q, mask.causal):
-        return _plain(q, k, v, mask)
+        return plain(*arrays)
     kernel = functools.partial(splash_attention, causal=mask.causal)
-    return jax.lax.platform_dependent(
-        *(jnp.asarray(a) for a in (q, k, v, mask.segments)),
-        tpu=kernel,
-        default=lambda q, k, v, segments: _plain(q, k, v, Mask(segments, mask.causal)),
-    )
+    return jax.lax.platform_dependent(*arrays, tpu=kernel, default=plain)
+
+
+def _by_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool) -> jax.Array:
+    """``_plain`` of the rows and heads of each device: pieces of all rows together would be pieces of no device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _plain(q, k, v, Mask(segments, causal))
+    rows, heads = axes_of("batch", q.shape[0]), axes_of("kv_heads", k.shape[2])
+    spec = PartitionSpec(rows, None, heads, None)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return _plain(q, k, v, Mask(segments, causal))
+
+    specs = (spec, spec, spec, PartitionSpec(rows, None))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, segments)
 
 
 def _plain(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:

@@ -8,11 +8,16 @@ unstacked and called one by one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+# what is kept of a layer for the way back, and is not computed again: everything; nothing but its input; or the
+# products with its weights
+Remat: TypeAlias = Literal["none", "full", "dots"]
+_POLICIES = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
 
 
 def layer_stack(
@@ -22,12 +27,16 @@ def layer_stack(
     scan: bool,
     shared: int,
     methods: Sequence[str] = ("__call__",),
+    remat: Remat = "none",
 ) -> Any:
     """The layers of a tower, to be assigned in its ``setup`` as ``self.layers``.
 
     Each is called as ``layer(**fields)(carry, index, *shared) -> (carry, None)``, with ``shared`` further arguments;
-    so are its other ``methods``, whose second result may be an array (``map_layers``).
+    so are its other ``methods``, whose second result may be an array (``map_layers``). ``remat`` says what is kept of a
+    layer that is differentiated.
     """
+    if remat != "none":
+        layer = nn.remat(layer, prevent_cse=not scan, policy=_POLICIES[remat], methods=list(methods))
     if not scan:
         return [layer(**fields) for _ in range(depth)]
     return nn.scan(

@@ -45,7 +45,8 @@ class AudioLayer(nn.Module):
         y = LayerNorm(c.d_model, param_dtype=self.param_dtype, name="attention_norm")(x)
         x = x + project(y, lambda q, k, v: (attention(q, k, v, mask), None))[0]
         y = LayerNorm(c.d_model, param_dtype=self.param_dtype, name="mlp_norm")(x)
-        return x + GeluMLP(c.d_model, c.encoder_ffn_dim, name="mlp", **kw)(y), None
+        x = x + GeluMLP(c.d_model, c.encoder_ffn_dim, name="mlp", **kw)(y)
+        return constrain(x, "batch", None, None), None
 
 
 class AudioEncoder(nn.Module):
@@ -83,7 +84,7 @@ class AudioEncoder(nn.Module):
         x = self.norm(x.reshape(x.shape[0], c.block_tokens, 2, c.d_model).mean(axis=2))
         if self.is_initializing():
             self.bos_eos(jnp.zeros((), jnp.int32))
-        return self.proj(x)
+        return constrain(self.proj(x), "batch", None, None)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array, AudioBlocks, OmniBatch, Spans, VisionFrames
@@ -21,6 +22,7 @@ from omni_jax.models.audio_encoder import TOKEN_SECONDS, AudioEncoder
 from omni_jax.models.decoder import Decoder, DecoderStream, KVCache
 from omni_jax.models.vision_encoder import VisionEncoder
 from omni_jax.positions import position_ids
+from omni_jax.sharding import axes_of
 
 
 class Thinker(nn.Module):
@@ -33,6 +35,8 @@ class Thinker(nn.Module):
     config: ThinkerConfig
     scan_layers: bool = True
     remat: Remat = "none"
+    # whether every device has the media of its own rows, as packed batches do; else features are brought to all devices
+    media_by_rows: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -78,7 +82,8 @@ class Thinker(nn.Module):
         if not features:
             return words
         index = jnp.asarray(media_index)
-        media = jnp.take(jnp.concatenate(features), jnp.maximum(index, 0), axis=0)
+        arrays = [jnp.asarray(some) for some in features]
+        media = (_take_by_rows if self.media_by_rows else _take)(index, *arrays)
         return jnp.where((index >= 0)[..., None], media.astype(words.dtype), words)
 
     def extend(
@@ -103,9 +108,36 @@ def decoder_stream(model: Thinker, slots: int) -> DecoderStream:
     return DecoderStream(decoder, TOKEN_SECONDS, slots)
 
 
+def _take(index: jax.Array, *features: jax.Array) -> jax.Array:
+    return jnp.take(jnp.concatenate(features), jnp.maximum(index, 0), axis=0)
+
+
+def _take_by_rows(index: jax.Array, *features: jax.Array) -> jax.Array:
+    """The same, where the features that a device's rows take are among those that it has of each encoder."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, positions = axes_of("batch", index.shape[0]), axes_of("sequence", index.shape[1])
+    if mesh.empty or rows is None:
+        return _take(index, *features)
+
+    def local(index: jax.Array, *features: jax.Array) -> jax.Array:
+        device, place = jax.lax.axis_index(rows), jnp.zeros_like(index)
+        before = before_here = 0
+        for own in features:
+            count = len(own) * jax.lax.axis_size(rows)
+            here = index - before - device * len(own) + before_here
+            place = jnp.where((index >= before) & (index < before + count), here, place)
+            before, before_here = before + count, before_here + len(own)
+        return _take(place, *features)
+
+    specs = (PartitionSpec(rows, positions), *[PartitionSpec(rows)] * len(features))
+    taken = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return taken(index, *features)
+
+
 def abstract_params(model: Thinker) -> Any:
     """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
-    return jax.eval_shape(model.init, jax.random.key(0), _smallest_batch(model.config))["params"]
+    batch = _smallest_batch(model.config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
 
 
 def _smallest_batch(config: ThinkerConfig) -> OmniBatch:

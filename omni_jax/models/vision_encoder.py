@@ -56,7 +56,8 @@ class VisionLayer(nn.Module):
         y = RMSNorm(c.hidden_size, param_dtype=self.param_dtype, name="attention_norm")(x)
         x = x + project(y, attend)[0]
         y = RMSNorm(c.hidden_size, param_dtype=self.param_dtype, name="mlp_norm")(x)
-        return x + GatedMLP(c.hidden_size, c.intermediate_size, True, name="mlp", **kw)(y), None
+        x = x + GatedMLP(c.hidden_size, c.intermediate_size, True, name="mlp", **kw)(y)
+        return constrain(x, "batch", None, None, None), None
 
 
 class Merger(nn.Module):
@@ -71,9 +72,12 @@ class Merger(nn.Module):
         c, kw = self.config, dtypes(self)
         x = RMSNorm(c.hidden_size, param_dtype=self.param_dtype, name="norm")(x)
         wide = c.hidden_size * c.spatial_merge_size**2
-        x = x.reshape(*x.shape[:2], -1, wide)
+        x = constrain(x.reshape(*x.shape[:2], -1, wide), "batch", None, None, None)
         x = jax.nn.gelu(Linear((wide,), (wide,), ("mlp", "embed"), name="up", **kw)(x), approximate=False)
-        return Linear((wide,), (c.out_hidden_size,), ("mlp", "embed"), name="down", **kw)(x)
+        x = Linear((wide,), (c.out_hidden_size,), ("mlp", "embed"), name="down", **kw)(
+            constrain(x, "batch", None, None, None)
+        )
+        return constrain(x, "batch", None, None, None)
 
 
 class VisionEncoder(nn.Module):

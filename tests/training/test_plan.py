@@ -1,4 +1,4 @@
-"""The plan of a recipe: it counts what the model has, and divides it as the mesh says."""
+"""The plan of a recipe: it counts what the model has and what trains, and divides it as the mesh says."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from configs import RECIPES
 from omni_jax.checkpoint.table import parameter_count
 from omni_jax.errors import ConfigError
-from omni_jax.training.plan import plan
-from omni_jax.training.recipe import MeshSizes
+from omni_jax.training.plan import composition, memory, plan
+from omni_jax.training.recipe import MeshSizes, Phase
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,32 +21,70 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_parameter_is_in_the_plan(name: str) -> None:
     recipe = RECIPES[name]
-    rows = plan(recipe)
-    assert sum(row.size for row in rows) == parameter_count(recipe.model, ("thinker",))
-    assert len({row.path for row in rows}) == len(rows)
+    for phase in recipe.phases:
+        rows = plan(recipe, phase)
+        assert sum(row.size for row in rows) == parameter_count(recipe.model, ("thinker",))
+        assert len({row.path for row in rows}) == len(rows)
+        rate = {row.path: row.rate for row in rows}
+        assert rate["audio_encoder/bos_eos/embedding"] is None and rate["vision_encoder/merger/up/kernel"] is not None
+        assert (rate["decoder/norm/scale"] is None) == name.startswith("pretrain1")
+        assert (rate["vision_encoder/patch_embed/kernel"] is None) == (phase.name in ("adapters", "dialogues"))
 
 
 def test_the_mesh_divides_what_it_should() -> None:
     recipe = dataclasses.replace(RECIPES["thinker-sft-7b"], mesh=MeshSizes(data=2, fsdp=16, tensor=4))
-    rows = {row.path: row for row in plan(recipe)}
+    rows = {row.path: row for row in plan(recipe, recipe.phases[0])}
     assert rows["decoder/layers/mlp/gate/kernel"].device_shape == (28, 3584 // 16, 18944 // 4)
     assert rows["decoder/head/kernel"].device_shape == (3584 // 16, 152064 // 4)
     assert rows["decoder/norm/scale"].device_shape == (3584,)
     whole, part = (sum(getattr(row, name) for row in rows.values()) for name in ("size", "device_size"))
     assert 1 / 64 <= part / whole < 1.01 / 64  # all but norms and biases are spread over fsdp x tensor
+    sizes = memory(recipe, recipe.phases[0])
+    trained = sum(row.device_size for row in rows.values() if row.rate is not None)
+    assert sizes["parameters that train"] == sizes["gradients"] == 4 * trained
+    assert sizes["moments of the optimizer"] == 8 * trained
+    assert sizes["frozen parameters"] == 2 * (part - trained)
 
 
 def test_a_mesh_that_does_not_divide() -> None:
     recipe = dataclasses.replace(RECIPES["thinker-sft-7b"], mesh=MeshSizes(tensor=8))
     with pytest.raises(ConfigError, match=r"heads of 28 over \('tensor',\) = 8"):
-        plan(recipe)
+        plan(recipe, recipe.phases[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(mesh=MeshSizes(fsdp=3)), "data.rows is 64, which must be a multiple of mesh.data x mesh.fsdp = 3"),
+        (dict(mesh=MeshSizes(sequence=3)), "mesh.sequence 3 does not divide data.tokens 8192"),
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(phases=(Phase("a", (), 3),)), "the last goes on to the end"),
+        (dict(phases=(Phase("a", (), 3), Phase("a", ()))), "two phases have the same name"),
+    ],
+)
+def test_recipes_that_are_wrong(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(RECIPES["thinker-sft-7b"], **changes).check()
+
+
+def test_phases_follow_each_other() -> None:
+    recipe = dataclasses.replace(RECIPES["pretrain1-7b"], steps=5000)
+    names = [(recipe.phase_at(step)[0].name, recipe.phase_at(step)[1]) for step in (0, 1999, 2000, 4999, 5000)]
+    assert names == [("adapters", 2000)] * 2 + [("encoders", 3000)] * 3
+    short = dataclasses.replace(recipe, steps=2000)
+    assert short.phase_at(2000) == (recipe.phases[0], 2000)
+
+
+def test_how_full_batches_are(make_recipe) -> None:
+    found = composition(make_recipe())
+    assert found["examples"] > 2 and 0 < found["learnt"] < found["tokens"] <= 1
 
 
 def test_the_command() -> None:
-    command = [sys.executable, "train.py", "thinker-sft-tiny", "--mesh.fsdp", "2"]
+    command = [sys.executable, "train.py", "thinker-sft-tiny", "--dry-run", "--mesh.fsdp", "2"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "decoder/layers/attention/query/kernel" in run.stdout
-    assert "218,016 parameters" in run.stdout
+    assert "decoder/layers/attention/query/kernel" in run.stdout and "frozen" in run.stdout
+    assert "218,016 parameters, of which 123,056 train" in run.stdout and "GiB a device in all" in run.stdout
     command[-1] = "5"
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr.startswith("error: the mesh does not divide")) == (1, True)
+    assert (run.returncode, run.stderr.splitlines()[-1].startswith("error: data.rows is 2")) == (1, True), run.stderr

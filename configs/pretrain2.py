@@ -1,0 +1,18 @@
+"""Pretraining, stage 2 (paper section 3): everything trains, on mixed media and on text alone, 8,192 tokens a row.
+
+python train.py pretrain2-7b --init STAGE1 --data.train media.arrayrecord text.arrayrecord --data.weights 4 1
+"""
+
+from configs.sizes import ADAPTERS, DECODER, ENCODERS, recipes
+from omni_jax.training.recipe import Group, Optimizer, Phase
+
+# the paper gives no rates; these are ours
+PHASES = (Phase("all", (Group(f"{DECODER}|{ADAPTERS}"), Group(ENCODERS, rate=0.2))),)
+
+RECIPES = recipes(
+    "pretrain2",
+    "pretraining 2: everything trains, on mixed media and text",
+    phases=PHASES,
+    optimizer=Optimizer(learning_rate=5e-5, warmup=1000),
+    steps=100_000,
+)

@@ -1,0 +1,64 @@
+"""What recipes of one size have in common: the model, the mesh and the budgets of a step."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from omni_jax.config import OmniConfig
+from omni_jax.data.config import DataConfig
+from omni_jax.training.recipe import Checkpoints, MeshSizes, Optimizer, Phase, Recipe
+
+# paths of parameters; the table of audio marks is read by nothing (see models/audio_encoder.py) and must not decay
+ADAPTERS = r"audio_encoder/proj/.*|vision_encoder/merger/.*"
+ENCODERS = r"audio_encoder/(?!bos_eos|proj).*|vision_encoder/(?!merger).*"
+DECODER = r"decoder/.*"
+
+# everything a test needs, in seconds on a CPU
+_TINY_DATA = DataConfig(
+    rows=2, tokens=256, spans=48, audio_blocks=3, canvases=2, windows=8, lookahead=4, max_pixels=112 * 112,
+    video_max_pixels=84 * 84,
+)  # fmt: skip
+_TINY_STEPS = 20
+
+
+def recipes(
+    stage: str,
+    about: str,
+    *,
+    phases: tuple[Phase, ...],
+    optimizer: Optimizer,
+    steps: int,
+    tokens: int = 8192,
+    media: Mapping[str, Any] | None = None,
+) -> dict[str, Recipe]:
+    """A stage in every size, by name; one row of ``tokens`` a device.
+
+    Args:
+      stage: the first part of the names.
+      about: what the stage does, in a line.
+      phases: what trains, in the sizes 7b and 3b; a tiny run has as many of a few steps.
+      optimizer: of the sizes 7b and 3b.
+      steps: of the sizes 7b and 3b.
+      tokens: of a row.
+      media: budgets of sound and pictures (``DataConfig``) that are not the default.
+    """
+    published = {"7b": (OmniConfig.qwen2_5_omni_7b(), 64), "3b": (OmniConfig.qwen2_5_omni_3b(), 32)}
+    made = {}
+    for size, (model, devices) in published.items():
+        data = DataConfig(rows=devices, streams=devices, tokens=tokens, **(media or {}))
+        made[f"{stage}-{size}"] = Recipe(
+            about, model, phases, data, MeshSizes(fsdp=devices), optimizer=optimizer, steps=steps
+        )
+    made[f"{stage}-tiny"] = Recipe(
+        about,
+        OmniConfig.tiny(),
+        tuple(dataclasses.replace(phase, steps=phase.steps and _TINY_STEPS // 2) for phase in phases),
+        dataclasses.replace(_TINY_DATA, tokens=max(256, tokens // 64)),
+        optimizer=dataclasses.replace(optimizer, learning_rate=3e-3, warmup=2),
+        checkpoint=Checkpoints(every=10),
+        steps=_TINY_STEPS,
+        dtype="float32",
+        loss_chunk=64,
+        log_every=5,
+    )
+    return made

@@ -1,0 +1,189 @@
+"""Whole runs at tiny size: the stages in sequence, what they leave behind, and what stops them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import omni_jax
+from omni_jax.checkpoint import run, store
+from omni_jax.checkpoint.convert import to_jax
+from omni_jax.checkpoint.export import to_hf
+from omni_jax.errors import CheckpointError, ConfigError, TrainingError
+from omni_jax.training import feed, loop
+from omni_jax.training.loop import train
+from omni_jax.training.optimizer import flat
+from omni_jax.training.progress import METRICS_FILE, PLOT_FILE, read_metrics
+from omni_jax.training.recipe import Recipe
+
+STEPS = 4
+# of each stage, the first part of the paths of what must not change
+FROZEN = {
+    "pretrain1": ("decoder/", "audio_encoder/bos_eos"),
+    "pretrain2": ("audio_encoder/bos_eos",),
+    "pretrain3": ("audio_encoder/bos_eos",),
+    "thinker-sft": (
+        *("audio_encoder/bos_eos", "audio_encoder/conv", "audio_encoder/layers", "audio_encoder/norm"),
+        *("vision_encoder/layers", "vision_encoder/patch"),
+    ),
+}
+
+
+def params_of(folder: Path) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flat(store.load(folder, ["thinker"])["thinker"]).items()}
+
+
+@pytest.fixture(scope="module")
+def stages(
+    tiny_checkpoint: Path, make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The folder of each stage, after what the first began from. The last computes in bfloat16."""
+    folder = tmp_path_factory.mktemp("stages")
+    found = {"begin": folder / "model"}
+    to_jax(tiny_checkpoint, folder / "model", dtype="bfloat16")
+    begin = folder / "model"
+    for stage in FROZEN:
+        dtype = "bfloat16" if stage == "thinker-sft" else "float32"
+        # with rows of one length, stage 3 is the program of stage 2 and need not be compiled
+        recipe = make_recipe(stage, init=begin, steps=STEPS, dtype=dtype, data={"seed": 1, "tokens": 256})
+        if len(recipe.phases) > 1:
+            first = dataclasses.replace(recipe.phases[0], steps=2)
+            recipe = dataclasses.replace(recipe, phases=(first, *recipe.phases[1:]))
+        found[stage] = begin = folder / stage
+        assert train(recipe, begin)
+    return found
+
+
+def test_each_stage_changes_what_it_trains_and_nothing_else(stages: dict[str, Path]) -> None:
+    folders = list(stages.values())
+    for stage, before, after in zip(FROZEN, folders, folders[1:], strict=False):
+        old, new = params_of(run.resolve(before)), params_of(run.resolve(after))
+        for path in old:
+            same = np.array_equal(old[path], new[path])
+            assert same == path.startswith(FROZEN[stage]), f"{stage}: {path}"
+
+
+def test_the_adapters_come_before_the_encoders(stages: dict[str, Path]) -> None:
+    begin, after = params_of(stages["begin"]), params_of(stages["pretrain1"] / run.CHECKPOINTS / "00000002")
+    changed = {path for path in begin if not np.array_equal(begin[path], after[path])}
+    assert changed and all(path.startswith(("audio_encoder/proj", "vision_encoder/merger")) for path in changed)
+
+
+def test_what_a_run_leaves_behind(stages: dict[str, Path]) -> None:
+    metrics = read_metrics(stages["pretrain2"] / METRICS_FILE)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert all(np.isfinite(m["loss"]) and m["grad_norm"] > 0 and m["tokens"] > m["learnt"] > 0 for m in metrics)
+    assert all(m["seconds"] > m["data_wait"] >= 0 for m in metrics)
+    assert (stages["pretrain2"] / PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+    assert list((stages["pretrain2"] / "tensorboard").glob("events.*"))
+
+
+def test_any_checkpoint_is_a_model(stages: dict[str, Path], tmp_path: Path) -> None:
+    """It loads, speaks, and goes to PyTorch's layout and back; what did not train takes its room once."""
+    folder = stages["pretrain2"] / run.CHECKPOINTS / "00000002"
+    assert set(store.components(folder)) == {"thinker", "talker", "token2wav"}
+    model = omni_jax.load(folder)
+    assert model.voices and model.config == omni_jax.OmniConfig.load(stages["begin"])
+    to_hf(folder, tmp_path / "published")
+    to_jax(tmp_path / "published", tmp_path / "again")
+    found, expected = store.load(tmp_path / "again"), store.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    file = next(path for path in (folder / "params" / "talker").rglob("*") if path.is_file())
+    same = stages["pretrain2"] / run.CHECKPOINTS / "00000004" / file.relative_to(folder)
+    assert file.samefile(same)
+
+
+def test_frozen_parameters_keep_the_dtype_of_the_checkpoint(stages: dict[str, Path]) -> None:
+    """Which was bfloat16; what has trained is float32 from then on."""
+    kinds = {stage: {str(leaf.dtype) for leaf in params_of(run.resolve(stages[stage])).values()} for stage in FROZEN}
+    assert kinds["pretrain1"] == {"bfloat16", "float32"}
+    assert params_of(run.resolve(stages["pretrain1"]))["decoder/head/kernel"].dtype == "bfloat16"
+    assert params_of(run.resolve(stages["pretrain2"]))["decoder/head/kernel"].dtype == "float32"
+
+
+@pytest.fixture
+def short_run(make_recipe: Callable[..., Recipe], tmp_path: Path) -> tuple[Recipe, Path]:
+    """Of six steps with the checkpoints 2, 4 and 6."""
+    recipe = make_recipe(data={"rows": 1})
+    assert train(recipe, tmp_path / "run")
+    return recipe, tmp_path / "run"
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(
+    short_run: tuple[Recipe, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, workdir = short_run
+    expected = read_metrics(workdir / METRICS_FILE)
+    folders = [workdir / run.CHECKPOINTS / f"{step:08d}" for step in (2, 4, 6)]
+    (folders[2] / "moments" / "_CHECKPOINT_METADATA").unlink()
+    largest = max(
+        (p for p in (folders[1] / "params" / "thinker").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert train(recipe, workdir)
+    out = capsys.readouterr().out
+    assert f"checkpoint {folders[2]} is damaged and not used: moments/_CHECKPOINT_METADATA is missing" in out
+    assert f"checkpoint {folders[1]} is damaged" in out and "goes on after step 2" in out
+    again = read_metrics(workdir / METRICS_FILE)
+    assert [(m["step"], m["loss"]) for m in again] == [(m["step"], m["loss"]) for m in expected]
+    assert [run.damage(folder) for folder in folders] == ["", "", ""]  # the damaged ones have been replaced
+    for folder in folders:
+        (folder / "files.json").unlink()
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged; remove that folder"):
+        train(recipe, workdir)
+
+
+def test_a_run_goes_on_only_as_it_began(short_run: tuple[Recipe, Path]) -> None:
+    recipe, workdir = short_run
+    with pytest.raises(ConfigError, match="trains other parameters"):
+        train(dataclasses.replace(recipe, steps=8, phases=_only_norms(recipe)), workdir)
+    other = dataclasses.replace(recipe, steps=8, data=dataclasses.replace(recipe.data, seed=5))
+    with pytest.raises(ConfigError, match="seed was 0 and is 5"):
+        train(other, workdir)
+    assert train(dataclasses.replace(recipe, steps=6), workdir)  # done already
+
+
+def _only_norms(recipe: Recipe):
+    group = dataclasses.replace(recipe.phases[0].train[0], paths=".*norm/scale")
+    return (dataclasses.replace(recipe.phases[0], train=(group,)),)
+
+
+def test_old_checkpoints_go(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe(data={"rows": 1}, checkpoint={"every": 1, "keep": 2})
+    assert train(recipe, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run" / run.CHECKPOINTS).iterdir()) == ["00000005", "00000006"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, batches = make_recipe(data={"rows": 1}), []
+
+    def place(parts, abstract):
+        batches.append(feed.place(parts, abstract))
+        return batches[-1].replace(weights=batches[-1].weights * np.nan) if len(batches) == 2 else batches[-1]
+
+    monkeypatch.setattr(loop, "place", place)
+    with pytest.raises(TrainingError, match=r"step 2: the loss is nan.* rows .*rows.jsonl:\d+.*after step 0 is saved"):
+        train(recipe, tmp_path / "run")
+    assert not list((tmp_path / "run" / run.CHECKPOINTS).iterdir())
+
+
+def test_nothing_to_begin_from(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to begin from"):
+        train(make_recipe(init=None), tmp_path / "run")
+    (tmp_path / "empty" / run.CHECKPOINTS).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="a run without a whole checkpoint"):
+        train(make_recipe(init=tmp_path / "empty"), tmp_path / "run")
+
+
+def test_a_line_that_a_kill_cut_short_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / METRICS_FILE
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]

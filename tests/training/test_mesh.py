@@ -1,0 +1,102 @@
+"""The same losses on one device, on eight, on two processes of four, and after a change of the mesh on the way."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omni_jax.errors import ConfigError
+from omni_jax.training.feed import Share, share_of
+from omni_jax.training.loop import train
+from omni_jax.training.progress import METRICS_FILE, read_metrics
+from omni_jax.training.recipe import MeshSizes, Recipe
+from tests.training.processes import finish, start
+
+STEPS = 20
+TOLERANCE = 1e-5  # of a loss: float32 sums that several devices share out are added in another order
+CHANGES = dict(rows=4, streams=4, tokens=256, audio_blocks=2, canvases=1)
+# Adam divides by the size of a gradient, so where that is nothing but rounding its steps are rounding made large
+OPTIMIZER = dict(learning_rate=1e-3, eps=1e-5)
+
+
+@pytest.fixture(scope="module")
+def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
+    return make_recipe(
+        "pretrain2", steps=STEPS, data={**_rows(make_recipe), **CHANGES}, optimizer=OPTIMIZER, checkpoint={"every": 10}
+    )
+
+
+def _rows(make_recipe: Callable[..., Recipe]) -> dict:
+    return {"train": make_recipe().data.train}
+
+
+@pytest.fixture(scope="module")
+def options(recipe: Recipe) -> list[str]:
+    about = {"init": recipe.init, "data.train": recipe.data.train[0], "steps": STEPS, "checkpoint.every": 10}
+    about |= {f"data.{name.replace('_', '-')}": value for name, value in CHANGES.items()}
+    about |= {f"optimizer.{name.replace('_', '-')}": value for name, value in OPTIMIZER.items()}
+    return ["pretrain2-tiny", *(part for name, value in about.items() for part in (f"--{name}", str(value)))]
+
+
+def losses(workdir: Path) -> np.ndarray:
+    metrics = read_metrics(workdir / METRICS_FILE)
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    return np.array([m["loss"] for m in metrics])
+
+
+@pytest.fixture(scope="module")
+def one_device(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    assert train(recipe, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def eight_devices(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("eight") / "run"
+    mesh = ["--mesh.fsdp", "4", "--mesh.tensor", "2"]
+    finish(start("train", *options, *mesh, "--workdir", str(workdir), devices=8))
+    return workdir
+
+
+def test_eight_devices(one_device: Path, eight_devices: Path) -> None:
+    expected = losses(one_device)
+    assert np.abs(losses(eight_devices) - expected).max() < TOLERANCE * np.abs(expected).max()
+    assert expected[-1] < 0.8 * expected[0]  # and something is learnt
+
+
+def test_a_run_goes_on_over_another_mesh(recipe: Recipe, eight_devices: Path, tmp_path: Path) -> None:
+    """From the middle of a run on eight devices to the end on one."""
+    workdir = tmp_path / "run"
+    shutil.copytree(eight_devices, workdir)
+    shutil.rmtree(workdir / "checkpoints" / f"{STEPS:08d}")
+    assert train(recipe, workdir)
+    expected = losses(eight_devices)
+    assert np.abs(losses(workdir) - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+def test_two_processes(options: list[str], eight_devices: Path, tmp_path: Path) -> None:
+    """Of four devices each: each feeds its own rows, and both write the checkpoints."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    each = ["--mesh.fsdp", "4", "--mesh.tensor", "2", "--workdir", str(tmp_path / "run")]
+    together = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", "2"]
+    runs = [start("train", *options, *each, *together, "--process", str(i), devices=4) for i in range(2)]
+    for process in runs:
+        finish(process)
+    expected = losses(eight_devices)
+    assert np.abs(losses(tmp_path / "run") - expected).max() < TOLERANCE * np.abs(expected).max()
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ["00000010", "00000020"]
+
+
+def test_shares_of_one_process() -> None:
+    assert share_of(MeshSizes().make(), 6) == Share(0, 1)
+    with pytest.raises(ConfigError, match="needs 2 devices, there are 1"):
+        MeshSizes(fsdp=2).make()
