@@ -182,7 +182,7 @@ def compile_for(
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        unknown = {f.name: 0 for f in dataclasses.fields(Report) if f.name not in known}
+        unknown: dict[str, Any] = {f.name: 0 for f in dataclasses.fields(Report) if f.name not in known}
         unknown |= dict(fits=False, collective_bytes={}, traffic_ratio=None, error=str(e).splitlines()[0])
         unknown["compile_seconds"] = time.perf_counter() - begun
         return Report(**known, **unknown), None

@@ -10,7 +10,7 @@ of one hides behind the other.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -83,8 +83,10 @@ class Computation:
 class Counts:
     """What one run of a program does on each chip; bytes."""
 
-    collectives: Counter[str] = field(default_factory=Counter)
-    synchronous: Counter[str] = field(default_factory=Counter)  # those of them that nothing runs beside
+    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    synchronous: dict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )  # those of them that nothing runs beside
     cycles: float = 0.0
     traffic: float = 0.0
     largest_copy: float = 0.0

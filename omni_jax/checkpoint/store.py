@@ -347,8 +347,13 @@ def open_leaf(folder: Path, path: Sequence[str]) -> Callable[[int | None], np.nd
     Raises:
       CheckpointError: from that function, if numbers are missing or damaged.
     """
-    # small layers share a chunk, which is not to be unpacked for each of them anew
-    store = _open((folder / "params" / path[0]).absolute(), path[1:], cache_bytes=2 * _CHUNK_BYTES)
+    where = (folder / "params" / path[0]).absolute(), path[1:]
+    store = _open(*where)
+    # layers share chunks, which are not to be unpacked for each of them anew: small layers, and those that a run of
+    # training has written from devices that each hold a part of all
+    layers: int = store.chunk_layout.read_chunk.shape[0] if store.shape else 1  # type: ignore[index]
+    slab = store.size * store.dtype.numpy_dtype.itemsize * layers // max(store.shape[0], 1) if store.shape else 0
+    store = _open(*where, cache_bytes=2 * _CHUNK_BYTES + slab)
 
     def read(layer: int | None) -> np.ndarray:
         try:

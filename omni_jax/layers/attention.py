@@ -47,7 +47,7 @@ def attention(
     is compiled. Elsewhere long sequences are worked off in pieces of queries, so that no more than 256 MiB of scores
     exist at a time; causal pieces read only the keys up to their own end.
     """
-    arrays = tuple(jnp.asarray(a) for a in (q, k, v, mask.segments))
+    arrays = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask.segments)
     plain = functools.partial(_by_device, causal=mask.causal)
     if not fits(q, mask.causal):
         return plain(*arrays)
