@@ -17,7 +17,7 @@ def draw(rows: list[Sampling], logits: np.ndarray, steps: int = 5) -> np.ndarray
     state = SamplingState.create(rows, [np.array([1, 2])] * len(rows), VOCAB)
     out = []
     for _ in range(steps):
-        tokens, state = jax.jit(sample)(logits, state)
+        tokens, state = jax.jit(sample)(logits, state, np.ones(len(rows), bool))
         out.append(tokens)
     return np.stack(out, axis=1)
 
@@ -39,6 +39,15 @@ def test_seeds_and_steps_differ() -> None:
     a, b = draw([Sampling(1.5, seed=0), Sampling(1.5, seed=1)], logits, steps=20)
     assert not np.array_equal(a, b)
     assert len(set(a.tolist())) > 1
+
+
+def test_a_row_that_stands_still_draws_nothing() -> None:
+    """What it would have drawn comes later, and counts for no penalty before."""
+    logits, rows = scores(2), [Sampling(1.0, repetition_penalty=1.5, seed=4)] * 2
+    state = SamplingState.create(rows, [np.array([1])] * 2, VOCAB)
+    _, after = sample(logits, state, np.array([True, False]))
+    assert after.step.tolist() == [1, 0]
+    assert np.array_equal(after.seen[1], state.seen[1]) and not np.array_equal(after.seen[0], state.seen[0])
 
 
 def test_temperature_zero_is_the_likeliest() -> None:

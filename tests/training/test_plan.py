@@ -81,7 +81,7 @@ def test_how_full_batches_are(make_recipe) -> None:
 
 
 def test_the_command() -> None:
-    command = [sys.executable, "train.py", "thinker-sft-tiny", "--dry-run", "--mesh.fsdp", "2"]
+    command = [sys.executable, "train.py", "thinker-sft-tiny", "--dry-run", "--data.streams", "2", "--mesh.fsdp", "2"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "decoder/layers/attention/query/kernel" in run.stdout and "frozen" in run.stdout
     assert "218,016 parameters, of which 123,056 train" in run.stdout and "GiB a device in all" in run.stdout
