@@ -1,4 +1,5 @@
 # make demo         converts a small random model, asks it about the media in tests/media, and has it speak its answer
+# make train-demo   trains a tiny random model in the paper's four stages, each from the last one's end
 # make test         every test, with PyTorch as the oracle; needs nothing done before
 # make check        lint, format and types
 # make test-newest  the tests that need neither PyTorch nor the TPU compiler, on Python 3.12 with the newest jax and flax
@@ -25,7 +26,7 @@ TORCHVISION = test -d $(VENV)/torchvision || \
 LIBTPU = test -d $(VENV)/libtpu || \
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/libtpu libtpu==0.0.42.1
 
-.PHONY: demo test check test-newest clean
+.PHONY: demo train-demo test check test-newest clean
 
 demo: $(VENV)/installed-run
 ifdef MODEL
@@ -43,6 +44,10 @@ else
 	@echo "The words above are random, for so are the model's numbers. For real answers, convert a trained model:"
 	@echo "  $(BIN)/python tools/convert.py to-jax FOLDER-OF-QWEN2.5-OMNI out/model && make demo MODEL=out/model"
 endif
+
+train-demo: $(VENV)/installed-run
+	rm -rf out/train
+	$(BIN)/python tools/train_demo.py out/train
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2

@@ -15,14 +15,7 @@ from omni_jax.data.config import DataConfig
 from omni_jax.errors import ConfigError
 from omni_jax.layers.stack import Remat
 from omni_jax.sharding import MESH_AXES, make_mesh
-
-_ASYNCHRONOUS = (
-    "xla_tpu_enable_async_collective_fusion",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps",
-    "xla_tpu_overlap_compute_collective_tc",
-    "xla_enable_async_all_gather",
-)
+from omni_jax.training.tpu import COMPILER_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -148,7 +141,7 @@ class Recipe:
     """Positions of a row whose scores exist at a time."""
     z_loss: float = 0.0
     """Times the square of the logarithm of the sum of exponentials of the scores, added to the loss."""
-    tpu_options: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_ASYNCHRONOUS, True))
+    tpu_options: dict[str, str] = field(default_factory=lambda: dict(COMPILER_OPTIONS))
     """For the compiler of TPUs: by default what lets it gather parameters while it computes."""
     log_every: int = 10
     """Steps from one line of progress to the next where there is no terminal."""

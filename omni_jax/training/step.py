@@ -196,7 +196,7 @@ def abstract_batch(data: DataConfig, model: OmniConfig, mesh: AnyMesh, accumulat
 
 
 def compiled(
-    step: Step, state: TrainState, mesh: Mesh, tpu_options: Mapping[str, bool]
+    step: Step, state: TrainState, mesh: Mesh, tpu_options: Mapping[str, str]
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]:
     """The step as a program that gives its state's memory to the next.
 
@@ -207,7 +207,7 @@ def compiled(
       tpu_options: for the compiler, where they are TPUs.
     """
     places = jax.tree.map(lambda x: x.sharding, state)
-    options = dict(tpu_options) if mesh.devices.flat[0].platform == "tpu" else None
+    options: dict[str, Any] | None = dict(tpu_options) if mesh.devices.flat[0].platform == "tpu" else None
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
 
 
