@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +36,6 @@ from omni_jax.errors import ConfigError
 from omni_jax.sharding import MESH_AXES
 from omni_jax.training.recipe import MeshSizes, Recipe
 from omni_jax.training.step import program as train_program
-from omni_jax.training.tpu import COMPILER_OPTIONS
 from tools.aot_hlo import Program as Text
 from tools.aot_programs import PROGRAMS, Program, Shapes, on_chip
 
@@ -112,15 +110,15 @@ class Compile:
             recipe = self._recipe(RECIPES[self.program], len(devices))
             mesh = recipe.mesh.make(devices)
             function, arguments = train_program(recipe, mesh)
-            wanted, options = Program(function, arguments), COMPILER_OPTIONS
+            wanted = Program(function, arguments)
         else:
             name, _, size = self.program.rpartition("-")
             if name not in PROGRAMS or size not in MODELS:
                 known = [*RECIPES, *(f"{p}-{s}" for p in PROGRAMS for s in MODELS)]
                 raise ConfigError(f"there is no program {self.program!r}; there are {', '.join(known)}")
             mesh = self._laid(MeshSizes(tensor=len(devices))).make(devices)
-            wanted, options = PROGRAMS[name](MODELS[size](), mesh, self.shapes), {}
-        report, text = compile_for(wanted, mesh, options, name=self.program, topology=self.topology)
+            wanted = PROGRAMS[name](MODELS[size](), mesh, self.shapes)
+        report, text = compile_for(wanted, mesh, name=self.program, topology=self.topology)
         if self.json is not None:
             self.json.parent.mkdir(parents=True, exist_ok=True)
             self.json.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
@@ -134,7 +132,7 @@ class Compile:
     def _recipe(self, recipe: Recipe, chips: int) -> Recipe:
         mesh = self._laid(MeshSizes(fsdp=chips))
         rows = mesh.data * mesh.fsdp if self.rows is None else self.rows
-        data = dataclasses.replace(recipe.data, rows=rows, tokens=self.tokens or recipe.data.tokens)
+        data = dataclasses.replace(recipe.data, rows=rows, streams=rows, tokens=self.tokens or recipe.data.tokens)
         return dataclasses.replace(recipe, mesh=mesh, data=data)
 
 
@@ -161,9 +159,7 @@ def describe(topology: str) -> list[Any]:
         raise ConfigError(f"topology {topology!r}: {str(e).splitlines()[0]}") from e
 
 
-def compile_for(
-    wanted: Program, mesh: Any, options: Mapping[str, Any], *, name: str, topology: str
-) -> tuple[Report, str | None]:
+def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tuple[Report, str | None]:
     """Compiles; returns the report and the text, which there is not where the program does not fit."""
     begun, hbm = time.perf_counter(), int(HBM[topology.partition(":")[0]])
     known: dict[str, Any] = dict(
@@ -177,8 +173,7 @@ def compile_for(
     )
     try:
         with jax.set_mesh(mesh):
-            lowered = wanted.function.lower(*wanted.arguments)
-            compiled = lowered.compile(compiler_options=dict(options) or None)
+            compiled = wanted.function.lower(*wanted.arguments).compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
