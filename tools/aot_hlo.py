@@ -28,6 +28,8 @@ _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CALLED = re.compile(r"\b(body|calls|to_apply|called_computations|branch_computations)=\{?([%\w.\-, ]+)\}?")
 
+_NO_ESTIMATE = 2**62  # from here on the compiler means that it has none
+
 # move nothing themselves: names for what is there, or the second half of what was counted at its start
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id"}
 
@@ -157,7 +159,8 @@ class Program:
             self._collective(i, times, counts, seen, beside)
             counts.pallas += f'custom_call_target="{PALLAS}"' in i.text
             if not fused:
-                if cycles := _CYCLES.search(i.text):
+                cycles = _CYCLES.search(i.text)
+                if cycles and int(cycles[1]) < _NO_ESTIMATE:
                     counts.cycles += int(cycles[1]) * times
                 counts.traffic += self._moved(computation, i) * times
                 if i.op in ("copy", "copy-start"):

@@ -42,6 +42,15 @@ def test_a_decoding_step_moves_weights_and_cache_once(tmp_path: Path, program: s
     assert report["donated_bytes"] >= 2 * report["cache_shard_bytes"]  # keys and values
 
 
+def test_instruction_tuning_of_the_7b_fits(tmp_path: Path) -> None:
+    """8,192 tokens and one row a chip, encoders included; parameters are gathered while something else is computed."""
+    status, report, _ = compile_for("thinker-sft-7b", "--topology", "v5p:4x4x4", folder=tmp_path)
+    assert (status, report["fits"]) == (0, True)
+    assert report["peak_bytes_per_chip"] < 0.15 * report["hbm_bytes"]
+    assert report["pallas_calls"] > 0 and report["synchronous_all_gather_bytes"] == 0
+    assert report["argument_bytes"] < 1.05 * report["state_bytes"]
+
+
 def test_what_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
     shapes = ("--shapes.batch", "256", "--shapes.cache", "32768")
     status, report, said = compile_for("talker-decode-7b", "--topology", "v5e:2x2", *shapes, folder=tmp_path)

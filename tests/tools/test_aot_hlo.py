@@ -94,6 +94,11 @@ def test_a_loop_whose_rounds_nobody_knows_counts_once() -> None:
     assert (counts.cycles, counts.unknown_loops) == (40, 1)
 
 
+def test_cycles_that_the_compiler_could_not_estimate() -> None:
+    counts = Program(TEXT.replace('"estimated_cycles":"30"', '"estimated_cycles":"9223372036854775807"')).count()
+    assert counts.cycles == 7 * 10
+
+
 def test_a_text_that_is_none() -> None:
     with pytest.raises(ValueError, match="no text of a compiled program"):
         Program("nothing")
