@@ -26,7 +26,7 @@ from omni_jax.batch import Array, Spans
 from omni_jax.config import OmniConfig, TalkerConfig
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.generation.sampling import Sampling, SamplingState, sample
-from omni_jax.generation.text import NOTHING, call, on_mesh, room
+from omni_jax.generation.text import NOTHING, call, on_mesh, place_after, room
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.talker import NO_CODE, Talker
 from omni_jax.positions import position_ids
@@ -278,6 +278,7 @@ def _ends(config: TalkerConfig) -> tuple[int, int]:
 
 
 def empty_rows(model: Talker, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array]:
+    """``hidden``, ``cache`` and ``marks`` of a state that holds nothing."""
     c = model.config
     cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
     marks = constrain(jnp.zeros((rows, 3, c.embedding_size), model.dtype), "batch", None, "width")
@@ -325,14 +326,8 @@ def _extend(
     valid = jnp.asarray(valid)
     ids, delta = position_ids(spans, valid.astype(jnp.int32), model.config.position_id_per_seconds)
     hidden, cache = call(model, "extend", params, text, codes, ids, valid, state.cache)
-    count = jnp.sum(valid, axis=1, dtype=jnp.int32)
-    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return dataclasses.replace(
-        state,
-        hidden=jnp.where((count > 0)[:, None], last, state.hidden),
-        position=small(jnp.maximum(state.position, jnp.where(count > 0, count + delta, 0))),
-        cache=cache,
-    )
+    last, position = place_after(state.hidden, state.position, hidden, valid, delta)
+    return dataclasses.replace(state, hidden=last, position=position, cache=cache)
 
 
 def say_codes(

@@ -194,6 +194,7 @@ def _overlay(x: Array, features: Array, index: Array) -> jax.Array:
 
 
 def empty_rows(model: Thinker, keep: bool, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array | None]:
+    """``hidden``, ``cache`` and ``heard`` of a state that holds nothing; no ``heard`` unless ``keep``."""
     c = model.config.text_config
     cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
     heard = constrain(jnp.zeros((rows, slots, c.hidden_size), model.dtype), "batch", None, "width") if keep else None
@@ -209,22 +210,40 @@ def _grown(state: TextState, slots: int) -> TextState:
 def read_chunk(
     model: Thinker, params: Any, state: TextState, chunk: Chunk, x: Float[Array, "B C D"], media: Bool[Array, "B C"]
 ) -> TextState:
+    """Reads a chunk, whose embeddings are ``x``; ``media`` says which of them are features of sound or pictures."""
     valid = jnp.asarray(chunk.valid)
     ids, delta = position_ids(chunk.spans, valid.astype(jnp.int32), model.config.position_id_per_seconds)
     hidden, cache = call(model, "extend", params, x, ids, valid, state.cache)
     heard = state.heard
     if heard is not None:
         heard = _kept(heard, hidden + jnp.where(media[..., None], 0, x), valid, state)
+    last, position = place_after(state.hidden, state.position, hidden, valid, delta)
+    return dataclasses.replace(state, hidden=last, position=position, cache=cache, heard=heard)
+
+
+def place_after(
+    before: Float[Array, "B D"],
+    position: Int[Array, " B"],
+    hidden: Float[Array, "B C D"],
+    valid: Bool[Array, "B C"],
+    delta: Int[Array, " B"],
+) -> tuple[Float[jax.Array, "B D"], Int[jax.Array, " B"]]:
+    """Where rows stand when they have read a chunk; one that read nothing stands where it stood.
+
+    Args:
+      before: the last hidden state of each row so far.
+      position: the id of its next position so far.
+      hidden: of the chunk.
+      valid: which of it is real.
+      delta: what ``position_ids`` gave for it.
+
+    Returns:
+      The last hidden state, and the next position id: a dialogue goes on after the largest id that it holds.
+    """
     count = jnp.sum(valid, axis=1, dtype=jnp.int32)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return dataclasses.replace(
-        state,
-        hidden=jnp.where((count > 0)[:, None], last, state.hidden),
-        # a dialogue goes on after the largest id that it holds
-        position=small(jnp.maximum(state.position, jnp.where(count > 0, count + delta, 0))),
-        cache=cache,
-        heard=heard,
-    )
+    after = jnp.maximum(position, jnp.where(count > 0, count + delta, 0))
+    return jnp.where((count > 0)[:, None], last, before), small(after)
 
 
 def _kept(heard: Array, rows: Float[Array, "B C D"], valid: Bool[Array, "B C"], state: TextState) -> jax.Array:

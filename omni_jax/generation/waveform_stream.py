@@ -240,6 +240,7 @@ class WaveformStream:
 def solve_step(
     part: WindowedDiT | CarriedDiT, params: Any, state: Any, feed: Feed, speaker: Speaker
 ) -> tuple[Block, Any]:
+    """A step of the DiT from what the host gives: the mel of as many blocks as are fed, and the state after them."""
     c, (rows, codes) = part.dit.config, feed.codes.shape
     blocks = codes * c.repeats // c.block_size
     index = feed.index[:, None] + jnp.arange(blocks)
