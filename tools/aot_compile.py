@@ -98,6 +98,8 @@ class Compile:
     """Positions in a row of a recipe's batch, if not the recipe's own."""
     rows: int | None = None
     """Rows of a recipe's batch, if not one for each part of the mesh that holds rows."""
+    text_alone: bool = False
+    """A recipe's batch has neither sound nor pictures."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the report here as well."""
     keep_text: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -133,6 +135,8 @@ class Compile:
         mesh = self._laid(MeshSizes(fsdp=chips))
         rows = mesh.data * mesh.fsdp if self.rows is None else self.rows
         data = dataclasses.replace(recipe.data, rows=rows, streams=rows, tokens=self.tokens or recipe.data.tokens)
+        if self.text_alone:
+            data = dataclasses.replace(data, audio_blocks=0, canvases=0)
         return dataclasses.replace(recipe, mesh=mesh, data=data)
 
 

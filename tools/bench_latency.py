@@ -87,6 +87,11 @@ def _check(seconds: Sequence[int], reference: Sequence[int], repeats: int, sound
         sys.exit(f"--repeats {repeats}: it must be at least 1")
     if not sound.is_file():
         sys.exit(f"--sound {sound}: there is no such file")
+    check_picture(picture)
+
+
+def check_picture(picture: Path | None) -> None:
+    """Exits, saying why, if no picture could be drawn there."""
     if picture is not None and picture.suffix not in PICTURES:
         sys.exit(f"--picture {picture}: its name must end in {', '.join(PICTURES)}")
     if picture is not None and importlib.util.find_spec("matplotlib") is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +69,11 @@ def _watched(work: Callable[..., Any], *args: Any) -> tuple[Any, int]:
     result = work(*args)
     lines = (_PROCESS / "status").read_text().splitlines()
     return result, next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def one_core() -> None:
+    """Holds this process, and the threads that it will start, to one core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def seconds(work: Callable[[], Any]) -> float:

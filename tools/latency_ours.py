@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from omni_jax.checkpoint.pytorch import read_headers
 from omni_jax.config import OmniConfig
 from omni_jax.generation.exchange import Pace
 from omni_jax.generation.model import OmniModel
+from omni_jax.generation.reply import Event
 from omni_jax.generation.speech import barred_codes
 from omni_jax.generation.text import NOTHING
 from omni_jax.generation.warmup import Compilations
@@ -200,12 +201,10 @@ class Session:
         """
         calls = self._trace.calls
         calls.clear()
-        options: dict[str, Any] = dict(max_tokens=length.tokens, modalities=("text", "audio"), voice=VOICE)
-        options["talker"] = dict(max_tokens=length.codes)
         texts, arrivals, pieces, reply, first = [], [], [], None, {}
         with Compilations() as compiled:
             begun = time.perf_counter()
-            events = self.model.stream(self._request.messages, **options)
+            events = self._ask(length)
             calls.append(Call("input", begun, time.perf_counter(), 1))
             for event in events:
                 now = time.perf_counter() - begun
@@ -221,6 +220,32 @@ class Session:
             raise RuntimeError(f"{length.tokens} tokens and {length.codes} codes were asked for, and {made} came")
         known = [Call(c.part, c.begun - begun, c.ended - begun, c.work) for c in calls]
         return _figures(length, figures.named(known), texts[0], arrivals, pieces) | _compiled(compiled) | first
+
+    def first_packet(self, length: Length) -> dict[str, Any]:
+        """The figures of a streamed reply that is closed when its first packet is there."""
+        calls = self._trace.calls
+        calls.clear()
+        texts, first = [], 0.0
+        with Compilations() as compiled:
+            begun = time.perf_counter()
+            events = self._ask(length)
+            calls.append(Call("input", begun, time.perf_counter(), 1))
+            for event in events:
+                now = time.perf_counter() - begun
+                if event.text:
+                    texts.append(now)
+                if event.audio is not None and len(event.audio):
+                    first = now
+                    break
+            events.close()
+        known = [Call(c.part, c.begun - begun, c.ended - begun, c.work) for c in calls]
+        to_first = figures.before(figures.named(known), first)
+        budget, work = figures.measured(to_first, first), figures.done(to_first)
+        return dict(ttft=texts[0], audio_ttfp=first, budget=budget, work=work) | _compiled(compiled)
+
+    def _ask(self, length: Length) -> Generator[Event, None, None]:
+        options: dict[str, Any] = dict(max_tokens=length.tokens, modalities=("text", "audio"), voice=VOICE)
+        return self.model.stream(self._request.messages, talker=dict(max_tokens=length.codes), **options)
 
     def prices(self) -> dict[str, float]:
         """Seconds of one unit of each part's work, from a reply of its own."""
@@ -285,6 +310,18 @@ def warm_up(request: Request, lengths: tuple[Length, ...]) -> dict[str, Any]:
         predicted_work=work,
         predicted={seconds: figures.predicted(needed, prices) for seconds, needed in work.items()},
     )
+
+
+def compile_all(request: Request, lengths: tuple[Length, ...]) -> dict[str, float]:
+    """Compiles what replies of these lengths run, and asks once."""
+    made = _session(request).warm_up(lengths)
+    first_packet(request, lengths[0])
+    return made
+
+
+def first_packet(request: Request, length: Length) -> dict[str, Any]:
+    """A request after ``compile_all``, up to its first packet."""
+    return _session(request).first_packet(length)
 
 
 def warm(request: Request, length: Length) -> dict[str, Any]:

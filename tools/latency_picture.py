@@ -1,4 +1,4 @@
-"""Draws the budgets that ``bench.py latency`` wrote, as stacked bars."""
+"""Draws the budgets that ``bench.py latency`` or ``bench.py first-packet`` wrote, as stacked bars."""
 
 from __future__ import annotations
 
@@ -35,7 +35,24 @@ def draw(results: dict[str, Any], picture: Path) -> None:
     cold = {f"{r['seconds']} s, measured": r["cold"]["budget"] for r in reversed(replies)}
     _bars(panels[0], warm, "warm: after model.warmup()")
     _bars(panels[1], cold, "cold: the first request after loading, compiling included")
-    handles, labels = panels[0].get_legend_handles_labels()
+    _save(figure, panels[0], picture)
+
+
+def draw_first(results: dict[str, Any], picture: Path) -> None:
+    """Draws a bar for each reply.
+
+    Args:
+      results: what ``bench.py first-packet`` gave.
+      picture: where to; its folder is made.
+    """
+    figure, axes = pyplot.subplots(figsize=(13, 4), layout="constrained")
+    budgets = {f"reply of {r['seconds']} s": r["budget"] for r in reversed(results["replies"])}
+    _bars(axes, budgets, "DiT and vocoder at the published size, after model.warmup()")
+    _save(figure, axes, picture)
+
+
+def _save(figure: Any, axes: Any, picture: Path) -> None:
+    handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle("From the request to the first packet of sound, for replies of several lengths")
     picture.parent.mkdir(parents=True, exist_ok=True)

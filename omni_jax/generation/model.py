@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -144,7 +144,7 @@ class OmniModel:
         events = self._answer([prompt], chosen, time.perf_counter() - begun, live=False)
         return next(event.reply for _, event in events if event.reply is not None)
 
-    def stream(self, messages: Messages, **options: Any) -> Iterator[Event]:
+    def stream(self, messages: Messages, **options: Any) -> Generator[Event, None, None]:
         """Answers one dialogue piece by piece: text and sound as they are made.
 
         The last event carries the whole reply, which the pieces add up to. Nothing is made before it is asked for;

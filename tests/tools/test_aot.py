@@ -42,11 +42,21 @@ def test_a_decoding_step_moves_weights_and_cache_once(tmp_path: Path, program: s
     assert report["donated_bytes"] >= 2 * report["cache_shard_bytes"]  # keys and values
 
 
-def test_instruction_tuning_of_the_7b_fits(tmp_path: Path) -> None:
-    """8,192 tokens and one row a chip, encoders included; parameters are gathered while something else is computed."""
-    status, report, _ = compile_for("thinker-sft-7b", "--topology", "v5p:4x4x4", folder=tmp_path)
+# Far under the 95 % that a chip may hold, and a fifth over what was measured (docs/tpu.md): so that a change that makes
+# a step hold twice as much is seen here, not on the pod where it ends a run.
+@pytest.mark.parametrize(
+    ("recipe", "topology", "most_gib"),
+    [
+        ("thinker-sft-7b", "v5p:4x4x4", 10.0),
+        ("thinker-sft-7b", "v6e:16x16", 10.0),
+        ("pretrain3-7b", "v5p:4x4x4", 40.0),
+    ],
+)
+def test_training_the_7b_fits(tmp_path: Path, recipe: str, topology: str, most_gib: float) -> None:
+    """One row a chip, encoders included; parameters are gathered while something else is computed."""
+    status, report, _ = compile_for(recipe, "--topology", topology, folder=tmp_path)
     assert (status, report["fits"]) == (0, True)
-    assert report["peak_bytes_per_chip"] < 0.15 * report["hbm_bytes"]
+    assert report["peak_bytes_per_chip"] < most_gib * 2**30 < 0.95 * report["hbm_bytes"]
     assert report["pallas_calls"] > 0 and report["synchronous_all_gather_bytes"] == 0
     assert report["argument_bytes"] < 1.05 * report["state_bytes"]
 

@@ -12,7 +12,7 @@ import pytest
 from omni_jax.config import BigVGANConfig, DiTConfig, OmniConfig, TalkerConfig, Token2WavConfig
 from omni_jax.generation.exchange import Pace
 from tests.tools import test_bench_parity
-from tools import bench, bench_latency, latency_figures, latency_ours, latency_picture
+from tools import bench, bench_first_packet, bench_latency, latency_figures, latency_ours, latency_picture
 from tools.latency_figures import LINES, REST, Call, Length, Streams
 from tools.latency_ours import Request
 
@@ -174,6 +174,28 @@ def test_table_file_and_picture(results: dict[str, Any], folder: Path, capsys: p
     assert picture.stat().st_size > 10_000
 
 
+def test_first_packets_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same work leads to them as in whole replies, nothing compiles, and every round counts."""
+    (folder / "apart").mkdir()
+    request, out = Request(folder / "apart" / "converted", bench_latency.SOUND), folder / "first.json"
+    results = bench_first_packet.report(CONFIG, request, LENGTHS, 2, side=InProcess, json_out=out)
+    declared = latency_ours._session(request)
+    for length, reply in zip(LENGTHS, results["replies"], strict=True):
+        needed = declared.streams.work(length, *declared.plan())
+        assert reply["work"] == {part: n for part, n in needed.items() if n}
+        assert reply["compilations"] == 0
+        assert sum(reply["budget"].values()) == pytest.approx(reply["audio_ttfp"], rel=ROUNDING)
+        assert 0 < reply["ttft"] < reply["audio_ttfp"] and len(reply["rounds"]) == 2
+    first, second = (sum(r["rounds"]) / 2 for r in results["replies"])
+    assert results["replies"][1]["ratio"] == pytest.approx(second / first, rel=ROUNDING)
+    bench_first_packet.show(results)
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in ("audio_ttfp", "median over that of 1 s"))
+    assert json.loads(out.read_text(encoding="utf-8")) == results
+    latency_picture.draw_first(results, folder / "first.png")
+    assert (folder / "first.png").stat().st_size > 10_000
+
+
 def test_the_picture_needs_figures(tmp_path: Path) -> None:
     written = tmp_path / "a.json"
     written.write_text("[]", encoding="utf-8")
@@ -207,3 +229,17 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_options(given: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         bench.main(["latency", *given])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--seconds", "10", "2"], "--seconds 10 2: give different lengths from 1 on, shortest first"),
+        (["--repeats", "0"], "--repeats 0: it must be at least 1"),
+        (["--sound", "none.wav"], "--sound none.wav: there is no such file"),
+        (["--picture", "a.txt"], r"--picture a.txt: its name must end in .png, .svg, .pdf"),
+    ],
+)
+def test_wrong_options_of_first_packets(given: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        bench.main(["first-packet", *given])

@@ -1,0 +1,68 @@
+"""The reference processor for ``bench.py data``; files are decoded for it by the code that does it for omni_jax."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Qwen2_5OmniProcessor, WhisperFeatureExtractor
+from transformers.models.qwen2 import Qwen2TokenizerFast
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+import tests.torchvision_stub  # noqa: F401, lets the video processor find torchvision when it is made
+from omni_jax.processing import media
+from omni_jax.processing.audio import MelSettings
+from omni_jax.processing.chat import BUILT_IN_TEMPLATE
+from omni_jax.processing.vision import PixelSettings
+from tools.bench_sizes import middle_config
+from tools.data_ours import write_processor
+
+MEL, PIXELS = MelSettings(), PixelSettings()
+
+
+@functools.cache
+def _processor() -> Any:
+    """With the published numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_processor(Path(folder), middle_config())
+        tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
+    return Qwen2_5OmniProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=PIXELS.min_pixels, max_pixels=PIXELS.max_pixels),
+        video_processor=Qwen2VLVideoProcessor(),
+        feature_extractor=WhisperFeatureExtractor(feature_size=128, chunk_length=300),
+        tokenizer=tokenizer,
+        chat_template=BUILT_IN_TEMPLATE,
+    )
+
+
+def make(files: tuple[Path, ...]) -> float:
+    """Seconds from files to what the model takes, one prompt for each."""
+    processor = _processor()
+    begun = time.perf_counter()
+    for file in files:
+        _one(processor, file)
+    return time.perf_counter() - begun
+
+
+def _one(processor: Any, file: Path) -> Any:
+    kind = {".wav": "audio", ".jpg": "image", ".mp4": "video"}[file.suffix]
+    audio = images = videos = None
+    heard = file.name == "video.mp4"
+    if kind == "image":
+        images = [media.read_image(file)]
+    if kind == "video":
+        frames = media.read_video(file, PIXELS, {}).frames
+        videos = [np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in frames])]
+    if kind == "audio" or heard:
+        audio = [media.read_audio(file, MEL)]
+    user = [{"type": kind, "text": ""}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": user}]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": "It is noise."}]})
+    text = processor.apply_chat_template(messages, tokenize=False)
+    options = dict(audio=audio, images=images, videos=videos, use_audio_in_video=heard)
+    return processor(text=text, return_tensors="pt", padding=True, **options)
