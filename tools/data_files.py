@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from PIL import Image
 
 RATE = 44_100
@@ -38,7 +39,7 @@ def write_media(folder: Path, seconds: tuple[int, int] = (20, 10), size: tuple[i
                 _mux(file, heard, _sound(seconds[1], rng))
 
 
-def _mux(file: av.container.OutputContainer, stream: av.VideoStream | av.AudioStream, frames: Iterator) -> None:
+def _mux(file: OutputContainer, stream: av.VideoStream | av.AudioStream, frames: Iterator) -> None:
     for frame in frames:
         file.mux(stream.encode(frame))
     file.mux(stream.encode(None))

@@ -31,9 +31,10 @@ def _processor() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         write_processor(Path(folder), middle_config())
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
+    video: Any = Qwen2VLVideoProcessor  # whose settings are said to be required, and are not
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(min_pixels=PIXELS.min_pixels, max_pixels=PIXELS.max_pixels),
-        video_processor=Qwen2VLVideoProcessor(),
+        video_processor=video(),
         feature_extractor=WhisperFeatureExtractor(feature_size=128, chunk_length=300),
         tokenizer=tokenizer,
         chat_template=BUILT_IN_TEMPLATE,
