@@ -42,8 +42,8 @@ def test_a_decoding_step_moves_weights_and_cache_once(tmp_path: Path, program: s
     assert report["donated_bytes"] >= 2 * report["cache_shard_bytes"]  # keys and values
 
 
-# Of arguments over what their shapes say: shards padded to whole tiles. A stack of layers of which every chip has all, in
-# float32, is more: that of the keys, the smallest, takes 196 MiB.
+# Of arguments over what their shapes say: shards padded to whole tiles. A stack of layers of which every chip has all,
+# in float32, is more: that of the keys, the smallest, takes 196 MiB.
 MOST_PADDING = 128 * 2**20
 
 
