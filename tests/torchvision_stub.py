@@ -32,6 +32,7 @@ class _DeclareOperators(importlib.abc.MetaPathFinder):
                 library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-if importlib.util.find_spec("torchvision") is None:
+if str(FOLDER) not in sys.path and importlib.util.find_spec("torchvision") is None:
     sys.path.append(str(FOLDER))
+if str(FOLDER) in sys.path:  # also where a process has its path from the one that started it
     sys.meta_path.insert(0, _DeclareOperators())

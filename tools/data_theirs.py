@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import tests.torchvision_stub  # noqa: F401, first: transformers looks for torchvision once, when it is imported
+
+# isort: split
 import functools
+import importlib
 import tempfile
 import time
 from pathlib import Path
@@ -12,9 +16,7 @@ import numpy as np
 from transformers import Qwen2_5OmniProcessor, WhisperFeatureExtractor
 from transformers.models.qwen2 import Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-import tests.torchvision_stub  # noqa: F401, lets the video processor find torchvision when it is made
 from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.chat import BUILT_IN_TEMPLATE
@@ -31,7 +33,8 @@ def _processor() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         write_processor(Path(folder), middle_config())
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
-    video: Any = Qwen2VLVideoProcessor  # whose settings are said to be required, and are not
+    # here, for it needs torchvision, which the other benchmarks do without
+    video = importlib.import_module("transformers.models.qwen2_vl.video_processing_qwen2_vl").Qwen2VLVideoProcessor
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(min_pixels=PIXELS.min_pixels, max_pixels=PIXELS.max_pixels),
         video_processor=video(),
