@@ -1,4 +1,4 @@
-"""Draws the budgets that ``bench.py latency`` or ``bench.py first-packet`` wrote, as stacked bars."""
+"""Draws budgets of first packets as stacked bars; as a program, those that ``bench.py latency`` wrote."""
 
 from __future__ import annotations
 

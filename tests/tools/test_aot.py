@@ -26,7 +26,7 @@ def compile_for(*arguments: str, folder: Path) -> tuple[int, dict[str, Any], str
         str(folder / "report.json"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "libtpu")}  # where the Makefile puts it
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     file = folder / "report.json"
     assert file.exists() or done.returncode == 2, done.stderr[-3000:]
     return done.returncode, json.loads(file.read_text()) if file.exists() else {}, done.stdout + done.stderr
@@ -42,28 +42,27 @@ def test_a_decoding_step_moves_weights_and_cache_once(tmp_path: Path, program: s
     assert report["donated_bytes"] >= 2 * report["cache_shard_bytes"]  # keys and values
 
 
-# Of arguments over what their shapes say: shards padded to whole tiles. A stack of layers of which every chip has all,
-# in float32, is more: that of the keys, the smallest, takes 196 MiB.
-MOST_PADDING = 128 * 2**20
-
-
 # Peaks are a fifth over what was measured (docs/tpu.md), far under the 95 % that a chip may hold: so that a change that
-# makes a step hold twice as much is seen here, not on the pod where it ends a run.
+# makes a step hold twice as much is seen here, not on the pod where it ends a run. Arguments are more than their shapes
+# say because shards are padded to whole tiles, the more of them the smaller they are: 12.9 % over 256 chips and 5.3 % of
+# long rows. A stack of layers of which every chip has all is more: that of the keys, the smallest, takes 196 MiB.
 @pytest.mark.parametrize(
-    ("recipe", "topology", "most_gib"),
+    ("recipe", "topology", "most_gib", "most_arguments"),
     [
-        ("thinker-sft-7b", "v5p:4x4x4", 9.8),
-        ("thinker-sft-7b", "v6e:16x16", 8.4),
-        ("pretrain3-7b", "v5p:4x4x4", 41.0),
+        ("thinker-sft-7b", "v5p:4x4x4", 9.8, 1.05),
+        ("thinker-sft-7b", "v6e:16x16", 8.4, 1.14),
+        ("pretrain3-7b", "v5p:4x4x4", 41.0, 1.06),
     ],
 )
-def test_training_the_7b_fits(tmp_path: Path, recipe: str, topology: str, most_gib: float) -> None:
+def test_training_the_7b_fits(
+    tmp_path: Path, recipe: str, topology: str, most_gib: float, most_arguments: float
+) -> None:
     """One row a chip, encoders included; parameters are gathered while something else is computed."""
     status, report, _ = compile_for(recipe, "--topology", topology, folder=tmp_path)
     assert (status, report["fits"]) == (0, True)
     assert report["peak_bytes_per_chip"] < most_gib * 2**30 < 0.95 * report["hbm_bytes"]
     assert report["pallas_calls"] > 0 and report["synchronous_all_gather_bytes"] == 0
-    assert report["argument_bytes"] < report["state_bytes"] + MOST_PADDING
+    assert report["argument_bytes"] < most_arguments * report["state_bytes"]
 
 
 def test_what_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
