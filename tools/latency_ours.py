@@ -218,8 +218,7 @@ class Session:
         assert reply is not None
         if (made := (len(reply.token_ids), len(reply.codec_ids))) != (length.tokens, length.codes):
             raise RuntimeError(f"{length.tokens} tokens and {length.codes} codes were asked for, and {made} came")
-        known = [Call(c.part, c.begun - begun, c.ended - begun, c.work) for c in calls]
-        return _figures(length, figures.named(known), texts[0], arrivals, pieces) | _compiled(compiled) | first
+        return _figures(length, self._since(begun), texts[0], arrivals, pieces) | _compiled(compiled) | first
 
     def first_packet(self, length: Length) -> dict[str, Any]:
         """The figures of a streamed reply that is closed when its first packet is there."""
@@ -238,10 +237,13 @@ class Session:
                     first = now
                     break
             events.close()
-        known = [Call(c.part, c.begun - begun, c.ended - begun, c.work) for c in calls]
-        to_first = figures.before(figures.named(known), first)
+        to_first = figures.before(self._since(begun), first)
         budget, work = figures.measured(to_first, first), figures.done(to_first)
         return dict(ttft=texts[0], audio_ttfp=first, budget=budget, work=work) | _compiled(compiled)
+
+    def _since(self, begun: float) -> list[Call]:
+        """The calls of the trace in seconds since then."""
+        return figures.named([Call(c.part, c.begun - begun, c.ended - begun, c.work) for c in self._trace.calls])
 
     def _ask(self, length: Length) -> Generator[Event, None, None]:
         options: dict[str, Any] = dict(max_tokens=length.tokens, modalities=("text", "audio"), voice=VOICE)

@@ -44,8 +44,8 @@ def test_a_decoding_step_moves_weights_and_cache_once(tmp_path: Path, program: s
 
 # Peaks are a fifth over what was measured (docs/tpu.md), far under the 95 % that a chip may hold: so that a change that
 # makes a step hold twice as much is seen here, not on the pod where it ends a run. Arguments are more than their shapes
-# say because shards are padded to whole tiles, the more of them the smaller they are: 12.9 % over 256 chips and 5.3 % of
-# long rows. A stack of layers of which every chip has all is more: that of the keys, the smallest, takes 196 MiB.
+# say because shards are padded to whole tiles, most where they are small: by 12.8 % over 256 chips, 5.3 % in stage 3.
+# A stack of layers of which every chip has all is more: that of the keys, the smallest, takes 196 MiB.
 @pytest.mark.parametrize(
     ("recipe", "topology", "most_gib", "most_arguments"),
     [
