@@ -64,7 +64,13 @@ def test_declared_numbers() -> None:
 
 @pytest.fixture(scope="module")
 def params(tiny_model: Path) -> Any:
-    return store.load(tiny_model, ["token2wav"])["token2wav"]["bigvgan"]
+    """Random ones, which make sound of an amplitude near 14, brought down to what a wav file holds.
+
+    The tolerance is of samples within -1 and 1, and what is clipped would hide a seam.
+    """
+    params = dict(store.load(tiny_model, ["token2wav"])["token2wav"]["bigvgan"])
+    params["conv_out"] = jax.tree.map(lambda a: a / 20, params["conv_out"])
+    return params
 
 
 def test_reach_of_the_published_sizes(params: Any) -> None:
@@ -94,4 +100,4 @@ def test_no_seam_with_the_published_sizes(params: Any) -> None:
         streamed = np.concatenate([piece[row] for piece in pieces])
         wanted = whole[row, : 240 * length]
         np.testing.assert_allclose(streamed, wanted, rtol=0, atol=TOLERANCE)
-        assert np.abs(wanted).max() > 0.01
+        assert 0.1 < np.abs(wanted).max() < 1
