@@ -7,9 +7,10 @@ import sys
 import tyro
 
 from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.serving.batch import Batch
 from omni_jax.serving.chat import Chat
 
-COMMANDS = {"chat": Chat}
+COMMANDS = {"chat": Chat, "batch": Batch}
 
 
 def main() -> int:

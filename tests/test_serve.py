@@ -81,11 +81,11 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 
 def test_help_teaches_and_names_nothing_that_is_not_there() -> None:
-    for arguments in (("--help",), ("chat", "--help")):
-        done = serve(*arguments)
+    for arguments, example in ((), "chat"), (("chat",), "chat"), (("batch",), "batch"):
+        done = serve(*arguments, "--help")
         assert done.returncode == 0
-        assert "python serve.py chat --model" in done.stdout
-        for absent in ("batch", "http", "port"):
+        assert f"python serve.py {example} --model" in done.stdout
+        for absent in ("http", "--port"):
             assert absent not in done.stdout
 
 

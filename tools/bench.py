@@ -21,6 +21,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         sys.exit("the benchmark runs beside PyTorch: pip install -e '.[test]'")
     # here, for the processes of ``speak`` and ``latency`` import this file and must not hold what they do not use
+    from tools.bench_batch import batch
     from tools.bench_data import data
     from tools.bench_first_packet import first_packet
     from tools.bench_latency import latency
@@ -33,6 +34,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "latency": latency,
         "first-packet": first_packet,
         "data": data,
+        "batch": batch,
     }
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=args)
 

@@ -58,7 +58,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Streams:
-    """What the parts declare (``layers.stream.Streaming``) and how they are paced (``generation.exchange.Pace``).
+    """What the parts declare (``layers.stream.Streaming``) and how they are paced (``generation.reading.Pace``).
 
     Attributes:
       first_tokens, tokens: of text in the first call of the Thinker, and in later ones.

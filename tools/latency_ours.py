@@ -21,8 +21,8 @@ from omni_jax.batch import AudioBlocks
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.checkpoint.pytorch import read_headers
 from omni_jax.config import OmniConfig
-from omni_jax.generation.exchange import Pace
 from omni_jax.generation.model import OmniModel
+from omni_jax.generation.reading import Pace
 from omni_jax.generation.reply import Event
 from omni_jax.generation.speech import barred_codes
 from omni_jax.generation.text import NOTHING

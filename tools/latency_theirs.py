@@ -16,7 +16,8 @@ _WARM_UP = dict(thinker_max_new_tokens=4, talker_max_new_tokens=9)
 
 
 @functools.cache
-def _model(folder: str) -> Any:
+def model(folder: str) -> Any:
+    """The loaded model."""
     kind: dict[str, Any] = dict(dtype=torch.float32, attn_implementation="sdpa")
     return Qwen2_5OmniForConditionalGeneration.from_pretrained(folder, **kind).eval()
 
@@ -24,9 +25,9 @@ def _model(folder: str) -> Any:
 def load(folder: str, prompt: dict[str, np.ndarray], voice: str) -> float:
     """Seconds of loading; then answers in a few words, which is not counted."""
     begun = time.perf_counter()
-    model = _model(folder)
+    net = model(folder)
     took = time.perf_counter() - begun
-    _generate(model, prompt, voice, **_WARM_UP)
+    generate(net, prompt, voice, **_WARM_UP)
     return took
 
 
@@ -42,11 +43,11 @@ def answer(folder: str, prompt: dict[str, np.ndarray], voice: str, length: Lengt
     Raises:
       RuntimeError: if the reply has another length.
     """
-    model = _model(folder)
+    net = model(folder)
     begun = time.perf_counter()
     # the last code is taken for the end mark and left out
     limits = dict(thinker_max_new_tokens=length.tokens, talker_max_new_tokens=length.codes + 1)
-    ids, sound = _generate(model, prompt, voice, **limits)
+    ids, sound = generate(net, prompt, voice, **limits)
     took = time.perf_counter() - begun
     samples, said = sound.flatten().numpy(), ids.shape[1] - prompt["input_ids"].shape[1]
     if (said, len(samples) / SAMPLE_RATE) != (length.tokens, length.seconds):
@@ -56,12 +57,12 @@ def answer(folder: str, prompt: dict[str, np.ndarray], voice: str, length: Lengt
 
 
 @torch.inference_mode()
-def _generate(model: Any, prompt: dict[str, np.ndarray], voice: str, **limits: int) -> Any:
-    """With the published way of drawing codes, and the likeliest words."""
+def generate(net: Any, prompt: dict[str, np.ndarray], voice: str, **limits: int) -> Any:
+    """Token ids and sound, with the published way of drawing codes, and the likeliest words."""
     torch.manual_seed(0)
-    c = model.config
+    c = net.config
     inputs = {name: torch.tensor(value) for name, value in prompt.items()}
     pads = dict(
         thinker_pad_token_id=c.thinker_config.pad_token_id, talker_pad_token_id=c.talker_config.tts_codec_pad_token_id
     )
-    return model.generate(**inputs, speaker=voice, return_audio=True, thinker_do_sample=False, **pads, **limits)
+    return net.generate(**inputs, speaker=voice, return_audio=True, thinker_do_sample=False, **pads, **limits)

@@ -20,7 +20,7 @@ import numpy as np
 from omni_jax import positions
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig
-from omni_jax.generation.exchange import ROOM
+from omni_jax.generation.reading import ROOM
 from omni_jax.generation.sampling import Sampling
 from omni_jax.generation.speech import Said, SpeechLoop, SpeechRequest, Talk
 from omni_jax.generation.text import NOTHING, TextLoop, TextRequest
@@ -123,7 +123,7 @@ class _Talking:
         """The codes of each row."""
         loop, made = _speech_loop(self.config), []
         rows = zip(self.prompts, speakers, talks, strict=True)
-        requests = {i: SpeechRequest(len(p), speaker, talk) for i, (p, speaker, talk) in enumerate(rows)}
+        requests = {i: SpeechRequest(len(p), len(p), speaker, talk) for i, (p, speaker, talk) in enumerate(rows)}
         after = [positions.Span(0, len(p)) for p in self.prompts]
         spans = positions.stack([[span] for span in after], 2, width=1)
         state = loop.begin(jax.tree.map(jnp.copy, self.state), self.heard, requests, spans)

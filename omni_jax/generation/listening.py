@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from omni_jax.errors import InputError
-from omni_jax.generation.exchange import Ask, Clock, Exchange
+from omni_jax.generation.reading import Clock, Reading
 from omni_jax.generation.reply import Event
+from omni_jax.generation.scheduler import Scheduler
+from omni_jax.generation.task import Ask
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.live import LivePrompt, Piece
 
@@ -22,16 +24,24 @@ class Listener:
     without it.
     """
 
-    def __init__(self, prompt: LivePrompt, exchange: Exchange, ask: Callable[[Prompt, Mapping[str, Any]], Ask]):
+    def __init__(
+        self,
+        prompt: LivePrompt,
+        scheduler: Scheduler,
+        reading: Reading,
+        ask: Callable[[Prompt, Mapping[str, Any]], Ask],
+    ):
         """Reads everything before the media.
 
         Args:
           prompt: nothing of it has been read.
-          exchange: of which it takes the first row.
+          scheduler: that will answer, and nothing else.
+          reading: nothing so far.
           ask: from the whole prompt and the options of ``answer`` to the request.
         """
         self._prompt, self._ask = prompt, ask
-        self._exchange: Exchange | None = exchange
+        self._scheduler: Scheduler | None = scheduler
+        self._reading: Reading | None = reading
         self._read([prompt.head])
 
     def audio(self, samples: np.ndarray, rate: int) -> None:
@@ -44,7 +54,7 @@ class Listener:
         Raises:
           InputError: if this is no sound, is too long, or the dialogue is over; it is not taken then.
         """
-        self._exchange_of_now()
+        self._parts()
         clock = Clock()
         pieces = self._prompt.audio(samples, rate)
         self._prepared(clock)
@@ -64,7 +74,7 @@ class Listener:
           InputError: if this is no picture, of another size, out of order or too late, or the dialogue is over; it is
             not taken then.
         """
-        self._exchange_of_now()
+        self._parts()
         clock = Clock()
         pieces = self._prompt.video(picture, seconds)
         self._prepared(clock)
@@ -85,32 +95,35 @@ class Listener:
           InputError: if nothing was heard or seen, the text does not fit, or an option is wrong; the dialogue can go
             on.
         """
-        exchange, clock = self._exchange_of_now(), Clock()
+        (scheduler, reading), clock = self._parts(), Clock()
         ask = self._ask(self._prompt.whole(text), options)
         rest = self._prompt.end(text)
         self._prepared(clock)
         self.close()
-        return _answer(exchange, rest, ask)
+        return _answer(scheduler, reading, rest, ask)
 
     def close(self) -> None:
         """Ends the dialogue without an answer and frees its caches."""
-        self._exchange = None
+        self._scheduler = self._reading = None
 
-    def _exchange_of_now(self) -> Exchange:
-        if self._exchange is None:
+    def _parts(self) -> tuple[Scheduler, Reading]:
+        if self._scheduler is None or self._reading is None:
             raise InputError("this dialogue was answered or closed; begin another with listen")
-        return self._exchange
+        return self._scheduler, self._reading
 
     def _prepared(self, clock: Clock) -> None:
-        self._exchange_of_now().timings.prepare += clock.lap()
+        self._parts()[0].timings.prepare += clock.lap()
 
     def _read(self, pieces: list[Piece]) -> None:
         for piece in pieces:
-            self._exchange_of_now().read([piece.prompt], [piece.spans])
+            for _ in self._parts()[1].read(piece.prompt, piece.spans):
+                pass
 
 
-def _answer(exchange: Exchange, rest: list[Piece], ask: Ask) -> Iterator[Event]:
-    for piece in rest:
-        exchange.read([piece.prompt], [piece.spans])
-    for _, event in exchange.answer([ask], live=True):
+def _answer(scheduler: Scheduler, reading: Reading, rest: list[Piece], ask: Ask) -> Iterator[Event]:
+    task = scheduler.submit(ask, [(piece.prompt, piece.spans) for piece in rest], reading)
+    del reading  # the task's now, and freed with it
+    for _, event in scheduler.run():
+        if task.error is not None:
+            raise task.error
         yield event

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,10 +21,12 @@ from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice, choose, load_voices
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, InputError
-from omni_jax.generation.exchange import ROOM, Ask, Exchange, Loops, Pace, Voicing
 from omni_jax.generation.listening import Listener
+from omni_jax.generation.reading import ROOM, Loops, Pace
 from omni_jax.generation.reply import Event, Options, Reply, ReplyWriter, stop_ids
+from omni_jax.generation.scheduler import Scheduler
 from omni_jax.generation.speech import SpeechLoop, Talk
+from omni_jax.generation.task import Ask, Slots, Task, Voicing
 from omni_jax.generation.text import TextLoop, TextRequest
 from omni_jax.generation.warmup import Compilations, warm_up
 from omni_jax.generation.waveform import Waveform
@@ -125,8 +127,8 @@ class OmniModel:
             speech = SpeechLoop(models["talker"], params["talker"], config, text.words, mesh=mesh, steps=pace.codes)
         if "token2wav" in models:
             wave = Waveform(models["token2wav"], params["token2wav"], mesh)
-        self._loops = Loops(config, pace, text, speech, wave)
-        self._row_multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._loops = Loops(config, pace, text, speech, wave, multiple)
 
     def generate(self, messages: Messages, **options: Any) -> Reply:
         """Answers one dialogue.
@@ -140,9 +142,12 @@ class OmniModel:
         """
         chosen, begun = Options.create(**options), time.perf_counter()
         self._check_speech(chosen, [messages])
-        prompt = self._prompt(messages, chosen)
-        events = self._answer([prompt], chosen, time.perf_counter() - begun, live=False)
-        return next(event.reply for _, event in events if event.reply is not None)
+        scheduler = Scheduler(self._loops)
+        task = self._submitted(scheduler, self._prompt(messages, chosen), chosen)
+        scheduler.timings.prepare = time.perf_counter() - begun
+        *_, last = _events(scheduler, task)
+        assert last.reply is not None
+        return last.reply
 
     def stream(self, messages: Messages, **options: Any) -> Generator[Event, None, None]:
         """Answers one dialogue piece by piece: text and sound as they are made.
@@ -152,9 +157,10 @@ class OmniModel:
         """
         chosen, begun = Options.create(**options), time.perf_counter()
         self._check_speech(chosen, [messages])
-        prompt = self._prompt(messages, chosen)
-        events = self._answer([prompt], chosen, time.perf_counter() - begun, live=True)
-        return (event for _, event in events)
+        scheduler = Scheduler(self._loops)
+        task = self._submitted(scheduler, self._prompt(messages, chosen), chosen, live=True)
+        scheduler.timings.prepare = time.perf_counter() - begun
+        return _events(scheduler, task)
 
     def listen(self, messages: Messages = (), *, hears: bool = True, sees: bool = False, **options: Any) -> Listener:
         """Begins a dialogue that is heard, or seen, while it goes on.
@@ -180,14 +186,15 @@ class OmniModel:
         chosen = Options.create(**options)
         self._check_speech(chosen, [messages])
         prompt = LivePrompt(self.processor, messages, hears=hears, sees=sees, assume_fps=chosen.assume_fps)
-        exchange = Exchange(self._loops, self._rows(1), len(prompt.head.prompt) + ROOM, speaks=chosen.speaks)
+        scheduler = Scheduler(self._loops)
+        reading = scheduler.read(len(prompt.head.prompt) + ROOM, speaks=chosen.speaks)
 
         def ask(whole: Prompt, others: Mapping[str, Any]) -> Ask:
             if settled := sorted({"modalities", "assume_fps"} & set(others)):
                 raise InputError(f"{' and '.join(settled)} must be given to listen; what came is already read so")
-            return self._ask(whole, Options.create(**{**options, **others}))
+            return self._ask(whole, Options.create(**{**options, **others}), live=True)
 
-        return Listener(prompt, exchange, ask)
+        return Listener(prompt, scheduler, reading, ask)
 
     def generate_batch(self, conversations: Sequence[Messages], *, batch_size: int = 8, **options: Any) -> list[Reply]:
         """Answers many dialogues, each as ``generate`` would alone.
@@ -196,7 +203,7 @@ class OmniModel:
 
         Args:
           conversations: one list of messages each.
-          batch_size: how many are worked on together; those of like length go together.
+          batch_size: how many are worked on at once; as soon as one is answered the next takes its place.
           **options: see ``Options``; they hold for every row.
         """
         if batch_size < 1:
@@ -211,15 +218,35 @@ class OmniModel:
                 prompts[i] = self._prompt(messages, chosen)
             except InputError as e:
                 replies[i] = Reply.failed(e)
-        prepare = time.perf_counter() - begun
-        order = sorted(prompts, key=lambda i: len(prompts[i]))
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
-            events = self._answer([prompts[i] for i in rows], chosen, prepare * len(rows) / len(order), live=False)
-            replies |= {rows[i]: event.reply for i, event in events if event.reply is not None}
+        rows = bucket(min(batch_size, max(len(prompts), 1)))
+        scheduler = Scheduler(self._loops, Slots(rows, rows))
+        scheduler.timings.prepare = time.perf_counter() - begun
+        order = sorted(prompts, key=lambda i: len(prompts[i]))  # caches grow once, then
+        numbers = {self._submitted(scheduler, prompts[i], chosen): i for i in order}
+        for task, event in scheduler.run():
+            if event.reply is not None:
+                replies[numbers[task]] = event.reply
         return [replies[i] for i in range(len(conversations))]
 
-    def warmup(self, *, tokens: int = 2048, windows: int = 32, rows: int = 1) -> Compilations:
+    def scheduler(self, slots: Slots) -> Scheduler:
+        """An engine for many requests, that come and go one by one; see ``Scheduler`` and ``request``."""
+        return Scheduler(self._loops, slots)
+
+    def request(self, scheduler: Scheduler, prompt: Prompt, options: Options) -> Task:
+        """Gives a scheduler of this model a request whose sound is to come with its reply.
+
+        Args:
+          scheduler: of this model.
+          prompt: from this model's processor.
+          options: how it is to be answered.
+
+        Raises:
+          InputError: for what ``check`` finds wrong.
+        """
+        self.check(options)
+        return self._submitted(scheduler, prompt, options)
+
+    def warmup(self, *, tokens: int = 2048, windows: int = 32, slots: Slots | None = None) -> Compilations:
         """Compiles what ``stream`` and ``listen`` run, so that no request has to wait for the compiler.
 
         What is larger than this is compiled when it is met, and so is ``generate`` with speech, whose sound is made at
@@ -228,18 +255,19 @@ class OmniModel:
         Args:
           tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
           windows: of a picture at most, each 112 x 112 pixels: a picture of 480 x 640 has 30. 0 for none.
-          rows: dialogues at once.
+          slots: of a scheduler that is to run instead, with requests that are not live.
 
         Returns:
           How many programs there were, and the seconds they took.
         """
-        rows = self._rows(rows)
+        wave, voices, pace = self._loops.wave, list(self.voices.values()), self._loops.pace
         with Compilations() as compilations:
-            warm_up(self._loops, rows=rows, tokens=tokens, windows=windows)
-            if self._loops.wave is not None and self.voices:
-                pace = self._loops.pace
+            warm_up(self._loops, slots or Slots(), tokens=tokens, windows=windows)
+            if wave is not None and voices and slots is not None:
+                wave.warm_up_whole(voices, slots.blocks)
+            elif wave is not None and voices:
                 chunks = dict(first_chunk_codes=pace.first_chunk_codes, chunk_codes=pace.chunk_codes)
-                self._loops.wave.warm_up(list(self.voices.values()), rows, **chunks)
+                wave.warm_up(voices, **chunks)
         return compilations
 
     def synthesize(
@@ -273,48 +301,42 @@ class OmniModel:
         context = self.config.thinker_config.text_config.max_position_embeddings
         return self.processor(messages, assume_fps=options.assume_fps, max_length=context - 1)
 
-    def _answer(
-        self, prompts: Sequence[Prompt], options: Options, prepare: float, *, live: bool
-    ) -> Iterator[tuple[int, Event]]:
-        """Runs one batch; yields pieces with the number of their row."""
-        rows = self._rows(len(prompts))
-        asks = [self._ask(p, options) for p in prompts]
-        said = max(min(ROOM, ask.text.max_tokens) for ask in asks)
-        if options.speaks:
-            said = max(said, min(ROOM, self._talk(options).max_tokens + 2))
-        exchange = Exchange(self._loops, rows, max(map(len, prompts)) + said, speaks=options.speaks)
-        exchange.timings.prepare = prepare
-        exchange.read(prompts, [positions.resolve(p.segments, self.config.thinker_config) for p in prompts])
-        yield from exchange.answer(asks, live=live)
+    def _submitted(self, scheduler: Scheduler, prompt: Prompt, options: Options, *, live: bool = False) -> Task:
+        spans = positions.resolve(prompt.segments, self.config.thinker_config)
+        return scheduler.submit(self._ask(prompt, options, live=live), [(prompt, spans)])
 
-    def _rows(self, requests: int) -> int:
-        """Rows of a batch that holds so many requests."""
-        return -(-bucket(requests) // self._row_multiple) * self._row_multiple
-
-    def _ask(self, prompt: Prompt, options: Options) -> Ask:
+    def _ask(self, prompt: Prompt, options: Options, *, live: bool) -> Ask:
         c, length = self.config.thinker_config, len(prompt)
         room = min(options.max_tokens, c.text_config.max_position_embeddings - length)
         text = TextRequest(options.sampling, room, stop_ids(self.processor, options))
         after = positions.resolve((*prompt.segments, positions.Text(2)), c)[-1]
         voicing = None
         if options.speaks:
-            voicing = Voicing(choose(self.voices, options.voice), self._talk(options), options.seed)
+            noise = options.seed if options.noise_seed is None else options.noise_seed
+            voicing = Voicing(choose(self.voices, options.voice), self._talk(options), noise)
         span = dataclasses.replace(after, begin=0)
-        return Ask(prompt.tokens, span, prompt.usage, text, ReplyWriter(self.processor, options), voicing)
+        return Ask(prompt.tokens, span, prompt.usage, text, ReplyWriter(self.processor, options), voicing, live)
 
     def _check_speech(self, options: Options, conversations: Sequence[Messages]) -> None:
         """Before any work: what speech needs is there. Warns of a system prompt that speech was not trained with."""
-        if not options.speaks:
-            return
-        self._need_speech()
-        choose(self.voices, options.voice)
-        self._talk(options)
-        if not all(_asks_for_speech(messages) for messages in conversations):
+        self.check(options)
+        if options.speaks and not all(_asks_for_speech(messages) for messages in conversations):
             warnings.warn(
                 "speech was trained with the system prompt omni_jax.SPEECH_SYSTEM_PROMPT alone; under another one, or "
                 "without one, the model may speak badly or not at all",
                 stacklevel=3,
             )
+
+    def check(self, options: Options) -> None:
+        """Whether the model can answer so, before any work is done.
+
+        Raises:
+          InputError: for speech where it cannot speak, for an unknown voice, and for a wrong option of the Talker's.
+        """
+        if options.speaks:
+            self._need_speech()
+            choose(self.voices, options.voice)
+            self._talk(options)
 
     def _need_speech(self) -> None:
         missing = [
@@ -328,6 +350,14 @@ class OmniModel:
 
     def _talk(self, options: Options) -> Talk:
         return Talk.create({"seed": options.seed, **options.talker}, self.config)
+
+
+def _events(scheduler: Scheduler, task: Task) -> Generator[Event, None, None]:
+    """What a scheduler's only request gives."""
+    for _, event in scheduler.run():
+        if task.error is not None:
+            raise task.error
+        yield event
 
 
 def _asks_for_speech(messages: Messages) -> bool:

@@ -30,6 +30,7 @@ class Options:
       modalities: ("text",), or ("text", "audio") to have the reply spoken too.
       voice: who speaks; the checkpoint's default voice if None.
       talker: how it is spoken, see ``Talk``; its seed is that of the text unless it has one.
+      noise_seed: of the noise that the sound is made from; ``seed`` if None.
     """
 
     max_tokens: int = 256
@@ -44,6 +45,7 @@ class Options:
     modalities: tuple[str, ...] = ("text",)
     voice: str | None = None
     talker: Mapping[str, Any] = field(default_factory=dict)
+    noise_seed: int | None = None
 
     @classmethod
     def create(cls, **given: Any) -> Options:
@@ -67,6 +69,9 @@ class Options:
             raise InputError(f'modalities is {options.modalities!r}; it must be ["text"] or ["text", "audio"]')
         if not isinstance(options.talker, Mapping):
             raise InputError(f"talker is {options.talker!r}; it must be a dict of options")
+        noise = options.noise_seed
+        if noise is not None and (not isinstance(noise, int) or isinstance(noise, bool) or not 0 <= noise < 2**32):
+            raise InputError(f"noise_seed is {noise!r}; it must be a whole number of at least 0 and below 2**32")
         _ = options.sampling
         return options
 
@@ -118,7 +123,7 @@ class Reply:
     error: str | None = None
 
     @classmethod
-    def failed(cls, error: InputError) -> Reply:
+    def failed(cls, error: Exception) -> Reply:
         return cls("", (), "error", Usage(), error=str(error))
 
 

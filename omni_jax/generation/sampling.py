@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,12 @@ class SamplingState:
             barred=barred,
         )
 
+    def put(self, row: Int[Array, ""], other: SamplingState) -> SamplingState:
+        """The first row of ``other`` in place of a row of this one; barred tokens must be the same."""
+        barred = self.barred
+        mine, theirs = dataclasses.replace(self, barred=None), dataclasses.replace(other, barred=None)
+        return dataclasses.replace(put_row(mine, row, theirs), barred=barred)
+
     def replaced(self, other: SamplingState, rows: Bool[np.ndarray, " B"]) -> SamplingState:
         """With these rows of another one, whose barred tokens must be the same."""
 
@@ -98,6 +105,11 @@ class SamplingState:
 
         names = [f.name for f in dataclasses.fields(self) if f.name != "barred"]
         return dataclasses.replace(self, **{n: one(getattr(self, n), getattr(other, n)) for n in names})
+
+
+def put_row(tree: Any, row: Int[Array, ""], other: Any) -> Any:
+    """The first row of every array of ``other`` in place of a row of ``tree``'s; both begin with an axis of rows."""
+    return jax.tree.map(lambda mine, theirs: jnp.asarray(mine).at[row].set(jnp.asarray(theirs)[0]), tree, other)
 
 
 def sample(

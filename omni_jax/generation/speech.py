@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from omni_jax.batch import Array, Spans
 from omni_jax.config import OmniConfig, TalkerConfig
 from omni_jax.errors import CheckpointError, InputError
-from omni_jax.generation.sampling import Sampling, SamplingState, sample
+from omni_jax.generation.sampling import Sampling, SamplingState, put_row, sample
 from omni_jax.generation.text import NOTHING, call, on_mesh, place_after, room
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.talker import NO_CODE, Talker
@@ -34,6 +34,7 @@ from omni_jax.processing.chunks import Chunk
 from omni_jax.sharding import constrain, place_of, small
 
 _NEVER = 2**30  # in place of a token's number, while the end of the text is not known
+STRIDE = 16  # tokens of a reply that are written to a script in one call
 _SALT = 0x7A1CE2  # so that words and codes of one request are not drawn with the same random numbers
 
 
@@ -88,11 +89,13 @@ class SpeechRequest:
 
     Attributes:
       prompt: how many tokens the Thinker read before its reply.
+      begin: where the reply begins in what the Talker hears.
       speaker: the text id that begins a reply in the voice (``Voice.bos_token``).
       talk: the options.
     """
 
     prompt: int
+    begin: int
     speaker: int
     talk: Talk
 
@@ -102,12 +105,12 @@ class Said:
     """How far the Thinker has come with each row's reply.
 
     Attributes:
-      prompt: tokens before the reply. int [B]
+      begin: where the reply begins in what the Talker hears. int [B]
       tokens: of the reply that are known to be spoken, its end mark included. int [B]
       ended: whether no more follow. bool [B]
     """
 
-    prompt: np.ndarray
+    begin: np.ndarray
     tokens: np.ndarray
     ended: np.ndarray
 
@@ -156,13 +159,18 @@ class SpeechLoop:
           mesh: over which the parameters are spread.
           steps: how many codes one jitted call makes at most.
         """
-        self.params, self.steps = params, steps
+        self.params, self.steps, self._model = params, steps, model
         self._config, self._words, self._mesh, self._place = config, words, mesh, place_of(params, mesh)
         begun = None if mesh is not None else self._place
         self._empty = jax.jit(functools.partial(empty_rows, model), static_argnums=(0, 1), out_shardings=begun)
         self._grow = jax.jit(KVCache.grown, static_argnums=1)
         self._rows = jax.jit(_rows)
         self._shares = jax.jit(functools.partial(_shares, steps))
+        self._put = jax.jit(_put, donate_argnums=0)
+        self._script = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=place_of(params, mesh))
+        self._longer = jax.jit(lambda script: jnp.pad(script, ((0, 0), (0, script.shape[1]), (0, 0))))
+        self._write = jax.jit(_write, donate_argnums=0)
+        self._alone = jax.jit(_alone, static_argnums=2)
         self._read = jax.jit(functools.partial(_read, model), donate_argnums=1)
         self._begin = jax.jit(functools.partial(_begin, model), donate_argnums=1)
         self._advance = jax.jit(functools.partial(say_codes, model), donate_argnums=1)
@@ -181,6 +189,48 @@ class SpeechLoop:
             with on_mesh(self._mesh):
                 state = dataclasses.replace(state, cache=self._grow(state.cache, 2 * state.cache.slots))
         return state
+
+    def put(self, state: SpeechState, row: int, other: SpeechState) -> SpeechState:
+        """The first row of ``other``, as it is, in place of one of ``state``; see ``TextLoop.put``."""
+        state, other = self.grown(state, other.cache.slots), self.grown(other, state.cache.slots)
+        with on_mesh(self._mesh):
+            return self._put(state, np.int32(row), other)
+
+    def script(self, rows: int) -> jax.Array:
+        """What rows hear of their replies, [B, tokens, E]: nothing yet. It is longer than a reply where that begins."""
+        with on_mesh(self._mesh):
+            return self._script((rows, room(1), self._model.config.embedding_size), self._model.dtype)
+
+    def alone(self, heard: Float[Array, "T slots E"], row: int, rows: int) -> jax.Array:
+        """What the Thinker read and said in one of its rows, for a batch of ``rows`` of which that is the first."""
+        with on_mesh(self._mesh):
+            return self._alone(heard, np.int32(row), rows)
+
+    def written(
+        self,
+        script: Float[jax.Array, "B tokens E"],
+        heard: Float[Array, "T slots E"],
+        source: Int[np.ndarray, " B"],
+        place: Int[np.ndarray, " B"],
+        begin: Int[np.ndarray, " B"],
+    ) -> jax.Array:
+        """The script with ``STRIDE`` more tokens of some rows.
+
+        Args:
+          script: it is used up.
+          heard: what the Thinker read and said.
+          source: the Thinker's row that each row of the Talker follows; -1 for none.
+          place: where in it the row's reply begins.
+          begin: the number of the first token that is written. What lies behind the last one known has no meaning yet.
+        """
+        while script.shape[1] < int((begin + STRIDE)[source >= 0].max(initial=0)):
+            script = self._longer(script)
+        places = np.zeros((heard.shape[0], STRIDE), np.int32)
+        followed = source >= 0
+        places[source[followed]] = (place + begin)[followed][:, None] + np.arange(STRIDE)
+        with on_mesh(self._mesh):
+            rows = self._rows(heard, places)
+            return self._write(script, rows, source.astype(np.int32), begin.astype(np.int32))
 
     def read(self, state: SpeechState, heard: Float[Array, "B slots E"], chunk: Chunk) -> SpeechState:
         """Reads a chunk of the prompts, which the Thinker has read. The state that is given is used up."""
@@ -208,16 +258,16 @@ class SpeechLoop:
         """
         c, rows = self._config.talker_config, state.position.shape[0]
         samplings, left = [Sampling()] * rows, np.array(state.left)
-        speakers, prompt = np.zeros(rows, np.int32), np.zeros((rows, 1), np.int32)
+        speakers, begins = np.zeros(rows, np.int32), np.zeros((rows, 1), np.int32)
         for i, r in requests.items():
             # words and codes of one request are not to be drawn with the same random numbers
             samplings[i] = dataclasses.replace(r.talk.sampling, seed=r.talk.seed ^ _SALT)
             left[i] = min(r.talk.max_tokens, max(c.max_position_embeddings - r.prompt - 2, 0))
-            speakers[i], prompt[i] = r.speaker, r.prompt
+            speakers[i], begins[i] = r.speaker, r.begin
         new = np.isin(np.arange(rows), list(requests))
         state, marks = self.grown(state, int(np.max(state.cache.end)) + 2), self._marks(speakers)
         with on_mesh(self._mesh):
-            state = self._begin(self.params, state, marks, self._rows(heard, prompt), spans, new)
+            state = self._begin(self.params, state, marks, self._rows(heard, begins), spans, new)
         sampling = state.sampling.replaced(self._sampling(samplings), new)
         sampling, left = jax.device_put((sampling, left), self._place)
         return dataclasses.replace(state, sampling=sampling, left=left)
@@ -244,7 +294,7 @@ class SpeechLoop:
         ready = np.minimum(self.ready(state, said), steps).astype(np.int32)
         state = self.grown(state, int(np.max(state.cache.end)) + int(ready.max()))
         with on_mesh(self._mesh):
-            shares = self._shares(heard, said.prompt.astype(np.int32), state.sampling.step, said.last, state.marks)
+            shares = self._shares(heard, said.begin.astype(np.int32), state.sampling.step, said.last, state.marks)
             made, state = self._advance(self.params, state, shares, ready)
         return np.asarray(made), state
 
@@ -285,15 +335,36 @@ def empty_rows(model: Talker, rows: int, slots: int) -> tuple[jax.Array, KVCache
     return constrain(jnp.zeros((rows, c.hidden_size), model.dtype), "batch", "width"), cache, marks
 
 
+def _put(state: SpeechState, row: Int[Array, ""], other: SpeechState) -> SpeechState:
+    rest = [f.name for f in dataclasses.fields(SpeechState) if f.name not in ("cache", "sampling")]
+    mine, theirs = ({name: getattr(x, name) for name in rest} for x in (state, other))
+    cache, sampling = state.cache.put(row, other.cache), state.sampling.put(row, other.sampling)
+    made = dataclasses.replace(state, **put_row(mine, row, theirs), cache=cache, sampling=sampling)
+    position, sampling, left = small((made.position, made.sampling, made.left))
+    return dataclasses.replace(made, position=position, sampling=sampling, left=left)
+
+
 def _rows(heard: Array, places: Int[Array, "B C"]) -> jax.Array:
     """What the Thinker gives at these places, [B, C, E]; anything behind its end."""
     return jnp.take_along_axis(jnp.asarray(heard), jnp.asarray(places)[..., None], axis=1, mode="clip")
 
 
-def _shares(steps: int, heard: Array, prompt: Array, step: Array, last: Array, marks: Array) -> jax.Array:
+def _alone(heard: Array, row: Int[Array, ""], rows: int) -> jax.Array:
+    one = jax.lax.dynamic_slice_in_dim(jnp.asarray(heard), row, 1)
+    return jnp.broadcast_to(one, (rows, *one.shape[1:]))
+
+
+def _write(script: Array, rows: Float[Array, "T n E"], source: Int[Array, " B"], begin: Int[Array, " B"]) -> jax.Array:
+    script, n = jnp.asarray(script), rows.shape[1]
+    new = jnp.asarray(rows)[jnp.maximum(source, 0)].astype(script.dtype)
+    place = jnp.where((source >= 0)[:, None], begin[:, None] + jnp.arange(n), script.shape[1])
+    return script.at[jnp.arange(len(script))[:, None], place].set(new, mode="drop")
+
+
+def _shares(steps: int, heard: Array, begin: Array, step: Array, last: Array, marks: Array) -> jax.Array:
     """The rows that go with the next codes: of the tokens r_1, r_2, ... before ``last``, the end, then padding."""
     token = jnp.asarray(step)[:, None] + 1 + jnp.arange(steps)
-    rows = _rows(heard, jnp.asarray(prompt)[:, None] + token)
+    rows = _rows(heard, jnp.asarray(begin)[:, None] + token)
     token, last = token[..., None], jnp.asarray(last)[:, None, None]
     return jnp.where(token < last, rows, jnp.where(token == last, marks[:, 1:2], marks[:, 2:]))
 

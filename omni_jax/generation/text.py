@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array, AudioBlocks, VisionFrames, bucket
-from omni_jax.generation.sampling import Sampling, SamplingState, sample
+from omni_jax.generation.sampling import Sampling, SamplingState, put_row, sample
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.thinker import Thinker
 from omni_jax.positions import position_ids
@@ -82,6 +82,7 @@ class TextLoop:
         begun = None if mesh is not None else self._place
         self._empty = jax.jit(functools.partial(empty_rows, model, keep), static_argnums=(0, 1), out_shardings=begun)
         self._grow = jax.jit(_grown, static_argnames="slots")
+        self._put = jax.jit(_put, donate_argnums=0)
         self._read = jax.jit(functools.partial(read_chunk, model), donate_argnums=1)
         self._advance = jax.jit(functools.partial(say_tokens, model, steps), donate_argnums=1)
 
@@ -112,6 +113,26 @@ class TextLoop:
             with on_mesh(self._mesh):
                 state = self._grow(state, slots=2 * state.cache.slots)
         return state
+
+    def put(self, state: TextState, row: int, other: TextState) -> TextState:
+        """The first dialogue of ``other``, as it is, in place of one of ``state``, which is used up.
+
+        Args:
+          state, other: of any size; the one with fewer slots is grown.
+          row: of ``state``.
+        """
+        state, other = self.grown(state, other.cache.slots), self.grown(other, state.cache.slots)
+        stops = max(state.stop.shape[1], other.stop.shape[1])
+        state, other = self._with_stops(state, stops), self._with_stops(other, stops)
+        with on_mesh(self._mesh):
+            return self._put(state, np.int32(row), other)
+
+    def _with_stops(self, state: TextState, stops: int) -> TextState:
+        more = stops - state.stop.shape[1]
+        if not more:
+            return state
+        stop = np.pad(np.asarray(state.stop), ((0, 0), (0, more)), constant_values=NOTHING)
+        return dataclasses.replace(state, stop=jax.device_put(stop, self._place))
 
     def read(self, state: TextState, stretch: Stretch, features: Sequence[jax.Array]) -> TextState:
         """Reads a chunk of each row's prompt. The state that is given is used up.
@@ -205,6 +226,16 @@ def _grown(state: TextState, slots: int) -> TextState:
     more = slots - state.cache.slots
     heard = None if state.heard is None else jnp.pad(state.heard, ((0, 0), (0, more), (0, 0)))
     return dataclasses.replace(state, cache=state.cache.grown(slots), heard=heard)
+
+
+def _put(state: TextState, row: Int[Array, ""], other: TextState) -> TextState:
+    rest = [f.name for f in dataclasses.fields(TextState) if f.name not in ("cache", "sampling", "heard")]
+    mine, theirs = ({name: getattr(x, name) for name in rest} for x in (state, other))
+    heard = None if state.heard is None else put_row(state.heard, row, other.heard)
+    cache, sampling = state.cache.put(row, other.cache), state.sampling.put(row, other.sampling)
+    made = dataclasses.replace(state, **put_row(mine, row, theirs), cache=cache, sampling=sampling, heard=heard)
+    position, sampling, left, stop = small((made.position, made.sampling, made.left, made.stop))
+    return dataclasses.replace(made, position=position, sampling=sampling, left=left, stop=stop)
 
 
 def read_chunk(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 from jax import monitoring
 
 from omni_jax import positions
 from omni_jax.batch import AudioBlocks, VisionFrames, bucket
-from omni_jax.generation.exchange import Loops
+from omni_jax.generation.reading import Loops
 from omni_jax.generation.sampling import Sampling
 from omni_jax.generation.speech import Said, SpeechRequest, SpeechState, Talk
+from omni_jax.generation.task import Slots
 from omni_jax.generation.text import TextRequest, TextState, room
 from omni_jax.processing.chunks import BLOCKS, NARROW, Stretch, feed, frames_of_call
 from omni_jax.processing.layout import lay_out
@@ -45,27 +47,29 @@ class Compilations:
             self.seconds += duration_secs
 
 
-def warm_up(loops: Loops, *, rows: int, tokens: int, windows: int) -> None:
-    """Runs every program of Thinker and Talker for batches of ``rows``; Token2Wav's has ``Waveform.warm_up``.
+def warm_up(loops: Loops, slots: Slots, *, tokens: int, windows: int) -> None:
+    """Runs every program of Thinker and Talker that a scheduler does; Token2Wav's has ``Waveform``.
 
     Args:
       loops: of a model.
-      rows: dialogues at once.
+      slots: of the scheduler.
       tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
       windows: of a picture at most, each 112 x 112 pixels; 0 for none.
     """
-    _media(loops, rows, windows)
-    slots, last = room(1), room(tokens)
+    _media(loops, loops.rows(1), windows)
+    held, last = room(1), room(tokens)
     while True:
         for lengths in ((NARROW, NARROW), (2 * NARROW + 1,)):
-            text, speech = _read(loops, rows, slots, lengths)
-        _answer(loops, text, speech, sum(lengths))
-        if slots == last:
+            text, speech = _read(loops, loops.rows(1), held, lengths)
+        _answer(loops, slots, text, speech, sum(lengths))
+        if held == last:
             break
-        slots *= 2
-        loops.text.grown(loops.text.empty(rows, slots // 2), slots)
-        if loops.speech is not None:
-            loops.speech.grown(loops.speech.empty(rows, slots // 2), slots)
+        held *= 2
+        for rows in {loops.rows(1), loops.rows(slots.thinker)}:
+            loops.text.grown(loops.text.empty(rows, held // 2), held)
+        for rows in {loops.rows(1), loops.rows(slots.talker)} if loops.speech is not None else ():
+            assert loops.speech is not None
+            loops.speech.grown(loops.speech.empty(rows, held // 2), held)
 
 
 def _media(loops: Loops, rows: int, windows: int) -> None:
@@ -108,19 +112,38 @@ def _read(loops: Loops, rows: int, slots: int, lengths: tuple[int, ...]) -> tupl
     return text, speech
 
 
-def _answer(loops: Loops, text: TextState, speech: SpeechState | None, length: int) -> None:
-    """Calls of both loops: the first, and one after it."""
-    rows, every = text.position.shape[0], range(text.position.shape[0])
-    request = TextRequest(Sampling(), 2 * loops.pace.tokens, ())
-    text = loops.text.ask(text, dict.fromkeys(every, request), dict.fromkeys(every, np.zeros(1, np.int32)))
+def _answer(loops: Loops, slots: Slots, text: TextState, speech: SpeechState | None, length: int) -> None:
+    """One request takes its row and its seat, and both loops are called: the first time, and once after it."""
+    held = text.cache.slots
+    text = loops.text.ask(text, {0: TextRequest(Sampling(), 2 * loops.pace.tokens, ())}, {0: np.zeros(1, np.int32)})
+    text = loops.text.put(loops.text.empty(loops.rows(slots.thinker), held), 0, text)
     for steps in (loops.pace.first_tokens, loops.pace.tokens):
         _, text = loops.text.advance(text, steps)
     if loops.speech is None or speech is None:
         return
     assert text.heard is not None
-    speaking = SpeechRequest(length, 0, Talk(max_tokens=2 * loops.pace.codes))
-    spans = positions.stack([[positions.Span(0, length)]] * rows, 2, width=1)
-    speech = loops.speech.begin(speech, text.heard, dict.fromkeys(every, speaking), spans)
-    said = Said(np.full(rows, length), np.full(rows, 2 * loops.pace.tokens), np.ones(rows, bool))
+    loop, seats = loops.speech, loops.rows(slots.talker)
+    speech = loop.put(loop.empty(seats, held), 0, speech)
+    source, zeros = np.where(np.arange(seats) > 0, -1, 0), np.zeros(seats, np.int32)
+    script = loop.script(seats)
+    while True:
+        for heard in (text.heard, loop.alone(text.heard, 0, loops.rows(1))):
+            script = loop.written(script, heard, source, zeros, zeros)
+        if script.shape[1] >= held:
+            break
+        begin = np.full(seats, script.shape[1])  # just behind its end, so that it grows
+        script = loop.written(script, text.heard, source, zeros, begin)
+        speech = _speak(loops, speech, script, length)
+    _speak(loops, speech, script, length)
+
+
+def _speak(loops: Loops, speech: SpeechState, script: jax.Array, length: int) -> SpeechState:
+    loop, seats = loops.speech, len(script)
+    assert loop is not None
+    request = SpeechRequest(length, 0, 0, Talk(max_tokens=2 * loops.pace.codes))
+    spans = positions.stack([[positions.Span(0, length)]] * seats, 2, width=1)
+    speech = loop.begin(speech, script, {0: request}, spans)
+    said = Said(np.zeros(seats, np.int32), np.full(seats, 2 * loops.pace.tokens), np.ones(seats, bool))
     for _ in range(2):
-        _, speech = loops.speech.advance(speech, text.heard, said)
+        _, speech = loop.advance(speech, script, said)
+    return speech

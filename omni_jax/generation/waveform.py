@@ -26,6 +26,8 @@ from omni_jax.models.dit_stream import Speaker
 from omni_jax.models.flow import draw_noise, solve
 from omni_jax.models.token2wav import Token2Wav, parts
 
+_VOICES = 4  # in a call at least, so that their number makes no programs of its own
+
 
 @struct.dataclass
 class SpeechBlocks:
@@ -58,6 +60,7 @@ class Waveform:
         voices: Sequence[Voice],
         noise: Sequence[Float[np.ndarray, "frames mel"] | None],
         seeds: Sequence[int],
+        sizes: Sequence[int] = (),
     ) -> list[Float[np.ndarray, " samples"]]:
         """Speaks each request's codes: float32 from -1 to 1 at ``SAMPLE_RATE``, 480 samples a code (published sizes).
 
@@ -68,11 +71,13 @@ class Waveform:
           voices: who speaks each.
           noise: what the flow starts from, [codes * repeats, mel_dim] standard normal; drawn where None.
           seeds: of the draws.
+          sizes: numbers of blocks, in order, that programs are to be compiled for; a larger number is rounded up to a
+            power of two. Without them a number is rounded up by an eighth at most.
 
         Raises:
           InputError: for codes, a voice, noise or a seed that cannot be used.
         """
-        return self.vocode(self.mel(codes, voices, noise, seeds))
+        return self.vocode(self.mel(codes, voices, noise, seeds, sizes), sizes)
 
     def mel(
         self,
@@ -80,6 +85,7 @@ class Waveform:
         voices: Sequence[Voice],
         noise: Sequence[Float[np.ndarray, "frames mel"] | None],
         seeds: Sequence[int],
+        sizes: Sequence[int] = (),
     ) -> list[Float[np.ndarray, "frames mel"]]:
         """The first half of ``synthesize``: log-mel spectrograms, ``repeats`` frames a code."""
         c = self.config.dit_config
@@ -90,22 +96,28 @@ class Waveform:
         rows = [np.repeat(np.asarray(row, np.int32), c.repeats) for row in codes]
         used = list({id(v): v for v in voices}.values())
         which = [next(i for i, v in enumerate(used) if v is voice) for voice in voices]
+        used += used[:1] * (bucket(len(used), _VOICES) - len(used))
         lengths = [len(row) for row in rows]
-        blocks, places = pack(lengths, c.block_size, fine_bucket(sum(-(-n // c.block_size) for n in lengths)))
+        blocks, places = pack(lengths, c.block_size, size_for(sum(-(-n // c.block_size) for n in lengths), sizes))
         speech = _speech(c, blocks, places, rows, which, noise, seeds)
         speakers = np.stack([self._speaker_rows(v) for v in used])
         with on_mesh(self._mesh):
             mel = np.asarray(self._mel(self.params["dit"], speech, speakers, np.concatenate([v.cond for v in used])))
         return [mel[part].reshape(-1, c.mel_dim)[:n] for part, n in zip(places, lengths, strict=True)]
 
-    def vocode(self, mels: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Float[np.ndarray, " samples"]]:
-        """The second half of ``synthesize``. Spectrograms of about one length go through the vocoder together."""
+    def vocode(
+        self, mels: Sequence[Float[np.ndarray, "frames mel"]], sizes: Sequence[int] = ()
+    ) -> list[Float[np.ndarray, " samples"]]:
+        """The second half of ``synthesize``. Spectrograms of about one length go through the vocoder together.
+
+        With ``sizes`` they go one by one, so that only lengths make programs.
+        """
         unit = self.config.dit_config.block_size
-        groups: dict[int, list[int]] = defaultdict(list)
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, mel in enumerate(mels):
-            groups[unit * fine_bucket(-(-len(mel) // unit))].append(i)
+            groups[unit * size_for(-(-len(mel) // unit), sizes), i if sizes else 0].append(i)
         samples: dict[int, np.ndarray] = {}
-        for frames, rows in groups.items():
+        for (frames, _), rows in groups.items():
             batch = np.zeros((fine_bucket(len(rows)), frames, mels[0].shape[1]), np.float32)
             length = np.zeros(len(batch), np.int32)
             for slot, i in enumerate(rows):
@@ -114,8 +126,14 @@ class Waveform:
             with on_mesh(self._mesh):
                 made = np.asarray(self._vocode(self.params["bigvgan"], batch, length))
             per_frame = made.shape[1] // frames
-            samples |= {i: made[slot, : per_frame * length[slot]] for slot, i in enumerate(rows)}
+            # copies: a part of the array would keep all of it, which on a CPU is the device's own
+            samples |= {i: made[slot, : per_frame * length[slot]].copy() for slot, i in enumerate(rows)}
         return [samples[i] for i in range(len(mels))]
+
+    def blocks(self, codes: int) -> int:
+        """Of the DiT, that so many codes of one request take in a list."""
+        c = self.config.dit_config
+        return -(-codes * c.repeats // c.block_size)
 
     def stream(
         self,
@@ -176,6 +194,15 @@ class Waveform:
             for blocks in (*stream.chunks, 0):
                 stream.push([np.zeros(blocks * size, np.int32)] * batch, [blocks == 0] * batch)
 
+    def warm_up_whole(self, voices: Sequence[Voice], sizes: Sequence[int]) -> None:
+        """Compiles what ``synthesize`` needs with these ``sizes``, as ``warm_up`` does for streams."""
+        c = self.config.dit_config
+        for voice in voices:
+            self._speaker_rows(voice)
+        for size in sizes:
+            codes = np.zeros(size * c.block_size // c.repeats, np.int32)
+            self.synthesize([codes], voices[:1], [None], [0], sizes)
+
     def _speaker_rows(self, voice: Voice) -> np.ndarray:
         """What the speaker encoder makes of a voice, once for all of its requests."""
         known = self._known.get(voice.name)
@@ -193,6 +220,12 @@ def fine_bucket(n: int) -> int:
     """
     step = 1 << max(0, (n - 1).bit_length() - 4)
     return -(-n // step) * step
+
+
+def size_for(blocks: int, sizes: Sequence[int]) -> int:
+    """The first of ``sizes`` that is enough, or where none is a power of two; without any the ``fine_bucket``."""
+    larger = 1 << (blocks - 1).bit_length() if sizes else fine_bucket(blocks)
+    return next((size for size in sizes if size >= blocks), larger)
 
 
 def _check(config: DiTConfig, row: int, codes: np.ndarray, voice: Voice, noise: np.ndarray | None, seed: int) -> None:

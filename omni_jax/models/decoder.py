@@ -62,6 +62,17 @@ class KVCache:
 
         return dataclasses.replace(self, k=jax.tree.map(more, self.k), v=jax.tree.map(more, self.v)).spread()
 
+    def put(self, row: Int[Array, ""], other: KVCache) -> KVCache:
+        """The first row of ``other``, which has as many slots, in place of a row of this one."""
+
+        def one(mine: Array, theirs: Array) -> jax.Array:
+            axis = jnp.ndim(mine) - 4
+            first = jax.lax.slice_in_dim(theirs, 0, 1, axis=axis)
+            return jax.lax.dynamic_update_slice_in_dim(jnp.asarray(mine), first, row, axis)
+
+        end = jnp.asarray(self.end).at[row].set(jnp.asarray(other.end)[0])
+        return KVCache(jax.tree.map(one, self.k, other.k), jax.tree.map(one, self.v, other.v), small(end)).spread()
+
     def spread(self) -> KVCache:
         """The same, laid over the mesh as the layers' own keys and values are."""
 

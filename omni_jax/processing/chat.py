@@ -71,15 +71,15 @@ class Message:
         return tuple(part for part in self.content if isinstance(part, MediaPart))
 
 
-def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """Reads a request's messages.
+def parse_messages(messages: Sequence[Mapping[str, Any]] | Sequence[Message]) -> tuple[Message, ...]:
+    """Reads a request's messages; such as have been read before are returned as they are.
 
     Raises:
       InputError: for an unknown role, part, key or value; it names the place, what was given and what is known.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise InputError(f"messages must be a list of at least one message, got {_short(messages)}")
-    return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages))
+    return tuple(m if isinstance(m, Message) else _message(m, f"messages[{i}]") for i, m in enumerate(messages))
 
 
 def _message(message: Any, where: str) -> Message:

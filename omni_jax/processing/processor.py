@@ -155,7 +155,7 @@ class Processor:
 
     def __call__(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any]] | Sequence[Message],
         *,
         assume_fps: float | None = None,
         add_generation_prompt: bool = True,

@@ -9,6 +9,11 @@ from pathlib import Path
 import numpy as np
 
 
+def pcm16(samples: np.ndarray) -> bytes:
+    """Float32 [n] from -1 to 1 as 16-bit numbers, the lower byte first."""
+    return np.round(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+
+
 class GrowingWav:
     """A 16-bit WAV of one channel that is a whole file after every piece, so that a player may follow it."""
 
@@ -24,7 +29,7 @@ class GrowingWav:
 
     def write(self, samples: np.ndarray) -> None:
         """Adds float32 [n] from -1 to 1."""
-        self._wave.writeframes(np.round(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+        self._wave.writeframes(pcm16(samples))
         self._file.flush()
 
     def __enter__(self) -> GrowingWav:

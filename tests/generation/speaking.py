@@ -15,7 +15,7 @@ from omni_jax import positions
 from omni_jax.batch import Array, Spans, bucket
 from omni_jax.checkpoint import store
 from omni_jax.config import OmniConfig
-from omni_jax.generation.exchange import NOBODY
+from omni_jax.generation.reading import NOBODY
 from omni_jax.generation.sampling import Sampling
 from omni_jax.generation.speech import Said, SpeechLoop, SpeechRequest, SpeechState, Talk
 from omni_jax.generation.text import NOTHING, TextLoop, TextRequest, TextState
@@ -86,7 +86,9 @@ class Parts:
         rows, made = heard.shape[0], []
         said = said_all([len(line.prompt) for line in lines], replies, rows)
         new = [i for i, reply in enumerate(replies) if reply > 1]
-        requests = {i: SpeechRequest(len(lines[i].prompt), lines[i].speaker, lines[i].talk) for i in new}
+        requests = {
+            i: SpeechRequest(len(lines[i].prompt), len(lines[i].prompt), lines[i].speaker, lines[i].talk) for i in new
+        }
         state = self.speech.begin(state, heard, requests, after([line.prompt for line in lines], rows, self.config))
         while self.speech.ready(state, said).any():
             codes, state = self.speech.advance(state, heard, said)

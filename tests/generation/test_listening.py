@@ -176,8 +176,8 @@ def test_mistakes_are_told_at_the_beginning(model: OmniModel) -> None:
 @pytest.mark.parametrize("end", ["close", "drop", "leave"])
 def test_nothing_is_kept(model: OmniModel, end: str) -> None:
     listener = model.listen(BEFORE)
-    assert listener._exchange is not None
-    state = weakref.ref(listener._exchange)
+    assert listener._reading is not None
+    state = weakref.ref(listener._reading)
     hear(listener, sound(2.5))
     if end == "close":
         listener.close()

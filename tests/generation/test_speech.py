@@ -121,7 +121,7 @@ def test_codes_follow_the_text_as_it_comes(endless: Parts) -> None:
     assert heard is not None
     whole = endless.speak(jax.tree.map(jnp.copy, speech), heard, lines, lengths.tolist())
     prompts, rows = np.array([5, 70, 9]), 3
-    requests = {i: SpeechRequest(len(r.prompt), r.speaker, r.talk) for i, r in enumerate(lines)}
+    requests = {i: SpeechRequest(len(r.prompt), len(r.prompt), r.speaker, r.talk) for i, r in enumerate(lines)}
     spans, made = after([line.prompt for line in lines], rows, CONFIG), []
     speech = endless.speech.begin(speech, heard, requests, spans)
     for known in range(2, 44, 3):

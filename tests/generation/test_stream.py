@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import omni_jax
-from omni_jax.generation.exchange import Pace
 from omni_jax.generation.model import OmniModel
+from omni_jax.generation.reading import Pace
 from omni_jax.generation.warmup import Compilations
 from tests.generation.speaking import silence_ends
 from tests.generation.test_model_speech import PICTURE, SOUND, ask

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from omni_jax.config import BigVGANConfig, DiTConfig, OmniConfig, TalkerConfig, Token2WavConfig
-from omni_jax.generation.exchange import Pace
+from omni_jax.generation.reading import Pace
 from tests.tools import test_bench_parity
 from tools import bench, bench_first_packet, bench_latency, latency_figures, latency_ours, latency_picture
 from tools.latency_figures import LINES, REST, Call, Length, Streams

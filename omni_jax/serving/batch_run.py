@@ -1,0 +1,183 @@
+"""Lines of requests to lines of results: decoding in worker processes, the model's scheduler, sound to files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omni_jax.errors import InputError
+from omni_jax.generation.model import OmniModel
+from omni_jax.generation.reply import Reply
+from omni_jax.generation.task import Load, Slots, Task
+from omni_jax.generation.warmup import Compilations
+from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
+from omni_jax.processing.layout import AudioInput, Prompt
+from omni_jax.serving.batch_lines import Line, LineError, parse_line, result_line
+from omni_jax.serving.media_workers import MediaWorkers
+from omni_jax.serving.request import ChatRequest, answer_body, confine, sound_bytes
+
+_AHEAD = 4  # prompts that are prepared for each row of the Thinker's
+_MOST_BYTES = 4 << 30  # of prompts that are prepared and wait
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where files are.
+
+    Attributes:
+      folder: that relative paths in requests are taken from.
+      root: within which media must lie.
+      audio: where speech is written; it is put into the lines if None.
+    """
+
+    folder: Path
+    root: Path
+    audio: Path | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of results.
+
+    Attributes:
+      text: the line, without its end.
+      failed: whether it is an error.
+      tokens: of text that were made.
+      seconds: of speech.
+    """
+
+    text: str
+    failed: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Job:
+    line: Line
+    custom_id: str
+    request: ChatRequest
+
+
+@dataclass
+class State:
+    """How a run stands, for those who watch it."""
+
+    load: Load = field(default_factory=Load)
+    compiled: Compilations = field(default_factory=Compilations)  # since the first request
+    answering: int = 0
+    untrained: int = 0  # spoken requests under another system prompt than speech was trained with
+
+
+class Runner:
+    """Answers lines with one model. What is wrong with a line is its own result, and costs no other."""
+
+    def __init__(self, model: OmniModel, name: str, workers: MediaWorkers, slots: Slots, places: Places, state: State):
+        """``name`` is what answers call the model; ``state`` is kept up to date."""
+        self.state = state
+        self._model, self._name, self._workers, self._slots, self._places = model, name, workers, slots, places
+
+    def run(self, lines: Iterable[Line]) -> Iterator[Result]:
+        """The results of lines, in the order in which they are done.
+
+        Closing the iterator ends the work; nothing of it is lost but what had not been given out.
+        """
+        rest = iter(lines)
+        more = True
+        scheduler = self._model.scheduler(self._slots)
+        self.state.load = scheduler.load
+        reading: dict[Future[Prompt], _Job] = {}
+        ready: list[tuple[Prompt, _Job]] = []
+        tasks: dict[Task, _Job] = {}
+        while True:
+            while more and len(reading) + len(ready) < _AHEAD * self._slots.thinker and _bytes(ready) < _MOST_BYTES:
+                line = next(rest, None)
+                more = line is not None
+                if line is not None:
+                    yield from self._send(line, reading)
+            for future in [future for future in reading if future.done()]:
+                job = reading.pop(future)
+                try:
+                    ready.append((self._workers.result(future), job))
+                except InputError as e:
+                    yield failed(job.line, job.custom_id, e)
+            enough = len(ready) >= 2 * self._slots.thinker or not (scheduler.busy and reading)
+            if not scheduler.waiting and enough:
+                ready.sort(
+                    key=lambda item: len(item[0]) + item[1].request.options.max_tokens
+                )  # little is padding, then
+                now, ready = ready[: self._slots.thinker], ready[self._slots.thinker :]
+                for prompt, job in now:
+                    try:
+                        tasks[self._model.request(scheduler, prompt, job.request.options)] = job
+                    except InputError as e:
+                        yield failed(job.line, job.custom_id, e)
+            for task, event in scheduler.step():
+                if event.reply is not None:
+                    yield self._answered(tasks.pop(task), event.reply)
+            self.state.answering = scheduler.answering
+            if scheduler.busy:
+                continue
+            if reading:
+                wait(reading, timeout=1.0, return_when=FIRST_COMPLETED)
+            elif not more and not ready:
+                return
+
+    def _send(self, line: Line, reading: dict[Future[Prompt], _Job]) -> Iterator[Result]:
+        """Has a worker prepare a line, if it is a request."""
+        context = self._model.config.thinker_config.text_config.max_position_embeddings
+        custom_id = None
+        try:
+            custom_id, request = parse_line(line)
+            self._model.check(request.options)
+            self.state.untrained += request.options.speaks and not _asks_for_speech(request.messages[0])
+            messages = confine(request.messages, self._places.folder, self._places.root)
+        except LineError as e:
+            yield failed(line, e.custom_id, e, "invalid_line")
+            return
+        except InputError as e:
+            yield failed(line, custom_id, e)
+            return
+        future = self._workers.submit(messages, request.options.assume_fps, context - 1)
+        reading[future] = _Job(line, custom_id, dataclasses.replace(request, messages=()))
+
+    def _answered(self, job: _Job, reply: Reply) -> Result:
+        if reply.error is not None:
+            return failed(job.line, job.custom_id, RuntimeError(reply.error), "failed")
+        path, seconds = None, 0.0
+        if reply.audio is not None:
+            seconds = len(reply.audio) / reply.sample_rate
+            if self._places.audio is not None:
+                path = self._places.audio / f"{job.line.name}.{job.request.audio_format}"
+                _write_whole(path, sound_bytes(reply.audio, reply.sample_rate, job.request.audio_format))
+        where = None if path is None else str(path)
+        body = answer_body(job.request, reply, job.line.name, self._name, int(time.time()), where)
+        return Result(result_line(job.line, job.custom_id, body, None), False, len(reply.token_ids), seconds)
+
+
+def failed(line: Line, custom_id: str | None, error: Exception, code: str = "invalid_request") -> Result:
+    """What comes of a line that cannot be answered."""
+    return Result(result_line(line, custom_id, None, (code, str(error))), failed=True)
+
+
+def _asks_for_speech(message: Message) -> bool:
+    """Whether this first message is the one that speech was trained with."""
+    content = message.content if isinstance(message.content, str) else message.content[:2]
+    return message.role == "system" and content in (SPEECH_SYSTEM_PROMPT, (TextPart(SPEECH_SYSTEM_PROMPT),))
+
+
+def _bytes(ready: list[tuple[Prompt, _Job]]) -> int:
+    media = [item for prompt, _ in ready for item in prompt.media]
+    return sum((item.mel if isinstance(item, AudioInput) else item.patches).nbytes for item in media)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    os.replace(part, path)

@@ -1,0 +1,103 @@
+"""Processes that decode media, so that a file which hangs, or takes all memory, or kills its decoder costs one request.
+
+They turn messages into prompts: decoding, resampling, features, tokens. The model works on while they do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from pebble import ProcessExpired, ProcessPool
+
+from omni_jax.errors import InputError
+from omni_jax.processing.chat import Message
+from omni_jax.processing.layout import Prompt
+from omni_jax.processing.processor import Processor
+
+_GIB = 1 << 30
+_processor: Processor | None = None  # of this process, where it is a worker
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the media of one request may cost.
+
+    Attributes:
+      seconds: to decode and process them.
+      gigabytes: of memory (GiB), beyond what a worker has before it begins.
+    """
+
+    seconds: float = 120.0
+    gigabytes: float = 8.0
+
+
+class MediaWorkers:
+    """A pool of such processes; a context manager that ends them."""
+
+    def __init__(self, folder: Path, count: int, limits: Limits, *, allow_urls: bool):
+        """Starts them.
+
+        Args:
+          folder: of the model, whose processor they load.
+          count: of the processes.
+          limits: of each request's media.
+          allow_urls: whether media may be fetched from the web.
+        """
+        self.limits = limits
+        self._pool = ProcessPool(
+            max_workers=count,
+            initializer=_begin,
+            initargs=(folder, allow_urls, limits.gigabytes),
+            context=multiprocessing.get_context("spawn"),
+        )
+
+    def submit(self, messages: tuple[Message, ...], assume_fps: float | None, max_length: int) -> Future[Prompt]:
+        """Sends a request to a worker; ``result`` tells what has become of it."""
+        return self._pool.schedule(_prompt, args=(messages, assume_fps, max_length), timeout=self.limits.seconds)
+
+    def result(self, future: Future[Prompt]) -> Prompt:
+        """The prompt of a request that is done.
+
+        Raises:
+          InputError: if it cannot be served, or went over a limit, or its worker died.
+        """
+        try:
+            return future.result()
+        except InputError:
+            raise
+        except TimeoutError as e:
+            raise InputError(f"its media took over {self.limits.seconds:g} s to decode, which is the limit") from e
+        except MemoryError as e:
+            raise InputError(f"its media need over {self.limits.gigabytes:g} GiB to decode, which is the limit") from e
+        except ProcessExpired as e:
+            raise InputError(f"the process that decoded its media died (exit code {e.exitcode})") from e
+        except Exception as e:  # whatever else a decoder may throw at a damaged file
+            raise InputError(f"its media cannot be decoded: {type(e).__name__}: {e}") from e
+
+    def __enter__(self) -> MediaWorkers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.stop()
+        self._pool.join()
+
+
+def _begin(folder: Path, allow_urls: bool, gigabytes: float) -> None:
+    global _processor
+    jax.config.update("jax_platforms", "cpu")  # the accelerator is the model's
+    _processor = Processor.load(folder, allow_urls=allow_urls)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        held = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    most = held + round(gigabytes * _GIB)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def _prompt(messages: tuple[Message, ...], assume_fps: float | None, max_length: int) -> Prompt:
+    assert _processor is not None
+    return _processor(messages, assume_fps=assume_fps, max_length=max_length)

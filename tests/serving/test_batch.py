@@ -1,0 +1,217 @@
+"""``serve.py batch`` as a user runs it: its lines, its errors, and what is left when it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import omni_jax
+from omni_jax.checkpoint.convert import to_jax
+from omni_jax.config import OmniConfig, TalkerConfig, TextConfig, ThinkerConfig
+from omni_jax.generation.reply import Reply
+from tests.serving import requests
+from tests.test_serve import ROOT
+from tools.make_checkpoint import write_checkpoint
+
+LINES = 500
+KILLS = 10
+SLOWEST_START = 120.0  # seconds
+TIMES = ("created", "expires_at")
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "XLA_FLAGS": flags,
+    }
+
+
+def command(model: Path, folder: Path, name: str, *options: str) -> list[str]:
+    files = ["-i", str(folder / "requests.jsonl"), "-o", str(folder / f"{name}.jsonl")]
+    usual = ["--warmup-tokens", "0", "--workers", "2", "--slots", "8", "--audio-dir", str(folder / name)]
+    return [sys.executable, str(ROOT / "serve.py"), "batch", "--model", str(model), *files, *usual, *options]
+
+
+def run(words: list[str], devices: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, env=environment(devices), timeout=900)
+
+
+def results(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(data) for data in (folder / f"{name}.jsonl").read_bytes().splitlines()]
+
+
+def compared(values: Any, name: str) -> Any:
+    """Without times and the name of the run."""
+    if isinstance(values, dict):
+        return {k: compared(v, name) for k, v in values.items() if k not in TIMES}
+    if isinstance(values, list):
+        return [compared(v, name) for v in values]
+    return values.replace(f"/{name}/", "/run/") if isinstance(values, str) else values
+
+
+def comparable(folder: Path, name: str) -> list[str]:
+    """The lines in order, as text."""
+    return sorted(json.dumps(compared(values, name)) for values in results(folder, name))
+
+
+def samples(path: Path) -> np.ndarray:
+    with wave.open(str(path)) as file:
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(int)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 requests, 25 of which are bad."""
+    folder = tmp_path_factory.mktemp("batch")
+    (folder / "media").symlink_to(requests.MEDIA)
+    wrong = [data if isinstance(data, bytes) else data.encode() for data, _ in requests.bad()]
+    lines = [requests.good(i).encode() for i in range(LINES - len(wrong))]
+    for i, data in enumerate(wrong):
+        lines.insert(7 + 19 * i, data)
+    (folder / "requests.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return run([*command(tiny_model, folder, "unbroken"), "--media-root", str(ROOT)])
+
+
+def test_every_line_has_its_result(folder: Path, unbroken: subprocess.CompletedProcess[str]) -> None:
+    assert unbroken.returncode == 0, unbroken.stderr
+    made = results(folder, "unbroken")
+    wrong = requests.bad()
+    assert len(wrong) == 25 and len(made) == LINES
+    failed = [values for values in made if values["error"] is not None]
+    assert all((values["response"] is None) == (values["error"] is not None) for values in made)
+    said = {values["id"]: values["error"]["message"] for values in failed}
+    for i, (_, part) in enumerate(wrong):
+        assert part in said[f"batch_req_{8 + 19 * i:08d}"]
+    assert len(failed) == len(wrong)
+    summary = json.loads(unbroken.stdout)
+    assert (summary["answered"], summary["failed"]) == (LINES - len(wrong), len(wrong))
+    assert summary["tokens_per_second"] > 0 and 0 <= summary["padding"]["text"] < 1
+    assert "500/500" in unbroken.stderr.replace(" ", "")
+
+
+def test_answers_are_those_of_generate(tiny_model: Path, folder: Path, unbroken: Any) -> None:
+    model = omni_jax.load(tiny_model)
+    by_id = {values["custom_id"]: values["response"] for values in results(folder, "unbroken") if values["response"]}
+    for number in (0, 1, 2, 3, 4, 15, 25):
+        request = json.loads(requests.good(number))["body"]
+        for message in request["messages"]:
+            for part in message["content"] if isinstance(message["content"], list) else ():
+                if part["type"] in ("image_url", "video_url", "video"):
+                    part |= requests.SMALL
+                    for key in ("video", "video_url"):
+                        if key in part:
+                            part[key] = str(folder / part[key])
+                    if part["type"] == "image_url":
+                        part["image_url"]["url"] = str(folder / part["image_url"]["url"])
+        options: dict[str, Any] = dict(max_tokens=request["max_completion_tokens"])
+        if "modalities" in request:
+            talker, noise = request["sampling_params_list"][1:]
+            options |= dict(modalities=("text", "audio"), voice="Ethan", talker=talker, noise_seed=noise["seed"])
+        check(by_id[f"good-{number}"], model.generate(request["messages"], **options))
+
+
+def check(response: dict[str, Any], reply: Reply) -> None:
+    body = response["body"]
+    (choice,) = body["choices"]
+    assert choice["message"]["content"] == reply.text
+    assert (choice["token_ids"], choice["finish_reason"]) == (list(reply.token_ids), reply.finish_reason)
+    assert body["usage"]["prompt_tokens"] == reply.usage.total
+    if reply.audio is None:
+        assert "audio" not in choice["message"]
+        return
+    audio = choice["message"]["audio"]
+    assert audio["codec_ids"] == list(reply.codec_ids) and audio["transcript"] == reply.text
+    spoken = samples(Path(audio["path"]))
+    assert len(spoken) == len(reply.audio)
+    # as for batches in tests/generation/test_model_speech.py: the blocks of several replies are one list
+    assert np.abs(spoken / 32767 - reply.audio).max(initial=0) < 1e-3
+
+
+def test_killed_ten_times_it_goes_on(tiny_model: Path, folder: Path, unbroken: Any) -> None:
+    """The results are those of the unbroken run; no line twice, none torn, every sound whole."""
+    words, rng = [*command(tiny_model, folder, "killed"), "--media-root", str(ROOT)], random.Random(0)
+    file, kills = folder / "killed.jsonl", 0
+    while kills < KILLS:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+        before, begun = file.stat().st_size if file.exists() else 0, time.monotonic()
+        early = rng.random() < 0.2  # some before they have written anything
+        while not early and time.monotonic() - begun < SLOWEST_START and process.poll() is None:
+            if file.exists() and file.stat().st_size > before:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.4))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        if kills == 5:  # torn in the middle of a line, as a machine that stops may leave it
+            with file.open("ab") as out:
+                out.write(b'{"id": "batch_req_00000499", "custom')
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert len(results(folder, "killed")) == LINES
+    assert comparable(folder, "killed") == comparable(folder, "unbroken")
+    names = sorted(path.name for path in (folder / "unbroken").glob("*.wav"))
+    assert names == sorted(path.name for path in (folder / "killed").glob("*.wav")) and names
+    for name in names:
+        a, b = samples(folder / "unbroken" / name), samples(folder / "killed" / name)
+        assert a.shape == b.shape and np.abs(a - b).max(initial=0) <= 33  # 1e-3, as above
+    assert json.loads(done.stdout)["before"]["answered"] > 0
+
+
+def test_over_a_mesh_the_ids_are_the_same(tmp_path: Path) -> None:
+    text, talker = TextConfig.tiny(num_key_value_heads=2), TalkerConfig.tiny(num_key_value_heads=2)
+    config = OmniConfig.tiny(thinker_config=ThinkerConfig.tiny(text_config=text), talker_config=talker)
+    write_checkpoint(tmp_path / "published", config, dtype="float32")
+    to_jax(tmp_path / "published", tmp_path / "model")
+    (tmp_path / "media").symlink_to(requests.MEDIA)
+    lines = [requests.good(i) for i in (0, 1, 2, 5, 6, 10, 15)]
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines) + "\n")
+    made = {}
+    for name, mesh in (("one", ""), ("two", "tensor=2")):
+        words = [*command(tmp_path / "model", tmp_path, name), "--media-root", str(ROOT), "--mesh", mesh]
+        done = run(words, devices=2)
+        assert done.returncode == 0, done.stderr
+        made[name] = {values["custom_id"]: ids(values) for values in results(tmp_path, name)}
+    assert len(made["one"]) == len(lines) and made["one"] == made["two"]
+
+
+def ids(values: dict[str, Any]) -> tuple[list[int], list[int]]:
+    (choice,) = values["response"]["body"]["choices"]
+    return choice["token_ids"], choice["message"].get("audio", {}).get("codec_ids", [])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--slots", "0"), "--slots is 0"),
+        (("--media-root", "/nowhere"), "--media-root: the folder /nowhere does not exist"),
+        (("--mesh", "tensors=2"), "'tensors=2' is not AXIS=NUMBER"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(tiny_model: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    (tmp_path / "requests.jsonl").write_text(requests.good(0) + "\n")
+    done = run(command(tiny_model, tmp_path, "out", *options))
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,69 @@
+"""Two actors of a local Ray cluster: the results of one machine, also when an actor is killed half way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.serving import requests
+from tests.serving.test_batch import command, comparable, environment, results, run
+
+LINES = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Requests and what one machine makes of them."""
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "media").symlink_to(requests.MEDIA)
+    lines = [requests.good(i) for i in range(LINES - 2)]
+    lines.insert(5, "{not json")
+    lines.insert(40, requests.good(3))  # whose custom_id was there before
+    (folder / "requests.jsonl").write_text("\n".join(lines) + "\n")
+    done = run([*command(tiny_model, folder, "alone"), "--media-root", "/"])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def over_ray(model: Path, folder: Path, name: str) -> list[str]:
+    engine = ["--engine", "ray", "--ray.actors", "2", "--slots", "2", "--workers", "1", "--media-root", "/"]
+    return [*command(model, folder, name), *engine]
+
+
+def test_two_actors(tiny_model: Path, folder: Path) -> None:
+    done = run(over_ray(tiny_model, folder, "ray"))
+    assert done.returncode == 0, done.stderr
+    assert comparable(folder, "ray") == comparable(folder, "alone")
+    summary = json.loads(done.stdout)
+    assert (summary["answered"], summary["failed"]) == (LINES - 2, 2)
+
+
+def test_an_actor_is_killed_half_way(tiny_model: Path, folder: Path) -> None:
+    words = over_ray(tiny_model, folder, "killed")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True)
+    file, begun = folder / "killed.jsonl", time.monotonic()
+    while process.poll() is None and time.monotonic() - begun < 240:
+        if file.exists() and len(file.read_bytes().splitlines()) > 6:
+            break
+        time.sleep(0.05)
+    actors = [p for p in psutil.Process(process.pid).children(recursive=True) if is_actor(p)]
+    assert len(actors) == 2
+    os.kill(actors[0].pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert len(results(folder, "killed")) == LINES
+    assert comparable(folder, "killed") == comparable(folder, "alone")
+
+
+def is_actor(process: psutil.Process) -> bool:
+    try:
+        return "MapWorker" in process.cmdline()[0]
+    except (psutil.Error, IndexError):
+        return False

@@ -1,0 +1,151 @@
+"""A hundred damaged files among good ones: each costs its own request, quickly, and no memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+import omni_jax
+from omni_jax.errors import InputError
+from omni_jax.generation.task import Slots
+from omni_jax.processing.chat import parse_messages
+from omni_jax.serving import media_workers
+from omni_jax.serving.batch_lines import Line
+from omni_jax.serving.batch_run import Places, Runner, State
+from omni_jax.serving.media_workers import Limits, MediaWorkers
+from tests.serving import requests
+
+SECONDS = 8.0  # that a request's media may take
+MOST_GROWTH = 200 << 20  # bytes, of this process and its workers
+
+KINDS = {"picture.jpg": "image", "picture.png": "image", "speech.wav": "audio", "speech2.mp3": "audio"}
+KINDS |= {"video.mp4": "video", "silent.mp4": "video"}
+
+
+def damaged(folder: Path) -> list[tuple[Path, str]]:
+    """A hundred files that are cut, have bits flipped, are of another type, huge, or without end."""
+    rng, files = random.Random(0), []
+
+    def add(name: str, data: bytes, kind: str) -> None:
+        path = folder / f"{len(files):03d}-{name}"
+        path.write_bytes(data)
+        files.append((path, kind))
+
+    for name, kind in KINDS.items():
+        data = (requests.MEDIA / name).read_bytes()
+        for share in (0.0, 0.01, 0.3, 0.6, 0.9):
+            add(name, data[: int(len(data) * share)], kind)
+        for _ in range(7):
+            flipped = bytearray(data)
+            for _ in range(200):
+                flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+            add(name, bytes(flipped), kind)
+        for other in ("image", "audio", "video"):
+            if other != kind and not (other == "audio" and kind == "video"):
+                add(name, data, other)
+    # a header that promises 65535 x 65535 pixels, and a picture that really has too many
+    png = bytearray((requests.MEDIA / "picture.png").read_bytes())
+    png[16:24] = (65535).to_bytes(4, "big") * 2
+    add("huge.png", bytes(png), "image")
+    Image.new("1", (20_000, 20_000)).save(folder / "large.png")
+    files.append((folder / "large.png", "image"))
+    # a sound that says that it lasts for hours, and one that does
+    wav = bytearray((requests.MEDIA / "speech.wav").read_bytes())
+    wav[4:8] = wav[40:44] = (0x7FFFFFF0).to_bytes(4, "little")
+    add("endless.wav", bytes(wav), "audio")
+    add("hours.wav", bytes(wav[:44]) + bytes(200 << 20), "audio")
+    os.mkfifo(folder / "pipe.wav")  # whoever reads it waits for ever
+    files.append((folder / "pipe.wav", "audio"))
+    while len(files) < 100:
+        add("noise.bin", rng.randbytes(5000), rng.choice(["image", "audio", "video"]))
+    return files[:100]
+
+
+def memory() -> int:
+    """Bytes of this process and of its children."""
+    me, total = psutil.Process(), 0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+@pytest.fixture(scope="module")
+def workers(tiny_model: Path) -> Iterator[MediaWorkers]:
+    with MediaWorkers(tiny_model, 2, Limits(SECONDS, 2.0), allow_urls=False) as pool:
+        yield pool
+
+
+def test_a_hundred_damaged_files(tiny_model: Path, workers: MediaWorkers, tmp_path: Path) -> None:
+    files = damaged(tmp_path)
+    assert len(files) == 100
+    lines = []
+    for i, (path, kind) in enumerate(files):
+        part = {"type": kind, kind: str(path)}
+        lines.append(requests.line(f"damaged-{i}", [part, {"type": "text", "text": "?"}], max_completion_tokens=2))
+        if i % 4 == 0:
+            (tmp_path / "media").exists() or (tmp_path / "media").symlink_to(requests.MEDIA)
+            lines.append(requests.good(i))
+    model = omni_jax.load(tiny_model)
+    places = Places(tmp_path, Path("/"), tmp_path)
+    runner = Runner(model, "m", workers, Slots(8, 8), places, State())
+    made, slowest, half, last = {}, 0.0, 0, time.monotonic()
+    for result in runner.run(Line(i + 1, data.encode()) for i, data in enumerate(lines)):
+        values = json.loads(result.text)
+        made[values["custom_id"]] = values
+        slowest, last = max(slowest, time.monotonic() - last), time.monotonic()
+        if len(made) == len(lines) // 2:
+            half = memory()
+    assert len(made) == len(lines)
+    assert memory() < half + MOST_GROWTH
+    assert slowest < 10.0 + SECONDS  # compiling for a new shape included
+    for custom_id, values in made.items():
+        if custom_id.startswith("good"):
+            assert values["error"] is None, values
+    messages = [v["error"]["message"] for v in made.values() if v["error"] is not None]
+    # flipped bits may leave a file that can be read; whatever is cut, of another type or too large may not
+    assert len(messages) >= 60
+    assert all("messages[0].content[0]" in m or "media" in m for m in messages), messages
+
+
+def image(path: Path) -> tuple:
+    return parse_messages([{"role": "user", "content": [{"type": "image", "image": str(path)}]}])
+
+
+def hang(*_: object) -> None:
+    time.sleep(60)
+
+
+def die(*_: object) -> None:
+    os._exit(9)
+
+
+def grow(*_: object) -> int:
+    return np.ones(4 << 30, np.uint8).nbytes
+
+
+def test_a_worker_that_hangs_dies_or_grows_costs_one_request(
+    tiny_model: Path, workers: MediaWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = image(requests.MEDIA / "picture.jpg")
+    calls = []
+    for wrong in (hang, die, grow):
+        monkeypatch.setattr(media_workers, "_prompt", wrong)
+        calls.append(workers.submit(good, None, 1000))
+        monkeypatch.undo()
+    others = [workers.submit(good, None, 1000) for _ in range(4)]
+    for call, message in zip(calls, ("took over 8 s", "died", "over 2 GiB"), strict=True):
+        with pytest.raises(InputError, match=message):
+            workers.result(call)
+    assert {len(workers.result(other)) for other in others} == {len(workers.result(others[0]))}
