@@ -79,7 +79,7 @@ class Batch:
     warmup_windows: int = 32
     """The same for pictures of so many windows of 112 x 112 pixels."""
     engine: Literal["local", "ray"] = "local"
-    """ray: --ray.actors processes over the machines of a Ray cluster, which must all see the files at the same paths."""
+    """ray: --ray.actors processes over the machines of a Ray cluster, which all see the files at the same paths."""
     ray: RayOptions = field(default_factory=RayOptions)
     """The actors of --engine ray."""
     compile_cache: Annotated[Path | None, _DIR] = None
