@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from tools import data_ours, data_theirs
+from tools import data_ours
 from tools.bench_timing import Case, Side, measure, one_core, show, write
 from tools.data_files import NAMES, write_media
 
@@ -44,6 +44,8 @@ def data(json_out: Path | None = None, repeats: int = 5) -> None:
 
 def cases(ours: Side, theirs: Side, folder: Path) -> Sequence[Case]:
     """Each kind of file by itself, then one of each, packed on our side."""
+    from tools import data_theirs  # here, for it has this process, and those it starts, look for torchvision
+
     files = {name: (folder / file,) for name, file in NAMES.items()}
     every = tuple(file for one in files.values() for file in one)
     made = [

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 from omni_jax.config import OmniConfig
+from tests.test_serve import ROOT
 from tools import bench, bench_speak, speaking_ours, speaking_theirs
 from tools.bench_timing import Case, Side, measure
 
@@ -33,6 +36,14 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.value.code == 0
     text = capsys.readouterr().out
     assert all(option in text for option in ("--seconds", "--reference-seconds", "--batches", "--repeats", "Example"))
+
+
+def test_one_benchmark_leaves_the_processes_of_another_alone() -> None:
+    """A process takes the folders to import from of the one that starts it; torchvision's is for the data alone."""
+    see = "print([path for path in sys.path if 'torchvision' in path])"
+    code = f"import sys\nfrom tools import bench\ntry:\n    bench.main(['batch', '--help'])\nfinally:\n    {see}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 @pytest.mark.parametrize(
