@@ -10,6 +10,7 @@ import pytest
 import tests.torchvision_stub  # noqa: F401
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.config import OmniConfig
+from tests.bucket import gs  # noqa: F401, a fixture
 from tools.make_checkpoint import write_checkpoint
 
 # parity is a matter of float32; and tests in one process compile many equal programs

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import json
 import os
-import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from omni_jax.data.sources import Row, is_remote
+from omni_jax.data.sources import Row
 from omni_jax.errors import InputError
+from omni_jax.processing.files import joined
 
 VideoSound: TypeAlias = Literal["auto", "always", "never"]
 Place: TypeAlias = Callable[[str | bytes], Any]
@@ -150,9 +150,7 @@ def is_path(source: str) -> bool:
 
 def absolute_place(source: str, folder: str) -> str:
     """A path as seen from the folder of the row's file; a URL as it is."""
-    if not is_path(source):
-        return source
-    return posixpath.join(folder, source) if is_remote(folder) else os.path.join(folder, source)
+    return joined(folder, source) if is_path(source) else source
 
 
 def _listed(values: Mapping[str, Any], kind: str) -> list[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from omni_jax.errors import InputError
-from omni_jax.processing.sources import bucket
+from omni_jax.processing.files import bucket, is_remote, open_file
 
 _SCAN = 1 << 24  # bytes looked through at a time for the ends of lines
 _ROW_GROUPS = 4  # of a Parquet file that are kept in memory
@@ -39,10 +39,6 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
-
-
-def is_remote(path: str) -> bool:
-    return path.startswith("gs://")
 
 
 class JsonLines:
@@ -79,18 +75,11 @@ class JsonLines:
 def _line_ends(path: str) -> tuple[int, np.ndarray]:
     """The size of a file, and the place of each of its line breaks."""
     ends, size = [], 0
-    with _open(path) as file:
+    with open_file(path) as file:
         while piece := file.read(_SCAN):
             ends.append(np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + size)
             size += len(piece)
     return size, np.concatenate([np.zeros(0, np.int64), *ends])
-
-
-def _open(path: str) -> BinaryIO:
-    if not is_remote(path):
-        return open(path, "rb")
-    files, inner = bucket(path)
-    return files.open(inner, "rb")
 
 
 class ArrayRecord:
@@ -151,7 +140,7 @@ class Parquet:
         except ImportError as e:
             raise InputError(f"{self._path}: to read Parquet, install pyarrow: pip install omni_jax[parquet]") from e
         try:
-            self._file = parquet.ParquetFile(_open(self._path))
+            self._file = parquet.ParquetFile(open_file(self._path))
         except ArrowException as e:
             raise InputError(f"{self._path} is not a Parquet file: {e}") from e
         self._groups: dict[int, Any] = {}

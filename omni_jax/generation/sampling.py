@@ -21,6 +21,7 @@ from omni_jax.batch import Array
 from omni_jax.errors import InputError
 
 _NEVER = -jnp.inf
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def _penalise(scores: jax.Array, state: SamplingState) -> jax.Array:
 
 def _draw(scores: jax.Array, state: SamplingState) -> jax.Array:
     warm = scores / jnp.where(state.temperature > 0, state.temperature, 1)[:, None]
-    kept = restrict(warm, state.top_k, state.top_p)
+    # what a row that takes its likeliest token may draw from does not matter; it is not to have all tokens ranked
+    kept = restrict(warm, jnp.where(state.temperature > 0, state.top_k, 1), state.top_p)
 
     def one(seed: jax.Array, step: jax.Array, row: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), row)
@@ -145,12 +147,33 @@ def _draw(scores: jax.Array, state: SamplingState) -> jax.Array:
 def restrict(
     scores: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
 ) -> Float[jax.Array, "B V"]:
-    """Minus infinity for every token outside the top k, and then outside the top p of what is left."""
-    ranked = jnp.sort(scores, axis=-1, descending=True)
-    least = jnp.take_along_axis(ranked, jnp.clip(top_k - 1, 0, scores.shape[-1] - 1)[:, None], axis=-1)
+    """Minus infinity for every token outside the top k, and then outside the top p of what is left.
+
+    To rank a vocabulary costs more than a step of a small model. A row whose top k are among its ``_FEW`` likeliest
+    tokens, with all that tie with the last of them, needs no more than these.
+    """
+    few = jax.lax.top_k(scores, min(_FEW, scores.shape[-1]))[0]
+    enough = (top_k <= few.shape[-1]) & (_least(few, top_k) > few[:, -1:])[:, 0]
+    lowest = _lowest(few, top_k, top_p)
+
+    def among_all() -> jax.Array:
+        return jnp.where(enough[:, None], lowest, _lowest(jnp.sort(scores, descending=True), top_k, top_p))
+
+    lowest = jax.lax.cond(jnp.all(enough), lambda: lowest, among_all)
+    return jnp.where(scores >= lowest, scores, _NEVER)
+
+
+def _least(ranked: Float[Array, "B K"], top_k: Int[Array, " B"]) -> Float[jax.Array, "B 1"]:
+    """The score of the last of the top k."""
+    return jnp.take_along_axis(ranked, jnp.clip(top_k - 1, 0, ranked.shape[-1] - 1)[:, None], axis=-1)
+
+
+def _lowest(ranked: Float[Array, "B K"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]) -> Float[jax.Array, "B 1"]:
+    """The lowest score that is inside of both, of scores from the highest on."""
+    least = _least(ranked, top_k)
     ranked = jnp.where(ranked >= least, ranked, _NEVER)
     probability = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     inside = (before < top_p[:, None]) & (ranked > _NEVER)
     lowest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scores >= jnp.maximum(lowest, least), scores, _NEVER)
+    return jnp.maximum(lowest, least)

@@ -168,6 +168,7 @@ class Scheduler:
 
     def _next(self) -> bool:
         """Begins to read the next request that there is room for."""
+        self._burst()
         in_turn = sorted(self._waiting, key=lambda t: not t.ask.live)
         task = next((t for t in in_turn if self._has_room(t)), None)
         if task is None:
@@ -179,24 +180,25 @@ class Scheduler:
         task.unread = _all(task.reading, task.pieces)
         return True
 
-    def _has_room(self, task: Task) -> bool:
-        """Whether a request may be read. Those that are spoken when their text is whole come in bursts.
+    def _burst(self) -> None:
+        """Decides whether to read requests that are spoken when their text is whole; they come in bursts.
 
         A step of the Thinker costs the same for one row as for many, and speech takes so much longer than text that
         its rows would be taken one at a time; so it waits until there is little left to speak, and then fills up.
         """
-        if None not in self._rows:
-            return False
-        if not task.speaks:
-            return True
-        if task.ask.live:
-            return None in self._seats
         ahead = len(self._to_speak) + sum(t is not None and t.speaks and not t.ask.live for t in self._rows)
         if ahead >= len(self._seats) + len(self._rows):
             self._bursting = False
         elif len(self._to_speak) <= len(self._seats) // 2:
             self._bursting = True
-        return self._bursting
+
+    def _has_room(self, task: Task) -> bool:
+        """Whether a request may be read."""
+        if None not in self._rows:
+            return False
+        if not task.speaks:
+            return True
+        return None in self._seats if task.ask.live else self._bursting
 
     def _place(self, task: Task) -> None:
         """Gives a request that has been read its row, and where it is live a seat of the Talker's."""
@@ -426,8 +428,8 @@ class Scheduler:
         for task, samples in zip(tasks, audio, strict=True):
             task.ask.audio.append(samples)
         self.timings.wave += clock.lap()
-        used = sum(map(self._blocks, tasks))
-        self.load.voice.add(used, size_for(used, self._slots.blocks))
+        size = size_for(sum(map(self._blocks, tasks)), self._slots.blocks)
+        self.load.voice.add(sum(map(len, codes)), size * wave.codes_a_block)
         for task in tasks:
             self._finish(task)
 

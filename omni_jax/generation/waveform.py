@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+import itertools
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ from omni_jax.errors import InputError
 from omni_jax.generation.text import call, on_mesh
 from omni_jax.generation.waveform_input import check_codes, check_seed, check_voice
 from omni_jax.generation.waveform_stream import Mode, StreamPrograms, WaveformStream
+from omni_jax.models.bigvgan import NOWHERE, gap
 from omni_jax.models.dit import Blocks, DiT, pack
 from omni_jax.models.dit_stream import Speaker
 from omni_jax.models.flow import draw_noise, solve
@@ -108,32 +109,33 @@ class Waveform:
     def vocode(
         self, mels: Sequence[Float[np.ndarray, "frames mel"]], sizes: Sequence[int] = ()
     ) -> list[Float[np.ndarray, " samples"]]:
-        """The second half of ``synthesize``. Spectrograms of about one length go through the vocoder together.
-
-        With ``sizes`` they go one by one, so that only lengths make programs.
-        """
-        unit = self.config.dit_config.block_size
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        """The second half of ``synthesize``. All spectrograms lie in one row, with gaps between them."""
+        if not mels:
+            return []
+        unit, apart = self.config.dit_config.block_size, gap(self.config.bigvgan_config)
+        begins = list(itertools.accumulate((len(mel) + apart for mel in mels), initial=0))
+        blocks = size_for(-(-(begins[-1] - apart) // unit), sizes)
+        slots = max(blocks, bucket(len(mels)))  # so that their number makes no programs of its own
+        row = np.zeros((1, unit * blocks, mels[0].shape[1]), np.float32)
+        length, begin = np.zeros((1, slots), np.int32), np.full((1, slots), NOWHERE, np.int32)
         for i, mel in enumerate(mels):
-            groups[unit * size_for(-(-len(mel) // unit), sizes), i if sizes else 0].append(i)
-        samples: dict[int, np.ndarray] = {}
-        for (frames, _), rows in groups.items():
-            batch = np.zeros((fine_bucket(len(rows)), frames, mels[0].shape[1]), np.float32)
-            length = np.zeros(len(batch), np.int32)
-            for slot, i in enumerate(rows):
-                length[slot] = len(mels[i])
-                batch[slot, : length[slot]] = mels[i]
-            with on_mesh(self._mesh):
-                made = np.asarray(self._vocode(self.params["bigvgan"], batch, length))
-            per_frame = made.shape[1] // frames
-            # copies: a part of the array would keep all of it, which on a CPU is the device's own
-            samples |= {i: made[slot, : per_frame * length[slot]].copy() for slot, i in enumerate(rows)}
-        return [samples[i] for i in range(len(mels))]
+            length[0, i], begin[0, i] = len(mel), begins[i]
+            row[0, begins[i] : begins[i] + len(mel)] = mel
+        with on_mesh(self._mesh):
+            (made,) = np.asarray(self._vocode(self.params["bigvgan"], row, length, begin))
+        frame = len(made) // row.shape[1]
+        # copies: a part of the array would keep all of it, which on a CPU is the device's own
+        parts = zip(begins[:-1], map(len, mels), strict=True)
+        return [made[frame * first : frame * (first + n)].copy() for first, n in parts]
+
+    @property
+    def codes_a_block(self) -> int:
+        return self.config.dit_config.block_size // self.config.dit_config.repeats
 
     def blocks(self, codes: int) -> int:
-        """Of the DiT, that so many codes of one request take in a list."""
+        """That so many codes of one request take in a list of ``sizes``, with the vocoder's gap behind them."""
         c = self.config.dit_config
-        return -(-codes * c.repeats // c.block_size)
+        return -(-(codes * c.repeats + gap(self.config.bigvgan_config)) // c.block_size)
 
     def stream(
         self,
@@ -188,7 +190,7 @@ class Waveform:
         """
         for voice in voices:
             self._speaker_rows(voice)
-        size = self.config.dit_config.block_size // self.config.dit_config.repeats
+        size = self.codes_a_block
         for batch in sorted({bucket(n) for n in range(1, rows + 1)}):
             stream = self.stream([voices[0]] * batch, [0] * batch, **settings)
             for blocks in (*stream.chunks, 0):
@@ -196,11 +198,10 @@ class Waveform:
 
     def warm_up_whole(self, voices: Sequence[Voice], sizes: Sequence[int]) -> None:
         """Compiles what ``synthesize`` needs with these ``sizes``, as ``warm_up`` does for streams."""
-        c = self.config.dit_config
         for voice in voices:
             self._speaker_rows(voice)
         for size in sizes:
-            codes = np.zeros(size * c.block_size // c.repeats, np.int32)
+            codes = np.zeros(size * self.codes_a_block, np.int32)
             self.synthesize([codes], voices[:1], [None], [0], sizes)
 
     def _speaker_rows(self, voice: Voice) -> np.ndarray:

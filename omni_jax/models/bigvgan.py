@@ -1,7 +1,8 @@
 """The vocoder: log-mel at 100 frames a second to samples (section 8.9; ``Qwen2_5OmniToken2WavBigVGANModel``).
 
-Arrays are [B, T, C]. Rows may have different lengths: after a row's end its convolutions meet zeros and its filters
-the row's last sample, as they would if the row were alone.
+Arrays are [B, T, C]. Rows may have different lengths, and several spectrograms may lie in a row, ``gap`` frames apart:
+beyond the ends of each its convolutions meet zeros and its filters its first or last sample, as they would if it were
+alone.
 
 Every wave function is applied at twice the rate, between two fixed 12-tap low-pass filters. Both filters are written
 as shifted sums over the two phases (even and odd samples) and never as convolutions of single channels, which
@@ -18,8 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from flax.typing import Dtype
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.config import BigVGANConfig
@@ -31,11 +33,53 @@ Weights: TypeAlias = tuple[jax.Array, jax.Array]
 
 EDGE_KERNEL = 7  # of the first and the last convolution; in no file
 _AXES = ("kernel", "channels", "channels")
+NOWHERE = 1 << 20  # frames: where a spectrogram begins that is not there
 _FLOOR_DB, _REFERENCE_DB = -115.0, 20.0
 
 _TAPS = 12
 _REACH = _TAPS // 4  # samples on either side that a filter's phase reads
 ACTIVATION_REACH = 2 * _REACH - 1  # and that a wave between two filters depends on
+
+
+@struct.dataclass
+class Spans:
+    """Where spectrograms lie in rows, counted at one of the rates."""
+
+    begin: Int[Array, "B S"]
+    length: Int[Array, "B S"]
+    inside: Bool[Array, "B T"]
+
+    def faster(self, rate: int) -> Spans:
+        """The same at a higher rate."""
+        return Spans(self.begin * rate, self.length * rate, jnp.repeat(self.inside, rate, axis=1))
+
+
+def make_spans(frames: int, length: Array, begin: Array | None = None) -> Spans:
+    """``length`` and ``begin`` as ``BigVGAN`` takes them, in rows of so many frames."""
+    length = jnp.asarray(length)
+    if begin is None:
+        length = length[:, None]
+        begin = jnp.zeros_like(length)
+    begin = jnp.asarray(begin)
+    frame = jnp.arange(frames)[None, :, None]
+    inside = (frame >= begin[:, None]) & (frame < (begin + length)[:, None])
+    return Spans(begin, length, jnp.any(inside, axis=2))
+
+
+def gap(config: BigVGANConfig) -> int:
+    """Frames between two spectrograms in a row, so that neither reads what the other writes."""
+    widest = max(
+        side
+        for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True)
+        for dilation in dilations
+        for side in same_sides(kernel, dilation)
+    )
+    frames, rate = max(same_sides(EDGE_KERNEL, 1)), 1
+    for faster, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
+        frames = max(frames, -(-kernel // (faster * rate)))  # no frame is read from further away
+        rate *= faster
+        frames = max(frames, -(-max(widest, 2 * _REACH) // rate))
+    return frames
 
 
 class BigVGAN(nn.Module):
@@ -54,34 +98,42 @@ class BigVGAN(nn.Module):
         self.activation = Wave(last, **kw)
         self.conv_out = Conv1D(last, 1, EDGE_KERNEL, use_bias=False, axes=_AXES, **kw)
 
-    def __call__(self, mel: Float[Array, "B T M"], length: Int[Array, " B"]) -> Float[jax.Array, "B samples"]:
-        """Samples from -1 to 1, ``samples_per_frame`` for each frame; zeros after a row's end.
+    def __call__(
+        self,
+        mel: Float[Array, "B T M"],
+        length: Int[Array, " B"] | Int[Array, "B S"],
+        begin: Int[Array, "B S"] | None = None,
+    ) -> Float[jax.Array, "B samples"]:
+        """Samples from -1 to 1, ``samples_per_frame`` for each frame; zeros where no spectrogram is.
 
         Args:
           mel: log-mel, natural logarithm.
-          length: frames of each row that are real.
+          length: frames of each row that are real; or of each of the S spectrograms in it.
+          begin: the first frame of each, at least ``gap`` frames behind the end of the one before it; ``NOWHERE`` for
+            one that is not there.
         """
-        x = self.begin(mel, length)
+        spans = make_spans(mel.shape[1], length, begin)
+        x = self.begin(mel, spans)
         for i, rate in enumerate(self.config.upsample_rates):
-            x = self.advance(x, length, i)
-            length = length * rate
-        return self.end(x, length)
+            x = self.advance(x, spans, i)
+            spans = spans.faster(rate)
+        return self.end(x, spans)
 
     @full_precision
-    def begin(self, mel: Float[Array, "B T M"], length: Int[Array, " B"]) -> jax.Array:
+    def begin(self, mel: Float[Array, "B T M"], spans: Spans) -> jax.Array:
         """The first convolution. [B, T, channels]"""
-        return self.conv_in(_cut(condition_mel(jnp.asarray(mel, self.dtype)), length))
+        return self.conv_in(_cut(condition_mel(jnp.asarray(mel, self.dtype)), spans))
 
     @full_precision
-    def advance(self, x: jax.Array, length: Int[Array, " B"], stage: int) -> jax.Array:
-        """One stage; ``length`` counts the frames before it. [B, T * rate, channels / 2]"""
-        return self.stage[stage](x, length)
+    def advance(self, x: jax.Array, spans: Spans, stage: int) -> jax.Array:
+        """One stage; ``spans`` are those before it. [B, T * rate, channels / 2]"""
+        return self.stage[stage](x, spans)
 
     @full_precision
-    def end(self, x: jax.Array, length: Int[Array, " B"]) -> jax.Array:
+    def end(self, x: jax.Array, spans: Spans) -> jax.Array:
         """What follows the stages. [B, samples]"""
-        y = self.conv_out(activation(x, length, self.activation()))
-        return _cut(jnp.clip(y, -1.0, 1.0), length)[..., 0]
+        y = self.conv_out(activation(x, spans, self.activation()))
+        return _cut(jnp.clip(y, -1.0, 1.0), spans)[..., 0]
 
 
 class VocoderStage(nn.Module):
@@ -93,15 +145,15 @@ class VocoderStage(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, length: Array) -> jax.Array:
+    def __call__(self, x: Array, spans: Spans) -> jax.Array:
         c, kw = self.config, dtypes(self)
         channels, rate = c.upsample_initial_channel >> self.index, c.upsample_rates[self.index]
         kernel = c.upsample_kernel_sizes[self.index]
         up = UpsamplingConv1D(channels, channels // 2, kernel, rate, axes=_AXES, name="upsample", **kw)
-        x, length = up(_cut(x, length)), length * rate
+        x, spans = up(_cut(x, spans)), spans.faster(rate)
         shapes = zip(c.resblock_kernel_sizes, c.resblock_dilation_sizes, strict=True)
         blocks = [VocoderBlock(channels // 2, k, d, name=f"block_{i}", **kw)() for i, (k, d) in enumerate(shapes)]
-        return mean_of_blocks(x, length, blocks)
+        return mean_of_blocks(x, spans, blocks)
 
 
 class VocoderBlock(nn.Module):
@@ -174,7 +226,7 @@ class Round(NamedTuple):
     dilation: int
 
 
-def mean_of_blocks(x: Float[Array, "B T C"], length: Int[Array, " B"], blocks: list[list[Round]]) -> jax.Array:
+def mean_of_blocks(x: Float[Array, "B T C"], spans: Spans, blocks: list[list[Round]]) -> jax.Array:
     """The mean of what the blocks make of ``x``, each passing it through its rounds.
 
     One loop over the rounds of all blocks: a wave is compiled twice in a stage and not once a round, which takes a
@@ -191,8 +243,8 @@ def mean_of_blocks(x: Float[Array, "B T C"], length: Int[Array, " B"], blocks: l
     def one(i: jax.Array, loop: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begun, total = loop
         first, second = jax.tree.map(lambda a: a[i], waves)
-        y = convolved(i, activation(begun, length, first), 0)
-        done = begun + convolved(i, activation(y, length, second), 1)
+        y = convolved(i, activation(begun, spans, first), 0)
+        done = begun + convolved(i, activation(y, spans, second), 1)
         return jnp.where(ends[i], x, done), jnp.where(ends[i], total + done, total)
 
     _, total = jax.lax.fori_loop(0, len(rounds), one, (x, jnp.zeros_like(x)))
@@ -203,15 +255,15 @@ def _same_conv(kernel: jax.Array, bias: jax.Array, dilation: int, x: jax.Array) 
     return conv(x, kernel, same_sides(kernel.shape[0], dilation), dilation=dilation) + bias
 
 
-def activation(x: Float[Array, "B T C"], length: Int[Array, " B"], wave: Weights) -> jax.Array:
-    """SnakeBeta at twice the rate, between the two filters; zeros after a row's end."""
-    even, odd = upsample_phases(_prolonged(x, x, x, length))
+def activation(x: Float[Array, "B T C"], spans: Spans, wave: Weights) -> jax.Array:
+    """SnakeBeta at twice the rate, between the two filters; zeros where no spectrogram is."""
+    even, odd = upsample_phases(_prolonged(x, x, x, spans))
     even, odd = (snake_beta(phase, *wave) for phase in (even, odd))
     # or the compiler computes waves again where it only needs their ends
     even, odd = jax.lax.optimization_barrier((even, odd))
-    # at twice the rate a row begins with an even sample and ends with an odd one
-    y = downsample_phases(*(_prolonged(phase, even, odd, length) for phase in (even, odd)))
-    return _cut(y, length)
+    # at twice the rate a spectrogram begins with an even sample and ends with an odd one
+    y = downsample_phases(*(_prolonged(phase, even, odd, spans) for phase in (even, odd)))
+    return _cut(y, spans)
 
 
 def condition_mel(mel: jax.Array) -> jax.Array:
@@ -266,16 +318,16 @@ def downsample_phases(even: Float[Array, "B T+6 C"], odd: Float[Array, "B T+6 C"
     return _shifted_sum(even, from_even) + _shifted_sum(odd, {o: taps[2 * o + 6] for o in range(-_REACH, _REACH)})
 
 
-def _prolonged(x: Array, first: Array, last: Array, length: Array) -> jax.Array:
-    """Each row with what a filter reads beyond its ends: 3 times ``first``'s first frame and ``last``'s last one.
+def _prolonged(x: Array, first: Array, last: Array, spans: Spans) -> jax.Array:
+    """Rows with what filters read beyond the ends: 3 times the first frame, in ``first``, and the last, in ``last``.
 
-    Only those frames are written; what stands further behind a row's end is read by nothing that is kept.
+    Only those frames are written; what stands further beyond the ends is read by nothing that is kept.
     """
-    rows, length = jnp.arange(x.shape[0]), jnp.asarray(length)
-    end = last[rows, jnp.maximum(length - 1, 0)]
-    places = length[:, None] + jnp.arange(_REACH, 2 * _REACH)
-    y = jnp.pad(x, ((0, 0), (_REACH, _REACH), (0, 0))).at[:, :_REACH].set(first[:, :1])
-    return y.at[rows[:, None], places].set(end[:, None])
+    rows, begin, end = jnp.arange(x.shape[0])[:, None], spans.begin, spans.begin + spans.length
+    edges = jnp.stack([first[rows, begin], last[rows, jnp.maximum(end - 1, 0)]], axis=2)
+    places = jnp.stack([begin, end + _REACH], axis=2)[..., None] + jnp.arange(_REACH)  # of what is padded below
+    y = jnp.pad(x, ((0, 0), (_REACH, _REACH), (0, 0)))
+    return y.at[rows[..., None, None], places].set(edges[:, :, :, None], mode="drop")
 
 
 def _shifted_sum(x: Array, taps: dict[int, np.float32]) -> jax.Array:
@@ -286,10 +338,6 @@ def _shifted_sum(x: Array, taps: dict[int, np.float32]) -> jax.Array:
     return sum(parts[1:], start=parts[0])
 
 
-def _inside(x: Array, length: Array) -> jax.Array:
-    return (jnp.arange(x.shape[1])[None, :] < jnp.asarray(length)[:, None])[..., None]
-
-
-def _cut(x: Array, length: Array) -> jax.Array:
-    """Zeros after each row's end."""
-    return jnp.where(_inside(x, length), x, 0)
+def _cut(x: Array, spans: Spans) -> jax.Array:
+    """Zeros where no spectrogram is."""
+    return jnp.where(spans.inside[..., None], x, 0)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from omni_jax.errors import InputError
+from omni_jax.processing.files import bucket
 
 MOST_BYTES = 2 << 30  # fetched from the web
 _TIMEOUT = 30.0  # seconds without an answer
@@ -121,22 +122,6 @@ def _data_url(url: str) -> bytes:
     if not comma or not header.endswith(";base64"):
         raise InputError(f"a data URL must look like data:audio/wav;base64,...; got {header[:60]!r}")
     return decode_base64(urllib.parse.unquote(data) if "%" in data else data, "the data URL")
-
-
-def bucket(url: str) -> tuple[Any, str]:
-    """The file system of a ``gs://`` URL, as fsspec has it, and the path in it.
-
-    Raises:
-      InputError: if the libraries that read buckets are not installed, or there is no access.
-    """
-    try:
-        import fsspec
-
-        return fsspec.core.url_to_fs(url)
-    except ImportError as e:
-        raise InputError(f"{url}: to read buckets, install gcsfs: pip install omni_jax[gcs] ({e})") from e
-    except (OSError, ValueError) as e:
-        raise InputError(f"cannot reach the bucket of {url}: {e}") from e
 
 
 def _fetch_from_bucket(url: str, allowed: bool) -> bytes:

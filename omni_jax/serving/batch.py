@@ -25,8 +25,10 @@ from omni_jax.errors import ConfigError, InputError
 from omni_jax.generation.model import OmniModel, load
 from omni_jax.generation.task import Load, Slots
 from omni_jax.generation.warmup import Compilations
-from omni_jax.serving.batch_lines import Line, Results, Seen, read_lines
+from omni_jax.processing.files import folder_of, is_file, is_remote, open_file, resolved
+from omni_jax.serving.batch_lines import Line, Seen, read_lines
 from omni_jax.serving.batch_ray import RayOptions, answer
+from omni_jax.serving.batch_results import Results, open_results
 from omni_jax.serving.batch_run import Places, Result, Runner, State, failed
 from omni_jax.serving.media_workers import Limits, MediaWorkers
 from omni_jax.sharding import MESH_AXES, make_mesh
@@ -54,16 +56,16 @@ class Batch:
 
     model: Annotated[Path, _DIR]
     """Folder that tools/convert.py to-jax wrote."""
-    input: Annotated[Path, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-i"])]
-    """The requests."""
-    output: Annotated[Path, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-o"])]
+    input: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-i"])]
+    """The requests; this, the results and the speech may be in a bucket (gs://)."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-o"])]
     """The results; a run that was killed is continued in it."""
-    audio_dir: Annotated[Path | None, _DIR] = None
+    audio_dir: Annotated[str | None, _DIR] = None
     """Write speech into files here, with their paths in the results; without it, it is in the results, in base64."""
-    media_root: Annotated[Path | None, _DIR] = None
+    media_root: Annotated[str | None, _DIR] = None
     """Media must lie within this folder; without it, within that of the requests, from which relative paths start."""
     allow_urls: bool = False
-    """Fetch media that are addresses on the web or in a bucket."""
+    """Fetch media that are on the web or in a bucket."""
     slots: int = 16
     """Requests that are answered at once, and as many that are spoken at once."""
     workers: int = field(default_factory=lambda: max(1, min(8, (os.cpu_count() or 2) // 2)))
@@ -89,7 +91,7 @@ class Batch:
         """Raises InputError, CheckpointError or ConfigError where no request can be answered."""
         self.check()
         terminal, state = Console(stderr=True), State()
-        with Results(self.output) as results, _Watch(terminal, _count(self.input), state, results) as watch:
+        with open_results(self.output) as results, _Watch(terminal, _count(self.input), state, results) as watch:
             for result in self._answered(_Left(self.input, results, watch), state, watch):
                 watch.add(result)
                 results.add(result.text)
@@ -114,15 +116,15 @@ class Batch:
         for name in ("slots", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.input.is_file():
+        if not is_file(self.input):
             raise InputError(f"-i {self.input}: no such file")
-        if self.input.resolve() == self.output.resolve():
+        if resolved(self.input) == resolved(self.output):
             raise InputError(f"-o {self.output} is the file of requests; name another")
-        for name, folder in (("-o", self.output.parent), ("--media-root", self.media_root)):
-            if folder is not None and not folder.resolve().is_dir():
+        for name, folder in (("-o", folder_of(self.output)), ("--media-root", self.media_root)):
+            if folder is not None and not is_remote(folder) and not Path(folder).is_dir():
                 raise InputError(f"{name}: the folder {folder} does not exist")
-        if self.audio_dir is not None:
-            self.audio_dir.mkdir(parents=True, exist_ok=True)
+        if self.audio_dir is not None and not is_remote(self.audio_dir):
+            Path(self.audio_dir).mkdir(parents=True, exist_ok=True)
 
     @property
     def sizes(self) -> Slots:
@@ -130,7 +132,7 @@ class Batch:
 
     @property
     def places(self) -> Places:
-        folder = self.input.resolve().parent
+        folder = folder_of(self.input)
         return Places(folder, self.media_root or folder, self.audio_dir)
 
     def load(self) -> OmniModel:
@@ -161,9 +163,9 @@ class Batch:
         return make_mesh(**sizes)
 
 
-def _count(path: Path) -> int:
+def _count(name: str) -> int:
     """Requests in a file, roughly: it is only for the progress bar, and read in big pieces."""
-    with path.open("rb") as file:
+    with open_file(name) as file:
         return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 24), b""))
 
 
@@ -171,18 +173,18 @@ def _count(path: Path) -> int:
 class _Left:
     """The lines that have no result yet; one whose custom_id was there before gets its result here."""
 
-    path: Path
+    name: str
     results: Results
     watch: _Watch
 
     def __iter__(self) -> Iterator[Line]:
         seen = Seen()
-        for line in read_lines(self.path):
+        for line in read_lines(self.name):
             custom_id, done = _custom_id(line), line.number in self.results.done
             known = self.results.done.get(line.number)
             if known is not None and known != custom_id:
                 raise InputError(
-                    f"the results are of another file of requests: line {line.number} of {self.path} has custom_id "
+                    f"the results are of another file of requests: line {line.number} of {self.name} has custom_id "
                     f"{custom_id!r}, its result {known!r}; name another file with -o"
                 )
             new = not isinstance(custom_id, str) or seen.add(custom_id)
@@ -291,7 +293,7 @@ def _padding(load: Load) -> float:
     return sum(shares) / len(shares) if shares else 0.0
 
 
-def _tell(terminal: Console, summary: dict[str, Any], state: State, output: Path) -> None:
+def _tell(terminal: Console, summary: dict[str, Any], state: State, output: str) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")

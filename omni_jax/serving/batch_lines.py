@@ -1,24 +1,22 @@
-"""Files of requests and of results: OpenAI's batch lines, read one by one, written so that a killed run can go on."""
+"""The lines of requests and of results, as OpenAI's batches have them."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from omni_jax.errors import InputError
+from omni_jax.processing.files import open_file
 from omni_jax.serving.request import ChatRequest, read_body
 
 URL = "/v1/chat/completions"
 MOST_BYTES = 1 << 30  # of a line
+PREFIX = "batch_req_"  # of the id of a result; the line's number follows
 
 _FIELDS = ("custom_id", "method", "url", "body")
-_PREFIX = "batch_req_"
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Line:
     @property
     def name(self) -> str:
         """What the line's result is known by."""
-        return f"{_PREFIX}{self.number:08d}"
+        return f"{PREFIX}{self.number:08d}"
 
 
 class LineError(InputError):
@@ -53,11 +51,11 @@ class LineError(InputError):
         self.custom_id = custom_id
 
 
-def read_lines(path: Path, number: int = 1, offset: int = 0) -> Iterator[Line]:
+def read_lines(name: str, number: int = 1, offset: int = 0) -> Iterator[Line]:
     """The lines of a file that are not empty, one in memory at a time.
 
     Args:
-      path: of the file.
+      name: of the file, a path or a ``gs://`` URL.
       number: of the first line that is read.
       offset: of that line.
 
@@ -65,7 +63,7 @@ def read_lines(path: Path, number: int = 1, offset: int = 0) -> Iterator[Line]:
       InputError: if the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(name) as file:
             file.seek(offset)
             while data := file.readline(MOST_BYTES + 1):
                 if len(data) > MOST_BYTES:
@@ -76,7 +74,7 @@ def read_lines(path: Path, number: int = 1, offset: int = 0) -> Iterator[Line]:
                     yield Line(number, data, offset)
                 number, offset = number + 1, file.tell()
     except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from e
+        raise InputError(f"cannot read {name}: {e.strerror or e}") from e
 
 
 def parse_line(line: Line) -> tuple[str, ChatRequest]:
@@ -136,64 +134,3 @@ class Seen:
         new = digest not in self._digests
         self._digests.add(digest)
         return new
-
-
-class Results:
-    """A file of results that grows line by line; a context manager.
-
-    Attributes:
-      done: lines of the requests that the file had results for when it was opened, with their custom_id.
-      failed: how many of these are errors.
-    """
-
-    def __init__(self, path: Path):
-        """Opens the file and makes it one's own; a line that was torn when a run was killed is taken off.
-
-        Raises:
-          InputError: if it cannot be written, another run writes it, or it is no file of results.
-        """
-        self.done: dict[int, str | None] = {}
-        self.failed = 0
-        try:
-            self._file = path.open("a+b")
-        except OSError as e:
-            raise InputError(f"cannot write {path}: {e.strerror}") from e
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            self._file.close()
-            raise InputError(f"another run is writing {path}; wait for it, or name another file") from e
-        self._file.seek(0)
-        whole = 0
-        for number, data in enumerate(self._file, start=1):
-            if not data.endswith(b"\n"):
-                break
-            self._know(path, number, data)
-            whole += len(data)
-        self._file.truncate(whole)
-        self._file.seek(0, os.SEEK_END)
-
-    def _know(self, path: Path, number: int, data: bytes) -> None:
-        try:
-            values = json.loads(data)
-            name, custom_id = values["id"], values["custom_id"]
-            if not name.startswith(_PREFIX):
-                raise ValueError(f"its id is {name}")
-            self.done[int(name.removeprefix(_PREFIX))] = custom_id
-            self.failed += values["error"] is not None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            self._file.close()
-            raise InputError(
-                f"{path} is no file of results: line {number} cannot be read ({e}); name another file, or remove it"
-            ) from e
-
-    def add(self, line: str) -> None:
-        """Writes a result; it is there whatever happens to this process from then on."""
-        self._file.write(line.encode(errors="surrogatepass") + b"\n")
-        self._file.flush()
-
-    def __enter__(self) -> Results:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

@@ -10,7 +10,6 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omni_jax.errors import InputError
@@ -95,7 +94,7 @@ class _Actor:
     """A model that answers blocks of lines. Ray calls it with columns of rows, and takes such."""
 
     def __init__(self, batch: Batch):
-        self._input: Path = batch.input
+        self._input = batch.input
         self._workers = batch.workers_of()
         model = batch.load()
         batch.warm_up(model)

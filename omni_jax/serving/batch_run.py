@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
@@ -16,6 +15,7 @@ from omni_jax.generation.reply import Reply
 from omni_jax.generation.task import Load, Slots, Task
 from omni_jax.generation.warmup import Compilations
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
+from omni_jax.processing.files import joined, write_whole
 from omni_jax.processing.layout import AudioInput, Prompt
 from omni_jax.serving.batch_lines import Line, LineError, parse_line, result_line
 from omni_jax.serving.media_workers import MediaWorkers
@@ -23,11 +23,12 @@ from omni_jax.serving.request import ChatRequest, answer_body, confine, sound_by
 
 _AHEAD = 4  # prompts that are prepared for each row of the Thinker's
 _MOST_BYTES = 4 << 30  # of prompts that are prepared and wait
+_WRITERS = 4  # threads that write speech; a bucket takes a while
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where files are.
+    """Where files are: paths, or ``gs://`` URLs.
 
     Attributes:
       folder: that relative paths in requests are taken from.
@@ -35,9 +36,9 @@ class Places:
       audio: where speech is written; it is put into the lines if None.
     """
 
-    folder: Path
-    root: Path
-    audio: Path | None = None
+    folder: str
+    root: str
+    audio: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,24 @@ class Runner:
         """The results of lines, in the order in which they are done.
 
         Closing the iterator ends the work; nothing of it is lost but what had not been given out.
+
+        Raises:
+          InputError: if speech cannot be written.
         """
-        rest = iter(lines)
+        with ThreadPoolExecutor(_WRITERS) as writers:
+            yield from self._run(iter(lines), writers)
+
+    def _run(self, lines: Iterator[Line], writers: ThreadPoolExecutor) -> Iterator[Result]:
         more = True
         scheduler = self._model.scheduler(self._slots)
         self.state.load = scheduler.load
         reading: dict[Future[Prompt], _Job] = {}
         ready: list[tuple[Prompt, _Job]] = []
         tasks: dict[Task, _Job] = {}
+        writing: set[Future[Result]] = set()
         while True:
             while more and len(reading) + len(ready) < _AHEAD * self._slots.thinker and _bytes(ready) < _MOST_BYTES:
-                line = next(rest, None)
+                line = next(lines, None)
                 more = line is not None
                 if line is not None:
                     yield from self._send(line, reading)
@@ -108,9 +116,7 @@ class Runner:
                     yield failed(job.line, job.custom_id, e)
             enough = len(ready) >= 2 * self._slots.thinker or not (scheduler.busy and reading)
             if not scheduler.waiting and enough:
-                ready.sort(
-                    key=lambda item: len(item[0]) + item[1].request.options.max_tokens
-                )  # little is padding, then
+                ready.sort(key=_length)  # little is padding, then
                 now, ready = ready[: self._slots.thinker], ready[self._slots.thinker :]
                 for prompt, job in now:
                     try:
@@ -119,12 +125,16 @@ class Runner:
                         yield failed(job.line, job.custom_id, e)
             for task, event in scheduler.step():
                 if event.reply is not None:
-                    yield self._answered(tasks.pop(task), event.reply)
+                    writing.add(writers.submit(self._answered, tasks.pop(task), event.reply))
             self.state.answering = scheduler.answering
+            written = {future for future in writing if future.done()}
+            writing -= written
+            yield from (future.result() for future in written)
             if scheduler.busy:
                 continue
-            if reading:
-                wait(reading, timeout=1.0, return_when=FIRST_COMPLETED)
+            under_way: list[Future[Any]] = [*reading, *writing]
+            if under_way:
+                wait(under_way, timeout=1.0, return_when=FIRST_COMPLETED)
             elif not more and not ready:
                 return
 
@@ -147,16 +157,22 @@ class Runner:
         reading[future] = _Job(line, custom_id, dataclasses.replace(request, messages=()))
 
     def _answered(self, job: _Job, reply: Reply) -> Result:
+        """Writes the speech of an answer, if it is to be in a file, and then makes its line."""
         if reply.error is not None:
             return failed(job.line, job.custom_id, RuntimeError(reply.error), "failed")
-        path, seconds = None, 0.0
+        name, seconds = None, 0.0
         if reply.audio is not None:
             seconds = len(reply.audio) / reply.sample_rate
             if self._places.audio is not None:
-                path = self._places.audio / f"{job.line.name}.{job.request.audio_format}"
-                _write_whole(path, sound_bytes(reply.audio, reply.sample_rate, job.request.audio_format))
-        where = None if path is None else str(path)
-        body = answer_body(job.request, reply, job.line.name, self._name, int(time.time()), where)
+                name = joined(self._places.audio, f"{job.line.name}.{job.request.audio_format}")
+                sound = sound_bytes(reply.audio, reply.sample_rate, job.request.audio_format)
+                try:
+                    write_whole(name, sound)
+                except OSError as e:  # not the line's fault, and as likely to hit the next one
+                    raise InputError(
+                        f"cannot write {name}: {e.strerror or e}; the same command goes on from what is written"
+                    ) from e
+        body = answer_body(job.request, reply, job.line.name, self._name, int(time.time()), name)
         return Result(result_line(job.line, job.custom_id, body, None), False, len(reply.token_ids), seconds)
 
 
@@ -171,13 +187,12 @@ def _asks_for_speech(message: Message) -> bool:
     return message.role == "system" and content in (SPEECH_SYSTEM_PROMPT, (TextPart(SPEECH_SYSTEM_PROMPT),))
 
 
+def _length(item: tuple[Prompt, _Job]) -> int:
+    """How long a request is going to be, prompt and reply, at most."""
+    prompt, job = item
+    return len(prompt) + job.request.options.max_tokens
+
+
 def _bytes(ready: list[tuple[Prompt, _Job]]) -> int:
     media = [item for prompt, _ in ready for item in prompt.media]
     return sum((item.mel if isinstance(item, AudioInput) else item.patches).nbytes for item in media)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)

@@ -11,7 +11,6 @@ import urllib.request
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from omni_jax.errors import InputError
 from omni_jax.generation.reply import Options, Reply
 from omni_jax.generation.speech import Talk
 from omni_jax.processing.chat import MediaPart, Message, parse_messages
+from omni_jax.processing.files import is_within, joined, resolved
 from omni_jax.processing.sources import describe
 from omni_jax.serving.wav import pcm16
 
@@ -219,18 +219,18 @@ def _each(messages: Sequence[Message], change: Callable[[MediaPart], MediaPart])
     return tuple(map(changed, messages))
 
 
-def confine(messages: Sequence[Message], folder: Path, root: Path) -> tuple[Message, ...]:
+def confine(messages: Sequence[Message], folder: str, root: str) -> tuple[Message, ...]:
     """Takes paths of media from a folder, and none that leads out of another.
 
     Args:
       messages: paths and file: URLs in them are of this machine.
-      folder: that relative paths are taken from.
-      root: within which files must lie, links followed.
+      folder: that relative paths are taken from, a path or a ``gs://`` URL.
+      root: within which files must lie, links followed; likewise.
 
     Raises:
       InputError: for a file outside of it.
     """
-    root = root.resolve()
+    root = resolved(root)
 
     def placed(source: Any, where: str) -> Any:
         if isinstance(source, list | tuple):
@@ -239,12 +239,12 @@ def confine(messages: Sequence[Message], folder: Path, root: Path) -> tuple[Mess
             return source
         name = urllib.request.url2pathname(urllib.parse.urlsplit(source).path) if source.startswith("file:") else source
         try:
-            path = (folder / name).resolve()
+            path = resolved(joined(folder, name))
         except (OSError, ValueError) as e:
             raise InputError(f"{where}: {describe(source)} is not a path that can be read: {e}") from e
-        if not path.is_relative_to(root):
+        if not is_within(path, root):
             raise InputError(f"{where}: {describe(source)} is not within {root}; --media-root names another folder")
-        return str(path)
+        return path
 
     return _each(messages, lambda part: dataclasses.replace(part, source=placed(part.source, part.where)))
 

@@ -1,15 +1,13 @@
-"""A processor for the tiny model, files of rows, and a bucket that lives in memory."""
+"""A processor for the tiny model, and files of rows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from omni_jax.config import OmniConfig
 from omni_jax.processing.processor import Processor
@@ -43,22 +41,3 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
-
-
-class _Bucket(MemoryFileSystem):
-    protocol = "gs"
-    store = {}
-    pseudo_dirs = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return "/" + path.removeprefix("gs://").strip("/")
-
-
-@pytest.fixture
-def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Bucket]:
-    """Stands in for gcsfs."""
-    monkeypatch.setitem(import_module("fsspec.registry")._registry, "gs", _Bucket)
-    bucket = _Bucket()
-    yield bucket
-    bucket.store.clear()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from omni_jax.errors import InputError
-from omni_jax.generation.sampling import Sampling, SamplingState, sample
+from omni_jax.generation.sampling import Sampling, SamplingState, restrict, sample
 
 VOCAB = 40
 
@@ -59,6 +59,26 @@ def test_repetition_penalty_sees_prompt_and_reply() -> None:
     logits = np.zeros((1, VOCAB), np.float32)
     logits[0, [1, 7, 8]] = 3.0, 2.9, 2.8  # 1 is in the prompt
     assert draw([Sampling(repetition_penalty=1.5)], logits, steps=2)[0].tolist() == [7, 8]
+
+
+def test_where_few_tokens_are_ranked_what_is_kept_is_the_same() -> None:
+    """Also where more tokens tie with the last of the top k than are ranked, and whatever the other rows ask for."""
+    rng, vocab = np.random.default_rng(3), 300
+    given = rng.standard_normal((7, vocab)).astype(np.float32)
+    given[1, :200], given[2, :63], given[3] = 4.0, 4.0, 1.0
+    top_k = np.array([40, 5, 5, 7, 64, 65, 300], np.int32)
+    top_p = np.array([0.8, 1.0, 1.0, 1.0, 0.99, 0.9, 0.5], np.float32)
+    kept = np.isfinite(restrict(given, top_k, top_p))
+    for row, k, p, mine in zip(given.astype(float), top_k, top_p, kept, strict=True):
+        inside = row >= np.sort(row)[-k]
+        share = np.where(inside, np.exp(row), 0) / np.exp(row[inside]).sum()
+        likelier = np.array([share[row > x].sum() for x in row])
+        wanted = inside & (likelier < p if p < 1 else True)
+        assert np.array_equal(mine, wanted)
+    assert [int(n) for n in kept.sum(axis=1)[1:4]] == [200, 63, 300]
+    for i in range(len(given)):
+        alone = restrict(given[i : i + 1], top_k[i : i + 1], top_p[i : i + 1])
+        assert np.array_equal(np.isfinite(alone)[0], kept[i])
 
 
 def test_draws_follow_the_probabilities() -> None:

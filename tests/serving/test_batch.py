@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -19,7 +20,11 @@ import pytest
 import omni_jax
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.config import OmniConfig, TalkerConfig, TextConfig, ThinkerConfig
+from omni_jax.errors import InputError
 from omni_jax.generation.reply import Reply
+from omni_jax.processing.files import open_file
+from omni_jax.serving.batch import Batch
+from tests.bucket import Bucket
 from tests.serving import requests
 from tests.test_serve import ROOT
 from tools.make_checkpoint import write_checkpoint
@@ -195,6 +200,44 @@ def test_over_a_mesh_the_ids_are_the_same(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         made[name] = {values["custom_id"]: ids(values) for values in results(tmp_path, name)}
     assert len(made["one"]) == len(lines) and made["one"] == made["two"]
+
+
+def batch(model: Path, input: str, output: str, **options: Any) -> dict[str, tuple[list[int], list[int]]]:
+    """The ids of a run in this process."""
+    Batch(model, input, output, slots=4, workers=1, warmup_tokens=0, **options).run()
+    with open_file(output) as file:
+        made = [json.loads(data) for data in file]
+    return {values["custom_id"]: ids(values) for values in made}
+
+
+def test_in_a_bucket(tiny_model: Path, tmp_path: Path, gs: Bucket, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is on a disk in the other tests. Media have one in tests/data; workers do not know of this one."""
+    lines = "\n".join(requests.good(i) for i in (0, 2, 5, 9))
+    (tmp_path / "requests.jsonl").write_text(lines)
+    here = batch(tiny_model, str(tmp_path / "requests.jsonl"), str(tmp_path / "r.jsonl"))
+    gs.pipe("gs://b/in/requests.jsonl", lines.encode())
+    places = ("gs://b/in/requests.jsonl", "gs://b/out/r.jsonl")
+    there = batch(tiny_model, *places, audio_dir="gs://b/speech")
+    assert there == here and len(here) == 4
+    spoken = [f"/b/speech/batch_req_0000000{i}.wav" for i in (1, 3)]
+    assert gs.find("b") == ["/b/in/requests.jsonl", "/b/out/r.jsonl", *spoken]
+    with wave.open(io.BytesIO(gs.cat_file(spoken[0]))) as file:
+        assert file.getnframes() == 480 * len(here["good-0"][1]) > 0
+    assert batch(tiny_model, *places) == here  # nothing is left to do
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["before"] == {"answered": 4, "failed": 0}
+    with pytest.raises(InputError, match=r"-i gs://b/none.jsonl: no such file"):
+        batch(tiny_model, "gs://b/none.jsonl", "gs://b/r.jsonl")
+
+
+def test_speech_that_cannot_be_written_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    """It is not the line's fault, so that it must not have a result; the run can go on when there is room."""
+    (tmp_path / "requests.jsonl").write_text(requests.good(0))
+    (tmp_path / "speech" / "batch_req_00000001.wav").mkdir(parents=True)
+    places = (str(tmp_path / "requests.jsonl"), str(tmp_path / "r.jsonl"))
+    with pytest.raises(InputError, match=r"cannot write .*00000001.wav: .*goes on"):
+        batch(tiny_model, *places, audio_dir=str(tmp_path / "speech"))
+    (tmp_path / "speech" / "batch_req_00000001.wav").rmdir()
+    assert len(batch(tiny_model, *places, audio_dir=str(tmp_path / "speech"))) == 1
 
 
 def ids(values: dict[str, Any]) -> tuple[list[int], list[int]]:

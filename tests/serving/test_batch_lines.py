@@ -1,31 +1,30 @@
-"""Lines in and out: what is read, what is refused, and what a killed run leaves behind."""
+"""Lines in: what is read, and what is refused."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from omni_jax.errors import InputError
 from omni_jax.serving import batch_lines
-from omni_jax.serving.batch_lines import Line, LineError, Results, Seen, parse_line, read_lines, result_line
+from omni_jax.serving.batch_lines import Line, LineError, Seen, parse_line, read_lines
 from tests.serving import requests
 
 
 def test_lines_and_where_they_are(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"one\n\n  \ntwo\nthree")
-    lines = list(read_lines(path))
+    lines = list(read_lines(str(path)))
     assert [(line.number, (line.data or b"").strip()) for line in lines] == [(1, b"one"), (4, b"two"), (5, b"three")]
-    assert list(read_lines(path, lines[1].number, lines[1].offset)) == lines[1:]
+    assert list(read_lines(str(path), lines[1].number, lines[1].offset)) == lines[1:]
 
 
 def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_lines, "MOST_BYTES", 10)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"short\n" + b"x" * 35 + b"\nshort\n" + b"y" * 11)
-    lines = list(read_lines(path))
+    lines = list(read_lines(str(path)))
     assert [(line.number, line.data is None) for line in lines] == [(1, False), (2, True), (3, False), (4, True)]
     with pytest.raises(LineError, match="longer than 10 bytes"):
         parse_line(lines[1])
@@ -33,39 +32,7 @@ def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pyt
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read .*No such file"):
-        list(read_lines(tmp_path / "nothing.jsonl"))
-
-
-def test_a_torn_line_is_taken_off_and_the_rest_is_known(tmp_path: Path) -> None:
-    path = tmp_path / "r.jsonl"
-    with Results(path) as results:
-        results.add(result_line(Line(3, b""), "c", {"x": "ü"}, None))
-        results.add(result_line(Line(1, b""), None, None, ("invalid_line", "no")))
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"id": "batch_req_00000002", "cus')
-    with Results(path) as results:
-        assert (results.done, results.failed) == ({3: "c", 1: None}, 1)
-        results.add(result_line(Line(2, b""), "b", {}, None))
-    lines = path.read_bytes().splitlines()
-    assert path.read_bytes().startswith(whole) and len(lines) == 3
-    assert json.loads(lines[2])["id"] == "batch_req_00000002"
-
-
-def test_one_run_writes_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "r.jsonl"
-    with Results(path), pytest.raises(InputError, match="another run is writing"):
-        Results(path)
-    with Results(path) as results:
-        assert not results.done
-
-
-@pytest.mark.parametrize("data", [b"hello\n", b"{}\n", b'{"id": "x", "custom_id": "a", "error": null}\n', b"[]\n"])
-def test_another_file_is_left_as_it_is(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "r.jsonl"
-    path.write_bytes(data + b"the end")
-    with pytest.raises(InputError, match="is no file of results: line 1"):
-        Results(path)
-    assert path.read_bytes() == data + b"the end"
+        list(read_lines(str(tmp_path / "nothing.jsonl")))
 
 
 @pytest.mark.parametrize("number", range(7))

@@ -98,7 +98,7 @@ def test_a_hundred_damaged_files(tiny_model: Path, workers: MediaWorkers, tmp_pa
             (tmp_path / "media").exists() or (tmp_path / "media").symlink_to(requests.MEDIA)
             lines.append(requests.good(i))
     model = omni_jax.load(tiny_model)
-    places = Places(tmp_path, Path("/"), tmp_path)
+    places = Places(str(tmp_path), "/", str(tmp_path))
     runner = Runner(model, "m", workers, Slots(8, 8), places, State())
     made, slowest, half, last = {}, 0.0, 0, time.monotonic()
     for result in runner.run(Line(i + 1, data.encode()) for i, data in enumerate(lines)):

@@ -98,7 +98,7 @@ def test_paths_stay_within_the_root(tmp_path: Path) -> None:
             if part["type"] == "video":
                 part["video"] = part.pop("image")
         request = read_body({"messages": [{"role": "user", "content": parts}]})
-        return [part.source for message in confine(request.messages, root, root) for part in message.media]
+        return [part.source for message in confine(request.messages, str(root), str(root)) for part in message.media]
 
     inside = str((root / "inner" / "a.png").resolve())
     assert sources("inner/a.png", f"file://{inside}", inside, ["inner/a.png"]) == [inside, inside, inside, [inside]]
@@ -106,6 +106,21 @@ def test_paths_stay_within_the_root(tmp_path: Path) -> None:
     for name in ("../secret.png", "out.png", str(tmp_path / "secret.png"), ["inner/a.png", "../secret.png"]):
         with pytest.raises(InputError, match=r"is not within .*--media-root"):
             sources(name)
+
+
+def test_media_beside_requests_in_a_bucket() -> None:
+    def source(name: str, root: str = "gs://b/in") -> str:
+        request = read_body({"messages": [{"role": "user", "content": [{"type": "image", "image": name}]}]})
+        ((part,),) = (message.media for message in confine(request.messages, "gs://b/in", root))
+        return part.source
+
+    assert source("media/../a.png") == "gs://b/in/a.png"
+    for name in ("../a.png", "../../../a.png", "/etc/hostname", "file:///etc/hostname", "../in2/a.png"):
+        with pytest.raises(InputError, match="is not within gs://b/in"):
+            source(name)
+    assert source("../a.png", "gs://b") == "gs://b/a.png"
+    with pytest.raises(InputError, match="is not within /"):
+        source("a.png", "/")
 
 
 def test_an_answer() -> None:

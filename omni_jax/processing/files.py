@@ -1,0 +1,97 @@
+"""Files by name, on a disk or in a bucket (``gs://``, through fsspec)."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from omni_jax.errors import InputError
+
+_BUCKET = "gs://"
+
+
+def is_remote(name: str) -> bool:
+    """Whether it is in a bucket."""
+    return name.startswith(_BUCKET)
+
+
+def bucket(url: str) -> tuple[Any, str]:
+    """The file system of a ``gs://`` URL, as fsspec has it, and the path in it.
+
+    Raises:
+      InputError: if the libraries that read buckets are not installed, or there is no access.
+    """
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(url)
+    except ImportError as e:
+        raise InputError(f"{url}: to read buckets, install gcsfs: pip install omni_jax[gcs] ({e})") from e
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot reach the bucket of {url}: {e}") from e
+
+
+def open_file(name: str) -> BinaryIO:
+    """Opens a file for reading.
+
+    Raises:
+      InputError: where ``bucket`` does.
+      OSError: if it cannot be read.
+    """
+    if not is_remote(name):
+        return open(name, "rb")
+    files, path = bucket(name)
+    return files.open(path, "rb")
+
+
+def is_file(name: str) -> bool:
+    if not is_remote(name):
+        return os.path.isfile(name)
+    files, path = bucket(name)
+    return files.isfile(path)
+
+
+def folder_of(name: str) -> str:
+    """The folder that a file is in."""
+    return resolved(posixpath.dirname(name) if is_remote(name) else os.path.dirname(name) or ".")
+
+
+def joined(folder: str, name: str) -> str:
+    """A path as seen from a folder."""
+    return posixpath.join(folder, name) if is_remote(folder) else os.path.join(folder, name)
+
+
+def resolved(name: str) -> str:
+    """A path without ``..``, and on a disk from its root on and without links.
+
+    Raises:
+      OSError, ValueError: for what can be no path.
+    """
+    if is_remote(name):
+        return _BUCKET + posixpath.normpath(name.removeprefix(_BUCKET))
+    return str(Path(name).resolve())
+
+
+def is_within(name: str, folder: str) -> bool:
+    """Whether one path that was ``resolved`` lies in another."""
+    if is_remote(folder):
+        return name.startswith(folder.rstrip("/") + "/")
+    return not is_remote(name) and Path(name).is_relative_to(folder)
+
+
+def write_whole(name: str, data: bytes) -> None:
+    """Writes a file that is there as a whole or not at all.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    if is_remote(name):
+        files, path = bucket(name)
+        files.pipe_file(path, data)  # an object is there once it is uploaded
+        return
+    folder, base = os.path.split(name)
+    part = os.path.join(folder, f".{base}.part")
+    Path(part).write_bytes(data)
+    os.replace(part, name)

@@ -1,0 +1,182 @@
+"""Where the results of a file of requests go, so that a run which was killed can go on: a file, or a bucket."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omni_jax.errors import InputError
+from omni_jax.processing.files import bucket, is_remote
+from omni_jax.serving.batch_lines import PREFIX
+
+PART_LINES = 1000  # at most, in an object
+PART_SECONDS = 10.0  # after which an object is written, however few lines it has
+
+
+def open_results(name: str) -> Results:
+    """Opens what ``name`` is, a path or a ``gs://`` URL, and makes it if it is not there.
+
+    Raises:
+      InputError: if it cannot be written, another run writes it, or it holds something else.
+    """
+    return BucketResults(name) if is_remote(name) else FileResults(Path(name))
+
+
+class Results(ABC):
+    """Results that grow line by line; a context manager.
+
+    Attributes:
+      done: lines of the requests that there were results for at first, with their custom_id.
+      failed: how many of these are errors.
+    """
+
+    def __init__(self) -> None:
+        self.done: dict[int, str | None] = {}
+        self.failed = 0
+
+    def _know(self, name: str, number: int, data: bytes) -> bool:
+        """Reads a line that was there; whether its result is a new one."""
+        try:
+            values = json.loads(data)
+            name_of_line, custom_id = values["id"], values["custom_id"]
+            if not name_of_line.startswith(PREFIX):
+                raise ValueError(f"its id is {name_of_line}")
+            line, failed = int(name_of_line.removeprefix(PREFIX)), values["error"] is not None
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(
+                f"{name} is no file of results: line {number} cannot be read ({e}); name another file, or remove it"
+            ) from e
+        new = line not in self.done
+        self.failed += new and failed
+        self.done[line] = custom_id
+        return new
+
+    @abstractmethod
+    def add(self, line: str) -> None:
+        """Writes a result."""
+
+    def __enter__(self) -> Results:
+        return self
+
+    @abstractmethod
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
+
+
+class FileResults(Results):
+    """A file on a disk. A result is there once it is added, whatever happens to the process from then on."""
+
+    def __init__(self, path: Path):
+        """Makes the file one's own; a line that was torn when a run was killed is taken off."""
+        super().__init__()
+        try:
+            self._file = path.open("a+b")
+        except OSError as e:
+            raise InputError(f"cannot write {path}: {e.strerror}") from e
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            self._file.close()
+            raise InputError(f"another run is writing {path}; wait for it, or name another file") from e
+        try:
+            self._begin(str(path))
+        except InputError:
+            self._file.close()
+            raise
+
+    def _begin(self, name: str) -> None:
+        self._file.seek(0)
+        whole = 0
+        for number, data in enumerate(self._file, start=1):
+            if not data.endswith(b"\n"):
+                break
+            self._know(name, number, data)
+            whole += len(data)
+        self._file.truncate(whole)
+        self._file.seek(0, os.SEEK_END)
+
+    def add(self, line: str) -> None:
+        self._file.write(_encoded(line))
+        self._file.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+
+
+class BucketResults(Results):
+    """An object in a bucket. Objects cannot grow, so results lie in parts beside it until all are there.
+
+    A run that is killed loses what it added since the last part, ``PART_SECONDS`` at most before the last addition,
+    and does that again. Nothing keeps two runs from writing the same parts.
+    """
+
+    def __init__(self, url: str):
+        super().__init__()
+        self._url = url
+        self._files, self._path = bucket(url)
+        self._folder = f"{self._path}.parts"
+        self._waiting: list[bytes] = []
+        self._written = time.monotonic()
+        try:
+            self._parts = sorted(self._files.find(self._folder)) if self._files.exists(self._folder) else []
+            for _ in self._lines():
+                pass
+        except (OSError, ValueError) as e:
+            if isinstance(e, InputError):
+                raise
+            raise InputError(f"cannot read {url}: {e}") from e
+
+    def _lines(self) -> Iterator[bytes]:
+        """The lines of the object, then those of the parts, each result once."""
+        self.done, self.failed = {}, 0
+        whole = [self._path] if self._files.isfile(self._path) else []
+        for path in [*whole, *self._parts]:
+            with self._files.open(path, "rb") as file:
+                for number, data in enumerate(file, start=1):
+                    if self._know(f"gs://{path.lstrip('/')}", number, data):
+                        yield data
+
+    def add(self, line: str) -> None:
+        self._waiting.append(_encoded(line))
+        if len(self._waiting) >= PART_LINES or time.monotonic() - self._written >= PART_SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        """Writes a part of what waits."""
+        if self._waiting:
+            last = int(Path(self._parts[-1]).stem) if self._parts else 0
+            path = f"{self._folder}/{last + 1:08d}.jsonl"
+            self._do(self._files.pipe_file, path, b"".join(self._waiting))
+            self._parts.append(path)
+            self._waiting.clear()
+        self._written = time.monotonic()
+
+    def _join(self) -> None:
+        """Makes one object of the parts."""
+        whole = f"{self._path}.whole"  # another name: the object itself is read meanwhile
+        with self._files.open(whole, "wb") as out:
+            for data in self._lines():
+                out.write(data)
+        self._files.mv(whole, self._path)
+        self._files.rm(self._folder, recursive=True)
+        self._parts.clear()
+
+    def _do(self, work: Any, *args: Any) -> None:
+        try:
+            work(*args)
+        except (OSError, ValueError) as e:
+            raise InputError(f"cannot write {self._url}: {e}; the same command goes on from what is written") from e
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._write()
+        if kind is None and self._parts:
+            self._do(self._join)
+
+
+def _encoded(line: str) -> bytes:
+    return line.encode(errors="surrogatepass") + b"\n"
