@@ -13,7 +13,8 @@ import omni_jax
 from omni_jax.generation.reply import Options, Reply
 from omni_jax.generation.task import Slots, Task
 from omni_jax.generation.warmup import Compilations
-from tools.batch_requests import BLOCKS, VOICE, Dialogue
+from omni_jax.serving.batch import BLOCKS
+from tools.batch_requests import VOICE, Dialogue
 from tools.latency_ours import make_model
 
 make = make_model  # so that the other side's process need not import JAX

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from tools.latency_figures import CODES_A_SECOND, TOKENS_A_SECOND
 
 VOICE = "Chelsie"
-BLOCKS = (8, 16, 32)  # of the lists that speech is voiced in
 
 
 @dataclass(frozen=True)
