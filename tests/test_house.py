@@ -13,7 +13,7 @@ PACKAGE = ROOT / "omni_jax"
 
 # from the roof down; a module may import what stands on its own floor or below
 FLOORS = """serving evaluation training generation data models checkpoint processing layers
-    positions batch sharding config errors""".split()
+    positions batch processes sharding config errors""".split()
 LONGEST_MODULE = 500
 LONGEST_FUNCTION = 70
 

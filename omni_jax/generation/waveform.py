@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from omni_jax.models.dit import Blocks, DiT, pack
 from omni_jax.models.dit_stream import Speaker
 from omni_jax.models.flow import draw_noise, solve
 from omni_jax.models.token2wav import Token2Wav, parts
+from omni_jax.sharding import whole
 
 _VOICES = 4  # in a call at least, so that their number makes no programs of its own
 
@@ -49,10 +51,10 @@ class Waveform:
         self.config, self.params = model.config, params
         self._mesh = mesh
         dit, bigvgan = parts(model)
-        self._speakers = jax.jit(functools.partial(call, dit, "speakers"))
+        self._speakers = jax.jit(functools.partial(_called, dit, "speakers"))
         self._known: dict[str, tuple[Voice, np.ndarray]] = {}  # rows of the voices that have spoken
         self._mel = jax.jit(functools.partial(_mel, dit))
-        self._vocode = jax.jit(functools.partial(call, bigvgan, "__call__"))
+        self._vocode = jax.jit(functools.partial(_called, bigvgan, "__call__"))
         self._programs = StreamPrograms(dit, bigvgan, params, mesh)
 
     def synthesize(
@@ -276,6 +278,10 @@ def _speech(
     return speech
 
 
+def _called(model: nn.Module, method: str, params: Any, *args: Any) -> jax.Array:
+    return whole(call(model, method, params, *args))
+
+
 def _mel(
     dit: DiT,
     params: Any,
@@ -288,4 +294,4 @@ def _mel(
     noise = jnp.where(speech.draws[:, None, None], drawn, speech.noise)
     inputs = (speech.codes, speakers[speech.voice], cond[speech.voice])
     conditions = call(dit, "conditions", params, *inputs)
-    return solve(dit, params, noise, conditions, speech.blocks)[0]
+    return whole(solve(dit, params, noise, conditions, speech.blocks)[0])

@@ -25,10 +25,11 @@ from omni_jax.errors import ConfigError, InputError
 from omni_jax.generation.model import OmniModel, load
 from omni_jax.generation.task import Load, Slots
 from omni_jax.generation.warmup import Compilations
+from omni_jax.processes import gather, join_processes, leads
 from omni_jax.processing.files import folder_of, is_file, is_remote, open_file, resolved
 from omni_jax.serving.batch_lines import Line, Seen, read_lines
 from omni_jax.serving.batch_ray import RayOptions, answer
-from omni_jax.serving.batch_results import Results, open_results
+from omni_jax.serving.batch_results import NoResults, Results, open_results
 from omni_jax.serving.batch_run import Places, Result, Runner, State, failed
 from omni_jax.serving.media_workers import Limits, MediaWorkers
 from omni_jax.sharding import MESH_AXES, make_mesh
@@ -84,19 +85,41 @@ class Batch:
     """ray: --ray.actors processes over the machines of a Ray cluster, which all see the files at the same paths."""
     ray: RayOptions = field(default_factory=RayOptions)
     """The actors of --engine ray."""
+    distributed: bool = False
+    """The same command on every host of a slice, over which --mesh spreads the model; the first one writes. On a pod
+    of TPUs, under Slurm and on Kubernetes they find each other."""
+    coordinator: str | None = None
+    """host:port of process 0, where they do not."""
+    processes: int | None = None
+    """How many there are, where they do not find each other."""
+    process: int | None = None
+    """Which one this is, from 0."""
     compile_cache: Annotated[Path | None, _DIR] = None
     """Keep compiled programs here, so that the next start is fast."""
 
     def run(self) -> None:
         """Raises InputError, CheckpointError or ConfigError where no request can be answered."""
         self.check()
-        terminal, state = Console(stderr=True), State()
-        with open_results(self.output) as results, _Watch(terminal, _count(self.input), state, results) as watch:
+        first = True
+        if self.distributed:
+            join_processes(self.coordinator, self.processes, self.process)
+            first = leads()
+        terminal, state = Console(stderr=True, quiet=not first), State()
+        with self._results(first) as results, _Watch(terminal, _count(self.input), state, results) as watch:
             for result in self._answered(_Left(self.input, results, watch), state, watch):
                 watch.add(result)
                 results.add(result.text)
         _tell(terminal, watch.summary(), state, self.output)
-        print(json.dumps(watch.summary()))
+        if first:
+            print(json.dumps(watch.summary()))
+
+    def _results(self, first: bool) -> Results:
+        """Where results go; of several processes only the first has them, and tells the others what is done."""
+        if not self.distributed:
+            return open_results(self.output)
+        results = open_results(self.output) if first else NoResults({})
+        done = gather(list(results.done.items()))[0]
+        return results if first else NoResults(dict(done))
 
     def _answered(self, lines: Iterable[Line], state: State, watch: _Watch) -> Iterator[Result]:
         if self.engine == "ray":
@@ -107,9 +130,10 @@ class Batch:
             model = self.load()
             watch.says("compiling")
             self.warm_up(model)
+            runner = Runner(model, self.model.name, workers, self.sizes, self.places, state)
             watch.begins()
             with Compilations() as state.compiled:
-                yield from Runner(model, self.model.name, workers, self.sizes, self.places, state).run(lines)
+                yield from runner.run(lines)
 
     def check(self) -> None:
         """Raises InputError for what is wrong with the options, before anything is loaded."""
@@ -118,6 +142,8 @@ class Batch:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if not is_file(self.input):
             raise InputError(f"-i {self.input}: no such file")
+        if self.distributed and (self.engine == "ray" or not self.mesh):
+            raise InputError("--distributed is of one model over several hosts: give --mesh, and not --engine ray")
         if resolved(self.input) == resolved(self.output):
             raise InputError(f"-o {self.output} is the file of requests; name another")
         for name, folder in (("-o", folder_of(self.output)), ("--media-root", self.media_root)):
@@ -165,8 +191,11 @@ class Batch:
 
 def _count(name: str) -> int:
     """Requests in a file, roughly: it is only for the progress bar, and read in big pieces."""
+    count, last = 0, b"\n"
     with open_file(name) as file:
-        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 24), b""))
+        while piece := file.read(1 << 24):
+            count, last = count + piece.count(b"\n"), piece[-1:]
+    return count + (last != b"\n")
 
 
 @dataclass(frozen=True)

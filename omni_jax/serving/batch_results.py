@@ -178,5 +178,19 @@ class BucketResults(Results):
             self._do(self._join)
 
 
+class NoResults(Results):
+    """Of a process that does not write: another one has these, and keeps what is added."""
+
+    def __init__(self, done: dict[int, str | None]):
+        super().__init__()
+        self.done = done
+
+    def add(self, line: str) -> None:
+        """Nothing; the other process adds it."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Nothing is held."""
+
+
 def _encoded(line: str) -> bytes:
     return line.encode(errors="surrogatepass") + b"\n"

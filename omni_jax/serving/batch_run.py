@@ -14,6 +14,7 @@ from omni_jax.generation.model import OmniModel
 from omni_jax.generation.reply import Reply
 from omni_jax.generation.task import Load, Slots, Task
 from omni_jax.generation.warmup import Compilations
+from omni_jax.processes import leads, lowest
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
 from omni_jax.processing.files import joined, write_whole
 from omni_jax.processing.layout import AudioInput, Prompt
@@ -23,6 +24,7 @@ from omni_jax.serving.request import ChatRequest, answer_body, confine, sound_by
 
 _AHEAD = 4  # prompts that are prepared for each row of the Thinker's
 _MOST_BYTES = 4 << 30  # of prompts that are prepared and wait
+_BUSY, _FAILED, _DONE = range(3)  # how far a prompt is; of several hosts the lowest counts
 _WRITERS = 4  # threads that write speech; a bucket takes a while
 
 
@@ -76,12 +78,18 @@ class State:
 
 
 class Runner:
-    """Answers lines with one model. What is wrong with a line is its own result, and costs no other."""
+    """Answers lines with one model. What is wrong with a line is its own result, and costs no other.
+
+    A model that is spread over several hosts has a runner on each, which is given the same lines and makes the same
+    calls; only that of the first writes speech and gives out answers.
+    """
 
     def __init__(self, model: OmniModel, name: str, workers: MediaWorkers, slots: Slots, places: Places, state: State):
         """``name`` is what answers call the model; ``state`` is kept up to date."""
         self.state = state
         self._model, self._name, self._workers, self._slots, self._places = model, name, workers, slots, places
+        self._ahead = _AHEAD * slots.thinker
+        lowest([_DONE], self._ahead)  # which compiles it
 
     def run(self, lines: Iterable[Line]) -> Iterator[Result]:
         """The results of lines, in the order in which they are done.
@@ -103,17 +111,16 @@ class Runner:
         tasks: dict[Task, _Job] = {}
         writing: set[Future[Result]] = set()
         while True:
-            while more and len(reading) + len(ready) < _AHEAD * self._slots.thinker and _bytes(ready) < _MOST_BYTES:
+            while more and len(reading) + len(ready) < self._ahead and _bytes(ready) < _MOST_BYTES:
                 line = next(lines, None)
                 more = line is not None
                 if line is not None:
                     yield from self._send(line, reading)
-            for future in [future for future in reading if future.done()]:
-                job = reading.pop(future)
-                try:
-                    ready.append((self._workers.result(future), job))
-                except InputError as e:
-                    yield failed(job.line, job.custom_id, e)
+            for job, prompt in self._prepared(reading):
+                if isinstance(prompt, Prompt):
+                    ready.append((prompt, job))
+                else:
+                    yield failed(job.line, job.custom_id, prompt)
             enough = len(ready) >= 2 * self._slots.thinker or not (scheduler.busy and reading)
             if not scheduler.waiting and enough:
                 ready.sort(key=_length)  # little is padding, then
@@ -125,7 +132,9 @@ class Runner:
                         yield failed(job.line, job.custom_id, e)
             for task, event in scheduler.step():
                 if event.reply is not None:
-                    writing.add(writers.submit(self._answered, tasks.pop(task), event.reply))
+                    job = tasks.pop(task)
+                    if leads():
+                        writing.add(writers.submit(self._answered, job, event.reply))
             self.state.answering = scheduler.answering
             written = {future for future in writing if future.done()}
             writing -= written
@@ -156,6 +165,20 @@ class Runner:
         future = self._workers.submit(messages, request.options.assume_fps, context - 1)
         reading[future] = _Job(line, custom_id, dataclasses.replace(request, messages=()))
 
+    def _prepared(self, reading: dict[Future[Prompt], _Job]) -> Iterator[tuple[_Job, Prompt | InputError]]:
+        """What the workers have done with requests. Every host has workers, and goes on with what all have done."""
+        states = lowest([_state(future) for future in reading], self._ahead)
+        for future, state in zip(list(reading), states, strict=True):
+            if state == _BUSY:
+                continue
+            job = reading.pop(future)
+            try:
+                prompt = self._workers.result(future)
+            except InputError as e:
+                yield job, e
+            else:
+                yield job, prompt if state == _DONE else InputError("its media could not be decoded on another host")
+
     def _answered(self, job: _Job, reply: Reply) -> Result:
         """Writes the speech of an answer, if it is to be in a file, and then makes its line."""
         if reply.error is not None:
@@ -185,6 +208,12 @@ def _asks_for_speech(message: Message) -> bool:
     """Whether this first message is the one that speech was trained with."""
     content = message.content if isinstance(message.content, str) else message.content[:2]
     return message.role == "system" and content in (SPEECH_SYSTEM_PROMPT, (TextPart(SPEECH_SYSTEM_PROMPT),))
+
+
+def _state(future: Future[Prompt]) -> int:
+    if not future.done():
+        return _BUSY
+    return _DONE if future.exception() is None else _FAILED
 
 
 def _length(item: tuple[Prompt, _Job]) -> int:

@@ -1,40 +1,17 @@
-"""Several processes as one: how they find each other, and what each of them feeds to the step."""
+"""What each of several processes feeds to the step."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.batch import TrainBatch
 from omni_jax.errors import ConfigError
 from omni_jax.sharding import RULES
-
-
-def join_processes(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
-    """Makes this process one of several; to be called before anything else of jax.
-
-    Args:
-      coordinator: host:port of process 0. On a pod of TPUs, under Slurm and on Kubernetes nothing need be given.
-      count: of processes.
-      index: of this one, from 0.
-
-    Raises:
-      ConfigError: if the others cannot be found.
-    """
-    try:
-        jax.distributed.initialize(coordinator, count, index)
-    except (ValueError, RuntimeError) as e:
-        raise ConfigError(
-            f"cannot find the other processes: {e}. Give --coordinator HOST:PORT --processes N --process I, or leave "
-            "--distributed out for a single process"
-        ) from e
 
 
 @dataclass(frozen=True)
@@ -84,21 +61,3 @@ def place(batches: Sequence[TrainBatch], abstract: TrainBatch) -> TrainBatch:
         return jax.make_array_from_process_local_data(whole.sharding, local, whole.shape)
 
     return jax.tree.map(one, abstract, *batches)
-
-
-def gather(value: Any) -> list[Any]:
-    """What every process has, of JSON's types, in their order; the same on all of them."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([len(text)]))
-    padded = np.zeros(int(np.max(lengths)), np.uint8)
-    padded[: len(text)] = text
-    texts = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(t[: int(n)])) for t, n in zip(texts, np.ravel(lengths), strict=True)]
-
-
-def meet(where: str) -> None:
-    """Waits until every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)

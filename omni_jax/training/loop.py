@@ -22,9 +22,10 @@ from omni_jax.checkpoint import run
 from omni_jax.data.pipeline import Batches, batches
 from omni_jax.errors import TrainingError
 from omni_jax.models.thinker import abstract_params
+from omni_jax.processes import gather, meet
 from omni_jax.processing.processor import Processor
 from omni_jax.training import state as states
-from omni_jax.training.feed import gather, meet, place, share_of
+from omni_jax.training.feed import place, share_of
 from omni_jax.training.flops import peak_flops, sizes_of, step_flops
 from omni_jax.training.optimizer import flat
 from omni_jax.training.progress import Reporter, plot

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +56,10 @@ def command(model: Path, folder: Path, name: str, *options: str) -> list[str]:
 
 def run(words: list[str], devices: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, env=environment(devices), timeout=900)
+
+
+def piped() -> dict[str, Any]:
+    return dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 def results(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -185,7 +190,7 @@ def test_killed_ten_times_it_goes_on(tiny_model: Path, folder: Path, unbroken: A
     assert json.loads(done.stdout)["before"]["answered"] > 0
 
 
-def test_over_a_mesh_the_ids_are_the_same(tmp_path: Path) -> None:
+def test_over_a_mesh_and_over_hosts_the_ids_are_the_same(tmp_path: Path) -> None:
     text, talker = TextConfig.tiny(num_key_value_heads=2), TalkerConfig.tiny(num_key_value_heads=2)
     config = OmniConfig.tiny(thinker_config=ThinkerConfig.tiny(text_config=text), talker_config=talker)
     write_checkpoint(tmp_path / "published", config, dtype="float32")
@@ -200,6 +205,22 @@ def test_over_a_mesh_the_ids_are_the_same(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         made[name] = {values["custom_id"]: ids(values) for values in results(tmp_path, name)}
     assert len(made["one"]) == len(lines) and made["one"] == made["two"]
+
+    # and over two hosts, from where a run has left off
+    done = (tmp_path / "two.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "hosts.jsonl").write_bytes(b"".join(done[:2]))
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    together = ["--mesh", "tensor=2", "--distributed", "--coordinator", address, "--processes", "2"]
+    words = [*command(tmp_path / "model", tmp_path, "hosts"), "--media-root", str(ROOT), *together]
+    hosts = [subprocess.Popen([*words, "--process", str(i)], **piped()) for i in range(2)]
+    said = [host.communicate(timeout=900) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert json.loads(said[0][0].splitlines()[-1])["answered"] == len(lines) - 2
+    assert "{" not in said[1][0]  # nor does the other one say anything, but for what its collectives do
+    assert {values["custom_id"]: ids(values) for values in results(tmp_path, "hosts")} == made["one"]
+    assert len(results(tmp_path, "hosts")) == len(lines)
 
 
 def batch(model: Path, input: str, output: str, **options: Any) -> dict[str, tuple[list[int], list[int]]]:
@@ -221,8 +242,8 @@ def test_in_a_bucket(tiny_model: Path, tmp_path: Path, gs: Bucket, capsys: pytes
     assert there == here and len(here) == 4
     spoken = [f"/b/speech/batch_req_0000000{i}.wav" for i in (1, 3)]
     assert gs.find("b") == ["/b/in/requests.jsonl", "/b/out/r.jsonl", *spoken]
-    with wave.open(io.BytesIO(gs.cat_file(spoken[0]))) as file:
-        assert file.getnframes() == 480 * len(here["good-0"][1]) > 0
+    with wave.open(io.BytesIO(gs.cat_file(spoken[1]))) as file:
+        assert file.getnframes() == 480 * len(here["good-5"][1]) > 0
     assert batch(tiny_model, *places) == here  # nothing is left to do
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["before"] == {"answered": 4, "failed": 0}
     with pytest.raises(InputError, match=r"-i gs://b/none.jsonl: no such file"):
@@ -251,6 +272,7 @@ def ids(values: dict[str, Any]) -> tuple[list[int], list[int]]:
         (("--slots", "0"), "--slots is 0"),
         (("--media-root", "/nowhere"), "--media-root: the folder /nowhere does not exist"),
         (("--mesh", "tensors=2"), "'tensors=2' is not AXIS=NUMBER"),
+        (("--distributed",), "--distributed is of one model over several hosts: give --mesh"),
     ],
 )
 def test_mistakes_are_told_in_a_line(tiny_model: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
