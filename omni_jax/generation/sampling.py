@@ -153,7 +153,8 @@ def restrict(
     tokens, with all that tie with the last of them, needs no more than these.
     """
     few = jax.lax.top_k(scores, min(_FEW, scores.shape[-1]))[0]
-    enough = (top_k <= few.shape[-1]) & (_least(few, top_k) > few[:, -1:])[:, 0]
+    # not few[:, -1:]: where XLA sees a part of it taken, it sorts all after all
+    enough = (top_k <= few.shape[-1]) & (_least(few, top_k)[:, 0] > jnp.min(few, axis=-1))
     lowest = _lowest(few, top_k, top_p)
 
     def among_all() -> jax.Array:
