@@ -34,7 +34,7 @@ def batch(
     impossible. PyTorch speaks them one by one, and writes them in batches; omni_jax speaks them with each number of
     slots, after a warm-up, and writes them with the last. Memory is the most that the process held, weights included.
 
-    On two cores: about half an hour.
+    On two cores: half an hour.
 
     Example: python tools/bench.py batch --json-out out/batch.json --picture out/batch.png
 
@@ -166,7 +166,7 @@ def draw(results: dict[str, Any], picture: Path) -> None:
         stages.bar([str(s) for s in slots], heights, bottom=ends, label=part)
         ends = [end + height for end, height in zip(ends, heights, strict=True)]
     stages.set(xlabel="slots", ylabel="seconds a request")
-    stages.legend()
+    stages.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{results['requests']} spoken requests at the middle size, two cores")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
