@@ -36,6 +36,7 @@ from omni_jax.checkpoint import store, voices
 from omni_jax.checkpoint.convert import CONSTANTS_FILE, side_files
 from omni_jax.checkpoint.store import ABOUT_FILE, FORMAT
 from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.processes import leads, meet
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -128,11 +129,10 @@ def _write(path: Path, value: Any) -> None:
 class RunFolder:
     """Saves and restores the states of a run. Of several processes, all call each method, in the same order."""
 
-    def __init__(self, workdir: Path, keep: int, meet: Callable[[str], None]) -> None:
-        """``meet`` waits until all processes have come to the same place."""
+    def __init__(self, workdir: Path, keep: int) -> None:
         self._model, self._parent = workdir / MODEL, workdir / CHECKPOINTS
-        self._keep, self._meet = keep, meet
-        self._first = jax.process_index() == 0
+        self._keep = keep
+        self._first = leads()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         if self._first:
@@ -158,7 +158,7 @@ class RunFolder:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)  # what is left of it was found to be damaged
             (partial / _THINKER).parent.mkdir(parents=True)
-        self._meet(f"checkpoint {name}")
+        meet(f"checkpoint {name}")
         waits = [store.save_tree(partial / _THINKER, saved.params), store.save_tree(partial / _MOMENTS, saved.moments)]
         kinds = sorted({str(np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(saved.params)})
 

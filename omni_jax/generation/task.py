@@ -143,7 +143,7 @@ class Share:
 
 @dataclass
 class Load:
-    """What a scheduler has done, in rows and positions: of prompts, steps of both loops, and blocks of sound."""
+    """What a scheduler has done: positions of prompts, tokens and codes of both loops, and codes that became sound."""
 
     read: Share = field(default_factory=Share)
     think: Share = field(default_factory=Share)

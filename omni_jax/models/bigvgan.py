@@ -42,19 +42,19 @@ ACTIVATION_REACH = 2 * _REACH - 1  # and that a wave between two filters depends
 
 
 @struct.dataclass
-class Spans:
+class Segments:
     """Where spectrograms lie in rows, counted at one of the rates."""
 
     begin: Int[Array, "B S"]
     length: Int[Array, "B S"]
     inside: Bool[Array, "B T"]
 
-    def faster(self, rate: int) -> Spans:
+    def faster(self, rate: int) -> Segments:
         """The same at a higher rate."""
-        return Spans(self.begin * rate, self.length * rate, jnp.repeat(self.inside, rate, axis=1))
+        return Segments(self.begin * rate, self.length * rate, jnp.repeat(self.inside, rate, axis=1))
 
 
-def make_spans(frames: int, length: Array, begin: Array | None = None) -> Spans:
+def make_segments(frames: int, length: Array, begin: Array | None = None) -> Segments:
     """``length`` and ``begin`` as ``BigVGAN`` takes them, in rows of so many frames."""
     length = jnp.asarray(length)
     if begin is None:
@@ -63,7 +63,7 @@ def make_spans(frames: int, length: Array, begin: Array | None = None) -> Spans:
     begin = jnp.asarray(begin)
     frame = jnp.arange(frames)[None, :, None]
     inside = (frame >= begin[:, None]) & (frame < (begin + length)[:, None])
-    return Spans(begin, length, jnp.any(inside, axis=2))
+    return Segments(begin, length, jnp.any(inside, axis=2))
 
 
 def gap(config: BigVGANConfig) -> int:
@@ -112,28 +112,28 @@ class BigVGAN(nn.Module):
           begin: the first frame of each, at least ``gap`` frames behind the end of the one before it; ``NOWHERE`` for
             one that is not there.
         """
-        spans = make_spans(mel.shape[1], length, begin)
-        x = self.begin(mel, spans)
+        segments = make_segments(mel.shape[1], length, begin)
+        x = self.begin(mel, segments)
         for i, rate in enumerate(self.config.upsample_rates):
-            x = self.advance(x, spans, i)
-            spans = spans.faster(rate)
-        return self.end(x, spans)
+            x = self.advance(x, segments, i)
+            segments = segments.faster(rate)
+        return self.end(x, segments)
 
     @full_precision
-    def begin(self, mel: Float[Array, "B T M"], spans: Spans) -> jax.Array:
+    def begin(self, mel: Float[Array, "B T M"], segments: Segments) -> jax.Array:
         """The first convolution. [B, T, channels]"""
-        return self.conv_in(_cut(condition_mel(jnp.asarray(mel, self.dtype)), spans))
+        return self.conv_in(_cut(condition_mel(jnp.asarray(mel, self.dtype)), segments))
 
     @full_precision
-    def advance(self, x: jax.Array, spans: Spans, stage: int) -> jax.Array:
-        """One stage; ``spans`` are those before it. [B, T * rate, channels / 2]"""
-        return self.stage[stage](x, spans)
+    def advance(self, x: jax.Array, segments: Segments, stage: int) -> jax.Array:
+        """One stage; ``segments`` are those before it. [B, T * rate, channels / 2]"""
+        return self.stage[stage](x, segments)
 
     @full_precision
-    def end(self, x: jax.Array, spans: Spans) -> jax.Array:
+    def end(self, x: jax.Array, segments: Segments) -> jax.Array:
         """What follows the stages. [B, samples]"""
-        y = self.conv_out(activation(x, spans, self.activation()))
-        return _cut(jnp.clip(y, -1.0, 1.0), spans)[..., 0]
+        y = self.conv_out(activation(x, segments, self.activation()))
+        return _cut(jnp.clip(y, -1.0, 1.0), segments)[..., 0]
 
 
 class VocoderStage(nn.Module):
@@ -145,15 +145,15 @@ class VocoderStage(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, spans: Spans) -> jax.Array:
+    def __call__(self, x: Array, segments: Segments) -> jax.Array:
         c, kw = self.config, dtypes(self)
         channels, rate = c.upsample_initial_channel >> self.index, c.upsample_rates[self.index]
         kernel = c.upsample_kernel_sizes[self.index]
         up = UpsamplingConv1D(channels, channels // 2, kernel, rate, axes=_AXES, name="upsample", **kw)
-        x, spans = up(_cut(x, spans)), spans.faster(rate)
+        x, segments = up(_cut(x, segments)), segments.faster(rate)
         shapes = zip(c.resblock_kernel_sizes, c.resblock_dilation_sizes, strict=True)
         blocks = [VocoderBlock(channels // 2, k, d, name=f"block_{i}", **kw)() for i, (k, d) in enumerate(shapes)]
-        return mean_of_blocks(x, spans, blocks)
+        return mean_of_blocks(x, segments, blocks)
 
 
 class VocoderBlock(nn.Module):
@@ -226,7 +226,7 @@ class Round(NamedTuple):
     dilation: int
 
 
-def mean_of_blocks(x: Float[Array, "B T C"], spans: Spans, blocks: list[list[Round]]) -> jax.Array:
+def mean_of_blocks(x: Float[Array, "B T C"], segments: Segments, blocks: list[list[Round]]) -> jax.Array:
     """The mean of what the blocks make of ``x``, each passing it through its rounds.
 
     One loop over the rounds of all blocks: a wave is compiled twice in a stage and not once a round, which takes a
@@ -243,8 +243,8 @@ def mean_of_blocks(x: Float[Array, "B T C"], spans: Spans, blocks: list[list[Rou
     def one(i: jax.Array, loop: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begun, total = loop
         first, second = jax.tree.map(lambda a: a[i], waves)
-        y = convolved(i, activation(begun, spans, first), 0)
-        done = begun + convolved(i, activation(y, spans, second), 1)
+        y = convolved(i, activation(begun, segments, first), 0)
+        done = begun + convolved(i, activation(y, segments, second), 1)
         return jnp.where(ends[i], x, done), jnp.where(ends[i], total + done, total)
 
     _, total = jax.lax.fori_loop(0, len(rounds), one, (x, jnp.zeros_like(x)))
@@ -255,15 +255,15 @@ def _same_conv(kernel: jax.Array, bias: jax.Array, dilation: int, x: jax.Array) 
     return conv(x, kernel, same_sides(kernel.shape[0], dilation), dilation=dilation) + bias
 
 
-def activation(x: Float[Array, "B T C"], spans: Spans, wave: Weights) -> jax.Array:
+def activation(x: Float[Array, "B T C"], segments: Segments, wave: Weights) -> jax.Array:
     """SnakeBeta at twice the rate, between the two filters; zeros where no spectrogram is."""
-    even, odd = upsample_phases(_prolonged(x, x, x, spans))
+    even, odd = upsample_phases(_prolonged(x, x, x, segments))
     even, odd = (snake_beta(phase, *wave) for phase in (even, odd))
     # or the compiler computes waves again where it only needs their ends
     even, odd = jax.lax.optimization_barrier((even, odd))
     # at twice the rate a spectrogram begins with an even sample and ends with an odd one
-    y = downsample_phases(*(_prolonged(phase, even, odd, spans) for phase in (even, odd)))
-    return _cut(y, spans)
+    y = downsample_phases(*(_prolonged(phase, even, odd, segments) for phase in (even, odd)))
+    return _cut(y, segments)
 
 
 def condition_mel(mel: jax.Array) -> jax.Array:
@@ -318,12 +318,12 @@ def downsample_phases(even: Float[Array, "B T+6 C"], odd: Float[Array, "B T+6 C"
     return _shifted_sum(even, from_even) + _shifted_sum(odd, {o: taps[2 * o + 6] for o in range(-_REACH, _REACH)})
 
 
-def _prolonged(x: Array, first: Array, last: Array, spans: Spans) -> jax.Array:
+def _prolonged(x: Array, first: Array, last: Array, segments: Segments) -> jax.Array:
     """Rows with what filters read beyond the ends: 3 times the first frame, in ``first``, and the last, in ``last``.
 
     Only those frames are written; what stands further beyond the ends is read by nothing that is kept.
     """
-    rows, begin, end = jnp.arange(x.shape[0])[:, None], spans.begin, spans.begin + spans.length
+    rows, begin, end = jnp.arange(x.shape[0])[:, None], segments.begin, segments.begin + segments.length
     edges = jnp.stack([first[rows, begin], last[rows, jnp.maximum(end - 1, 0)]], axis=2)
     places = jnp.stack([begin, end + _REACH], axis=2)[..., None] + jnp.arange(_REACH)  # of what is padded below
     y = jnp.pad(x, ((0, 0), (_REACH, _REACH), (0, 0)))
@@ -338,6 +338,6 @@ def _shifted_sum(x: Array, taps: dict[int, np.float32]) -> jax.Array:
     return sum(parts[1:], start=parts[0])
 
 
-def _cut(x: Array, spans: Spans) -> jax.Array:
+def _cut(x: Array, segments: Segments) -> jax.Array:
     """Zeros where no spectrogram is."""
-    return jnp.where(spans.inside[..., None], x, 0)
+    return jnp.where(segments.inside[..., None], x, 0)

@@ -111,8 +111,8 @@ class FileResults(Results):
 class BucketResults(Results):
     """An object in a bucket. Objects cannot grow, so results lie in parts beside it until all are there.
 
-    A run that is killed loses what it added since the last part, ``PART_SECONDS`` at most before the last addition,
-    and does that again. Nothing keeps two runs from writing the same parts.
+    A run that is killed loses what it added since the last part, which is that of ``PART_SECONDS`` or ``PART_LINES`` at
+    most, and does it again. Nothing keeps two runs from writing the same parts.
     """
 
     def __init__(self, url: str):

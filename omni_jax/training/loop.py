@@ -22,7 +22,7 @@ from omni_jax.checkpoint import run
 from omni_jax.data.pipeline import Batches, batches
 from omni_jax.errors import TrainingError
 from omni_jax.models.thinker import abstract_params
-from omni_jax.processes import gather, meet
+from omni_jax.processes import gather, leads, meet
 from omni_jax.processing.processor import Processor
 from omni_jax.training import state as states
 from omni_jax.training.feed import place, share_of
@@ -54,7 +54,7 @@ def train(recipe: Recipe, workdir: Path) -> bool:
     mesh = recipe.mesh.make()
     share = share_of(mesh, recipe.data.rows)
     recipe = _with_rejects(recipe, workdir)
-    if jax.process_index() == 0:
+    if leads():
         workdir.mkdir(parents=True, exist_ok=True)
         states.prepare(recipe, workdir, print)
     meet("the run's model")
@@ -89,7 +89,7 @@ class _Loop:
     def __init__(self, recipe: Recipe, workdir: Path, mesh: jax.sharding.Mesh, data: Batches) -> None:
         self._recipe, self._workdir, self._mesh, self._data = recipe, workdir, mesh, data
         self._reporter: Reporter | None = None
-        self._folder = run.RunFolder(workdir, recipe.checkpoint.keep, meet)
+        self._folder = run.RunFolder(workdir, recipe.checkpoint.keep)
         self._steps: dict[str, Step] = {}  # by phase
         restored = states.restored(self._folder, self._step_at, mesh, self._say)
         if restored is None:
@@ -99,7 +99,7 @@ class _Loop:
             data.set_state(state_of_data)
             self._say(f"goes on after step {int(self._state.step)}")
         self._number = self._saved = int(self._state.step)
-        if jax.process_index() == 0:
+        if leads():
             self._reporter = Reporter(workdir, self._number, recipe.steps, recipe.log_every)
         self._batch = abstract_batch(recipe.data, recipe.model, mesh, recipe.optimizer.accumulate)
         shapes = flat(nn.unbox(abstract_params(self._step_at(0).model)))
@@ -204,7 +204,7 @@ class _Loop:
         self._say(f"done; the model is {where}" + (f", the loss is drawn in {picture}" if picture else ""))
 
     def _say(self, text: str) -> None:
-        if jax.process_index() == 0:
+        if leads():
             (self._reporter.say if self._reporter else print)(text)
 
 
