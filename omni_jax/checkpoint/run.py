@@ -130,6 +130,7 @@ class RunFolder:
     """Saves and restores the states of a run. Of several processes, all call each method, in the same order."""
 
     def __init__(self, workdir: Path, keep: int) -> None:
+        """``keep`` is how many of the latest states stay."""
         self._model, self._parent = workdir / MODEL, workdir / CHECKPOINTS
         self._keep = keep
         self._first = leads()
