@@ -17,8 +17,8 @@ import jax
 import tyro
 
 from configs import RECIPES
+from omni_jax.distributed import join_processes
 from omni_jax.errors import CheckpointError, ConfigError, InputError, TrainingError
-from omni_jax.processes import join_processes
 from omni_jax.training.loop import PREEMPTED, train
 from omni_jax.training.plan import show
 from omni_jax.training.recipe import Recipe

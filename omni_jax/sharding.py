@@ -100,7 +100,7 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
-def place_of(params: Any, mesh: Mesh | None) -> Sharding:
+def host_sharding(params: Any, mesh: Mesh | None) -> Sharding:
     """Where such arrays are to be put by the host: beside the parameters.
 
     A program is compiled once for arrays that lie in one place, and again where they lie in another.

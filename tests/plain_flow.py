@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from omni_jax.models.dit import NO_BLOCK, Blocks, DiT, pack
-from omni_jax.models.flow import evaluation_times, sway_grid
+from omni_jax.models.flow_matching import evaluation_times, sway_grid
 
 
 def cut(frames: np.ndarray, count: int, size: int) -> np.ndarray:

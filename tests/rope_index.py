@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 
-from omni_jax import positions
+from omni_jax import mrope
 from omni_jax.batch import bucket
 from omni_jax.processing.layout import MediaLengths, segments_from_tokens
 
-_position_ids = jax.jit(positions.position_ids, static_argnames="ids_per_second")
+_position_ids = jax.jit(mrope.position_ids, static_argnames="ids_per_second")
 
 
 def expand(rows, mask, ids_per_second=25):
@@ -15,7 +15,7 @@ def expand(rows, mask, ids_per_second=25):
     mask = np.asarray(mask, np.int32)
     length = bucket(mask.shape[1], smallest=512)
     wide = np.pad(mask, ((0, 4 - len(mask)), (0, length - mask.shape[1])))
-    table = positions.stack([*rows, *[[]] * (4 - len(rows))], length)
+    table = mrope.stack([*rows, *[[]] * (4 - len(rows))], length)
     ids, deltas = _position_ids(table, wide, ids_per_second=ids_per_second)
     return np.asarray(ids)[:, : mask.shape[0], : mask.shape[1]], np.asarray(deltas)[: len(mask)]
 
@@ -29,5 +29,5 @@ def rope_index(inputs, config):
     rows = []
     for ids, real in zip(tokens, mask, strict=True):
         segments = segments_from_tokens(ids[real == 1], lengths, config, use_audio_in_video=flag)
-        rows.append(positions.resolve(segments, config, begin=int(np.argmax(real))))
+        rows.append(mrope.resolve(segments, config, begin=int(np.argmax(real))))
     return expand(rows, mask, config.position_id_per_seconds)

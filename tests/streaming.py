@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni_jax.layers.stream import Block, StreamingPart
+from omni_jax.layers.streaming import Block, StreamingPart
 
 Rows = list[list[np.ndarray]]  # of each row, the valid units of every leaf of the output
 

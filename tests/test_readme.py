@@ -13,7 +13,7 @@ import tyro
 import serve
 from configs import RECIPES
 from omni_jax.config import OmniConfig
-from omni_jax.generation.reply import Options
+from omni_jax.engine.outputs import Options
 from omni_jax.processing import chat
 
 ROOT = Path(__file__).parents[1]

@@ -165,7 +165,7 @@ def describe(topology: str) -> list[Any]:
 
 def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tuple[Report, str | None]:
     """Compiles; returns the report and the text, which there is not where the program does not fit."""
-    begun, hbm = time.perf_counter(), int(HBM[topology.partition(":")[0]])
+    started, hbm = time.perf_counter(), int(HBM[topology.partition(":")[0]])
     known: dict[str, Any] = dict(
         program=name,
         topology=topology,
@@ -183,9 +183,9 @@ def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tupl
             raise
         unknown: dict[str, Any] = {f.name: 0 for f in dataclasses.fields(Report) if f.name not in known}
         unknown |= dict(fits=False, collective_bytes={}, traffic_ratio=None, error=str(e).splitlines()[0])
-        unknown["compile_seconds"] = time.perf_counter() - begun
+        unknown["compile_seconds"] = time.perf_counter() - started
         return Report(**known, **unknown), None
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     text, memory = compiled.as_text(), compiled.memory_analysis()
     counts = Text(text).count()
     return Report(

@@ -15,15 +15,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.batch import Spans
 from omni_jax.config import OmniConfig
-from omni_jax.generation import speech, text
-from omni_jax.generation.sampling import Sampling, SamplingState
-from omni_jax.generation.waveform_stream import Feed, solve_step
-from omni_jax.layers.stream import Block
+from omni_jax.engine import talker_engine as speech
+from omni_jax.engine import thinker_engine as text
+from omni_jax.engine.sampling import SamplingParams, SamplingState
+from omni_jax.engine.token2wav_streaming import Feed, solve_step
+from omni_jax.layers.streaming import Block
 from omni_jax.models import talker, thinker, token2wav
-from omni_jax.models.bigvgan_stream import StreamedBigVGAN
+from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
 from omni_jax.models.decoder import KVCache
-from omni_jax.models.dit_stream import CarriedDiT, Speaker
-from omni_jax.processing.chunks import WIDE, Chunk
+from omni_jax.models.dit_streaming import CarriedDiT, Speaker
+from omni_jax.processing.prefill_plan import WIDE, Chunk
 from omni_jax.sharding import RULES, param_shardings
 
 
@@ -65,7 +66,7 @@ def thinker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     state = _text_state(model, mesh, shapes)
     over = _abstract(jax.ShapeDtypeStruct((shapes.batch,), jnp.bool_), mesh)
     steps = _abstract(jax.ShapeDtypeStruct((), jnp.int32), mesh)
-    function = jax.jit(functools.partial(text.say_tokens, model, 1), donate_argnums=1)
+    function = jax.jit(functools.partial(text.decode_text, model, 1), donate_argnums=1)
     read = {k: v for k, v in params["decoder"].items() if k != "embed"}
     return _with_cache(Program(function, (params, state, over, steps)), read, state.cache)
 
@@ -88,12 +89,12 @@ def talker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     model = talker.Talker(c, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     params = _params(talker.abstract_params(model), mesh)
     hidden, cache, marks = jax.eval_shape(lambda: speech.empty_rows(model, shapes.batch, shapes.cache))
-    barred = speech.barred_codes(config)
-    sampling = _sampling(shapes.batch, c.vocab_size, barred)
+    suppressed = speech.suppressed_codes(config)
+    sampling = _sampling(shapes.batch, c.vocab_size, suppressed)
     number = np.zeros(shapes.batch, np.int32)
     state = _abstract(speech.SpeechState(hidden, number, cache, sampling, number, marks), mesh)
     shares = _abstract(jax.ShapeDtypeStruct((shapes.batch, 1, c.embedding_size), model.dtype), mesh)
-    function = jax.jit(functools.partial(speech.say_codes, model), donate_argnums=1)
+    function = jax.jit(functools.partial(speech.decode_codes, model), donate_argnums=1)
     given = (params, state, shares, _abstract(number, mesh))
     read = {"proj": params["proj"], **{k: v for k, v in params["decoder"].items() if k != "embed"}}
     return _with_cache(Program(function, given), read, state.cache)
@@ -149,8 +150,8 @@ def _text_state(model: thinker.Thinker, mesh: Mesh, shapes: Shapes) -> text.Text
     return _abstract(text.TextState(hidden, number, cache, sampling, number, stop, heard), mesh)
 
 
-def _sampling(rows: int, vocab: int, barred: np.ndarray | None) -> SamplingState:
-    return SamplingState.create([Sampling()] * rows, [np.zeros(0, np.int32)] * rows, vocab, barred)
+def _sampling(rows: int, vocab: int, suppressed: np.ndarray | None) -> SamplingState:
+    return SamplingState.create([SamplingParams()] * rows, [np.zeros(0, np.int32)] * rows, vocab, suppressed)
 
 
 def _params(boxed: Any, mesh: Mesh) -> Any:

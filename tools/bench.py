@@ -21,12 +21,12 @@ def main(args: Sequence[str] | None = None) -> None:
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         sys.exit("the benchmark runs beside PyTorch: pip install -e '.[test]'")
     # here, for the processes of ``speak`` and ``latency`` import this file and must not hold what they do not use
-    from tools.bench_batch import batch
-    from tools.bench_data import data
-    from tools.bench_first_packet import first_packet
-    from tools.bench_latency import latency
-    from tools.bench_speak import speak
-    from tools.bench_understand import understand
+    from benchmarks.bench_batch import batch
+    from benchmarks.bench_data import data
+    from benchmarks.bench_first_packet import first_packet
+    from benchmarks.bench_latency import latency
+    from benchmarks.bench_speak import speak
+    from benchmarks.bench_understand import understand
 
     commands = {
         "understand": understand,

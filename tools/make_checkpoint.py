@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from omni_jax.checkpoint import voices
 from omni_jax.checkpoint.export import SHARD_BYTES
+from omni_jax.checkpoint.name_map import Entry, optional_constants, table
 from omni_jax.checkpoint.pytorch import write_tensors
-from omni_jax.checkpoint.table import Entry, optional_constants, table
 from omni_jax.checkpoint.tensor_file import NewTensor
 from omni_jax.config import AudioEncoderConfig, OmniConfig, TalkerConfig, ThinkerConfig, VisionEncoderConfig
 from tools.tokenizer_files import write_tokenizer

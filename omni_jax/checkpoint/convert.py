@@ -11,9 +11,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from omni_jax.checkpoint import store, voices
+from omni_jax.checkpoint.name_map import Entry, optional_constants, table
 from omni_jax.checkpoint.pytorch import check, read_headers
 from omni_jax.checkpoint.pytorch import pieces as read
-from omni_jax.checkpoint.table import Entry, optional_constants, table
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, write_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError

@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict
 
 from omni_jax.checkpoint import store, voices
 from omni_jax.checkpoint.convert import CONSTANTS_FILE, Conversion, Progress, side_files
+from omni_jax.checkpoint.name_map import COMPONENTS, Entry, differences, optional_constants, table
 from omni_jax.checkpoint.pytorch import write_tensors
-from omni_jax.checkpoint.table import COMPONENTS, Entry, differences, optional_constants, table
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, read_header
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError

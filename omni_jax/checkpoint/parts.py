@@ -19,8 +19,8 @@ import numpy as np
 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.convert import CONSTANTS_FILE, side_files
+from omni_jax.checkpoint.name_map import Entry, differences, listed, table
 from omni_jax.checkpoint.pytorch import read_headers
-from omni_jax.checkpoint.table import Entry, differences, listed, table
 from omni_jax.checkpoint.tensor_file import StoredTensor, write_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError

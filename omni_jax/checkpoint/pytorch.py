@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from omni_jax.checkpoint.table import (
+from omni_jax.checkpoint.name_map import (
     COMPONENTS,
     Entry,
     differences,

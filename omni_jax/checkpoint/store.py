@@ -37,7 +37,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from omni_jax.checkpoint.table import differences, table
+from omni_jax.checkpoint.name_map import differences, table
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
 

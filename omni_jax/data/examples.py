@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Float, Int
 
-from omni_jax import positions
+from omni_jax import mrope
 from omni_jax.batch import AudioBlocks, Spans, VisionFrames
 from omni_jax.config import OmniConfig
 from omni_jax.data.rows import Document, VideoSound, read_row
@@ -69,13 +69,13 @@ def make_example(prompt: Prompt, weights: Float[np.ndarray, " T"], name: str, co
     unit = np.where(index < 0, -1, np.searchsorted(begins, index, side="right") - 1)
     feature = np.where(index < 0, 0, index - begins[unit])
     counts = [group.valid.any(-1).sum(-1) for group in vision]
-    spans = positions.resolve(prompt.segments, c)
+    spans = mrope.resolve(prompt.segments, c)
     return Example(
         tokens=prompt.tokens,
         weights=weights.astype(np.float32),
         unit=unit.astype(np.int32),
         feature=feature.astype(np.int32),
-        spans=positions.stack([spans], len(prompt), width=len(spans)),
+        spans=mrope.stack([spans], len(prompt), width=len(spans)),
         audio=audio,
         vision=vision,
         windows=np.concatenate([np.zeros(0, np.int64), *counts]),

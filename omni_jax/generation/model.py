@@ -15,21 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from omni_jax import positions
+from omni_jax import mrope
 from omni_jax.batch import bucket
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice, choose, load_voices
 from omni_jax.config import OmniConfig
+from omni_jax.engine.outputs import Event, Options, Reply, ReplyWriter, stop_ids
+from omni_jax.engine.prefill import ROOM, ChunkSizes, Engines
+from omni_jax.engine.request import Request, RequestState, SchedulerConfig, Voicing
+from omni_jax.engine.scheduler import Scheduler
+from omni_jax.engine.talker_engine import TalkerEngine, TalkerParams
+from omni_jax.engine.thinker_engine import TextRequest, ThinkerEngine
+from omni_jax.engine.token2wav_engine import Token2WavEngine
+from omni_jax.engine.warmup import Compilations, warm_up
 from omni_jax.errors import CheckpointError, InputError
-from omni_jax.generation.listening import Listener
-from omni_jax.generation.reading import ROOM, Loops, Pace
-from omni_jax.generation.reply import Event, Options, Reply, ReplyWriter, stop_ids
-from omni_jax.generation.scheduler import Scheduler
-from omni_jax.generation.speech import SpeechLoop, Talk
-from omni_jax.generation.task import Ask, Slots, Task, Voicing
-from omni_jax.generation.text import TextLoop, TextRequest
-from omni_jax.generation.warmup import Compilations, warm_up
-from omni_jax.generation.waveform import Waveform
+from omni_jax.generation.live_session import LiveSession
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
@@ -48,7 +48,7 @@ def load(
     mesh: Mesh | None = None,
     components: Sequence[str] | None = None,
     allow_urls: bool = False,
-    pace: Pace | None = None,
+    pace: ChunkSizes | None = None,
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
@@ -84,7 +84,7 @@ def load(
     params = store.load(folder, wanted, dtype=kind, shardings=shardings)
     params = params if scan else unstack_layers(params)
     return OmniModel(
-        config, processor, models, params, load_voices(folder) if "talker" in wanted else {}, mesh, pace or Pace()
+        config, processor, models, params, load_voices(folder) if "talker" in wanted else {}, mesh, pace or ChunkSizes()
     )
 
 
@@ -117,18 +117,18 @@ class OmniModel:
         params: Mapping[str, Any],
         voices: Mapping[str, Voice],
         mesh: Mesh | None,
-        pace: Pace,
+        pace: ChunkSizes,
     ):
         self.config, self.processor, self.voices = config, processor, voices
         keep = "talker" in models
-        text = TextLoop(models["thinker"], params["thinker"], mesh=mesh, steps=pace.tokens, keep=keep)
+        text = ThinkerEngine(models["thinker"], params["thinker"], mesh=mesh, steps=pace.tokens, keep=keep)
         speech, wave = None, None
         if "talker" in models:
-            speech = SpeechLoop(models["talker"], params["talker"], config, text.words, mesh=mesh, steps=pace.codes)
+            speech = TalkerEngine(models["talker"], params["talker"], config, text.words, mesh=mesh, steps=pace.codes)
         if "token2wav" in models:
-            wave = Waveform(models["token2wav"], params["token2wav"], mesh)
+            wave = Token2WavEngine(models["token2wav"], params["token2wav"], mesh)
         multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self._loops = Loops(config, pace, text, speech, wave, multiple)
+        self._loops = Engines(config, pace, text, speech, wave, multiple)
 
     def generate(self, messages: Messages, **options: Any) -> Reply:
         """Answers one dialogue.
@@ -140,11 +140,11 @@ class OmniModel:
         Raises:
           InputError: if the messages or options cannot be served; names the part, the value and the limit.
         """
-        chosen, begun = Options.create(**options), time.perf_counter()
+        chosen, started = Options.create(**options), time.perf_counter()
         self._check_speech(chosen, [messages])
         scheduler = Scheduler(self._loops)
         task = self._submitted(scheduler, self._prompt(messages, chosen), chosen)
-        scheduler.timings.prepare = time.perf_counter() - begun
+        scheduler.timings.prepare = time.perf_counter() - started
         *_, last = _events(scheduler, task)
         assert last.reply is not None
         return last.reply
@@ -155,14 +155,14 @@ class OmniModel:
         The last event carries the whole reply, which the pieces add up to. Nothing is made before it is asked for;
         closing the iterator ends the reply and frees what it holds.
         """
-        chosen, begun = Options.create(**options), time.perf_counter()
+        chosen, started = Options.create(**options), time.perf_counter()
         self._check_speech(chosen, [messages])
         scheduler = Scheduler(self._loops)
         task = self._submitted(scheduler, self._prompt(messages, chosen), chosen, live=True)
-        scheduler.timings.prepare = time.perf_counter() - begun
+        scheduler.timings.prepare = time.perf_counter() - started
         return _events(scheduler, task)
 
-    def listen(self, messages: Messages = (), *, hears: bool = True, sees: bool = False, **options: Any) -> Listener:
+    def listen(self, messages: Messages = (), *, hears: bool = True, sees: bool = False, **options: Any) -> LiveSession:
         """Begins a dialogue that is heard, or seen, while it goes on.
 
         Whatever comes is read as soon as it fills two seconds, so that only the rest is left when the speaker ends::
@@ -176,9 +176,9 @@ class OmniModel:
         Args:
           messages: that came before, earlier replies among them; maybe none. What is heard and seen becomes a message
             of the user's after them.
-          hears: whether sound is to come (``Listener.audio``).
-          sees: whether pictures are to come (``Listener.video``); with sound too, they are one video.
-          **options: see ``Options``; ``Listener.answer`` may change all but ``modalities`` and ``assume_fps``.
+          hears: whether sound is to come (``LiveSession.audio``).
+          sees: whether pictures are to come (``LiveSession.video``); with sound too, they are one video.
+          **options: see ``Options``; ``LiveSession.answer`` may change all but ``modalities`` and ``assume_fps``.
 
         Raises:
           InputError: if the messages or options cannot be served.
@@ -189,12 +189,12 @@ class OmniModel:
         scheduler = Scheduler(self._loops)
         reading = scheduler.read(len(prompt.head.prompt) + ROOM, speaks=chosen.speaks)
 
-        def ask(whole: Prompt, others: Mapping[str, Any]) -> Ask:
+        def ask(whole: Prompt, others: Mapping[str, Any]) -> Request:
             if settled := sorted({"modalities", "assume_fps"} & set(others)):
                 raise InputError(f"{' and '.join(settled)} must be given to listen; what came is already read so")
             return self._ask(whole, Options.create(**{**options, **others}), live=True)
 
-        return Listener(prompt, scheduler, reading, ask)
+        return LiveSession(prompt, scheduler, reading, ask)
 
     def generate_batch(self, conversations: Sequence[Messages], *, batch_size: int = 8, **options: Any) -> list[Reply]:
         """Answers many dialogues, each as ``generate`` would alone.
@@ -212,15 +212,15 @@ class OmniModel:
         self._check_speech(chosen, conversations)
         replies: dict[int, Reply] = {}
         prompts: dict[int, Prompt] = {}
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for i, messages in enumerate(conversations):
             try:
                 prompts[i] = self._prompt(messages, chosen)
             except InputError as e:
                 replies[i] = Reply.failed(e)
         rows = bucket(min(batch_size, max(len(prompts), 1)))
-        scheduler = Scheduler(self._loops, Slots(rows, rows))
-        scheduler.timings.prepare = time.perf_counter() - begun
+        scheduler = Scheduler(self._loops, SchedulerConfig(rows, rows))
+        scheduler.timings.prepare = time.perf_counter() - started
         order = sorted(prompts, key=lambda i: len(prompts[i]))  # caches grow once, then
         numbers = {self._submitted(scheduler, prompts[i], chosen): i for i in order}
         for task, event in scheduler.run():
@@ -228,11 +228,11 @@ class OmniModel:
                 replies[numbers[task]] = event.reply
         return [replies[i] for i in range(len(conversations))]
 
-    def scheduler(self, slots: Slots) -> Scheduler:
+    def scheduler(self, slots: SchedulerConfig) -> Scheduler:
         """An engine for many requests, that come and go one by one; see ``Scheduler`` and ``request``."""
         return Scheduler(self._loops, slots)
 
-    def request(self, scheduler: Scheduler, prompt: Prompt, options: Options) -> Task:
+    def request(self, scheduler: Scheduler, prompt: Prompt, options: Options) -> RequestState:
         """Gives a scheduler of this model a request whose sound is to come with its reply.
 
         Args:
@@ -246,7 +246,7 @@ class OmniModel:
         self.check(options)
         return self._submitted(scheduler, prompt, options)
 
-    def warmup(self, *, tokens: int = 2048, windows: int = 32, slots: Slots | None = None) -> Compilations:
+    def warmup(self, *, tokens: int = 2048, windows: int = 32, slots: SchedulerConfig | None = None) -> Compilations:
         """Compiles what ``stream`` and ``listen`` run, so that no request has to wait for the compiler.
 
         What is larger than this is compiled when it is met, and so is ``generate`` with speech, whose sound is made at
@@ -262,7 +262,7 @@ class OmniModel:
         """
         wave, voices, pace = self._loops.wave, list(self.voices.values()), self._loops.pace
         with Compilations() as compilations:
-            warm_up(self._loops, slots or Slots(), tokens=tokens, windows=windows)
+            warm_up(self._loops, slots or SchedulerConfig(), tokens=tokens, windows=windows)
             if wave is not None and voices and slots is not None:
                 wave.warm_up_whole(voices, slots.blocks)
             elif wave is not None and voices:
@@ -301,21 +301,21 @@ class OmniModel:
         context = self.config.thinker_config.text_config.max_position_embeddings
         return self.processor(messages, assume_fps=options.assume_fps, max_length=context - 1)
 
-    def _submitted(self, scheduler: Scheduler, prompt: Prompt, options: Options, *, live: bool = False) -> Task:
-        spans = positions.resolve(prompt.segments, self.config.thinker_config)
+    def _submitted(self, scheduler: Scheduler, prompt: Prompt, options: Options, *, live: bool = False) -> RequestState:
+        spans = mrope.resolve(prompt.segments, self.config.thinker_config)
         return scheduler.submit(self._ask(prompt, options, live=live), [(prompt, spans)])
 
-    def _ask(self, prompt: Prompt, options: Options, *, live: bool) -> Ask:
+    def _ask(self, prompt: Prompt, options: Options, *, live: bool) -> Request:
         c, length = self.config.thinker_config, len(prompt)
         room = min(options.max_tokens, c.text_config.max_position_embeddings - length)
         text = TextRequest(options.sampling, room, stop_ids(self.processor, options))
-        after = positions.resolve((*prompt.segments, positions.Text(2)), c)[-1]
+        after = mrope.resolve((*prompt.segments, mrope.Text(2)), c)[-1]
         voicing = None
         if options.speaks:
             noise = options.seed if options.noise_seed is None else options.noise_seed
             voicing = Voicing(choose(self.voices, options.voice), self._talk(options), noise)
         span = dataclasses.replace(after, begin=0)
-        return Ask(prompt.tokens, span, prompt.usage, text, ReplyWriter(self.processor, options), voicing, live)
+        return Request(prompt.tokens, span, prompt.usage, text, ReplyWriter(self.processor, options), voicing, live)
 
     def _check_speech(self, options: Options, conversations: Sequence[Messages]) -> None:
         """Before any work: what speech needs is there. Warns of a system prompt that speech was not trained with."""
@@ -348,11 +348,11 @@ class OmniModel:
                 "load all components"
             )
 
-    def _talk(self, options: Options) -> Talk:
-        return Talk.create({"seed": options.seed, **options.talker}, self.config)
+    def _talk(self, options: Options) -> TalkerParams:
+        return TalkerParams.create({"seed": options.seed, **options.talker}, self.config)
 
 
-def _events(scheduler: Scheduler, task: Task) -> Generator[Event, None, None]:
+def _events(scheduler: Scheduler, task: RequestState) -> Generator[Event, None, None]:
     """What a scheduler's only request gives."""
     for _, event in scheduler.run():
         if task.error is not None:

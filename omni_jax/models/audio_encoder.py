@@ -24,7 +24,7 @@ from omni_jax.layers.mlp import GeluMLP
 from omni_jax.layers.norm import LayerNorm
 from omni_jax.layers.params import dtypes
 from omni_jax.layers.stack import Remat, call_layers, layer_stack
-from omni_jax.layers.stream import Block, Streaming
+from omni_jax.layers.streaming import Block, Streaming
 from omni_jax.sharding import constrain
 
 TOKEN_SECONDS = 0.04

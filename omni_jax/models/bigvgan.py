@@ -1,7 +1,7 @@
 """The vocoder: log-mel at 100 frames a second to samples (section 8.9; ``Qwen2_5OmniToken2WavBigVGANModel``).
 
 Arrays are [B, T, C]. Rows may have different lengths, and several spectrograms may lie in a row, ``gap`` frames apart:
-beyond the ends of each its convolutions meet zeros and its filters its first or last sample, as they would if it were
+beyond the ends of each its convolutions see zeros and its filters its first or last sample, as they would if it were
 alone.
 
 Every wave function is applied at twice the rate, between two fixed 12-tap low-pass filters. Both filters are written
@@ -241,10 +241,10 @@ def mean_of_blocks(x: Float[Array, "B T C"], segments: Segments, blocks: list[li
         return jax.lax.switch(i, branches, y)
 
     def one(i: jax.Array, loop: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        begun, total = loop
+        started, total = loop
         first, second = jax.tree.map(lambda a: a[i], waves)
-        y = convolved(i, activation(begun, segments, first), 0)
-        done = begun + convolved(i, activation(y, segments, second), 1)
+        y = convolved(i, activation(started, segments, first), 0)
+        done = started + convolved(i, activation(y, segments, second), 1)
         return jnp.where(ends[i], x, done), jnp.where(ends[i], total + done, total)
 
     _, total = jax.lax.fori_loop(0, len(rounds), one, (x, jnp.zeros_like(x)))

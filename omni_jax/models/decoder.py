@@ -22,7 +22,7 @@ from omni_jax.layers.norm import RMSNorm
 from omni_jax.layers.params import dtypes
 from omni_jax.layers.rotary import Tables, rotate, tmrope_tables
 from omni_jax.layers.stack import Remat, call_layers, layer_stack
-from omni_jax.layers.stream import Block, Streaming
+from omni_jax.layers.streaming import Block, Streaming
 from omni_jax.sharding import constrain, whole
 
 

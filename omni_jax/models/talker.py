@@ -21,7 +21,7 @@ from omni_jax.layers.attention import Mask
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.params import dtypes
 from omni_jax.models.decoder import Decoder, DecoderStream, KVCache
-from omni_jax.positions import position_ids
+from omni_jax.mrope import position_ids
 
 CODE_SECONDS = 0.02
 NO_CODE = -1  # in place of a code where a row has none

@@ -21,7 +21,7 @@ from omni_jax.layers.stack import Remat
 from omni_jax.models.audio_encoder import TOKEN_SECONDS, AudioEncoder
 from omni_jax.models.decoder import Decoder, DecoderStream, KVCache
 from omni_jax.models.vision_encoder import VisionEncoder
-from omni_jax.positions import position_ids
+from omni_jax.mrope import position_ids
 from omni_jax.sharding import axes_of
 
 

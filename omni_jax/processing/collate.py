@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from omni_jax import positions
+from omni_jax import mrope
 from omni_jax.batch import AudioBlocks, OmniBatch, VisionFrames, bucket
 from omni_jax.config import OmniConfig, VisionEncoderConfig
 from omni_jax.errors import InputError
@@ -43,8 +43,8 @@ def collate(prompts: Sequence[Prompt], config: OmniConfig, *, length: int | None
         real = slice(len(prompt))
         tokens[i, real], segment_ids[i, real] = prompt.tokens, 1
         media_index[i, real] = media_index_of(prompt, [features[i, j] for j in range(len(prompt.media))])
-        spans.append(positions.resolve(prompt.segments, config.thinker_config))
-    return OmniBatch(tokens, segment_ids, media_index, positions.stack(spans, length), audio, vision)
+        spans.append(mrope.resolve(prompt.segments, config.thinker_config))
+    return OmniBatch(tokens, segment_ids, media_index, mrope.stack(spans, length), audio, vision)
 
 
 def collate_media(

@@ -1,7 +1,7 @@
 """Where each token of a prompt comes from: its own embedding, or a feature of a sound, a picture or a video.
 
 A chat template leaves one placeholder for each item of media. ``lay_out`` replaces it by as many tokens as the item has
-features, remembers which feature each of them takes, and describes the row to ``omni_jax.positions``.
+features, remembers which feature each of them takes, and describes the row to ``omni_jax.mrope``.
 ``segments_from_tokens`` reads the same description back from a row that somebody else has expanded.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 
-from omni_jax import positions
+from omni_jax import mrope
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
 
@@ -50,10 +50,10 @@ class VisionInput:
     kind: Literal["image", "video"] = "image"
     seconds_per_grid: float = 1.0  # from one of the t to the next; nothing reads it for a picture
 
-    def cells(self, merge: int) -> positions.Grid:
+    def cells(self, merge: int) -> mrope.Grid:
         """The grid of merged cells, each of which is a token."""
         t, rows, columns = self.grid
-        return positions.Grid(t, rows // merge, columns // merge, self.seconds_per_grid)
+        return mrope.Grid(t, rows // merge, columns // merge, self.seconds_per_grid)
 
     @property
     def seconds(self) -> float:
@@ -89,7 +89,7 @@ class Prompt:
     """One dialogue, ready to be collated. T tokens, media placeholders expanded."""
 
     tokens: np.ndarray  # int32 [T]
-    segments: tuple[positions.Segment, ...]
+    segments: tuple[mrope.Segment, ...]
     media: tuple[Media, ...]  # in order of appearance; the sound of a video follows it
     media_item: np.ndarray  # int32 [T]: which of the media a position takes its feature from; -1: its own embedding
     media_token: np.ndarray  # int32 [T]: which feature of that item, in time order or frame by frame, row by row
@@ -106,12 +106,12 @@ class _Row:
     tokens: list[np.ndarray] = field(default_factory=list)
     item: list[np.ndarray] = field(default_factory=list)
     index: list[np.ndarray] = field(default_factory=list)
-    segments: list[positions.Segment] = field(default_factory=list)
+    segments: list[mrope.Segment] = field(default_factory=list)
     media: list[Media] = field(default_factory=list)
 
     def text(self, ids: Sequence[int]) -> None:
         self._put(np.asarray(ids, np.int32), np.full(len(ids), -1), np.zeros(len(ids)))
-        self.segment(positions.Text(len(ids)))
+        self.segment(mrope.Text(len(ids)))
 
     def features(self, token: int, item: int, begin: int, end: int) -> None:
         n = end - begin
@@ -120,7 +120,7 @@ class _Row:
     def mark(self, token: int) -> None:
         self.features(token, -1, 0, 1)
 
-    def segment(self, segment: positions.Segment) -> None:
+    def segment(self, segment: mrope.Segment) -> None:
         _append(self.segments, segment)
 
     def _put(self, tokens: np.ndarray, item: np.ndarray, index: np.ndarray) -> None:
@@ -138,13 +138,13 @@ class _Row:
         )
 
 
-def _append(segments: list[positions.Segment], segment: positions.Segment) -> None:
+def _append(segments: list[mrope.Segment], segment: mrope.Segment) -> None:
     """Adds a segment; texts that follow each other become one."""
-    if isinstance(segment, positions.Text):
+    if isinstance(segment, mrope.Text):
         if not segment.length:
             return
-        if segments and isinstance(segments[-1], positions.Text):
-            segment = positions.Text(segments.pop().length + segment.length)
+        if segments and isinstance(segments[-1], mrope.Text):
+            segment = mrope.Text(segments.pop().length + segment.length)
     segments.append(segment)
 
 
@@ -215,7 +215,7 @@ def _lay_out_plain(row: _Row, item: Media, config: ThinkerConfig) -> None:
     number = len(row.media) - 1
     if isinstance(item, AudioInput):
         row.features(config.audio_token_index, number, 0, item.tokens)
-        row.segment(positions.Text(item.tokens))
+        row.segment(mrope.Text(item.tokens))
         return
     grid = item.cells(config.vision_config.spatial_merge_size)
     token = config.image_token_index if item.kind == "image" else config.video_token_index
@@ -224,11 +224,11 @@ def _lay_out_plain(row: _Row, item: Media, config: ThinkerConfig) -> None:
 
 
 def _lay_out_interleaved(row: _Row, video: VisionInput, sound: AudioInput, config: ThinkerConfig) -> None:
-    segment = positions.Interleaved(video.cells(config.vision_config.spatial_merge_size), sound.tokens)
+    segment = mrope.Interleaved(video.cells(config.vision_config.spatial_merge_size), sound.tokens)
     row.media += [video, sound]
     row.mark(config.vision_start_token_id)
     row.mark(config.audio_start_token_id)
-    for chunk in positions.interleave(segment, config):
+    for chunk in mrope.interleave(segment, config):
         token = config.audio_token_index if chunk.is_audio else config.video_token_index
         row.features(token, len(row.media) - (1 if chunk.is_audio else 2), chunk.begin, chunk.end)
     row.mark(config.audio_end_token_id)
@@ -264,7 +264,7 @@ class MediaLengths:
 
 def segments_from_tokens(
     tokens: Sequence[int], lengths: MediaLengths, config: ThinkerConfig, *, use_audio_in_video: bool = False
-) -> tuple[positions.Segment, ...]:
+) -> tuple[mrope.Segment, ...]:
     """Reads the segments of a row whose placeholders are expanded, as the reference's ``get_rope_index`` does.
 
     Its quirk is kept: under ``use_audio_in_video`` a video without sound is not counted, and is laid out as text (spec
@@ -280,9 +280,9 @@ def segments_from_tokens(
       InputError: if the tokens are not what the sizes make them, or there are too few sizes.
     """
     if lengths.image_grids is None and lengths.video_grids is None:
-        return (positions.Text(len(tokens)),) if len(tokens) else ()
+        return (mrope.Text(len(tokens)),) if len(tokens) else ()
     reader = _Reader(list(map(int, tokens)), lengths, config)
-    out: list[positions.Segment] = []
+    out: list[mrope.Segment] = []
     place = 0
     while place < len(reader.tokens):
         segment = reader.segment_at(place, use_audio_in_video)
@@ -297,7 +297,7 @@ class _Reader:
     lengths: MediaLengths
     config: ThinkerConfig
 
-    def segment_at(self, place: int, use_audio_in_video: bool) -> positions.Segment:
+    def segment_at(self, place: int, use_audio_in_video: bool) -> mrope.Segment:
         """The segment that begins at a token; the begin mark of media is a text of its own."""
         config = self.config
         here, before = self.tokens[place], self.tokens[place - 1] if place else -1
@@ -306,36 +306,36 @@ class _Reader:
             return self._interleaved(place)
         if here == config.audio_token_index and before == config.audio_start_token_id:
             n = audio_tokens(_next(self.lengths.audio_frames, "sound", place))
-            return self._checked(place, positions.Text(n), [here] * n, "a sound")
+            return self._checked(place, mrope.Text(n), [here] * n, "a sound")
         if before == config.vision_start_token_id and here == config.image_token_index:
             grid = self._grid(self.lengths.image_grids, "image", 1.0, place)
             return self._checked(place, grid, [here] * grid.length, "an image")
         if before == config.vision_start_token_id and here == config.video_token_index and not use_audio_in_video:
             grid = self._video_grid(place)
             return self._checked(place, grid, [here] * grid.length, "a video")
-        return positions.Text(1)
+        return mrope.Text(1)
 
-    def _grid(self, grids: Iterator[Sequence[int]] | None, name: str, seconds: float, place: int) -> positions.Grid:
+    def _grid(self, grids: Iterator[Sequence[int]] | None, name: str, seconds: float, place: int) -> mrope.Grid:
         t, rows, columns = map(int, _next(grids or iter(()), name, place))
         merge = self.config.vision_config.spatial_merge_size
-        return positions.Grid(t, rows // merge, columns // merge, seconds)
+        return mrope.Grid(t, rows // merge, columns // merge, seconds)
 
-    def _video_grid(self, place: int) -> positions.Grid:
+    def _video_grid(self, place: int) -> mrope.Grid:
         seconds = float(_next(self.lengths.seconds_per_grid, "video's seconds per grid", place))
         return self._grid(self.lengths.video_grids, "video", seconds, place)
 
-    def _interleaved(self, place: int) -> positions.Segment:
+    def _interleaved(self, place: int) -> mrope.Segment:
         config, grid = self.config, self._video_grid(place)
         frames = _next(self.lengths.audio_frames, "sound", place)
-        segment = positions.Interleaved(grid, audio_tokens(frames))
+        segment = mrope.Interleaved(grid, audio_tokens(frames))
         expected = [config.vision_start_token_id, config.audio_start_token_id]
-        for chunk in positions.interleave(segment, config):
+        for chunk in mrope.interleave(segment, config):
             token = config.audio_token_index if chunk.is_audio else config.video_token_index
             expected += [token] * (chunk.end - chunk.begin)
         expected += [config.audio_end_token_id, config.vision_end_token_id]
         return self._checked(place, segment, expected, "a video with its sound")
 
-    def _checked(self, place: int, segment: positions.Segment, expected: list[int], name: str) -> positions.Segment:
+    def _checked(self, place: int, segment: mrope.Segment, expected: list[int], name: str) -> mrope.Segment:
         if self.tokens[place : place + len(expected)] != expected:
             raise InputError(
                 f"token {place}: {name} of this size takes {len(expected)} tokens ({segment}), but the row holds "

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from omni_jax import positions
+from omni_jax import mrope
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
-from omni_jax.positions import Grid, Interleaved, Span
+from omni_jax.mrope import Grid, Interleaved, Span
 from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings, MelStream, Resampler
 from omni_jax.processing.chat import parse_messages
@@ -87,9 +87,9 @@ class LivePrompt:
         self._eye = _Eye(processor.settings.pixels) if sees else None
         self._windows = _windows(processor.settings.pixels, self._thinker) if sees else []
         before = processor.before_media(self._messages, self._kind, assume_fps=assume_fps)
-        self.head = Piece(before, positions.resolve(before.segments, self._thinker))
+        self.head = Piece(before, mrope.resolve(before.segments, self._thinker))
         # the position id of the begin mark
-        self._start = positions.resolve((*before.segments, positions.Text(1)), self._thinker)[-1].start
+        self._start = mrope.resolve((*before.segments, mrope.Text(1)), self._thinker)[-1].start
         self._ending: tuple[str, list[int]] = "", processor.after_media(self._messages, self._kind, "")
         self._least_after = len(self._ending[1])
         # what the pieces so far hold: windows, tokens, frames of log-mel and grids of pictures
@@ -97,7 +97,7 @@ class LivePrompt:
         self._check_room(0, _NO_GRID, self._least_after)
 
     def audio(self, samples: np.ndarray, rate: int) -> list[Piece]:
-        """Hears more, see ``Listener.audio``; returns the windows that are full now."""
+        """Hears more, see ``LiveSession.audio``; returns the windows that are full now."""
         if self._ear is None:
             raise InputError("this dialogue hears nothing; begin it with hears=True")
         self._ear.check(samples, rate)
@@ -106,7 +106,7 @@ class LivePrompt:
         return self._full()
 
     def video(self, picture: Any, seconds: float) -> list[Piece]:
-        """Sees more, see ``Listener.video``; returns the windows that are full now."""
+        """Sees more, see ``LiveSession.video``; returns the windows that are full now."""
         if self._eye is None:
             raise InputError("this dialogue sees nothing; begin it with sees=True")
         image = media.read_image(picture)
@@ -236,7 +236,7 @@ class LivePrompt:
             done.append(audio_tokens(self._frames) if isinstance(item, AudioInput) else self._grids * self._cells)
             new += [] if fresh is None else [fresh]
         here, own = slice(self._read, end), part.media_item[self._read : end]
-        spans = positions.resolve(part.segments, self._thinker, start=self._start)
+        spans = mrope.resolve(part.segments, self._thinker, start=self._start)
         piece = Prompt(
             tokens=part.tokens[here],
             segments=(),
@@ -246,7 +246,7 @@ class LivePrompt:
             usage=Usage(),
         )
         self._read = end
-        return Piece(piece, positions.cut(spans, here.start, end))
+        return Piece(piece, mrope.cut(spans, here.start, end))
 
 
 class _Ear:
@@ -391,7 +391,7 @@ def _windows(pixels: PixelSettings, config: ThinkerConfig) -> list[int]:
             f"{pixels.temporal_patch_size / config.seconds_per_chunk:g}"
         )
     most = pixels.max_frames // pixels.temporal_patch_size + 1
-    chunks = positions.interleave(Interleaved(Grid(most, 1, 1, seconds), 0), config)
+    chunks = mrope.interleave(Interleaved(Grid(most, 1, 1, seconds), 0), config)
     # the last one has no end
     return [chunk.end for chunk in chunks[:-1]] + [most + 1]
 

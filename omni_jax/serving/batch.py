@@ -21,11 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from omni_jax.distributed import gather, is_main_process, join_processes
+from omni_jax.engine.request import SchedulerConfig, Utilization
+from omni_jax.engine.warmup import Compilations
 from omni_jax.errors import ConfigError, InputError
 from omni_jax.generation.model import OmniModel, load
-from omni_jax.generation.task import Load, Slots
-from omni_jax.generation.warmup import Compilations
-from omni_jax.processes import gather, join_processes, leads
 from omni_jax.processing.files import folder_of, is_file, is_remote, open_file, resolved
 from omni_jax.serving.batch_lines import Line, Seen, read_lines
 from omni_jax.serving.batch_ray import RayOptions, answer
@@ -103,7 +103,7 @@ class Batch:
         first = True
         if self.distributed:
             join_processes(self.coordinator, self.processes, self.process)
-            first = leads()
+            first = is_main_process()
         terminal, state = Console(stderr=True, quiet=not first), State()
         with self._results(first) as results, _Watch(terminal, _count(self.input), state, results) as watch:
             for result in self._answered(_Left(self.input, results, watch), state, watch):
@@ -153,8 +153,8 @@ class Batch:
             Path(self.audio_dir).mkdir(parents=True, exist_ok=True)
 
     @property
-    def sizes(self) -> Slots:
-        return Slots(self.slots, self.slots, BLOCKS)
+    def sizes(self) -> SchedulerConfig:
+        return SchedulerConfig(self.slots, self.slots, BLOCKS)
 
     @property
     def places(self) -> Places:
@@ -316,7 +316,7 @@ class _Watch:
         }
 
 
-def _padding(load: Load) -> float:
+def _padding(load: Utilization) -> float:
     """The share of positions, steps and blocks that held nothing, the stages counted alike."""
     shares = [1 - s.used / s.computed for s in (load.read, load.think, load.talk, load.voice) if s.computed]
     return sum(shares) / len(shares) if shares else 0.0

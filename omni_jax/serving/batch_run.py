@@ -9,12 +9,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from omni_jax.distributed import allreduce_min, is_main_process
+from omni_jax.engine.outputs import Reply
+from omni_jax.engine.request import RequestState, SchedulerConfig, Utilization
+from omni_jax.engine.warmup import Compilations
 from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
-from omni_jax.generation.reply import Reply
-from omni_jax.generation.task import Load, Slots, Task
-from omni_jax.generation.warmup import Compilations
-from omni_jax.processes import leads, lowest
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
 from omni_jax.processing.files import joined, write_whole
 from omni_jax.processing.layout import AudioInput, Prompt
@@ -71,7 +71,7 @@ class _Job:
 class State:
     """How a run stands, for those who watch it."""
 
-    load: Load = field(default_factory=Load)
+    load: Utilization = field(default_factory=Utilization)
     compiled: Compilations = field(default_factory=Compilations)  # since the first request
     answering: int = 0
     untrained: int = 0  # spoken requests under another system prompt than speech was trained with
@@ -84,12 +84,14 @@ class Runner:
     calls; only that of the first writes speech and gives out answers.
     """
 
-    def __init__(self, model: OmniModel, name: str, workers: MediaWorkers, slots: Slots, places: Places, state: State):
+    def __init__(
+        self, model: OmniModel, name: str, workers: MediaWorkers, slots: SchedulerConfig, places: Places, state: State
+    ):
         """``name`` is what answers call the model; ``state`` is kept up to date."""
         self.state = state
         self._model, self._name, self._workers, self._slots, self._places = model, name, workers, slots, places
         self._ahead = _AHEAD * slots.thinker
-        lowest([_DONE], self._ahead)  # which compiles it
+        allreduce_min([_DONE], self._ahead)  # which compiles it
 
     def run(self, lines: Iterable[Line]) -> Iterator[Result]:
         """The results of lines, in the order in which they are done.
@@ -108,7 +110,7 @@ class Runner:
         self.state.load = scheduler.load
         reading: dict[Future[Prompt], _Job] = {}
         ready: list[tuple[Prompt, _Job]] = []
-        tasks: dict[Task, _Job] = {}
+        tasks: dict[RequestState, _Job] = {}
         writing: set[Future[Result]] = set()
         while True:
             while more and len(reading) + len(ready) < self._ahead and _bytes(ready) < _MOST_BYTES:
@@ -133,7 +135,7 @@ class Runner:
             for task, event in scheduler.step():
                 if event.reply is not None:
                     job = tasks.pop(task)
-                    if leads():
+                    if is_main_process():
                         writing.add(writers.submit(self._answered, job, event.reply))
             self.state.answering = scheduler.answering
             written = {future for future in writing if future.done()}
@@ -167,7 +169,7 @@ class Runner:
 
     def _prepared(self, reading: dict[Future[Prompt], _Job]) -> Iterator[tuple[_Job, Prompt | InputError]]:
         """What the workers have done with requests. Every host has workers, and goes on with what all have done."""
-        states = lowest([_state(future) for future in reading], self._ahead)
+        states = allreduce_min([_state(future) for future in reading], self._ahead)
         for future, state in zip(list(reading), states, strict=True):
             if state == _BUSY:
                 continue

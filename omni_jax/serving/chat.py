@@ -15,10 +15,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from omni_jax.engine.outputs import Event, Options, Reply
+from omni_jax.engine.talker_engine import TalkerParams
 from omni_jax.errors import InputError
 from omni_jax.generation.model import load
-from omni_jax.generation.reply import Event, Options, Reply
-from omni_jax.generation.speech import Talk
 from omni_jax.models.token2wav import SAMPLE_RATE
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Usage
@@ -57,7 +57,7 @@ class Chat:
     """Speak the answer into this file: 24 kHz, 16 bits, one channel. It grows while the answer is made."""
     voice: str | None = None
     """Who speaks; without it, Chelsie, or the checkpoint's first voice."""
-    talker: Talk = field(default_factory=Talk)
+    talker: TalkerParams = field(default_factory=TalkerParams)
     """How the answer is spoken."""
     system: str | None = None
     """The system prompt; without it, the chat template's own, or with --out the one that speech was trained with."""
@@ -92,11 +92,11 @@ class Chat:
         sound = self.sound
         if sound is not None and not sound.resolve().parent.is_dir():
             raise InputError(f"--out {sound}: the folder {sound.resolve().parent} does not exist")
-        begun = time.perf_counter()
+        started = time.perf_counter()
         components = ("thinker",) if sound is None else None
         with terminal.status(f"loading {self.model}"):
             model = load(self.model, dtype=self.dtype, components=components, allow_urls=self.allow_urls)
-        loaded = time.perf_counter() - begun
+        loaded = time.perf_counter() - started
         with terminal.status("reading the question and compiling for its length") as waiting:
             events = model.stream(messages, **options)
             with contextlib.nullcontext() if sound is None else GrowingWav(sound, SAMPLE_RATE) as wav:
@@ -130,7 +130,7 @@ class Chat:
         names = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
         options = {name: getattr(self, name) for name in names}
         if self.sound is not None:
-            usual = dataclasses.asdict(Talk())  # its seed, unless given, is that of the text
+            usual = dataclasses.asdict(TalkerParams())  # its seed, unless given, is that of the text
             talker = {k: v for k, v in dataclasses.asdict(self.talker).items() if v != usual[k]}
             options |= dict(modalities=("text", "audio"), voice=self.voice, talker=talker)
         return options
@@ -147,9 +147,9 @@ class _Played:
 
 def _play(events: Iterator[Event], wav: GrowingWav | None, first: Callable[[], None]) -> _Played:
     """Writes pieces as they come; ``first`` is called before the first text."""
-    begun, text, sound = time.perf_counter(), None, None
+    started, text, sound = time.perf_counter(), None, None
     for event in events:
-        since = time.perf_counter() - begun
+        since = time.perf_counter() - started
         if event.text:
             text = since if text is None else text
             first()

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from omni_jax.engine.outputs import Options, Reply
+from omni_jax.engine.talker_engine import TalkerParams
 from omni_jax.errors import InputError
-from omni_jax.generation.reply import Options, Reply
-from omni_jax.generation.speech import Talk
 from omni_jax.processing.chat import MediaPart, Message, parse_messages
 from omni_jax.processing.files import is_within, joined, resolved
 from omni_jax.processing.sources import describe
@@ -99,7 +99,7 @@ def _messages(value: Any, options: dict[str, Any]) -> None:
 def _sampling_params(value: Any, options: dict[str, Any]) -> None:
     if not isinstance(value, list) or len(value) > 3:
         raise InputError("body: sampling_params_list must be a list of up to three: Thinker, Talker, Token2Wav")
-    talk = [f.name for f in dataclasses.fields(Talk)]
+    talk = [f.name for f in dataclasses.fields(TalkerParams)]
     for i, (part, known) in enumerate(zip(value, (_THINKER, talk, ("seed",)), strict=False)):
         fields = _fields({} if part is None else part, f"body: sampling_params_list[{i}]", known)
         if i == 0:
@@ -220,7 +220,7 @@ def _each(messages: Sequence[Message], change: Callable[[MediaPart], MediaPart])
 
 
 def confine(messages: Sequence[Message], folder: str, root: str) -> tuple[Message, ...]:
-    """Takes paths of media from a folder, and none that leads out of another.
+    """Takes paths of media from a folder, and none that is_main_process out of another.
 
     Args:
       messages: paths and file: URLs in them are of this machine.

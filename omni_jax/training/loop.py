@@ -18,11 +18,11 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 
 from omni_jax.batch import TrainBatch
-from omni_jax.checkpoint import run
+from omni_jax.checkpoint import train_checkpoints as run
 from omni_jax.data.pipeline import Batches, batches
+from omni_jax.distributed import barrier, gather, is_main_process
 from omni_jax.errors import TrainingError
 from omni_jax.models.thinker import abstract_params
-from omni_jax.processes import gather, leads, meet
 from omni_jax.processing.processor import Processor
 from omni_jax.training import state as states
 from omni_jax.training.feed import place, share_of
@@ -54,10 +54,10 @@ def train(recipe: Recipe, workdir: Path) -> bool:
     mesh = recipe.mesh.make()
     share = share_of(mesh, recipe.data.rows)
     recipe = _with_rejects(recipe, workdir)
-    if leads():
+    if is_main_process():
         workdir.mkdir(parents=True, exist_ok=True)
         states.prepare(recipe, workdir, print)
-    meet("the run's model")
+    barrier("the run's model")
     processor = Processor.load(workdir / run.MODEL, allow_urls=True)
     data = batches(recipe.data, processor, process_index=share.index, process_count=share.count)
     with jax.set_mesh(mesh), _Signals() as signals:
@@ -99,7 +99,7 @@ class _Loop:
             data.set_state(state_of_data)
             self._say(f"goes on after step {int(self._state.step)}")
         self._number = self._saved = int(self._state.step)
-        if leads():
+        if is_main_process():
             self._reporter = Reporter(workdir, self._number, recipe.steps, recipe.log_every)
         self._batch = abstract_batch(recipe.data, recipe.model, mesh, recipe.optimizer.accumulate)
         shapes = flat(nn.unbox(abstract_params(self._step_at(0).model)))
@@ -196,7 +196,7 @@ class _Loop:
 
     def _finish(self) -> None:
         self._folder.wait()
-        meet("the last checkpoint")
+        barrier("the last checkpoint")
         if self._reporter is None:
             return
         picture = plot(self._workdir)
@@ -204,7 +204,7 @@ class _Loop:
         self._say(f"done; the model is {where}" + (f", the loss is drawn in {picture}" if picture else ""))
 
     def _say(self, text: str) -> None:
-        if leads():
+        if is_main_process():
             (self._reporter.say if self._reporter else print)(text)
 
 

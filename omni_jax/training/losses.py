@@ -16,7 +16,7 @@ from omni_jax.batch import Array
 from omni_jax.sharding import axes_of, constrain
 
 
-def next_word_loss(
+def next_token_loss(
     head: Float[Array, "D V"],
     hidden: Float[Array, "B S D"],
     targets: Int[Array, "B S"],

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omni_jax.batch import TrainBatch
-from omni_jax.checkpoint import run
+from omni_jax.checkpoint import train_checkpoints as run
 from omni_jax.data.packing import fill
 from omni_jax.data.pipeline import batches
 from omni_jax.processing.processor import Processor

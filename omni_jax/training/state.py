@@ -13,7 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from omni_jax.checkpoint import run, store
+from omni_jax.checkpoint import store
+from omni_jax.checkpoint import train_checkpoints as run
 from omni_jax.checkpoint.parts import from_parts
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError

@@ -22,7 +22,7 @@ from omni_jax.data.config import DataConfig
 from omni_jax.data.packing import Budget, Part, assemble
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.sharding import RULES, param_shardings
-from omni_jax.training.losses import next_word_loss
+from omni_jax.training.losses import next_token_loss
 from omni_jax.training.optimizer import adam, flat, merge, rates, split, update
 from omni_jax.training.recipe import Optimizer, Phase, Recipe
 
@@ -78,7 +78,7 @@ class Step:
         def loss(trained: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
             params = merge(trained, state.frozen)
             hidden = self.model.apply({"params": params}, batch.inputs, method=Thinker.hidden)
-            return next_word_loss(
+            return next_token_loss(
                 params["decoder"]["head"]["kernel"],
                 jnp.asarray(hidden),
                 batch.targets,

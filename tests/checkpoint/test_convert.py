@@ -15,8 +15,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from omni_jax.checkpoint import convert, store
+from omni_jax.checkpoint.name_map import parameter_count, table
 from omni_jax.checkpoint.pytorch import pieces, read_headers
-from omni_jax.checkpoint.table import parameter_count, table
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
 from tools.make_checkpoint import write_checkpoint

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from omni_jax.checkpoint import convert, export, store, voices
+from omni_jax.checkpoint.name_map import optional_constants, table
 from omni_jax.checkpoint.pytorch import INDEX_FILE, SINGLE_FILE, read_headers
-from omni_jax.checkpoint.table import optional_constants, table
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 from tests.checkpoint.test_convert import run

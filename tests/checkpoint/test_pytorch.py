@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from omni_jax.checkpoint.name_map import table
 from omni_jax.checkpoint.pytorch import INDEX_FILE, SINGLE_FILE, check, pieces, read_headers, write_tensors
-from omni_jax.checkpoint.table import table
 from omni_jax.checkpoint.tensor_file import NewTensor, read_header, write_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError

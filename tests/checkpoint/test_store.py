@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.table import table
+from omni_jax.checkpoint.name_map import table
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 

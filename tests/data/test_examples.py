@@ -10,7 +10,7 @@ from omni_jax.data.config import DataConfig
 from omni_jax.data.examples import Prepare, Reject
 from omni_jax.data.packing import Budget
 from omni_jax.data.sources import Row
-from omni_jax.positions import resolve
+from omni_jax.mrope import resolve
 from tests.data.conftest import PICTURE, VIDEO, WAV
 
 CONFIG = DataConfig(tokens=600, spans=16, audio_blocks=4, canvases=1, windows=8)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from omni_jax.data.examples import make_example
 from omni_jax.data.packing import Budget, Part, assemble, fill
 from omni_jax.models.thinker import Thinker
-from omni_jax.positions import position_ids
+from omni_jax.mrope import position_ids
 from omni_jax.processing.collate import collate
 from omni_jax.processing.layout import AudioInput, lay_out
 from tests.data.conftest import PICTURE, VIDEO, WAV

@@ -56,17 +56,17 @@ def rows(write_rows):
 
 @pytest.fixture
 def start(processor):
-    """Begins to read; what is begun is closed."""
-    begun = []
+    """Begins to read; what is started is closed."""
+    started = []
 
     def start(config, state=None, **process):
-        begun.append(pipeline.batches(config, processor, **process))
+        started.append(pipeline.batches(config, processor, **process))
         if state is not None:
-            begun[-1].set_state(json.loads(json.dumps(state)))
-        return begun[-1]
+            started[-1].set_state(json.loads(json.dumps(state)))
+        return started[-1]
 
     yield start
-    for batches in begun:
+    for batches in started:
         batches.close()
 
 

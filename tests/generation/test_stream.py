@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import omni_jax
+from omni_jax.engine.prefill import ChunkSizes
+from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.model import OmniModel
-from omni_jax.generation.reading import Pace
-from omni_jax.generation.warmup import Compilations
-from tests.generation.speaking import silence_ends
+from tests.engine.speaking import silence_ends
 from tests.generation.test_model_speech import PICTURE, SOUND, ask
 
 MEDIA = Path(__file__).parents[1] / "media"
@@ -81,8 +81,10 @@ def test_a_stop_string_ends_speech_where_it_ends_text(model: OmniModel) -> None:
     assert last.reply == whole
 
 
-@pytest.mark.parametrize("pace", [Pace(1, 1, 1, 12, 12), Pace(3, 5, 40, 24, 48), Pace(64, 64, 64, 60, 24)])
-def test_the_pace_changes_nothing_but_the_pieces(tiny_model: Path, model: OmniModel, pace: Pace) -> None:
+@pytest.mark.parametrize(
+    "pace", [ChunkSizes(1, 1, 1, 12, 12), ChunkSizes(3, 5, 40, 24, 48), ChunkSizes(64, 64, 64, 60, 24)]
+)
+def test_the_pace_changes_nothing_but_the_pieces(tiny_model: Path, model: OmniModel, pace: ChunkSizes) -> None:
     options = dict(**SPEAK, max_tokens=20, talker=dict(max_tokens=66, **GREEDY))
     *_, usual = model.stream(QUESTIONS["picture"], **options)
     *_, other = endless(tiny_model, pace=pace).stream(QUESTIONS["picture"], **options)

@@ -14,7 +14,7 @@ from omni_jax.batch import Array
 from omni_jax.checkpoint import store
 from omni_jax.config import AudioEncoderConfig, OmniConfig
 from omni_jax.layers.stack import unstack_layers
-from omni_jax.layers.stream import Block, Streaming
+from omni_jax.layers.streaming import Block, Streaming
 from omni_jax.models import talker, thinker
 from omni_jax.models.audio_encoder import AudioEncoder, AudioStream
 from omni_jax.models.decoder import DecoderStream, Positions

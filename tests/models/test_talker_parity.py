@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from omni_jax import positions
+from omni_jax import mrope
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.talker import NO_CODE, abstract_params
 from omni_jax.processing.layout import AudioInput, Prompt, VisionInput, lay_out
@@ -81,8 +81,8 @@ class Case:
     def ours(self, whole: Whole) -> tuple[Any, ...]:
         """The arguments of the Talker: a row with padding at its end."""
         length = self.text.shape[1]
-        segments = (*self.prompt.segments, positions.Text(2))
-        spans = positions.stack([positions.resolve(segments, whole.config.thinker_config)], LENGTH)
+        segments = (*self.prompt.segments, mrope.Text(2))
+        spans = mrope.stack([mrope.resolve(segments, whole.config.thinker_config)], LENGTH)
         text = np.pad(self.text, ((0, 0), (0, LENGTH - length), (0, 0)), constant_values=np.float32(3))
         codes = np.full((1, LENGTH), NO_CODE, np.int32)
         codes[0, length - 2 : length] = self.first
@@ -94,7 +94,7 @@ def test_logits_of_prefill_and_steps(whole: Whole, seed: int) -> None:
     case = Case(whole, seed)
     prompt, steps = case.reference(whole.torch.talker)
     text, codes, spans, segment_ids = case.ours(whole)
-    ids, delta = positions.position_ids(spans, segment_ids, whole.config.talker_config.position_id_per_seconds)
+    ids, delta = mrope.position_ids(spans, segment_ids, whole.config.talker_config.position_id_per_seconds)
     length = len(prompt)
     for model, params in whole.talkers():
 

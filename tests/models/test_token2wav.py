@@ -15,11 +15,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
-from omni_jax.checkpoint.table import table
+from omni_jax.checkpoint.name_map import table
 from omni_jax.config import OmniConfig
 from omni_jax.models import bigvgan
 from omni_jax.models.dit import Blocks, Conditions, Modulations, block_attention, pack
-from omni_jax.models.flow import EVALUATIONS, POINTS, evaluation_times, integrate, sway_grid
+from omni_jax.models.flow_matching import EVALUATIONS, POINTS, evaluation_times, integrate, sway_grid
 from omni_jax.models.token2wav import Token2Wav, abstract_params
 from omni_jax.sharding import RULES
 

@@ -19,7 +19,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import DiTDecoderLay
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import DiTConfig, Token2WavConfig
-from omni_jax.generation.waveform import Waveform
+from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models.bigvgan import make_segments
 from omni_jax.models.dit import Blocks, DiTLayer, Modulations, _Evaluation, pack, rotary_tables
@@ -231,7 +231,7 @@ def test_from_codes_to_mel_to_samples(speaking: Speaking, monkeypatch: pytest.Mo
     waves = [vocoder(torch.tensor(mel.T[None].copy())).numpy() for mel in mels[::2]]
     voices, seeds = [speaking.voice] * len(mels), [0] * len(mels)
     for model, params in speaking.models():
-        loop = Waveform(model, params)
+        loop = Token2WavEngine(model, params)
         ours = loop.mel(speaking.codes, voices, speaking.noise, seeds)
         for mel, theirs in zip(ours, mels, strict=True):
             assert relative_error(mel, theirs) < TOLERANCE

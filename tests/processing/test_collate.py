@@ -7,14 +7,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omni_jax import positions
+from omni_jax import mrope
 from omni_jax.batch import AudioBlocks, bucket
 from omni_jax.config import OmniConfig
 from omni_jax.errors import InputError
-from omni_jax.positions import position_ids
-from omni_jax.processing.chunks import BLOCKS, NARROW, WIDE, feed
+from omni_jax.mrope import position_ids
 from omni_jax.processing.collate import collate
 from omni_jax.processing.layout import AudioInput, VisionInput, lay_out
+from omni_jax.processing.prefill_plan import BLOCKS, NARROW, WIDE, feed
 from tests.processing.test_layout import TINY as THINKER
 from tests.processing.test_layout import marked
 
@@ -131,7 +131,7 @@ def test_chunks_hold_what_the_whole_holds(prompts):
     """Tokens, position ids and features of each chunk are those of the batch that is read at once."""
     whole = collate(prompts, CONFIG, length=2048)
     ids, values = np.asarray(ids_of(whole.spans, whole.segment_ids)[0]), features(whole)
-    plan = feed(prompts, [positions.resolve(p.segments, CONFIG.thinker_config) for p in prompts], CONFIG)
+    plan = feed(prompts, [mrope.resolve(p.segments, CONFIG.thinker_config) for p in prompts], CONFIG)
     of_calls = [features(part) for part in map(only, plan.calls)]
     assert {c.mel.shape[0] for c in plan.calls if isinstance(c, AudioBlocks)} <= {1, BLOCKS}
     begin = 0

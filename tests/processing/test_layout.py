@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
-from omni_jax.positions import Grid, Interleaved, Text
+from omni_jax.mrope import Grid, Interleaved, Text
 from omni_jax.processing.layout import (
     AudioInput,
     MediaLengths,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from omni_jax import positions
+from omni_jax import mrope
 from omni_jax.errors import InputError
 from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings, audio_input, resample
@@ -30,7 +30,7 @@ BEFORE = [
 ]
 TEXT = "what was that?"
 BLOCK = 32_000  # samples
-IDS = jax.jit(positions.position_ids)
+IDS = jax.jit(mrope.position_ids)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def offline(processor: Processor, messages: Sequence[Any], kind: Any, item: Item
     )
 
 
-def ids_of(processor: Processor, spans: Sequence[positions.Span], length: int) -> np.ndarray:
+def ids_of(processor: Processor, spans: Sequence[mrope.Span], length: int) -> np.ndarray:
     size = 1024 if length <= 1024 else 1 << 15  # few shapes, compiled once
-    table = positions.stack([spans], size, width=64)
+    table = mrope.stack([spans], size, width=64)
     real = (np.arange(size) < length)[None].astype(np.int32)
     return np.asarray(IDS(table, real)[0])[:, 0, :length]
 
@@ -92,8 +92,8 @@ def check(
     np.testing.assert_array_equal(whole.tokens, wanted.tokens)
     c = processor.config.thinker_config
     ids = np.concatenate([ids_of(processor, p.spans, len(p.prompt)) for p in pieces], axis=1)
-    np.testing.assert_array_equal(ids, ids_of(processor, positions.resolve(wanted.segments, c), len(wanted)))
-    after = [positions.resolve((*p.segments, positions.Text(2)), c)[-1] for p in (whole, wanted)]
+    np.testing.assert_array_equal(ids, ids_of(processor, mrope.resolve(wanted.segments, c), len(wanted)))
+    after = [mrope.resolve((*p.segments, mrope.Text(2)), c)[-1] for p in (whole, wanted)]
     assert after[0] == after[1]
 
     before = len(live.head.prompt.media)

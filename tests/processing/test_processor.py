@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from omni_jax.errors import CheckpointError, ConfigError, InputError
-from omni_jax.positions import Grid, Interleaved
+from omni_jax.mrope import Grid, Interleaved
 from omni_jax.processing.layout import AudioInput
 from omni_jax.processing.processor import Processor, ProcessorConfig
 from tests.processing.conftest import MEDIA

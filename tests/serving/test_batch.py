@@ -21,8 +21,8 @@ import pytest
 import omni_jax
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.config import OmniConfig, TalkerConfig, TextConfig, ThinkerConfig
+from omni_jax.engine.outputs import Reply
 from omni_jax.errors import InputError
-from omni_jax.generation.reply import Reply
 from omni_jax.processing.files import open_file
 from omni_jax.serving.batch import Batch
 from tests.bucket import Bucket
@@ -164,9 +164,9 @@ def test_killed_ten_times_it_goes_on(tiny_model: Path, folder: Path, unbroken: A
     file, kills = folder / "killed.jsonl", 0
     while kills < KILLS:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-        before, begun = file.stat().st_size if file.exists() else 0, time.monotonic()
+        before, started = file.stat().st_size if file.exists() else 0, time.monotonic()
         early = rng.random() < 0.2  # some before they have written anything
-        while not early and time.monotonic() - begun < SLOWEST_START and process.poll() is None:
+        while not early and time.monotonic() - started < SLOWEST_START and process.poll() is None:
             if file.exists() and file.stat().st_size > before:
                 break
             time.sleep(0.01)

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 import omni_jax
+from omni_jax.engine.request import SchedulerConfig
 from omni_jax.errors import InputError
-from omni_jax.generation.task import Slots
 from omni_jax.processing.chat import parse_messages
 from omni_jax.serving import media_workers
 from omni_jax.serving.batch_lines import Line
@@ -99,7 +99,7 @@ def test_a_hundred_damaged_files(tiny_model: Path, workers: MediaWorkers, tmp_pa
             lines.append(requests.good(i))
     model = omni_jax.load(tiny_model)
     places = Places(str(tmp_path), "/", str(tmp_path))
-    runner = Runner(model, "m", workers, Slots(8, 8), places, State())
+    runner = Runner(model, "m", workers, SchedulerConfig(8, 8), places, State())
     made, slowest, half, last = {}, 0.0, 0, time.monotonic()
     for result in runner.run(Line(i + 1, data.encode()) for i, data in enumerate(lines)):
         values = json.loads(result.text)

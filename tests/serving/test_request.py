@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from omni_jax.engine.outputs import Reply
 from omni_jax.errors import InputError
-from omni_jax.generation.reply import Reply
 from omni_jax.processing.layout import Usage
 from omni_jax.serving.request import answer_body, confine, read_body, sound_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from configs import RECIPES
-from omni_jax.checkpoint.table import table
+from omni_jax.checkpoint.name_map import table
 from omni_jax.training.flops import step_flops
 from omni_jax.training.optimizer import rates
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import omni_jax
-from omni_jax.checkpoint import run, store
+from omni_jax.checkpoint import store
+from omni_jax.checkpoint import train_checkpoints as run
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.checkpoint.export import to_hf
 from omni_jax.errors import CheckpointError, ConfigError, TrainingError

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.training.losses import next_word_loss
+from omni_jax.training.losses import next_token_loss
 
 TOLERANCE = 1e-5  # float32 sums of some hundred numbers
 
@@ -34,7 +34,7 @@ def test_value_and_gradients(inputs, chunk, z_loss) -> None:
     head, hidden, targets, weights = inputs
 
     def ours(head, hidden):
-        return next_word_loss(head, hidden, targets, weights, chunk=chunk, z_loss=z_loss)
+        return next_token_loss(head, hidden, targets, weights, chunk=chunk, z_loss=z_loss)
 
     expected = whole(*inputs, z_loss)
     np.testing.assert_allclose(ours(head, hidden), expected, rtol=TOLERANCE)  # without a gradient
@@ -48,7 +48,7 @@ def test_no_scores_of_all_positions_exist(inputs) -> None:
     head, hidden, targets, weights = inputs
 
     def text(chunk):
-        loss = jax.grad(lambda h, x: next_word_loss(h, x, targets, weights, chunk=chunk)[0], (0, 1))
+        loss = jax.grad(lambda h, x: next_token_loss(h, x, targets, weights, chunk=chunk)[0], (0, 1))
         return jax.jit(loss).lower(head, hidden).as_text()
 
     assert f"tensor<{B}x1x{S}x{V}xf32>" in text(S)
@@ -57,7 +57,7 @@ def test_no_scores_of_all_positions_exist(inputs) -> None:
 
 def test_a_frozen_head_gets_no_gradient(inputs) -> None:
     head, hidden, targets, weights = inputs
-    loss = jax.grad(lambda h, x: next_word_loss(h, x, targets, weights, chunk=8, head_trains=False)[0], (0, 1))
+    loss = jax.grad(lambda h, x: next_token_loss(h, x, targets, weights, chunk=8, head_trains=False)[0], (0, 1))
     by_head, by_hidden = loss(head, hidden)
     assert not np.any(by_head)
     theirs = jax.grad(lambda x: whole(head, x, targets, weights, 0.0)[0])(hidden)

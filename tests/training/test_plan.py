@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs import RECIPES
-from omni_jax.checkpoint.table import parameter_count
+from omni_jax.checkpoint.name_map import parameter_count
 from omni_jax.errors import ConfigError
 from omni_jax.training.plan import composition, memory, plan
 from omni_jax.training.recipe import MeshSizes, Phase

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from omni_jax.checkpoint.table import table
+from omni_jax.checkpoint.name_map import table
 from omni_jax.data.examples import make_example
 from omni_jax.models.thinker import Thinker
 from omni_jax.training.optimizer import flat

@@ -1,0 +1,73 @@
+"""Checks of what callers and files give: each names the field, the value and the limit."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import numpy as np
+
+from omni_jax.errors import InputError
+
+INT32_MAX = 2**31 - 1
+SEED_MAX = 2**32 - 1  # seeds are unsigned numbers of 32 bits
+
+
+def check_int(name: str, value: Any, low: int, high: int = INT32_MAX, hint: str = "") -> int:
+    """A whole number from ``low`` to ``high``.
+
+    Args:
+      name: of the field, for the error.
+      value: what was given; a bool, a float or a string is refused, whatever its value.
+      low, high: the limits, both allowed.
+      hint: what a special value means, for the error; for instance "0: all tokens".
+
+    Raises:
+      InputError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InputError(f"{name} is {shown(value)}; it must be a whole number{_limits(low, high, hint)}")
+    if not low <= value <= high:
+        raise InputError(f"{name} is {shown(value)}; it must be{_limits(low, high, hint)}")
+    return int(value)
+
+
+def check_float(name: str, value: Any, low: float, high: float, *, above: bool = False, hint: str = "") -> float:
+    """A finite number from ``low`` to ``high``, which float32 can hold.
+
+    Args:
+      name: of the field, for the error.
+      value: what was given.
+      low, high: the limits, both allowed.
+      above: whether ``low`` itself is refused.
+      hint: what a special value means, for the error.
+
+    Raises:
+      InputError: for anything else.
+    """
+    wanted = f"{'above' if above else 'at least'} {low:g} and at most {high:g}{f' ({hint})' if hint else ''}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(f"{name} is {shown(value)}; it must be a number {wanted}")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = float("inf")
+    # as float32, for that is how it is computed with: a tiny number may become 0 there
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(number))
+    if not (low < rounded if above else low <= rounded) or not rounded <= high:
+        raise InputError(f"{name} is {shown(value)}; it must be {wanted}")
+    return number
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: its repr, cut to a length that fits a line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # int of over 4,300 digits; a list in itself
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _limits(low: int, high: int, hint: str) -> str:
+    return f" from {low} to {high}{f' ({hint})' if hint else ''}"
