@@ -1,7 +1,10 @@
-"""Choosing the next token: one jittable function for a batch whose rows each have their own settings.
+"""Choosing the next token: one jittable function for a batch whose slots each have their own parameters.
 
-The order is that of transformers: repetition penalty, suppressed tokens, temperature, top-k, top-p, the draw. A row's
-random numbers depend on its own seed and step alone, so a request draws the same tokens whatever is beside it.
+The order is that of transformers' logits processors: repetition penalty, suppressed tokens, temperature, top-k, top-p,
+then the draw. A slot's random numbers depend on its own seed and step alone, so a request draws the same tokens
+whatever is decoded beside it.
+
+Letters: B slots, V vocabulary, K ranked tokens.
 """
 
 from __future__ import annotations
@@ -18,46 +21,70 @@ from flax import struct
 from jaxtyping import Bool, Float, Int, UInt32
 
 from omni_jax.batch import Array
-from omni_jax.errors import InputError
+from omni_jax.checks import SEED_MAX, check_float, check_int
 
-_NEVER = -jnp.inf
-_FEW = 64  # likeliest tokens, of which most settings draw: the Talker's default top k is 40
+MAX_TEMPERATURE = 100.0
+MIN_TEMPERATURE = 1e-4  # below it the quotient of logits may leave float32: such a slot is greedy
+MIN_PENALTY = 0.01
+MAX_PENALTY = 100.0
+NUM_RANKED = 64  # the Talker's default top-k is 40, so most settings draw from no more than these
+
+_MINUS_INFINITY = -jnp.inf
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request's tokens are chosen.
 
-    Attributes:
-      temperature: 0 takes the likeliest token; otherwise the scores are divided by it.
-      top_k: only this many of the likeliest tokens are drawn from; 0 for all.
-      top_p: only the likeliest tokens that together have this probability; 1 for all.
-      repetition_penalty: above 1 makes every token of the prompt and the reply so far less likely.
-      seed: of the random draws.
+    Raises:
+      InputError: for a value that is no number or out of range; it names the field and the limits.
     """
 
     temperature: float = 0.0
+    """0 takes the most probable token each time (greedy); more varies more. At most 100."""
     top_k: int = 0
+    """Draw among the k most probable tokens; 0: among all."""
     top_p: float = 1.0
+    """Draw among the most probable tokens that together have this probability, above 0; 1: among all."""
     repetition_penalty: float = 1.0
-    seed: int = 0
+    """Above 1 makes every token of the prompt and of the reply so far less probable. From 0.01 to 100."""
+    seed: int | None = None
+    """Of the random draws, below 2**32; the same seed draws the same tokens. Text without one takes 0."""
 
     def __post_init__(self) -> None:
-        limits = {
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0 (0: all tokens)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "seed": (0 <= self.seed < 2**32, "at least 0 and below 2**32"),
-        }
-        for name, (holds, limit) in limits.items():
-            if not holds:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {limit}")
+        check_float("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        check_int("top_k", self.top_k, 0, hint="0: all tokens")
+        check_float("top_p", self.top_p, 0, 1, above=True)
+        check_float("repetition_penalty", self.repetition_penalty, MIN_PENALTY, MAX_PENALTY)
+        if self.seed is not None:
+            check_int("seed", self.seed, 0, SEED_MAX)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of the fields, in order."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+
+def pop_sampling(options: dict[str, Any], default: SamplingParams) -> SamplingParams:
+    """Takes the sampling fields out of flat keyword arguments.
+
+    Args:
+      options: keyword arguments; those that are fields of ``SamplingParams`` are removed from it.
+      default: of the fields that are not given.
+
+    Raises:
+      InputError: for a value out of range.
+    """
+    values = {}
+    for name in SamplingParams.names():
+        if name in options:
+            values[name] = options.pop(name)
+    return dataclasses.replace(default, **values)
 
 
 @struct.dataclass
 class SamplingState:
-    """The settings of every row, and what their draws depend on."""
+    """The parameters of every slot, and what their draws depend on."""
 
     temperature: Float[Array, " B"]
     top_k: Int[Array, " B"]
@@ -66,115 +93,141 @@ class SamplingState:
     seed: UInt32[Array, " B"]
     step: Int[Array, " B"]  # tokens drawn so far
     seen: Bool[Array, "B V"]  # which tokens the prompt and the reply hold
-    suppressed: Bool[Array, " V"] | None = None  # tokens that are never chosen
-
-    @classmethod
-    def create(
-        cls,
-        rows: Sequence[SamplingParams],
-        prompts: Sequence[np.ndarray],
-        vocab: int,
-        suppressed: np.ndarray | None = None,
-    ) -> SamplingState:
-        """For requests with these settings and prompt token ids; ``suppressed`` [vocab] holds for all of them."""
-        seen = np.zeros((len(rows), vocab), bool)
-        for i, prompt in enumerate(prompts):
-            seen[i, prompt] = True
-        return cls(
-            temperature=np.array([r.temperature for r in rows], np.float32),
-            top_k=np.array([r.top_k or vocab for r in rows], np.int32),
-            top_p=np.array([r.top_p for r in rows], np.float32),
-            penalty=np.array([r.repetition_penalty for r in rows], np.float32),
-            seed=np.array([r.seed for r in rows], np.uint32),
-            step=np.zeros(len(rows), np.int32),
-            seen=seen,
-            suppressed=suppressed,
-        )
-
-    def put(self, row: Int[Array, ""], other: SamplingState) -> SamplingState:
-        """The first row of ``other`` in place of a row of this one; suppressed tokens must be the same."""
-        suppressed = self.suppressed
-        mine, theirs = dataclasses.replace(self, suppressed=None), dataclasses.replace(other, suppressed=None)
-        return dataclasses.replace(put_row(mine, row, theirs), suppressed=suppressed)
-
-    def replaced(self, other: SamplingState, rows: Bool[np.ndarray, " B"]) -> SamplingState:
-        """With these rows of another one, whose suppressed tokens must be the same."""
-
-        def one(mine: Array, theirs: Array) -> np.ndarray:
-            mine = np.asarray(mine)
-            return np.where(rows.reshape(-1, *[1] * (mine.ndim - 1)), np.asarray(theirs), mine)
-
-        names = [f.name for f in dataclasses.fields(self) if f.name != "suppressed"]
-        return dataclasses.replace(self, **{n: one(getattr(self, n), getattr(other, n)) for n in names})
 
 
-def put_row(tree: Any, row: Int[Array, ""], other: Any) -> Any:
-    """The first row of every array of ``other`` in place of a row of ``tree``'s; both begin with an axis of rows."""
-    return jax.tree.map(lambda mine, theirs: jnp.asarray(mine).at[row].set(jnp.asarray(theirs)[0]), tree, other)
+def make_sampling_state(
+    params: Sequence[SamplingParams], prompts: Sequence[Int[np.ndarray, " S"]], vocab_size: int
+) -> SamplingState:
+    """The state before the first draw, in numpy arrays.
+
+    Args:
+      params: of each slot.
+      prompts: the token ids of each slot that the repetition penalty counts from the beginning.
+      vocab_size: V.
+    """
+    seen = np.zeros((len(params), vocab_size), bool)
+    for slot, prompt in enumerate(prompts):
+        seen[slot, prompt] = True
+    top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
+    temperature = [p.temperature if p.temperature >= MIN_TEMPERATURE else 0.0 for p in params]
+    return SamplingState(
+        temperature=np.array(temperature, np.float32),
+        top_k=np.array(top_k, np.int32),
+        top_p=np.array([p.top_p for p in params], np.float32),
+        penalty=np.array([p.repetition_penalty for p in params], np.float32),
+        seed=np.array([p.seed or 0 for p in params], np.uint32),
+        step=np.zeros(len(params), np.int32),
+        seen=seen,
+    )
+
+
+def init_sampling_state(num_slots: int, vocab_size: int) -> SamplingState:
+    """Greedy slots that have seen nothing."""
+    empty_prompt = np.zeros(0, np.int32)
+    return make_sampling_state([SamplingParams()] * num_slots, [empty_prompt] * num_slots, vocab_size)
+
+
+def select_slots(is_new: Bool[Array, " B"], new: SamplingState, old: SamplingState) -> SamplingState:
+    """``new`` in the slots where ``is_new``, ``old`` in the others."""
+
+    def select(new_leaf: Array, old_leaf: Array) -> jax.Array:
+        mask = jnp.reshape(is_new, (-1, *[1] * (jnp.ndim(new_leaf) - 1)))
+        return jnp.where(mask, new_leaf, old_leaf)
+
+    return jax.tree.map(select, new, old)
 
 
 def sample(
-    logits: Float[Array, "B V"], state: SamplingState, active: Bool[Array, " B"]
-) -> tuple[Int[Array, " B"], SamplingState]:
-    """Draws one token for each row, and remembers those of the active ones."""
-    scores = _penalise(jnp.asarray(logits, jnp.float32), state)
-    if state.suppressed is not None:
-        scores = jnp.where(state.suppressed, _NEVER, scores)
-    likeliest = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    # sorting a vocabulary costs more than a step of a small model: only where a row asks for it
-    drawn = jax.lax.cond(jnp.any(state.temperature > 0), _draw, lambda *_: likeliest, scores, state)
-    tokens = jnp.where(state.temperature > 0, drawn, likeliest)
-    seen = jnp.asarray(state.seen).at[jnp.arange(len(tokens)), tokens].max(active)
+    logits: Float[Array, "B V"],
+    state: SamplingState,
+    active: Bool[Array, " B"],
+    suppressed: Bool[Array, " V"] | None = None,
+) -> tuple[Int[jax.Array, " B"], SamplingState]:
+    """Draws one token for each slot.
+
+    Args:
+      logits: of the next token.
+      state: of the slots.
+      active: slots whose token counts; the others' state stays as it is.
+      suppressed: tokens that are never drawn.
+
+    Returns:
+      The tokens, those of inactive slots without meaning, and the state after them.
+    """
+    logits = _penalize(jnp.asarray(logits, jnp.float32), state)
+    if suppressed is not None:
+        logits = jnp.where(suppressed, _MINUS_INFINITY, logits)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # [B]
+    is_random = state.temperature > 0
+    # ranking a vocabulary costs more than a decode step of a small model: only where a slot asks for it
+    drawn = jax.lax.cond(jnp.any(is_random), _draw, lambda *_: greedy, logits, state)
+    tokens = jnp.where(is_random, drawn, greedy)
+    slots = jnp.arange(len(tokens))
+    seen = jnp.asarray(state.seen).at[slots, tokens].max(active)  # [B, V]
     return tokens, dataclasses.replace(state, seen=seen, step=state.step + active)
 
 
-def _penalise(scores: jax.Array, state: SamplingState) -> jax.Array:
-    penalty = state.penalty[:, None]
-    return jnp.where(state.seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
-
-
-def _draw(scores: jax.Array, state: SamplingState) -> jax.Array:
-    warm = scores / jnp.where(state.temperature > 0, state.temperature, 1)[:, None]
-    # what a row that takes its likeliest token may draw from does not matter; it is not to have all tokens ranked
-    kept = restrict(warm, jnp.where(state.temperature > 0, state.top_k, 1), state.top_p)
-
-    def one(seed: jax.Array, step: jax.Array, row: jax.Array) -> jax.Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), row)
-
-    return jax.vmap(one)(jnp.asarray(state.seed), jnp.asarray(state.step), kept).astype(jnp.int32)
-
-
-def restrict(
-    scores: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+def filter_logits(
+    logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
 ) -> Float[jax.Array, "B V"]:
-    """Minus infinity for every token outside the top k, and then outside the top p of what is left.
+    """Minus infinity for every token outside the top k, and then outside the top p of what remains.
 
-    To rank a vocabulary costs more than a step of a small model. A row whose top k are among its ``_FEW`` likeliest
-    tokens, with all that tie with the last of them, needs no more than these.
+    A slot whose top k are among its ``NUM_RANKED`` most probable tokens, with all that tie with the last of them, needs
+    no more than these ranked; the whole vocabulary is sorted only where some slot needs more.
     """
-    few = jax.lax.top_k(scores, min(_FEW, scores.shape[-1]))[0]
-    # not few[:, -1:]: where XLA sees a part of it taken, it sorts all after all
-    enough = (top_k <= few.shape[-1]) & (_least(few, top_k)[:, 0] > jnp.min(few, axis=-1))
-    lowest = _lowest(few, top_k, top_p)
+    ranked = jax.lax.top_k(logits, min(NUM_RANKED, logits.shape[-1]))[0]  # [B, K]
+    # jnp.min, not ranked[:, -1:]: when XLA sees a slice taken, it turns top_k into a sort of the vocabulary
+    smallest = jnp.min(ranked, axis=-1)  # [B]
+    suffices = (top_k <= ranked.shape[-1]) & (_kth_largest(ranked, top_k)[:, 0] > smallest)
+    few_threshold = _threshold(ranked, top_k, top_p)  # [B, 1]
 
-    def among_all() -> jax.Array:
-        return jnp.where(enough[:, None], lowest, _lowest(jnp.sort(scores, descending=True), top_k, top_p))
+    def sort_all() -> jax.Array:
+        everything = jnp.sort(logits, descending=True)
+        return jnp.where(suffices[:, None], few_threshold, _threshold(everything, top_k, top_p))
 
-    lowest = jax.lax.cond(jnp.all(enough), lambda: lowest, among_all)
-    return jnp.where(scores >= lowest, scores, _NEVER)
-
-
-def _least(ranked: Float[Array, "B K"], top_k: Int[Array, " B"]) -> Float[jax.Array, "B 1"]:
-    """The score of the last of the top k."""
-    return jnp.take_along_axis(ranked, jnp.clip(top_k - 1, 0, ranked.shape[-1] - 1)[:, None], axis=-1)
+    threshold = jax.lax.cond(jnp.all(suffices), lambda: few_threshold, sort_all)
+    return jnp.where(logits >= threshold, logits, _MINUS_INFINITY)
 
 
-def _lowest(ranked: Float[Array, "B K"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]) -> Float[jax.Array, "B 1"]:
-    """The lowest score that is inside of both, of scores from the highest on."""
-    least = _least(ranked, top_k)
-    ranked = jnp.where(ranked >= least, ranked, _NEVER)
+def _penalize(logits: Float[jax.Array, "B V"], state: SamplingState) -> jax.Array:
+    penalty = jnp.asarray(state.penalty)[:, None]
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(state.seen, penalized, logits)
+
+
+def _draw(logits: Float[jax.Array, "B V"], state: SamplingState) -> Int[jax.Array, " B"]:
+    is_random = state.temperature > 0
+    scaled = logits / jnp.where(is_random, state.temperature, 1)[:, None]
+    # a greedy slot's draw is not used: top-k 1 keeps it from having its whole vocabulary sorted
+    top_k = jnp.where(is_random, state.top_k, 1)
+    filtered = filter_logits(scaled, top_k, state.top_p)
+
+    def draw_slot(seed: jax.Array, step: jax.Array, slot_logits: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return jax.random.categorical(key, slot_logits)
+
+    draw_slots = jax.vmap(draw_slot)
+    return draw_slots(jnp.asarray(state.seed), jnp.asarray(state.step), filtered).astype(jnp.int32)
+
+
+def _kth_largest(ranked: Float[Array, "B K"], top_k: Int[Array, " B"]) -> Float[jax.Array, "B 1"]:
+    index = jnp.clip(top_k - 1, 0, ranked.shape[-1] - 1)[:, None]
+    return jnp.take_along_axis(ranked, index, axis=-1)
+
+
+def _threshold(
+    ranked: Float[Array, "B K"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Float[jax.Array, "B 1"]:
+    """The smallest logit inside of both top k and top p, of logits in falling order."""
+    kth = _kth_largest(ranked, top_k)
+    ranked = jnp.where(ranked >= kth, ranked, _MINUS_INFINITY)  # [B, K]
     probability = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    inside = (before < top_p[:, None]) & (ranked > _NEVER)
-    lowest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.maximum(lowest, least)
+    before = jnp.cumsum(probability, axis=-1) - probability  # of the tokens ranked higher
+    inside = (before < top_p[:, None]) & (ranked > _MINUS_INFINITY)
+    smallest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.maximum(smallest, kth)
+
+
+def merge_seed(params: SamplingParams, seed: int | None) -> SamplingParams:
+    """The same with this seed, unless they have one of their own."""
+    return params if params.seed is not None else dataclasses.replace(params, seed=seed)
