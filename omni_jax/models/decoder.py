@@ -23,7 +23,7 @@ from omni_jax.layers.params import dtypes
 from omni_jax.layers.rotary import Tables, rotate, tmrope_tables
 from omni_jax.layers.stack import Remat, call_layers, layer_stack
 from omni_jax.layers.streaming import Block, Streaming
-from omni_jax.sharding import constrain, whole
+from omni_jax.sharding import constrain, replicate
 
 
 @struct.dataclass
@@ -48,7 +48,7 @@ class KVCache:
                 return jnp.zeros((layers, *shape), dtype)
             return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
 
-        return cls(one(), one(), whole(jnp.zeros(batch, jnp.int32))).spread()
+        return cls(one(), one(), replicate(jnp.zeros(batch, jnp.int32))).spread()
 
     @property
     def slots(self) -> int:
@@ -71,7 +71,7 @@ class KVCache:
             return jax.lax.dynamic_update_slice_in_dim(jnp.asarray(mine), first, row, axis)
 
         end = jnp.asarray(self.end).at[row].set(jnp.asarray(other.end)[0])
-        return KVCache(jax.tree.map(one, self.k, other.k), jax.tree.map(one, self.v, other.v), whole(end)).spread()
+        return KVCache(jax.tree.map(one, self.k, other.k), jax.tree.map(one, self.v, other.v), replicate(end)).spread()
 
     def spread(self) -> KVCache:
         """The same, laid over the mesh as the layers' own keys and values are."""
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         carry = self._run(jnp.where(valid[..., None], x, 0), ids, places, cache)
         assert carry.cache is not None
         end = cache.end + jnp.sum(valid, axis=1, dtype=jnp.int32)
-        return carry.x, dataclasses.replace(carry.cache.spread(), end=whole(end))
+        return carry.x, dataclasses.replace(carry.cache.spread(), end=replicate(end))
 
     def _run(self, x: Array, ids: Array, where: Mask | Places, cache: KVCache | None) -> _Carry:
         c = self.config
@@ -230,7 +230,7 @@ class DecoderStream:
     def streaming(self) -> Streaming:
         return Streaming(self.seconds, block=1, look_ahead=0, look_back=None)
 
-    def whole(self, params: Any, x: Block) -> Block:
+    def replicate(self, params: Any, x: Block) -> Block:
         valid = jnp.asarray(x.valid)
         mask = Mask(valid.astype(jnp.int32), causal=True)
         embeddings = jnp.where(valid[..., None], x.values.x, 0)
