@@ -25,6 +25,7 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
+from omni_jax.config import DecoderConfig
 from omni_jax.models.decoder import KVCache
 from omni_jax.sharding import constrain, replicate
 
@@ -115,26 +116,28 @@ def is_deleted(tree: Any) -> bool:
     return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(tree))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _init_context(model: Any, num_slots: int, capacity: int) -> Context:
-    c = model.decoder_config
-    cache = KVCache.init(c, num_slots, capacity, model.scan_layers, model.dtype)
-    hidden = constrain(jnp.zeros((num_slots, c.hidden_size), model.dtype), "batch", "width")
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _init_context(model: Any, config: DecoderConfig, num_slots: int, capacity: int) -> Context:
+    cache = KVCache.init(config, num_slots, capacity, model.scan_layers, model.dtype)
+    hidden = constrain(jnp.zeros((num_slots, config.hidden_size), model.dtype), "batch", "width")
     return Context(hidden, replicate(jnp.zeros(num_slots, jnp.int32)), cache)
 
 
-def init_context(model: Any, num_slots: int, capacity: int, placement: Sharding, mesh: Mesh | None) -> Context:
+def init_context(
+    model: Any, config: DecoderConfig, num_slots: int, capacity: int, placement: Sharding, mesh: Mesh | None
+) -> Context:
     """Slots that have read nothing.
 
     Args:
-      model: a Thinker or a Talker.
+      model: a Thinker or a Talker; says how layers are stored and in which dtype.
+      config: of its decoder.
       num_slots: B.
       capacity: positions of each slot at least; rounded up.
       placement: where the host's arrays are put (``sharding.host_sharding``).
       mesh: over which the parameters are sharded.
     """
     with on_mesh(mesh):
-        context = _init_context(model, num_slots, round_capacity(capacity))
+        context = _init_context(model, config, num_slots, round_capacity(capacity))
     return commit(context, placement, mesh)
 
 

@@ -1,19 +1,19 @@
-"""The Thinker's loop: the prompt in chunks, as far as it is known, then several words in each jitted call.
+"""The Thinker's engine: prompts are prefilled chunk by chunk, then several tokens are decoded in each jitted call.
 
-Rows stand on their own: each has its place in the cache, may read while another speaks, and stands still when it has
-nothing to do.
+The jitted functions stand at module level with the Linen module as a static argument, so every engine of an equal
+model in a process shares the compiled programs.
+
+Letters: B slots, R slots of a prefix, C positions of a chunk, K tokens of a call, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,299 +21,383 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from omni_jax.batch import Array, AudioBlocks, VisionFrames, bucket
-from omni_jax.engine.sampling import SamplingParams, SamplingState, put_row, sample
-from omni_jax.models.decoder import KVCache
+from omni_jax.batch import Array, AudioBlocks, Spans, VisionFrames, bucket
+from omni_jax.engine.decode_state import (
+    PAD_TOKEN,
+    Context,
+    DecodeResult,
+    advance_context,
+    apply_method,
+    commit,
+    init_context,
+    insert_context,
+    insert_slot,
+    jit_method,
+    on_mesh,
+    pack_result,
+    resize_context,
+    round_capacity,
+    step_context,
+    step_position_ids,
+)
+from omni_jax.engine.sampling import SamplingParams, SamplingState, init_sampling_state, make_sampling_state, sample
 from omni_jax.models.thinker import Thinker
 from omni_jax.mrope import position_ids
-from omni_jax.processing.prefill_plan import Chunk, Stretch
+from omni_jax.processing.prefill_plan import NO_FEATURE, PrefillChunk
 from omni_jax.sharding import constrain, host_sharding, replicate
 
-PAD_TOKEN = -1  # in place of a token, after a row has ended
-
-_ROOM = 256  # slots of a cache at least; it doubles as a dialogue goes on
-_STOPS = 8  # ids that end a row at least
+MIN_STOP_IDS = 8  # ids that a slot has room for at least
 
 
 @struct.dataclass
-class TextState:
-    """A batch of dialogues; every shape is fixed, so one program serves all steps.
+class ThinkerPrefix:
+    """Dialogues that have been read, and not answered yet.
 
-    ``heard`` is what the Talker needs: the final hidden state and the embedding of each token, added up, in the slots
-    of the cache. The embedding of a media token counts as zero (section 7.2).
+    ``talker_inputs`` is what the Talker needs of each token: the final hidden state and the embedding, added up, at the
+    token's place in the cache. The embedding of a media token counts as zero (docs/reference.md, 7.2).
     """
 
-    hidden: Float[Array, "B D"]  # of the last token that was read
-    position: Int[Array, " B"]  # the position id of the next one
-    cache: KVCache
+    context: Context
+    talker_inputs: Float[Array, "R capacity D"] | None  # where speech may follow
+
+
+@struct.dataclass
+class ThinkerState:
+    """A batch of dialogues that are answered; every shape is fixed, so one program serves all steps."""
+
+    context: Context
+    talker_inputs: Float[Array, "B capacity D"] | None
     sampling: SamplingState
-    left: Int[Array, " B"]  # tokens each row may still say; 0: it has ended
-    stop: Int[Array, "B stops"]  # ids that end a row, padded with PAD_TOKEN
-    heard: Float[Array, "B slots D"] | None  # where speech may follow
+    remaining: Int[Array, " B"]  # tokens each slot may still decode; 0: it has finished
+    num_tokens: Int[Array, " B"]  # of the reply so far
+    stop_ids: Int[Array, "B stops"]  # ids that end a slot's reply, padded with PAD_TOKEN
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """What the loop needs to know of one row besides its prompt."""
+    """How a slot is to answer.
 
+    Attributes:
+      prompt: its token ids, for the penalty on repetition.
+      sampling: how tokens are drawn.
+      max_tokens: of the reply.
+      stop_ids: ids that end the reply.
+    """
+
+    prompt: Int[np.ndarray, " S"]
     sampling: SamplingParams
     max_tokens: int
     stop_ids: tuple[int, ...]
 
 
 class ThinkerEngine:
-    """The jitted functions around a Thinker and its parameters. It holds no state of any request."""
+    """A Thinker and its parameters. It holds no state of any request.
 
-    def __init__(self, model: Thinker, params: Any, *, mesh: Mesh | None = None, steps: int = 8, keep: bool = False):
+    Attributes:
+      params: of the Thinker.
+      tokens_per_call: K, tokens that one call of ``decode`` makes at most.
+    """
+
+    def __init__(
+        self,
+        model: Thinker,
+        params: Any,
+        *,
+        mesh: Mesh | None = None,
+        tokens_per_call: int = 8,
+        collect_talker_inputs: bool = False,
+    ):
         """Compiles nothing yet.
 
         Args:
           model, params: the Thinker and its parameters.
-          mesh: over which the parameters are spread.
-          steps: how many tokens one jitted call makes at most.
-          keep: whether to collect in ``TextState.heard`` what speech needs.
+          mesh: over which the parameters are sharded.
+          tokens_per_call: K.
+          collect_talker_inputs: whether speech may follow, so that ``talker_inputs`` are kept.
         """
-        self.params, self.steps, self.vocab = params, steps, model.config.text_config.vocab_size
-        self._mesh, self._place = mesh, host_sharding(params, mesh)
-        self._encode_audio = jax.jit(functools.partial(call, model, "encode_audio"))
-        self._encode_vision = jax.jit(functools.partial(call, model, "encode_vision"))
-        self._words = jax.jit(functools.partial(call, model, "words"))
-        self._overlay = jax.jit(_overlay, donate_argnums=0)
-        started = None if mesh is not None else self._place
-        self._empty = jax.jit(functools.partial(empty_rows, model, keep), static_argnums=(0, 1), out_shardings=started)
-        self._grow = jax.jit(_grown, static_argnames="slots")
-        self._put = jax.jit(_put, donate_argnums=0)
-        self._read = jax.jit(functools.partial(read_chunk, model), donate_argnums=1)
-        self._advance = jax.jit(functools.partial(decode_text, model, steps), donate_argnums=1)
+        self.params = params
+        self.tokens_per_call = tokens_per_call
+        self._model = model
+        self._config = model.config.text_config
+        self._mesh = mesh
+        self._placement = host_sharding(params, mesh)
+        self._collect = collect_talker_inputs
 
     def encode(self, media: AudioBlocks | VisionFrames) -> jax.Array:
         """The features of sound or pictures, [features, D]."""
+        method = "encode_audio" if isinstance(media, AudioBlocks) else "encode_vision"
         with on_mesh(self._mesh):
-            if isinstance(media, AudioBlocks):
-                return self._encode_audio(self.params, media)
-            return self._encode_vision(self.params, media)
+            return jit_method(self._model, method, self.params, media)
 
-    def words(self, ids: Int[Array, "*rows"]) -> jax.Array:
-        """The embeddings of text ids, [*rows, D]."""
+    def embed_tokens(self, ids: Int[Array, "*ids"]) -> jax.Array:
+        """The embeddings of text ids, [*ids, D]."""
         with on_mesh(self._mesh):
-            return self._words(self.params, ids)
+            return jit_method(self._model, "embed_tokens", self.params, ids)
 
-    def empty(self, rows: int, slots: int) -> TextState:
-        """So many dialogues that have not started, with room for so many tokens of each."""
-        with on_mesh(self._mesh):
-            hidden, cache, heard = self._empty(rows, room(slots))
-        sampling = SamplingState.create([SamplingParams()] * rows, [np.zeros(0, np.int32)] * rows, self.vocab)
-        none, stop = np.zeros(rows, np.int32), np.full((rows, _STOPS), PAD_TOKEN, np.int32)
-        position, sampling, left, stop = jax.device_put((none, sampling, none, stop), self._place)
-        return TextState(hidden, position, cache, sampling, left, stop, heard)
+    def init_prefix(self, num_slots: int, capacity: int) -> ThinkerPrefix:
+        """Dialogues of which nothing has been read.
 
-    def grown(self, state: TextState, slots: int) -> TextState:
-        """The same with room for so many tokens of each row."""
-        while state.cache.slots < slots:  # a step at a time, so that few programs do it
+        Args:
+          num_slots: R.
+          capacity: tokens of each that there is room for at least.
+        """
+        context = init_context(self._model, self._config, num_slots, capacity, self._placement, self._mesh)
+        talker_inputs = None
+        if self._collect:
             with on_mesh(self._mesh):
-                state = self._grow(state, slots=2 * state.cache.slots)
-        return state
+                talker_inputs = _init_talker_inputs(self._model, num_slots, context.capacity)
+            talker_inputs = commit(talker_inputs, self._placement, self._mesh)
+        return ThinkerPrefix(context, talker_inputs)
 
-    def put(self, state: TextState, row: int, other: TextState) -> TextState:
-        """The first dialogue of ``other``, as it is, in place of one of ``state``, which is used up.
+    def init_state(self, num_slots: int, capacity: int) -> ThinkerState:
+        """Slots that are all free; see ``init_prefix`` for the arguments."""
+        prefix = self.init_prefix(num_slots, capacity)
+        none = np.zeros(num_slots, np.int32)
+        stop_ids = np.full((num_slots, MIN_STOP_IDS), PAD_TOKEN, np.int32)
+        host = (init_sampling_state(num_slots, self._config.vocab_size), none, none, stop_ids)
+        sampling, remaining, num_tokens, stop_ids = jax.device_put(host, self._placement)
+        return ThinkerState(prefix.context, prefix.talker_inputs, sampling, remaining, num_tokens, stop_ids)
+
+    def resize(self, state: ThinkerState, capacity: int) -> ThinkerState:
+        """The same with room for so many tokens of each slot."""
+        context, talker_inputs = self._resize(state.context, state.talker_inputs, capacity)
+        return dataclasses.replace(state, context=context, talker_inputs=talker_inputs)
+
+    def resize_prefix(self, prefix: ThinkerPrefix, capacity: int) -> ThinkerPrefix:
+        """The same with room for so many tokens of each dialogue."""
+        return ThinkerPrefix(*self._resize(prefix.context, prefix.talker_inputs, capacity))
+
+    def prefill(self, prefix: ThinkerPrefix, chunk: PrefillChunk, features: Sequence[jax.Array]) -> ThinkerPrefix:
+        """Reads a chunk of each prompt.
 
         Args:
-          state, other: of any size; the one with fewer slots is grown.
-          row: of ``state``.
+          prefix: with room for the chunk; it is used up.
+          chunk: of a plan.
+          features: what ``encode`` gave for each of the plan's encoder inputs.
         """
-        state, other = self.grown(state, other.cache.slots), self.grown(other, state.cache.slots)
-        stops = max(state.stop.shape[1], other.stop.shape[1])
-        state, other = self._with_stops(state, stops), self._with_stops(other, stops)
         with on_mesh(self._mesh):
-            return self._put(state, np.int32(row), other)
+            x = jit_method(self._model, "embed_tokens", self.params, chunk.tokens)  # [R, C, D]
+            for number, index in chunk.feature_index.items():
+                x = _overlay_features(x, features[number], index)
+            return prefill_chunk(self._model, self.params, prefix, chunk.spans, chunk.valid, x, chunk.is_media)
 
-    def _with_stops(self, state: TextState, stops: int) -> TextState:
-        more = stops - state.stop.shape[1]
-        if not more:
-            return state
-        stop = np.pad(np.asarray(state.stop), ((0, 0), (0, more)), constant_values=PAD_TOKEN)
-        return dataclasses.replace(state, stop=jax.device_put(stop, self._place))
-
-    def read(self, state: TextState, stretch: Stretch, features: Sequence[jax.Array]) -> TextState:
-        """Reads a chunk of each row's prompt. The state that is given is used up.
-
-        Args:
-          state: with room for the chunk.
-          stretch: what to read.
-          features: what ``encode`` gave for each call that the stretch counts.
-        """
-        with on_mesh(self._mesh):
-            x = self._words(self.params, stretch.chunk.tokens)
-            for number, index in stretch.takes.items():
-                x = self._overlay(x, features[number], index)
-            return self._read(self.params, state, stretch.chunk, x, stretch.media)
-
-    def ask(
-        self, state: TextState, requests: Mapping[int, TextRequest], prompts: Mapping[int, np.ndarray]
-    ) -> TextState:
-        """Says how rows are to answer what they have read.
-
-        Args:
-          state: rows that have read their prompts, and others, which stay as they are.
-          requests: of the rows that begin to answer.
-          prompts: the token ids of each of them, for the penalty on repetition.
-        """
-        rows = state.position.shape[0]
-        samplings, before = [SamplingParams()] * rows, [np.zeros(0, np.int32)] * rows
-        left, stop = np.array(state.left), np.array(state.stop)
-        wider = bucket(max((len(r.stop_ids) for r in requests.values()), default=1), stop.shape[1])
-        stop = np.pad(stop, ((0, 0), (0, wider - stop.shape[1])), constant_values=PAD_TOKEN)
-        for i, r in requests.items():
-            samplings[i], before[i], left[i] = r.sampling, prompts[i], r.max_tokens
-            stop[i] = [*r.stop_ids, *[PAD_TOKEN] * (wider - len(r.stop_ids))]
-        new = np.isin(np.arange(rows), list(requests))
-        sampling = state.sampling.replaced(SamplingState.create(samplings, before, self.vocab), new)
-        sampling, left, stop = jax.device_put((sampling, left, stop), self._place)
-        return dataclasses.replace(state, sampling=sampling, left=left, stop=stop)
-
-    def advance(
-        self, state: TextState, steps: int | None = None, *, ended: Bool[np.ndarray, " B"] | None = None
-    ) -> tuple[np.ndarray, TextState]:
-        """One jitted call: some tokens of each row, and the state after them.
+    def insert(self, state: ThinkerState, slot: int, prefix: ThinkerPrefix, request: TextRequest) -> ThinkerState:
+        """Puts the first dialogue of a prefix into a slot, where it is to be answered.
 
         Args:
           state: it is used up.
-          steps: tokens of a row at most; as many as the loop makes in a call if None.
-          ended: rows that say no more, for a reason of which the loop knows nothing.
+          slot: whose dialogue is replaced.
+          prefix: of any capacity; the one of the two with less is resized.
+          request: how to answer.
+        """
+        state = self.resize(state, prefix.context.capacity)
+        prefix = self.resize_prefix(prefix, state.context.capacity)
+        width = bucket(len(request.stop_ids), state.stop_ids.shape[1])
+        stop_ids = np.full((1, width), PAD_TOKEN, np.int32)
+        stop_ids[0, : len(request.stop_ids)] = request.stop_ids
+        sampling = make_sampling_state([request.sampling], [request.prompt], self._config.vocab_size)
+        host = (sampling, np.array([request.max_tokens], np.int32), stop_ids)
+        sampling, remaining, stop_ids = jax.device_put(host, self._placement)
+        with on_mesh(self._mesh):
+            if width > state.stop_ids.shape[1]:
+                state = _widen_stop_ids(state, width)
+            return _insert(state, np.int32(slot), prefix, sampling, remaining, stop_ids)
+
+    def decode(
+        self, state: ThinkerState, num_tokens: int | None = None, finished: Bool[np.ndarray, " B"] | None = None
+    ) -> tuple[ThinkerState, DecodeResult]:
+        """Decodes some tokens of each slot in one jitted call.
+
+        Args:
+          state: with room for the tokens; it is used up.
+          num_tokens: of a slot at most; K if None.
+          finished: slots that decode no more, for a reason that the device does not know.
 
         Returns:
-          [B, the loop's steps]: a row's tokens end with its stop id, if it has met one, and PAD_TOKEN stands after the
-          end. All rows have ended when nothing is ``left`` in the state.
+          The state after them, and the tokens [B, K]: those of a slot end with its stop id, if it has met one.
         """
-        steps = self.steps if steps is None else min(steps, self.steps)
-        state = self.grown(state, int(np.max(state.cache.end)) + min(steps, int(np.max(state.left))))
-        ended = np.zeros(state.left.shape, bool) if ended is None else ended
+        num_tokens = self.tokens_per_call if num_tokens is None else min(num_tokens, self.tokens_per_call)
+        if finished is None:
+            finished = np.zeros(len(state.remaining), bool)
         with on_mesh(self._mesh):
-            made, state = self._advance(self.params, state, ended, np.int32(steps))
-        return np.asarray(made), state
+            state, packed = decode_text(
+                self._model, self.tokens_per_call, self.params, state, finished, np.int32(num_tokens)
+            )
+        return state, DecodeResult(packed)
+
+    def _resize(
+        self, context: Context, talker_inputs: Array | None, capacity: int
+    ) -> tuple[Context, Array | None]:
+        capacity = round_capacity(capacity)
+        while context.capacity < capacity:  # by doubling, so that few programs do it
+            doubled = 2 * context.capacity
+            with on_mesh(self._mesh):
+                context = resize_context(context, doubled)
+                if talker_inputs is not None:
+                    talker_inputs = resize_rows(talker_inputs, doubled)
+        return context, talker_inputs
 
 
-def room(slots: int) -> int:
-    """How many slots a cache gets that needs so many: a power of two, so that few programs serve all lengths."""
-    return max(_ROOM, 1 << (slots - 1).bit_length())
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _init_talker_inputs(model: Thinker, num_slots: int, capacity: int) -> Float[jax.Array, "R capacity D"]:
+    width = model.config.text_config.hidden_size
+    return constrain(jnp.zeros((num_slots, capacity, width), model.dtype), "batch", None, "width")
 
 
-def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """In this context arrays are spread over ``mesh``; the same as none without one."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+@functools.partial(jax.jit, static_argnames="capacity")
+def resize_rows(rows: Float[Array, "B N D"], capacity: int) -> Float[jax.Array, "B capacity D"]:
+    """The same with zeros behind, up to ``capacity``."""
+    return jnp.pad(rows, ((0, 0), (0, capacity - rows.shape[1]), (0, 0)))
 
 
-def call(model: nn.Module, method: str, params: Any, *args: Any) -> Any:
-    """Calls a method of a model with these parameters."""
-    return model.apply({"params": params}, *args, method=method)
+@functools.partial(jax.jit, donate_argnums=0)
+def _overlay_features(
+    x: Float[Array, "R C D"], features: Float[Array, "features D"], index: Int[Array, "R C"]
+) -> Float[jax.Array, "R C D"]:
+    """Replaces embeddings by features where ``index`` says which."""
+    taken = jnp.take(features, jnp.maximum(index, 0), axis=0)  # [R, C, D]
+    is_feature = (index != NO_FEATURE)[..., None]
+    return jnp.where(is_feature, taken.astype(x.dtype), x)
 
 
-def _overlay(x: Array, features: Array, index: Array) -> jax.Array:
-    """Puts features where ``index`` says which; -1 leaves the word."""
-    media = jnp.take(features, jnp.maximum(index, 0), axis=0)
-    return jnp.where((index >= 0)[..., None], media.astype(x.dtype), x)
+@functools.partial(jax.jit, static_argnames="width")
+def _widen_stop_ids(state: ThinkerState, width: int) -> ThinkerState:
+    spare = width - state.stop_ids.shape[1]
+    return dataclasses.replace(
+        state, stop_ids=jnp.pad(state.stop_ids, ((0, 0), (0, spare)), constant_values=PAD_TOKEN)
+    )
 
 
-def empty_rows(model: Thinker, keep: bool, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array | None]:
-    """``hidden``, ``cache`` and ``heard`` of a state that holds nothing; no ``heard`` unless ``keep``."""
-    c = model.config.text_config
-    cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
-    heard = constrain(jnp.zeros((rows, slots, c.hidden_size), model.dtype), "batch", None, "width") if keep else None
-    return constrain(jnp.zeros((rows, c.hidden_size), model.dtype), "batch", "width"), cache, heard
-
-
-def _grown(state: TextState, slots: int) -> TextState:
-    more = slots - state.cache.slots
-    heard = None if state.heard is None else jnp.pad(state.heard, ((0, 0), (0, more), (0, 0)))
-    return dataclasses.replace(state, cache=state.cache.grown(slots), heard=heard)
-
-
-def _put(state: TextState, row: Int[Array, ""], other: TextState) -> TextState:
-    rest = [f.name for f in dataclasses.fields(TextState) if f.name not in ("cache", "sampling", "heard")]
-    mine, theirs = ({name: getattr(x, name) for name in rest} for x in (state, other))
-    heard = None if state.heard is None else put_row(state.heard, row, other.heard)
-    cache, sampling = state.cache.put(row, other.cache), state.sampling.put(row, other.sampling)
-    made = dataclasses.replace(state, **put_row(mine, row, theirs), cache=cache, sampling=sampling, heard=heard)
-    position, sampling, left, stop = replicate((made.position, made.sampling, made.left, made.stop))
-    return dataclasses.replace(made, position=position, sampling=sampling, left=left, stop=stop)
-
-
-def read_chunk(
-    model: Thinker, params: Any, state: TextState, chunk: Chunk, x: Float[Array, "B C D"], media: Bool[Array, "B C"]
-) -> TextState:
-    """Reads a chunk, whose embeddings are ``x``; ``media`` says which of them are features of sound or pictures."""
-    valid = jnp.asarray(chunk.valid)
-    ids, delta = position_ids(chunk.spans, valid.astype(jnp.int32), model.config.position_id_per_seconds)
-    hidden, cache = call(model, "extend", params, x, ids, valid, state.cache)
-    heard = state.heard
-    if heard is not None:
-        heard = _kept(heard, hidden + jnp.where(media[..., None], 0, x), valid, state)
-    last, position = place_after(state.hidden, state.position, hidden, valid, delta)
-    return dataclasses.replace(state, hidden=last, position=position, cache=cache, heard=heard)
-
-
-def place_after(
-    before: Float[Array, "B D"],
-    position: Int[Array, " B"],
-    hidden: Float[Array, "B C D"],
-    valid: Bool[Array, "B C"],
-    delta: Int[Array, " B"],
-) -> tuple[Float[jax.Array, "B D"], Int[jax.Array, " B"]]:
-    """Where rows stand when they have read a chunk; one that read nothing stands where it stood.
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="prefix")
+def prefill_chunk(
+    model: Thinker,
+    params: Any,
+    prefix: ThinkerPrefix,
+    spans: Spans,
+    valid: Bool[Array, "R C"],
+    x: Float[Array, "R C D"],
+    is_media: Bool[Array, "R C"],
+) -> ThinkerPrefix:
+    """Reads a chunk behind what the cache holds.
 
     Args:
-      before: the last hidden state of each row so far.
-      position: the id of its next position so far.
-      hidden: of the chunk.
-      valid: which of it is real.
-      delta: what ``position_ids`` gave for it.
+      model, params: the Thinker.
+      prefix: with room for the chunk.
+      spans: of the position ids.
+      valid: which positions are real.
+      x: embeddings, with the features of media over them.
+      is_media: which of them are such features.
+    """
+    valid = jnp.asarray(valid)
+    before = prefix.context
+    ids, delta = position_ids(spans, valid.astype(jnp.int32), model.config.position_id_per_seconds)  # [3, R, C], [R]
+    hidden, cache = apply_method(model, "extend", params, x, ids, valid, before.cache)  # [R, C, D]
+    talker_inputs = prefix.talker_inputs
+    if talker_inputs is not None:
+        rows = hidden + jnp.where(is_media[..., None], 0, x)  # [R, C, D]
+        talker_inputs = _write_rows(talker_inputs, rows, before.cache.lengths, valid)
+    return ThinkerPrefix(advance_context(before, hidden, valid, delta, cache), talker_inputs)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _insert(
+    state: ThinkerState,
+    slot: Int[Array, ""],
+    prefix: ThinkerPrefix,
+    sampling: SamplingState,
+    remaining: Int[Array, "1"],
+    stop_ids: Int[Array, "1 stops"],
+) -> ThinkerState:
+    talker_inputs = state.talker_inputs
+    if talker_inputs is not None:
+        talker_inputs = insert_slot(talker_inputs, slot, prefix.talker_inputs)
+    return ThinkerState(
+        context=insert_context(state.context, slot, prefix.context),
+        talker_inputs=talker_inputs,
+        sampling=replicate(insert_slot(state.sampling, slot, sampling)),
+        remaining=replicate(insert_slot(state.remaining, slot, remaining)),
+        num_tokens=replicate(jnp.asarray(state.num_tokens).at[slot].set(0)),
+        stop_ids=replicate(insert_slot(state.stop_ids, slot, stop_ids)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tokens_per_call"), donate_argnames="state")
+def decode_text(
+    model: Thinker,
+    tokens_per_call: int,
+    params: Any,
+    state: ThinkerState,
+    finished: Bool[Array, " B"],
+    num_tokens: Int[Array, ""],
+) -> tuple[ThinkerState, Int[jax.Array, "B K+1"]]:
+    """Decodes up to ``num_tokens`` in every slot that has not finished; ends as soon as all have.
 
     Returns:
-      The last hidden state, and the next position id: a dialogue goes on after the largest id that it holds.
+      The state after them, and the array of a ``DecodeResult``.
     """
-    count = jnp.sum(valid, axis=1, dtype=jnp.int32)
-    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    after = jnp.maximum(position, jnp.where(count > 0, count + delta, 0))
-    return jnp.where((count > 0)[:, None], last, before), replicate(after)
 
-
-def _kept(heard: Array, rows: Float[Array, "B C D"], valid: Bool[Array, "B C"], state: TextState) -> jax.Array:
-    """``heard`` with these rows behind what the cache held before them."""
-    slot = jnp.where(valid, jnp.asarray(state.cache.end)[:, None] + jnp.arange(rows.shape[1]), heard.shape[1])
-    return jnp.asarray(heard).at[jnp.arange(rows.shape[0])[:, None], slot].set(rows.astype(heard.dtype), mode="drop")
-
-
-def decode_text(
-    model: Thinker, most: int, params: Any, state: TextState, over: Bool[Array, " B"], steps: Int[Array, ""]
-) -> tuple[Int[Array, "B most"], TextState]:
-    """Says up to ``steps`` tokens in every row that has not ended; leaves off as soon as none is left."""
-
-    def going(loop: tuple[jax.Array, jax.Array, TextState]) -> Bool[Array, ""]:
+    def goes_on(loop: tuple[jax.Array, jax.Array, ThinkerState]) -> Bool[jax.Array, ""]:
         step, _, state = loop
-        return (step < steps) & jnp.any(state.left > 0)
+        return (step < num_tokens) & jnp.any(state.remaining > 0)
 
-    def one(loop: tuple[jax.Array, jax.Array, TextState]) -> tuple[jax.Array, jax.Array, TextState]:
-        step, made, state = loop
-        active = state.left > 0
-        tokens, sampling = sample(call(model, "logits", params, state.hidden), state.sampling, active)
-        made = made.at[:, step].set(jnp.where(active, tokens, PAD_TOKEN))
-        ended = jnp.any(tokens[:, None] == state.stop, axis=1)
-        x, valid = call(model, "words", params, tokens)[:, None], active[:, None]
-        ids = jnp.broadcast_to(jnp.asarray(state.position)[None, :, None], (3, len(tokens), 1))
-        hidden, cache = call(model, "extend", params, x, ids, valid, state.cache)
-        after = dataclasses.replace(
-            state,
-            hidden=jnp.where(valid, hidden[:, 0], state.hidden),
-            position=state.position + active,
-            cache=cache,
-            sampling=sampling,
-            left=jnp.where(active & ~ended, state.left - 1, 0),
-            heard=None if state.heard is None else _kept(state.heard, hidden + x, valid, state),
-        )
-        return step + 1, made, after
+    def decode_step(loop: tuple[jax.Array, jax.Array, ThinkerState]) -> tuple[jax.Array, jax.Array, ThinkerState]:
+        step, tokens, state = loop
+        state, new_tokens = _decode_token(model, params, state)
+        return step + 1, tokens.at[:, step].set(new_tokens), state
 
-    made = jnp.full((state.position.shape[0], most), PAD_TOKEN, jnp.int32)
-    state = dataclasses.replace(state, left=jnp.where(over, 0, state.left))
-    _, made, state = jax.lax.while_loop(going, one, (jnp.int32(0), made, state))
-    position, sampling, left, stop = replicate((state.position, state.sampling, state.left, state.stop))
-    return replicate(made), dataclasses.replace(state, position=position, sampling=sampling, left=left, stop=stop)
+    state = dataclasses.replace(state, remaining=jnp.where(finished, 0, state.remaining))
+    tokens = jnp.full((len(state.remaining), tokens_per_call), PAD_TOKEN, jnp.int32)
+    with jax.named_scope("decode_text"):
+        _, tokens, state = jax.lax.while_loop(goes_on, decode_step, (jnp.int32(0), tokens, state))
+    context = dataclasses.replace(state.context, position=replicate(state.context.position))
+    state = dataclasses.replace(
+        state,
+        context=context,
+        sampling=replicate(state.sampling),
+        remaining=replicate(state.remaining),
+        num_tokens=replicate(state.num_tokens),
+        stop_ids=replicate(state.stop_ids),
+    )
+    return state, pack_result(tokens, state.remaining)
+
+
+def _decode_token(
+    model: Thinker, params: Any, state: ThinkerState
+) -> tuple[ThinkerState, Int[jax.Array, " B"]]:
+    """One token of every slot that has not finished; ``PAD_TOKEN`` in the others."""
+    before = state.context
+    active = state.remaining > 0  # [B]
+    logits = apply_method(model, "logits", params, before.hidden)  # [B, V]
+    with jax.named_scope("sample"):
+        tokens, sampling = sample(logits, state.sampling, active)  # [B]
+    is_stop = jnp.any(tokens[:, None] == state.stop_ids, axis=1)
+    x = apply_method(model, "embed_tokens", params, tokens)[:, None]  # [B, 1, D]
+    valid = active[:, None]
+    ids = step_position_ids(before)  # [3, B, 1]
+    hidden, cache = apply_method(model, "extend", params, x, ids, valid, before.cache)  # [B, 1, D]
+    talker_inputs = state.talker_inputs
+    if talker_inputs is not None:
+        talker_inputs = _write_rows(talker_inputs, hidden + x, before.cache.lengths, valid)
+    after = dataclasses.replace(
+        state,
+        context=step_context(before, hidden, active, cache),
+        talker_inputs=talker_inputs,
+        sampling=sampling,
+        remaining=jnp.where(active & ~is_stop, state.remaining - 1, 0),
+        num_tokens=state.num_tokens + active,
+    )
+    return after, jnp.where(active, tokens, PAD_TOKEN)
+
+
+def _write_rows(
+    talker_inputs: Float[Array, "B capacity D"],
+    rows: Float[Array, "B C D"],
+    lengths: Int[Array, " B"],
+    valid: Bool[Array, "B C"],
+) -> Float[jax.Array, "B capacity D"]:
+    """``talker_inputs`` with these rows behind the ``lengths`` that the cache held before them."""
+    capacity = talker_inputs.shape[1]
+    places = jnp.asarray(lengths)[:, None] + jnp.arange(rows.shape[1])  # [B, C]
+    places = jnp.where(valid, places, capacity)  # out of bounds, so that padding is dropped
+    slots = jnp.arange(rows.shape[0])[:, None]
+    return jnp.asarray(talker_inputs).at[slots, places].set(rows.astype(talker_inputs.dtype), mode="drop")

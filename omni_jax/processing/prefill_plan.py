@@ -1,137 +1,205 @@
-"""Prompts in few shapes, for generation: calls of the encoders, and chunks that are read one after the other.
+"""Prompts in few shapes, for generation: inputs of the encoders, and chunks that are prefilled one after the other.
 
-A chunk holds a stretch of every row, the real tokens first. There are two widths of chunks, two sizes of calls for
+A chunk holds the next tokens of every slot, the real ones first. There are two widths of chunks, two sizes of calls for
 sound, and one for pictures of about one size, so that few programs serve all prompts, whatever is in them.
+
+Letters: B slots, C positions of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from flax import struct
 from jaxtyping import Bool, Int
 
 from omni_jax import mrope
-from omni_jax.batch import Array, AudioBlocks, Spans, VisionFrames
-from omni_jax.config import OmniConfig
+from omni_jax.batch import AudioBlocks, Spans, VisionFrames
+from omni_jax.config import OmniConfig, ThinkerConfig
 from omni_jax.mrope import Span
 from omni_jax.processing.collate import collate_media, media_index_of
-from omni_jax.processing.layout import Prompt
+from omni_jax.processing.layout import Prompt, Usage
 
-NARROW, WIDE = 64, 256  # positions of a chunk
-BLOCKS = 4  # of sound in a call, where there is more than one
-WINDOWS = 32  # in a call of the vision encoder at least, if there are as many
+NARROW_CHUNK = 64  # positions
+WIDE_CHUNK = 256
+AUDIO_BLOCKS = 4  # of two seconds in a call of the audio encoder, where a prompt has more than one
+VISION_WINDOWS = 32  # in a call of the vision encoder at least, if there are as many
 
+NO_FEATURE = -1  # in place of a feature's index where a position takes the embedding of its token
 
-@struct.dataclass
-class Chunk:
-    """A stretch of every row's tokens. The real ones come first; a row may have none."""
-
-    tokens: Int[Array, "B C"]
-    valid: Bool[Array, "B C"]
-    spans: Spans  # of position ids, counted from the chunk's first position
+EMPTY_PROMPT = Prompt(np.zeros(0, np.int32), (), (), np.zeros(0, np.int32), np.zeros(0, np.int32), Usage())
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A chunk, and the features of media in it."""
+class PromptPiece:
+    """A prompt, or the next piece of one.
 
-    chunk: Chunk
-    media: np.ndarray  # bool [B, C]: whose embedding is a feature
-    takes: Mapping[int, np.ndarray]  # a call's number -> int32 [B, C]: which of its features a position takes, or -1
+    Attributes:
+      prompt: token ids and media.
+      spans: of its position ids, counted from its first token (``mrope.resolve``).
+    """
+
+    prompt: Prompt
+    spans: Sequence[Span]
 
 
 @dataclass(frozen=True)
-class Feed:
-    """Everything that a batch of prompts has the Thinker read."""
+class PrefillChunk:
+    """The next tokens of every slot, and where their embeddings come from.
 
-    calls: tuple[AudioBlocks | VisionFrames, ...]  # of the encoders
-    stretches: tuple[Stretch, ...]
+    Attributes:
+      tokens: int32 [B, C].
+      valid: bool [B, C], which are real; a slot may have none.
+      spans: of position ids, counted from the chunk's first position.
+      is_media: bool [B, C], whose embedding is a feature of sound or pictures.
+      feature_index: number of an encoder input -> int32 [B, C], which of its features a position takes, or
+        ``NO_FEATURE``.
+    """
+
+    tokens: Int[np.ndarray, "B C"]
+    valid: Bool[np.ndarray, "B C"]
+    spans: Spans
+    is_media: Bool[np.ndarray, "B C"]
+    feature_index: Mapping[int, Int[np.ndarray, "B C"]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of the slot that has most."""
+        return int(self.valid.sum(axis=1).max())
 
 
-def feed(prompts: Sequence[Prompt], spans: Sequence[Sequence[Span]], config: OmniConfig) -> Feed:
-    """Cuts prompts, one a row.
+@dataclass(frozen=True)
+class PrefillPlan:
+    """Everything that the Thinker computes to read a batch of prompts.
+
+    Attributes:
+      encoder_inputs: one for each call of an encoder.
+      chunks: to be prefilled in this order.
+    """
+
+    encoder_inputs: tuple[AudioBlocks | VisionFrames, ...]
+    chunks: tuple[PrefillChunk, ...]
+
+
+@dataclass(frozen=True)
+class _EncoderInputs:
+    """The calls of the encoders, and where their features are.
+
+    Attributes:
+      calls: as in ``PrefillPlan``.
+      starts: of each call, the index of its first feature among those of all calls.
+      features: (prompt, media item) -> indices of its features among those of all calls.
+    """
+
+    calls: tuple[AudioBlocks | VisionFrames, ...]
+    starts: Int[np.ndarray, " calls"]
+    features: Mapping[tuple[int, int], np.ndarray]
+
+
+def plan_prefill(pieces: Sequence[PromptPiece], config: OmniConfig) -> PrefillPlan:
+    """Cuts prompts, one for each slot, into chunks.
 
     Args:
-      prompts: some may be empty.
-      spans: of each prompt's position ids, counted from its first token (``mrope.resolve``).
+      pieces: some may be empty.
       config: gives the sizes of blocks and windows.
     """
-    calls, begins, features = _calls(prompts, config)
-    index = [media_index_of(p, [features[i, j] for j in range(len(p.media))]) for i, p in enumerate(prompts)]
-    stretches, place = [], 0
-    for width in widths(max(map(len, prompts), default=0)):
-        stretches.append(_stretch(prompts, spans, index, begins, slice(place, place + width)))
-        place += width
-    return Feed(calls, tuple(stretches))
+    inputs = _plan_encoders([piece.prompt for piece in pieces], config)
+    index = []
+    for number, piece in enumerate(pieces):
+        items = [inputs.features[number, item] for item in range(len(piece.prompt.media))]
+        index.append(media_index_of(piece.prompt, items))
+    chunks = []
+    start = 0
+    for width in chunk_widths(max((len(piece.prompt) for piece in pieces), default=0)):
+        chunks.append(_cut_chunk(pieces, index, inputs.starts, slice(start, start + width)))
+        start += width
+    return PrefillPlan(inputs.calls, tuple(chunks))
 
 
-def widths(length: int) -> list[int]:
-    """The widths of the chunks of a prompt."""
-    out = []
-    while length > 0:
-        out.append(WIDE if length > 2 * NARROW else NARROW)
-        length -= out[-1]
-    return out
+def chunk_widths(num_tokens: int) -> list[int]:
+    """The widths of the chunks of a prompt: wide ones, and for the rest one or two narrow ones if they suffice."""
+    widths = []
+    while num_tokens > 0:
+        width = WIDE_CHUNK if num_tokens > 2 * NARROW_CHUNK else NARROW_CHUNK
+        widths.append(width)
+        num_tokens -= width
+    return widths
 
 
-def frames_of_call(windows: int) -> int:
+def frames_per_call(num_windows: int) -> int:
     """How many frames of so many windows go through the vision encoder in one call."""
-    return max(1, WINDOWS // windows)
+    return max(1, VISION_WINDOWS // num_windows)
 
 
-def _calls(
-    prompts: Sequence[Prompt], config: OmniConfig
-) -> tuple[tuple[AudioBlocks | VisionFrames, ...], np.ndarray, dict[tuple[int, int], np.ndarray]]:
-    """The calls, where the features of each begin in the list of all of them, and where those of each item stand."""
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
-    def rounded(n: int, unit: int) -> int:
-        return -(-n // unit) * unit
 
-    audio, vision, features = collate_media(
-        prompts,
-        config,
-        blocks=lambda n: rounded(n, BLOCKS) if n > 1 else n,
-        frames=lambda windows, n: rounded(n, frames_of_call(windows)),
-    )
-    c = config.thinker_config
+def _plan_encoders(prompts: Sequence[Prompt], config: OmniConfig) -> _EncoderInputs:
+    count_blocks: Callable[[int], int] = lambda blocks: _round_up(blocks, AUDIO_BLOCKS) if blocks > 1 else blocks
+    count_frames: Callable[[int, int], int] = lambda windows, frames: _round_up(frames, frames_per_call(windows))
+    audio, vision, features = collate_media(prompts, config, blocks=count_blocks, frames=count_frames)
     calls: list[AudioBlocks | VisionFrames] = []
-    sizes: list[int] = []
-    for begin in range(0, 0 if audio is None else len(audio.length), BLOCKS):
-        assert audio is not None
-        blocks = AudioBlocks(audio.mel[begin : begin + BLOCKS], audio.length[begin : begin + BLOCKS])
-        calls.append(blocks)
-        sizes.append(len(blocks.length) * c.audio_config.block_tokens)
+    if audio is not None:
+        calls += _split_audio(audio)
     for group in vision:
-        frames, windows = group.patches.shape[:2]
-        each = frames_of_call(windows)
-        for begin in range(0, frames, each):
-            part = slice(begin, begin + each)
-            calls.append(VisionFrames(group.patches[part], group.row[part], group.column[part], group.valid[part]))
-            sizes.append(each * windows * c.vision_config.window_cells**2)
-    return tuple(calls), np.cumsum([0, *sizes])[:-1], features
+        calls += _split_vision(group)
+    counts = [_count_features(call, config.thinker_config) for call in calls]
+    starts = np.cumsum([0, *counts])[:-1]
+    return _EncoderInputs(tuple(calls), starts, features)
 
 
-def _stretch(
-    prompts: Sequence[Prompt],
-    spans: Sequence[Sequence[Span]],
-    index: Sequence[np.ndarray],
-    begins: np.ndarray,
-    part: slice,
-) -> Stretch:
-    shape = (len(prompts), part.stop - part.start)
-    tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    feature = np.full(shape, -1, np.int32)
-    for i, prompt in enumerate(prompts):
-        own = prompt.tokens[part]
-        tokens[i, : len(own)], valid[i, : len(own)] = own, True
-        feature[i, : len(own)] = index[i][part]
+def _split_audio(audio: AudioBlocks) -> list[AudioBlocks]:
+    calls = []
+    for start in range(0, len(audio.length), AUDIO_BLOCKS):
+        part = slice(start, start + AUDIO_BLOCKS)
+        calls.append(AudioBlocks(audio.mel[part], audio.length[part]))
+    return calls
+
+
+def _split_vision(group: VisionFrames) -> list[VisionFrames]:
+    num_frames, num_windows = group.patches.shape[:2]
+    per_call = frames_per_call(num_windows)
+    calls = []
+    for start in range(0, num_frames, per_call):
+        part = slice(start, start + per_call)
+        calls.append(VisionFrames(group.patches[part], group.row[part], group.column[part], group.valid[part]))
+    return calls
+
+
+def _count_features(call: AudioBlocks | VisionFrames, config: ThinkerConfig) -> int:
+    if isinstance(call, AudioBlocks):
+        return len(call.length) * config.audio_config.block_tokens
+    num_frames, num_windows = call.patches.shape[:2]
+    return num_frames * num_windows * config.vision_config.window_cells**2
+
+
+def _cut_chunk(
+    pieces: Sequence[PromptPiece], index: Sequence[np.ndarray], starts: np.ndarray, part: slice
+) -> PrefillChunk:
+    width = part.stop - part.start
+    shape = (len(pieces), width)
+    tokens = np.zeros(shape, np.int32)
+    valid = np.zeros(shape, bool)
+    feature = np.full(shape, NO_FEATURE, np.int32)
+    spans = []
+    for slot, piece in enumerate(pieces):
+        own = piece.prompt.tokens[part]
+        tokens[slot, : len(own)] = own
+        valid[slot, : len(own)] = True
+        feature[slot, : len(own)] = index[slot][part]
+        spans.append(mrope.cut(piece.spans, part.start, part.stop))
     # a span holds at least one token, so a table as wide as the chunk is always enough
-    table = mrope.stack([mrope.cut(row, part.start, part.stop) for row in spans], shape[1], width=shape[1])
-    call = np.searchsorted(begins, feature, side="right") - 1  # -1 where there is no feature
-    takes = {
-        int(k): np.where(call == k, feature - begins[k], -1).astype(np.int32) for k in np.unique(call[feature >= 0])
-    }
-    return Stretch(Chunk(tokens, valid, table), feature >= 0, takes)
+    table = mrope.stack(spans, width, width=width)
+    return PrefillChunk(tokens, valid, table, feature >= 0, _split_features(feature, starts))
+
+
+def _split_features(feature: Int[np.ndarray, "B C"], starts: np.ndarray) -> dict[int, np.ndarray]:
+    """``PrefillChunk.feature_index`` from indices among the features of all calls."""
+    call_of = np.searchsorted(starts, feature, side="right") - 1  # [B, C], -1 where there is no feature
+    by_call = {}
+    for call in np.unique(call_of[feature >= 0]):
+        in_call = np.where(call_of == call, feature - starts[call], NO_FEATURE)
+        by_call[int(call)] = in_call.astype(np.int32)
+    return by_call
