@@ -1,124 +1,159 @@
-"""A dialogue's prompt on its way into the caches of Thinker and Talker, in chunks of fixed width.
+"""A prompt on its way into the caches of Thinker and Talker, in chunks of fixed width.
 
-A prompt is read into caches of its own, and takes its place among those that are answered when it has been read. So
-nobody's answer has to wait for the whole of somebody else's prompt.
+A prompt is prefilled into caches of its own, and is inserted into a slot when all of it is there. So nobody's answer
+has to wait for the whole of somebody else's prompt.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 
 from omni_jax.config import OmniConfig
-from omni_jax.engine.outputs import Timings
-from omni_jax.engine.talker_engine import SpeechState, TalkerEngine
-from omni_jax.engine.thinker_engine import TextState, ThinkerEngine
+from omni_jax.engine.decode_state import Context
+from omni_jax.engine.outputs import SlotUse, Timings
+from omni_jax.engine.request import ChunkSizes
+from omni_jax.engine.talker_engine import TalkerEngine
+from omni_jax.engine.thinker_engine import ThinkerEngine, ThinkerPrefix
 from omni_jax.engine.token2wav_engine import Token2WavEngine
-from omni_jax.mrope import Span
-from omni_jax.processing.layout import Prompt, Usage
-from omni_jax.processing.prefill_plan import Chunk, feed
+from omni_jax.processing.prefill_plan import EMPTY_PROMPT, PrefillChunk, PromptPiece, plan_prefill
 
-ROOM = 512  # tokens or codes of a reply that there is room for at first; caches double when it is used up
-EMPTY_PROMPT = Prompt(np.zeros(0, np.int32), (), (), np.zeros(0, np.int32), np.zeros(0, np.int32), Usage())
-
-
-@dataclass(frozen=True)
-class ChunkSizes:
-    """How much is done at a time while a reply is streamed: less makes the first piece come sooner, more costs less.
-
-    Attributes:
-      first_tokens: of text in the first call of the Thinker.
-      tokens: in each later one.
-      codes: of speech in a call of the Talker at most.
-      first_chunk_codes: that the first piece of sound is made from. Token2Wav looks ahead, see docs/streaming.md.
-      chunk_codes: that each later piece adds.
-    """
-
-    first_tokens: int = 2
-    tokens: int = 8
-    codes: int = 16
-    first_chunk_codes: int = 36
-    chunk_codes: int = 24
+Clock = Callable[[], float]  # seconds, from any beginning
 
 
 @dataclass(frozen=True)
 class Engines:
-    """What does the work; it is shared by all requests.
+    """The engines of one model, which all of its requests share.
 
     Attributes:
-      multiple: that the rows of a batch must be of, for the mesh.
+      slot_multiple: that numbers of slots must be a multiple of, for the mesh.
+      clock: that timings and the deadlines of streams are taken from.
     """
 
     config: OmniConfig
-    pace: ChunkSizes
-    text: ThinkerEngine
-    speech: TalkerEngine | None
-    wave: Token2WavEngine | None
-    multiple: int = 1
+    chunk_sizes: ChunkSizes
+    thinker: ThinkerEngine
+    talker: TalkerEngine | None
+    token2wav: Token2WavEngine | None
+    slot_multiple: int = 1
+    clock: Clock = time.perf_counter
 
-    def rows(self, requests: int) -> int:
-        """Rows of a batch that holds so many requests."""
-        return -(-requests // self.multiple) * self.multiple
-
-
-class Reading:
-    """A prompt as far as it has been read. Dropping it frees its caches.
-
-    Attributes:
-      text: the Thinker's state; the dialogue is its first row, and where the mesh needs more rows they are empty.
-      speech: the Talker's, if it reads along.
-      chunks: that were read.
-    """
-
-    def __init__(self, loops: Engines, slots: int, timings: Timings, *, speaks: bool):
-        """With room for so many tokens; ``speaks`` has the Talker read along."""
-        self._loops, self._timings, self._rows = loops, timings, loops.rows(1)
-        self.text: TextState = loops.text.empty(self._rows, slots)
-        self.speech: SpeechState | None = None
-        self.chunks: list[Chunk] = []
-        if speaks:
-            assert loops.speech is not None
-            self.speech = loops.speech.empty(self._rows, slots)
-
-    def read(self, prompt: Prompt, spans: Sequence[Span]) -> Iterator[tuple[int, int]]:
-        """Reads a prompt, or the next piece of one: what media there are at first, then a chunk at a time.
-
-        Args:
-          prompt: token ids and media.
-          spans: of its position ids, counted from its first token.
-
-        Yields:
-          After each chunk, how many positions of it are real, and how many were computed.
-        """
-        clock, spare = Clock(), self._rows - 1
-        text, speech = self._loops.text, self._loops.speech
-        plan = feed([prompt, *[EMPTY_PROMPT] * spare], [spans, *[[]] * spare], self._loops.config)
-        features = jax.block_until_ready([text.encode(call) for call in plan.calls])
-        self._timings.encode += clock.lap()
-        for stretch in plan.stretches:
-            clock.lap()
-            valid = stretch.chunk.valid
-            held = int((np.asarray(self.text.cache.end) + valid.sum(axis=1)).max())
-            self.text = text.read(text.grown(self.text, held), stretch, features)
-            if self.speech is not None:
-                assert speech is not None and self.text.heard is not None
-                self.speech = speech.read(speech.grown(self.speech, held), self.text.heard, stretch.chunk)
-            self.chunks.append(stretch.chunk)
-            jax.block_until_ready(self.text.hidden)
-            self._timings.prefill += clock.lap()
-            yield int(valid.sum()), valid.size
+    def round_slots(self, num_requests: int) -> int:
+        """Slots of a batch for so many requests."""
+        return -(-num_requests // self.slot_multiple) * self.slot_multiple
 
 
-class Clock:
+class Stopwatch:
     """Seconds since it was made, or since the last lap."""
 
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
+    def __init__(self, clock: Clock):
+        self._clock = clock
+        self._last = clock()
 
     def lap(self) -> float:
-        last, self._last = self._last, time.perf_counter()
-        return self._last - last
+        now = self._clock()
+        seconds = now - self._last
+        self._last = now
+        return seconds
+
+
+class Prefix:
+    """A prompt as far as it has been prefilled. Dropping it frees its caches.
+
+    Attributes:
+      thinker: the dialogue is its first slot; where the mesh needs more slots, they are empty.
+      talker: the same, if the Talker prefills along.
+      chunks: that have been prefilled.
+      length: tokens that have been prefilled.
+    """
+
+    def __init__(self, engines: Engines, capacity: int, timings: Timings, *, with_talker: bool):
+        """Nothing has been prefilled.
+
+        Args:
+          engines: of a model.
+          capacity: tokens that there is room for at first.
+          timings: to which the time is added.
+          with_talker: whether the Talker prefills along.
+        """
+        self._engines = engines
+        self._timings = timings
+        self._num_slots = engines.round_slots(1)
+        self._pieces: deque[PromptPiece] = deque()
+        self._pending: deque[PrefillChunk] = deque()  # of the piece that is being prefilled
+        self._features: list[jax.Array] = []
+        self.thinker: ThinkerPrefix = engines.thinker.init_prefix(self._num_slots, capacity)
+        self.talker: Context | None = None
+        if with_talker:
+            assert engines.talker is not None
+            self.talker = engines.talker.init_prefix(self._num_slots, capacity)
+        self.chunks: list[PrefillChunk] = []
+        self.length = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether something has been added that is not prefilled yet."""
+        return bool(self._pieces or self._pending)
+
+    def add(self, pieces: Sequence[PromptPiece]) -> None:
+        """Takes the next pieces of the prompt; ``step`` prefills them."""
+        self._pieces += pieces
+
+    def step(self) -> SlotUse:
+        """Prefills the next chunk, and runs the encoders where a piece begins.
+
+        Returns:
+          Positions of the chunk, real ones and all.
+        """
+        if not self._pending:
+            self._encode(self._pieces.popleft())
+        if not self._pending:  # an empty piece
+            return SlotUse()
+        stopwatch = Stopwatch(self._engines.clock)
+        chunk = self._pending.popleft()
+        start = self.length
+        self.length += chunk.num_tokens
+        thinker = self._engines.thinker
+        self.thinker = thinker.prefill(thinker.resize_prefix(self.thinker, self.length), chunk, self._features)
+        if self.talker is not None:
+            self.talker = prefill_talker(self._engines, self.talker, self.thinker.talker_inputs, chunk, start)
+        self.chunks.append(chunk)
+        # between two chunks others have their turn; without waiting, all of them would be queued on the device
+        jax.block_until_ready(self.thinker.context.hidden)
+        self._timings.prefill += stopwatch.lap()
+        return SlotUse(int(chunk.valid.sum()), chunk.valid.size)
+
+    def run(self) -> None:
+        """Prefills all that has been added."""
+        while self.pending:
+            self.step()
+
+    def _encode(self, piece: PromptPiece) -> None:
+        stopwatch = Stopwatch(self._engines.clock)
+        spare = [PromptPiece(EMPTY_PROMPT, ())] * (self._num_slots - 1)
+        plan = plan_prefill([piece, *spare], self._engines.config)
+        features = [self._engines.thinker.encode(media) for media in plan.encoder_inputs]
+        self._features = jax.block_until_ready(features)
+        self._pending.extend(plan.chunks)
+        self._timings.encode += stopwatch.lap()
+
+
+def prefill_talker(
+    engines: Engines, prefix: Context, talker_inputs: jax.Array | None, chunk: PrefillChunk, start: int
+) -> Context:
+    """The Talker's prefix after one more chunk; it is resized where the chunk needs it.
+
+    Args:
+      engines: of a model that speaks.
+      prefix: it is used up.
+      talker_inputs: of the Thinker's prefix, with the chunk in it.
+      chunk: the next one.
+      start: tokens before it.
+    """
+    assert engines.talker is not None and talker_inputs is not None
+    prefix = engines.talker.resize_prefix(prefix, start + chunk.num_tokens)
+    return engines.talker.prefill(prefix, talker_inputs, chunk, start)

@@ -1,23 +1,53 @@
-"""What the scheduler works on: a request as it was asked, and where it stands."""
+"""What the engine works on: a request, where it stands, and how many are worked on at a time."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from omni_jax.batch import Array
 from omni_jax.checkpoint.voices import Voice
-from omni_jax.engine.outputs import Reply, ReplyWriter, Timings
-from omni_jax.engine.prefill import ROOM, Reading
-from omni_jax.engine.talker_engine import TalkerParams
+from omni_jax.checks import check_int, check_names
+from omni_jax.config import OmniConfig
+from omni_jax.engine.detokenizer import Detokenizer
+from omni_jax.engine.outputs import Reply, Timings
+from omni_jax.engine.sampling import SamplingParams, pop_sampling
+from omni_jax.engine.talker_engine import SpeechRequest
 from omni_jax.engine.thinker_engine import TextRequest
-from omni_jax.engine.token2wav_streaming import WaveformStream
+from omni_jax.errors import InputError
 from omni_jax.mrope import Span
-from omni_jax.processing.layout import Prompt, Usage
-from omni_jax.processing.prefill_plan import Chunk
+from omni_jax.processing.layout import Usage
+from omni_jax.processing.prefill_plan import PromptPiece
+
+INITIAL_REPLY = 512  # tokens or codes of a reply that caches have room for at first; they double when it is used up
+BLOCK_SIZES = (8, 16, 32, 64)  # of lists of whole replies, in blocks of 0.24 s of speech
+
+
+@dataclass(frozen=True)
+class ChunkSizes:
+    """How much is computed at a time while a reply is streamed: less makes the first piece come sooner, more costs less.
+
+    Attributes:
+      first_tokens: text tokens in the first call of the Thinker.
+      tokens: in each later one.
+      codes: in a call of the Talker at most.
+      first_chunk_codes: codes that the first piece of sound is made from. Token2Wav looks ahead, see docs/streaming.md.
+      chunk_codes: that each later piece adds.
+    """
+
+    first_tokens: int = 2
+    tokens: int = 8
+    codes: int = 16
+    first_chunk_codes: int = 36
+    chunk_codes: int = 24
+
+    def __post_init__(self) -> None:
+        for field_ in dataclasses.fields(self):
+            check_int(f"chunk_sizes.{field_.name}", getattr(self, field_.name), 1, 4096)
 
 
 @dataclass(frozen=True)
@@ -25,127 +55,176 @@ class SchedulerConfig:
     """How many requests are in each stage at once.
 
     Attributes:
-      thinker: rows of text that is being said.
-      talker: rows of speech that is being said.
-      blocks: sizes of the lists of blocks, 0.24 seconds each, that whole replies are voiced in; a list waits until the
-        largest is full or nothing else is left to do. Without them all that is left is voiced at once.
+      thinker_slots: requests whose text is decoded.
+      talker_slots: requests whose speech is decoded.
+      block_sizes: sizes of the lists of blocks, 0.24 seconds each, that whole replies are voiced in; a list waits until
+        the largest is full or nothing else remains to be done. Without them all that remains is voiced at once.
     """
 
-    thinker: int = 1
-    talker: int = 1
-    blocks: tuple[int, ...] = ()
+    thinker_slots: int = 1
+    talker_slots: int = 1
+    block_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Voicing:
-    """How a reply is to be spoken."""
+class TalkerParams:
+    """How a reply is spoken, with the published defaults (docs/reference.md, 7.4)."""
 
-    voice: Voice
-    talk: TalkerParams
-    seed: int  # of the noise that the sound is made from
+    sampling: SamplingParams = SamplingParams(0.9, 40, 0.8, 1.05)
+    """How codes are drawn; without a seed, with the text's."""
+    max_tokens: int = 4096
+    """Codes, 50 a second, at most; the Talker's context may end the speech sooner."""
+
+    @classmethod
+    def create(cls, options: Mapping[str, Any], config: OmniConfig) -> TalkerParams:
+        """From a caller's ``talker={...}``: the fields of ``SamplingParams``, and ``max_tokens``.
+
+        Raises:
+          InputError: for no dict, an unknown name, a value out of range, or more codes than Token2Wav takes at once.
+        """
+        if not isinstance(options, Mapping):
+            raise InputError(f"talker is {options!r}; it must be a dict of options")
+        values = dict(options)
+        check_names("talker option", values, [*SamplingParams.names(), "max_tokens"])
+        dit = config.token2wav_config.dit_config
+        try:
+            sampling = pop_sampling(values, cls().sampling)
+            max_tokens = values.get("max_tokens", cls().max_tokens)
+            check_int("max_tokens", max_tokens, 1, dit.max_position_embeddings // dit.repeats)
+        except InputError as error:
+            raise InputError(f"talker {error}") from error
+        return cls(sampling, max_tokens)
 
 
-@dataclass
-class Request:
-    """What is asked of the model, and what has come of it.
+@dataclass(frozen=True)
+class SpeechParams:
+    """Who speaks a reply, and how.
 
     Attributes:
-      prompt: the token ids.
-      after: the span of the two position ids that the Talker reads behind them.
-      usage: what the prompt is made of.
-      text: how the Thinker is to answer.
-      writer: of the answer.
-      voicing: how it is to be spoken, if it is.
-      live: whether sound is to come as it is made; otherwise it comes with the reply.
+      voice: of the checkpoint.
+      talker: how its codes are drawn; the seed is a number.
+      noise_seed: of the noise that Token2Wav starts from.
     """
 
-    prompt: np.ndarray
-    after: Span
-    usage: Usage
+    voice: Voice
+    talker: TalkerParams
+    noise_seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the model.
+
+    Attributes:
+      pieces: of the prompt that have not been prefilled, in order.
+      text: how the Thinker is to answer; holds the token ids of the whole prompt.
+      stop: strings that end the reply.
+      speech: how it is to be spoken, if it is.
+      live: whether sound is to come as it is made; otherwise it comes with the reply.
+      reply_span: of the two position ids that the Talker reads behind the prompt.
+      usage: what the prompt is made of.
+    """
+
+    pieces: Sequence[PromptPiece]
     text: TextRequest
-    writer: ReplyWriter
-    voicing: Voicing | None = None
-    live: bool = False
-    codes: list[np.ndarray] = field(default_factory=list)
-    audio: list[np.ndarray] = field(default_factory=list)
+    stop: tuple[str, ...]
+    speech: SpeechParams | None
+    live: bool
+    reply_span: Span
+    usage: Usage
 
     @property
-    def ended(self) -> bool:
-        """Whether the text is whole."""
-        return self.writer.finish_reason is not None
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.text.prompt)
 
     @property
-    def tokens(self) -> int:
-        """How many tokens of the reply are known to be spoken."""
-        return self.writer.spoken if self.ended else self.writer.settled
+    def initial_capacity(self) -> int:
+        """Positions that caches should have room for at first."""
+        reply = min(INITIAL_REPLY, self.text.max_tokens)
+        if self.speech is not None:
+            reply = max(reply, min(INITIAL_REPLY, self.speech.talker.max_tokens + 2))
+        return self.prompt_length + reply
 
-    @property
-    def room(self) -> int:
-        """Tokens that caches should have room for at first."""
-        said = min(ROOM, self.text.max_tokens)
-        if self.voicing is not None:
-            said = max(said, min(ROOM, self.voicing.talk.max_tokens + 2))
-        return len(self.prompt) + said
+    def speech_request(self) -> SpeechRequest:
+        """The same for a slot of the Talker's."""
+        assert self.speech is not None
+        talker = self.speech.talker
+        voice_token = self.speech.voice.bos_token
+        return SpeechRequest(self.prompt_length, voice_token, talker.sampling, talker.max_tokens, self.reply_span)
 
-    def reply(self, timings: Timings) -> Reply:
-        assert self.writer.finish_reason is not None
-        timings = dataclasses.replace(timings)
-        reply = Reply(self.writer.text, tuple(self.writer.ids), self.writer.finish_reason, self.usage, timings)
-        if self.voicing is None:
-            return reply
-        codes = np.concatenate([np.zeros(0, np.int32), *self.codes])
-        audio = np.concatenate([np.zeros(0, np.float32), *self.audio])
-        return dataclasses.replace(reply, codec_ids=tuple(codes.tolist()), audio=audio)
+
+class Stage(enum.Enum):
+    """Where a request stands. A live one is spoken while its text is decoded, in ``TEXT`` already."""
+
+    WAITING = enum.auto()
+    PREFILL = enum.auto()
+    TEXT = enum.auto()
+    SPEECH = enum.auto()
+    VOCODER = enum.auto()
+    FINISHED = enum.auto()
+    FAILED = enum.auto()
 
 
 @dataclass(eq=False)
 class RequestState:
-    """A request on its way through the scheduler; ``Scheduler.submit`` makes it.
+    """A request on its way through the stages, and what has come of it.
 
     Attributes:
-      ask: what is asked.
-      error: why there is no answer, once that is known.
-
-    The rest is the scheduler's: where the request stands.
+      request: what is asked.
+      detokenizer: holds the reply's token ids and text.
+      stage: where it stands.
+      error: why there is no answer, if it failed.
+      codes: of the speech, in the pieces that they came in.
+      audio: its samples, likewise.
     """
 
-    ask: Request
+    request: Request
+    detokenizer: Detokenizer
+    stage: Stage = Stage.WAITING
     error: Exception | None = None
-    reading: Reading | None = None
-    pieces: Sequence[tuple[Prompt, Sequence[Span]]] = ()
-    unread: Iterator[tuple[int, int]] | None = None
-    chunks: Sequence[Chunk] = ()  # of the prompt, for the Talker
-    row: int | None = None  # of the Thinker
-    heard: Array | None = None  # what the Thinker read and said, [1, slots, E], once it has given back the row
-    seat: int | None = None  # the row of the Talker
-    written: int = 0  # tokens in the script
-    started: bool = False  # whether the Talker has read the voice
-    fresh: list[np.ndarray] = field(default_factory=list)  # codes that the stream of sound has not got yet
-    stream: WaveformStream | None = None
-    plays: float = 0.0  # when the first packet was given
-    given: int = 0  # samples
+    codes: list[np.ndarray] = field(default_factory=list)
+    audio: list[np.ndarray] = field(default_factory=list)
 
     @property
     def speaks(self) -> bool:
-        return self.ask.voicing is not None
+        return self.request.speech is not None
 
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody waits for sound as it is made."""
+        return self.request.live and self.speaks
 
-@dataclass
-class Share:
-    """How much of what was computed held something."""
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.stage in (Stage.FINISHED, Stage.FAILED)
 
-    used: int = 0
-    computed: int = 0
+    @property
+    def is_mute(self) -> bool:
+        """Whether the text is complete and too short for the Talker, which needs two tokens."""
+        return self.detokenizer.finished and self.detokenizer.num_spoken < 2
 
-    def add(self, used: int, computed: int) -> None:
-        self.used, self.computed = self.used + used, self.computed + computed
+    @property
+    def num_codes(self) -> int:
+        return sum(map(len, self.codes))
 
+    def all_codes(self) -> np.ndarray:
+        """int32 [codes]."""
+        return np.concatenate([np.zeros(0, np.int32), *self.codes])
 
-@dataclass
-class Utilization:
-    """What a scheduler has done: positions of prompts, tokens and codes of both loops, and codes that became sound."""
-
-    read: Share = field(default_factory=Share)
-    think: Share = field(default_factory=Share)
-    talk: Share = field(default_factory=Share)
-    voice: Share = field(default_factory=Share)
+    def make_reply(self, timings: Timings) -> Reply:
+        """The reply of a request whose stages are done."""
+        detokenizer = self.detokenizer
+        assert detokenizer.finish_reason is not None
+        reply = Reply(
+            text=detokenizer.text,
+            token_ids=tuple(detokenizer.token_ids),
+            finish_reason=detokenizer.finish_reason,
+            usage=self.request.usage,
+            timings=dataclasses.replace(timings),
+        )
+        if not self.speaks:
+            return reply
+        audio = np.concatenate([np.zeros(0, np.float32), *self.audio])
+        return dataclasses.replace(reply, codec_ids=tuple(self.all_codes().tolist()), audio=audio)

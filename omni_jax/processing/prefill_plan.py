@@ -8,7 +8,7 @@ Letters: B slots, C positions of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,10 +136,16 @@ def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
+def _round_blocks(num_blocks: int) -> int:
+    return _round_up(num_blocks, AUDIO_BLOCKS) if num_blocks > 1 else num_blocks
+
+
+def _round_frames(num_windows: int, num_frames: int) -> int:
+    return _round_up(num_frames, frames_per_call(num_windows))
+
+
 def _plan_encoders(prompts: Sequence[Prompt], config: OmniConfig) -> _EncoderInputs:
-    count_blocks: Callable[[int], int] = lambda blocks: _round_up(blocks, AUDIO_BLOCKS) if blocks > 1 else blocks
-    count_frames: Callable[[int, int], int] = lambda windows, frames: _round_up(frames, frames_per_call(windows))
-    audio, vision, features = collate_media(prompts, config, blocks=count_blocks, frames=count_frames)
+    audio, vision, features = collate_media(prompts, config, blocks=_round_blocks, frames=_round_frames)
     calls: list[AudioBlocks | VisionFrames] = []
     if audio is not None:
         calls += _split_audio(audio)
