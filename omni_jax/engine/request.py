@@ -24,7 +24,7 @@ from omni_jax.processing.layout import Usage
 from omni_jax.processing.prefill_plan import PromptPiece
 
 INITIAL_REPLY = 512  # tokens or codes of a reply that caches have room for at first; they double when it is used up
-BLOCK_SIZES = (8, 16, 32, 64)  # of lists of whole replies, in blocks of 0.24 s of speech
+BLOCK_SIZES = (16, 32, 64, 128)  # of lists of whole replies, in blocks of 0.24 s of speech
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""What the stages of Thinker and Talker share: slots that requests come into and leave, and what a step gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omni_jax.engine.decode_state import DecodedTokens, DecodeResult, is_deleted
+from omni_jax.engine.outputs import Event
+from omni_jax.engine.request import RequestState
+
+
+@dataclass
+class StageOutput:
+    """What came of a step of a stage.
+
+    Attributes:
+      events: pieces of replies.
+      finished: requests that the stage is done with.
+      failed: requests that it could not serve, and why.
+    """
+
+    events: list[tuple[RequestState, Event]] = field(default_factory=list)
+    finished: list[RequestState] = field(default_factory=list)
+    failed: list[tuple[RequestState, Exception]] = field(default_factory=list)
+
+
+class SlotStage:
+    """A fixed number of slots on the device, some of them taken by requests.
+
+    A subclass holds the device state in ``_device_state``, None while no slot is taken, and a record for each slot.
+    """
+
+    def __init__(self, num_slots: int):
+        self._slots: list[RequestState | None] = [None] * num_slots
+        self._device_state: object | None = None
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    @property
+    def num_free(self) -> int:
+        return self._slots.count(None)
+
+    @property
+    def states(self) -> list[RequestState]:
+        """The requests that have a slot."""
+        return [state for state in self._slots if state is not None]
+
+    def slot_of(self, state: RequestState) -> int | None:
+        """The slot of a request, or None."""
+        for slot, other in enumerate(self._slots):
+            if other is state:
+                return slot
+        return None
+
+    def remove(self, state: RequestState) -> None:
+        """Frees the slot of a request, if it has one; the device state goes with the last one."""
+        slot = self.slot_of(state)
+        if slot is not None:
+            self._slots[slot] = None
+        if not self.states:
+            self._device_state = None
+
+    def take_lost(self) -> list[RequestState]:
+        """Removes and returns the requests whose device state a failed call has used up."""
+        if not is_deleted(self._device_state):
+            return []
+        lost = self.states
+        for state in lost:
+            self.remove(state)
+        return lost
+
+    def dispatch(self) -> DecodeResult | None:
+        """Starts a call of the decode loop on the device; None where there is nothing to decode."""
+        raise NotImplementedError
+
+    def collect(self, decoded: DecodedTokens) -> StageOutput:
+        """Takes what that call has decoded."""
+        raise NotImplementedError

@@ -1,0 +1,246 @@
+"""The stage in which the Talker decodes the codes of up to a number of requests at a time.
+
+A live request has a slot here while it has one of the Thinker's, and its speech follows its text. Any other request
+comes when its text is complete, so that no slot of the Thinker's is kept while the Talker takes its many more steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from omni_jax.engine.decode_state import Context, DecodedTokens, DecodeResult
+from omni_jax.engine.outputs import Utilization
+from omni_jax.engine.prefill import Engines, prefill_talker
+from omni_jax.engine.request import RequestState, Stage
+from omni_jax.engine.stage import SlotStage, StageOutput
+from omni_jax.engine.talker_engine import NO_SLOT, TalkerState, TextCounters, TextProgress
+from omni_jax.engine.thinker_stage import ThinkerStage
+from omni_jax.processing.prefill_plan import PrefillChunk
+
+
+@dataclass
+class _SlotRecord:
+    """What the host knows of a slot.
+
+    Attributes:
+      length: positions in the cache.
+      remaining: codes that may still be decoded, once the slot has begun.
+      has_begun: whether the voice and the first token have been read.
+    """
+
+    length: int
+    remaining: int = 0
+    has_begun: bool = False
+
+
+@dataclass(frozen=True)
+class _WaitingSpeech:
+    """A request whose text is complete, and what the Talker needs of it."""
+
+    state: RequestState
+    talker_inputs: jax.Array  # [R, capacity, E]
+    chunks: Sequence[PrefillChunk]
+
+
+class TalkerStage(SlotStage):
+    """Decodes speech, some codes of every slot in a step, as far as their text has come."""
+
+    _device_state: TalkerState | None
+
+    def __init__(self, engines: Engines, num_slots: int, thinker: ThinkerStage, utilization: Utilization):
+        super().__init__(engines.round_slots(num_slots) if engines.talker is not None else 0)
+        self._engines = engines
+        self._thinker = thinker
+        self._utilization = utilization
+        self._records: dict[RequestState, _SlotRecord] = {}
+        self._waiting: deque[_WaitingSpeech] = deque()
+
+    @property
+    def waiting(self) -> list[RequestState]:
+        """Requests whose text is complete and that have no slot yet."""
+        return [speech.state for speech in self._waiting]
+
+    def admit_live(self, state: RequestState, prefix: Context) -> None:
+        """Puts a request whose prompt the Talker has prefilled along into a free slot."""
+        self._insert(state, prefix)
+
+    def enqueue(self, state: RequestState) -> None:
+        """Takes a request whose text is complete out of the Thinker's stage; it waits for a slot here."""
+        talker_inputs, chunks = self._thinker.take_talker_inputs(state)
+        self._thinker.remove(state)
+        self._waiting.append(_WaitingSpeech(state, talker_inputs, chunks))
+        state.stage = Stage.SPEECH
+
+    def admit_waiting(self) -> None:
+        """Prefills the first request that waits, and puts it into a free slot."""
+        speech = self._waiting.popleft()
+        state = speech.state
+        engine = self._engines.talker
+        assert engine is not None
+        num_prefix_slots = self._engines.round_slots(1)
+        prefix = engine.init_prefix(num_prefix_slots, state.request.initial_capacity)
+        start = 0
+        for chunk in speech.chunks:
+            prefix = prefill_talker(self._engines, prefix, speech.talker_inputs, chunk, start)
+            start += chunk.num_tokens
+        slot = self._insert(state, prefix)
+        self._append_all(speech, slot, num_prefix_slots)
+
+    def remove(self, state: RequestState) -> None:
+        self._records.pop(state, None)
+        self._waiting = deque(speech for speech in self._waiting if speech.state is not state)
+        super().remove(state)
+
+    def is_complete(self, state: RequestState) -> bool:
+        """Whether all codes of a request that has a slot are decoded. A reply of one token or none has no codes."""
+        record = self._records[state]
+        return state.is_mute if not record.has_begun else record.remaining == 0
+
+    def dispatch(self) -> DecodeResult | None:
+        if self._device_state is None:
+            return None
+        engine = self._engines.talker
+        assert engine is not None
+        self._append_live()
+        self._begin_new()
+        begun = [record for record in self._records.values() if record.has_begun]
+        if not any(self._has_text(state) for state in self._records):
+            return None
+        steps = min(engine.codes_per_call, max(record.remaining for record in begun))
+        length = max(record.length for record in begun)
+        resized = engine.resize(self._device_state, length + steps)
+        self._device_state, result = engine.decode(resized, self._text_progress(), self._text_counters(resized))
+        return result
+
+    def collect(self, decoded: DecodedTokens) -> StageOutput:
+        used = 0
+        steps = 0
+        for slot, state in enumerate(self._slots):
+            if state is None or not self._records[state].has_begun:
+                continue
+            codes = decoded.at_slot(slot)
+            record = self._records[state]
+            record.length += len(codes)
+            record.remaining = int(decoded.remaining[slot])
+            state.codes.append(codes)
+            used += len(codes)
+            steps = max(steps, len(codes))
+        self._utilization.speech.add(used, steps * self.num_slots)
+        return StageOutput()
+
+    def take_complete(self) -> list[RequestState]:
+        """Frees the slots of the requests whose codes are complete, but of live ones, whose sound is still streamed."""
+        complete = [state for state in self.states if not state.is_live and self.is_complete(state)]
+        for state in complete:
+            self.remove(state)
+        return complete
+
+    def _insert(self, state: RequestState, prefix: Context) -> int:
+        engine = self._engines.talker
+        assert engine is not None
+        slot = self._slots.index(None)
+        if self._device_state is None:
+            self._device_state = engine.init_state(self.num_slots, prefix.capacity)
+        self._device_state = engine.insert(self._device_state, slot, prefix)
+        self._slots[slot] = state
+        self._records[state] = _SlotRecord(state.request.prompt_length)
+        return slot
+
+    def _append_all(self, speech: _WaitingSpeech, slot: int, num_prefix_slots: int) -> None:
+        """Takes all of a complete reply to the slot."""
+        engine = self._engines.talker
+        num_tokens = len(speech.state.detokenizer.token_ids)
+        assert engine is not None and self._device_state is not None
+        device_state = engine.resize(self._device_state, num_tokens)
+        thinker_slot = np.full(self.num_slots, NO_SLOT, np.int32)
+        thinker_slot[slot] = 0
+        prompt_length = np.full(self.num_slots, speech.state.request.prompt_length, np.int32)
+        counts = np.full(num_prefix_slots, num_tokens, np.int32)
+        for _ in range(0, num_tokens, engine.append_width):
+            device_state = engine.append_reply(
+                device_state, speech.talker_inputs, counts, thinker_slot, prompt_length
+            )
+            self._device_state = device_state
+
+    def _append_live(self) -> None:
+        """Takes what the Thinker has decoded in this step to the slots that follow it."""
+        thinker_state = self._thinker.device_state
+        thinker_slot = np.full(self.num_slots, NO_SLOT, np.int32)
+        prompt_length = np.zeros(self.num_slots, np.int32)
+        num_tokens = 0
+        for slot, state in enumerate(self._slots):
+            followed = None if state is None else self._thinker.slot_of(state)
+            if state is None or followed is None:
+                continue
+            thinker_slot[slot] = followed
+            prompt_length[slot] = state.request.prompt_length
+            num_tokens = max(num_tokens, len(state.detokenizer.token_ids))
+        if thinker_state is None or (thinker_slot == NO_SLOT).all():
+            return
+        engine = self._engines.talker
+        assert engine is not None and self._device_state is not None and thinker_state.talker_inputs is not None
+        resized = engine.resize(self._device_state, num_tokens + engine.append_width)
+        self._device_state = engine.append_reply(
+            resized, thinker_state.talker_inputs, thinker_state.num_tokens, thinker_slot, prompt_length
+        )
+
+    def _begin_new(self) -> None:
+        """Has the slots begin whose text has two tokens."""
+        engine = self._engines.talker
+        requests = {}
+        for slot, state in enumerate(self._slots):
+            if state is None or self._records[state].has_begun or state.detokenizer.num_spoken < 2:
+                continue
+            requests[slot] = state.request.speech_request()
+        if not requests:
+            return
+        assert engine is not None and self._device_state is not None
+        length = max(request.prompt_length for request in requests.values()) + 2
+        self._device_state = engine.begin(engine.resize(self._device_state, length), requests)
+        for slot, request in requests.items():
+            state = self._slots[slot]
+            assert state is not None
+            record = self._records[state]
+            record.has_begun = True
+            record.length += 2
+            record.remaining = request.max_codes
+
+    def _follows_device(self, state: RequestState) -> bool:
+        """Whether the device's counters say how far the text has come: unless a stop string may cut it."""
+        return not state.detokenizer.finished and not state.detokenizer.has_stop_strings
+
+    def _has_text(self, state: RequestState) -> bool:
+        """Whether a slot may have codes to decode."""
+        record = self._records[state]
+        if not record.has_begun or record.remaining == 0:
+            return False
+        detokenizer = state.detokenizer
+        if detokenizer.finished or self._follows_device(state):
+            return True
+        return detokenizer.num_spoken - 2 > state.num_codes
+
+    def _text_progress(self) -> TextProgress:
+        thinker_slot = np.full(self.num_slots, NO_SLOT, np.int32)
+        num_tokens = np.zeros(self.num_slots, np.int32)
+        finished = np.zeros(self.num_slots, bool)
+        for slot, state in enumerate(self._slots):
+            if state is None or not self._records[state].has_begun:
+                continue
+            followed = self._thinker.slot_of(state)
+            if followed is not None and self._follows_device(state):
+                thinker_slot[slot] = followed
+            num_tokens[slot] = state.detokenizer.num_spoken
+            finished[slot] = state.detokenizer.finished
+        return TextProgress(thinker_slot, num_tokens, finished)
+
+    def _text_counters(self, talker_state: TalkerState) -> TextCounters:
+        thinker_state = self._thinker.device_state
+        if thinker_state is None:  # nothing is followed; arrays of the usual shape, so that one program serves both
+            none = jax.device_put(np.zeros(self._thinker.num_slots, np.int32), talker_state.remaining.sharding)
+            return TextCounters(none, none)
+        return TextCounters(thinker_state.num_tokens, thinker_state.remaining)
