@@ -87,6 +87,11 @@ def read_results(results: Sequence[DecodeResult]) -> list[DecodedTokens]:
     return [DecodedTokens(array[:, :-1], array[:, -1]) for array in arrays]
 
 
+def wait_for_result(result: DecodeResult) -> None:
+    """Waits until a result is computed. It raises the device's error, if there was one."""
+    jax.block_until_ready(result.packed)
+
+
 def pack_result(tokens: Int[Array, "B K"], remaining: Int[Array, " B"]) -> Int[jax.Array, "B K+1"]:
     """The array of a ``DecodeResult``, the same on every device of the mesh."""
     remaining = jnp.asarray(remaining)[:, None]

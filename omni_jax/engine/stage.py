@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from omni_jax.engine.decode_state import DecodedTokens, DecodeResult, is_deleted
+from omni_jax.engine.decode_state import DecodedTokens, DecodeResult, is_deleted, read_results, wait_for_result
 from omni_jax.engine.outputs import Event
+from omni_jax.engine.prefill import Clock, Stopwatch
 from omni_jax.engine.request import RequestState
 
 
@@ -22,6 +24,16 @@ class StageOutput:
     events: list[tuple[RequestState, Event]] = field(default_factory=list)
     finished: list[RequestState] = field(default_factory=list)
     failed: list[tuple[RequestState, Exception]] = field(default_factory=list)
+
+    def fail(self, states: Sequence[RequestState], error: Exception) -> None:
+        """Adds requests that an error has ended."""
+        self.failed += [(state, error) for state in states]
+
+    def extend(self, other: StageOutput) -> None:
+        """Adds what came of another step."""
+        self.events += other.events
+        self.finished += other.finished
+        self.failed += other.failed
 
 
 class SlotStage:
@@ -78,3 +90,38 @@ class SlotStage:
     def collect(self, decoded: DecodedTokens) -> StageOutput:
         """Takes what that call has decoded."""
         raise NotImplementedError
+
+    def add_seconds(self, seconds: float) -> None:
+        """Adds to the time that the stage has taken."""
+        raise NotImplementedError
+
+
+def decode_together(stages: Sequence[SlotStage], clock: Clock) -> StageOutput:
+    """One call of each stage's decode loop. All are dispatched before one transfer brings their results to the host.
+
+    An error of a call fails the requests of that stage, and no other's.
+    """
+    output = StageOutput()
+    results: list[tuple[SlotStage, DecodeResult]] = []
+    stopwatch = Stopwatch(clock)
+    for stage in stages:
+        try:
+            result = stage.dispatch()
+        except Exception as error:
+            output.fail(stage.states, error)
+            continue
+        if result is not None:
+            results.append((stage, result))
+    healthy = []
+    for stage, result in results:
+        try:
+            wait_for_result(result)  # of the device; errors of the computation show here
+        except Exception as error:
+            output.fail(stage.states, error)
+        else:
+            healthy.append((stage, result))
+        stage.add_seconds(stopwatch.lap())
+    decoded = read_results([result for _, result in healthy])
+    for (stage, _), tokens in zip(healthy, decoded, strict=True):
+        output.extend(stage.collect(tokens))
+    return output

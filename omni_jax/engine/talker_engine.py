@@ -246,9 +246,7 @@ class TalkerEngine:
           prompt_length: tokens before each reply.
         """
         with on_mesh(self._mesh):
-            plan = _plan_append(
-                self.append_width, state.num_reply_embeds, num_tokens, thinker_slot, prompt_length
-            )
+            plan = _plan_append(self.append_width, state.num_reply_embeds, num_tokens, thinker_slot, prompt_length)
             rows = gather_rows(talker_inputs, plan.places)  # [T, width, E]
             return _append_reply(state, rows, plan.count, thinker_slot)
 

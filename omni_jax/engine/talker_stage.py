@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from omni_jax.engine.decode_state import Context, DecodedTokens, DecodeResult
-from omni_jax.engine.outputs import Utilization
-from omni_jax.engine.prefill import Engines, prefill_talker
+from omni_jax.engine.outputs import Timings, Utilization
+from omni_jax.engine.prefill import Engines, Stopwatch, prefill_talker
 from omni_jax.engine.request import RequestState, Stage
 from omni_jax.engine.stage import SlotStage, StageOutput
 from omni_jax.engine.talker_engine import NO_SLOT, TalkerState, TextCounters, TextProgress
@@ -52,9 +52,12 @@ class TalkerStage(SlotStage):
 
     _device_state: TalkerState | None
 
-    def __init__(self, engines: Engines, num_slots: int, thinker: ThinkerStage, utilization: Utilization):
+    def __init__(
+        self, engines: Engines, num_slots: int, thinker: ThinkerStage, timings: Timings, utilization: Utilization
+    ):
         super().__init__(engines.round_slots(num_slots) if engines.talker is not None else 0)
         self._engines = engines
+        self._timings = timings
         self._thinker = thinker
         self._utilization = utilization
         self._records: dict[RequestState, _SlotRecord] = {}
@@ -76,9 +79,24 @@ class TalkerStage(SlotStage):
         self._waiting.append(_WaitingSpeech(state, talker_inputs, chunks))
         state.stage = Stage.SPEECH
 
-    def admit_waiting(self) -> None:
-        """Prefills the first request that waits, and puts it into a free slot."""
-        speech = self._waiting.popleft()
+    def admit_waiting(self, num_kept: int) -> StageOutput:
+        """Gives free slots, but so many, to requests that wait."""
+        output = StageOutput()
+        stopwatch = Stopwatch(self._engines.clock)
+        while self._waiting and self.num_free > num_kept:
+            speech = self._waiting.popleft()
+            try:
+                self._admit(speech)
+            except Exception as error:
+                output.fail([speech.state, *self.take_lost()], error)
+        self.add_seconds(stopwatch.lap())
+        return output
+
+    def add_seconds(self, seconds: float) -> None:
+        self._timings.talker += seconds
+
+    def _admit(self, speech: _WaitingSpeech) -> None:
+        """Prefills a request that waited, and puts it into a free slot."""
         state = speech.state
         engine = self._engines.talker
         assert engine is not None
@@ -134,10 +152,11 @@ class TalkerStage(SlotStage):
         return StageOutput()
 
     def take_complete(self) -> list[RequestState]:
-        """Frees the slots of the requests whose codes are complete, but of live ones, whose sound is still streamed."""
-        complete = [state for state in self.states if not state.is_live and self.is_complete(state)]
+        """The requests whose codes are complete. They lose their slots, but for live ones, whose sound is streamed."""
+        complete = [state for state in self.states if self.is_complete(state)]
         for state in complete:
-            self.remove(state)
+            if not state.is_live:
+                self.remove(state)
         return complete
 
     def _insert(self, state: RequestState, prefix: Context) -> int:
@@ -162,9 +181,7 @@ class TalkerStage(SlotStage):
         prompt_length = np.full(self.num_slots, speech.state.request.prompt_length, np.int32)
         counts = np.full(num_prefix_slots, num_tokens, np.int32)
         for _ in range(0, num_tokens, engine.append_width):
-            device_state = engine.append_reply(
-                device_state, speech.talker_inputs, counts, thinker_slot, prompt_length
-            )
+            device_state = engine.append_reply(device_state, speech.talker_inputs, counts, thinker_slot, prompt_length)
             self._device_state = device_state
 
     def _append_live(self) -> None:

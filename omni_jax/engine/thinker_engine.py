@@ -225,9 +225,7 @@ class ThinkerEngine:
             )
         return state, DecodeResult(packed)
 
-    def _resize(
-        self, context: Context, talker_inputs: Array | None, capacity: int
-    ) -> tuple[Context, Array | None]:
+    def _resize(self, context: Context, talker_inputs: Array | None, capacity: int) -> tuple[Context, Array | None]:
         capacity = round_capacity(capacity)
         while context.capacity < capacity:  # by doubling, so that few programs do it
             doubled = 2 * context.capacity
@@ -263,9 +261,7 @@ def _overlay_features(
 @functools.partial(jax.jit, static_argnames="width")
 def _widen_stop_ids(state: ThinkerState, width: int) -> ThinkerState:
     spare = width - state.stop_ids.shape[1]
-    return dataclasses.replace(
-        state, stop_ids=jnp.pad(state.stop_ids, ((0, 0), (0, spare)), constant_values=PAD_TOKEN)
-    )
+    return dataclasses.replace(state, stop_ids=jnp.pad(state.stop_ids, ((0, 0), (0, spare)), constant_values=PAD_TOKEN))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="prefix")
@@ -361,9 +357,7 @@ def decode_text(
     return state, pack_result(tokens, state.remaining)
 
 
-def _decode_token(
-    model: Thinker, params: Any, state: ThinkerState
-) -> tuple[ThinkerState, Int[jax.Array, " B"]]:
+def _decode_token(model: Thinker, params: Any, state: ThinkerState) -> tuple[ThinkerState, Int[jax.Array, " B"]]:
     """One token of every slot that has not finished; ``PAD_TOKEN`` in the others."""
     before = state.context
     active = state.remaining > 0  # [B]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from omni_jax.engine.decode_state import DecodedTokens, DecodeResult
-from omni_jax.engine.outputs import Event, Utilization
+from omni_jax.engine.outputs import Event, Timings, Utilization
 from omni_jax.engine.prefill import Engines, Prefix
 from omni_jax.engine.request import RequestState, Stage
 from omni_jax.engine.stage import SlotStage, StageOutput
@@ -37,9 +37,10 @@ class ThinkerStage(SlotStage):
 
     _device_state: ThinkerState | None
 
-    def __init__(self, engines: Engines, num_slots: int, utilization: Utilization):
+    def __init__(self, engines: Engines, num_slots: int, timings: Timings, utilization: Utilization):
         super().__init__(engines.round_slots(num_slots))
         self._engines = engines
+        self._timings = timings
         self._engine = engines.thinker
         self._utilization = utilization
         self._records: dict[RequestState, _SlotRecord] = {}
@@ -97,6 +98,9 @@ class ThinkerStage(SlotStage):
                 output.finished.append(state)
         self._utilization.text.add(used, steps * self.num_slots)
         return output
+
+    def add_seconds(self, seconds: float) -> None:
+        self._timings.decode += seconds
 
     def take_talker_inputs(self, state: RequestState) -> tuple[jax.Array, Sequence[PrefillChunk]]:
         """What the Talker needs of a request whose text is complete.

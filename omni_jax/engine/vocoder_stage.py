@@ -1,0 +1,186 @@
+"""The stage in which Token2Wav makes sound of codes: streams block by block, whole replies in lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from omni_jax.engine.outputs import Event, Timings, Utilization
+from omni_jax.engine.prefill import Engines, Stopwatch
+from omni_jax.engine.request import RequestState, Stage
+from omni_jax.engine.stage import StageOutput
+from omni_jax.engine.token2wav_engine import round_num_blocks
+from omni_jax.engine.token2wav_streaming import Token2WavStream
+from omni_jax.models.token2wav import SAMPLE_RATE
+
+_NEW_STREAM_SECONDS = 0.5  # a stream with less sound ahead of its listener than this goes before new streams
+
+
+@dataclass
+class _StreamRecord:
+    """A stream of sound.
+
+    Attributes:
+      stream: None before the first codes.
+      num_pushed: codes that the stream has been given.
+      is_last: whether no more codes follow.
+      start: when the first sound was given, by the engines' clock.
+      num_samples: given so far.
+    """
+
+    stream: Token2WavStream | None = None
+    num_pushed: int = 0
+    is_last: bool = False
+    start: float = 0.0
+    num_samples: int = 0
+
+
+class VocoderStage:
+    """Makes sound of codes. A step gives one piece of one stream, or the sound of one list of whole replies."""
+
+    def __init__(self, engines: Engines, block_sizes: tuple[int, ...], timings: Timings, utilization: Utilization):
+        self._engines = engines
+        self._timings = timings
+        self._engine = engines.token2wav
+        self._block_sizes = block_sizes
+        self._utilization = utilization
+        self._streams: dict[RequestState, _StreamRecord] = {}
+        self._waiting: list[RequestState] = []  # whole replies
+
+    @property
+    def states(self) -> list[RequestState]:
+        return [*self._streams, *self._waiting]
+
+    @property
+    def waiting(self) -> list[RequestState]:
+        """Whole replies that have no sound yet."""
+        return list(self._waiting)
+
+    def open_stream(self, state: RequestState) -> None:
+        """Takes a live request, whose codes are going to come."""
+        self._streams[state] = _StreamRecord()
+
+    def end_stream(self, state: RequestState) -> None:
+        """Says that a live request gets no more codes."""
+        self._streams[state].is_last = True
+
+    def enqueue(self, state: RequestState) -> None:
+        """Takes a request whose codes are complete."""
+        state.stage = Stage.VOCODER
+        self._waiting.append(state)
+
+    def remove(self, state: RequestState) -> None:
+        """Forgets a request, if it is here."""
+        self._streams.pop(state, None)
+        self._waiting = [other for other in self._waiting if other is not state]
+
+    def is_stream_complete(self, state: RequestState) -> bool:
+        """Whether all sound of a live request has been given."""
+        record = self._streams[state]
+        return record.is_last and record.num_pushed == state.num_codes
+
+    def step(self, *, is_idle: bool) -> StageOutput:
+        """The next piece of the stream that needs it most; and the sound of a list of whole replies that is due.
+
+        Args:
+          is_idle: whether no other stage has anything to do, so that a list that is not full is due.
+
+        Returns:
+          ``finished`` has the whole replies that have their sound.
+        """
+        stopwatch = Stopwatch(self._engines.clock)
+        output = self._step_streams()
+        if self._waiting and (self._is_list_full() or (is_idle and not self._streams)):
+            output.extend(self._synthesize(self._take_list()))
+        self._timings.token2wav += stopwatch.lap()
+        return output
+
+    def _step_streams(self) -> StageOutput:
+        output = StageOutput()
+        for state in sorted(self._streams, key=self._seconds_ahead):
+            try:
+                piece = self._step_stream(state)
+            except Exception as error:
+                output.fail([state], error)
+                continue
+            if len(piece):
+                output.events.append((state, Event(audio=piece)))
+                break
+        return output
+
+    def _is_list_full(self) -> bool:
+        return bool(self._block_sizes) and self._count_blocks(self._waiting) >= self._block_sizes[-1]
+
+    def _step_stream(self, state: RequestState) -> np.ndarray:
+        """Gives a stream its new codes; returns the samples that are due, float32 [samples]."""
+        record = self._streams[state]
+        codes = state.all_codes()
+        new_codes = codes[record.num_pushed :]
+        if not codes.size or not (new_codes.size or record.is_last):
+            return np.zeros(0, np.float32)
+        if record.stream is None:
+            record.stream = self._make_stream(state)
+        record.num_pushed = len(codes)
+        (piece,) = record.stream.push([new_codes], [record.is_last])
+        state.audio.append(piece)
+        if len(piece):
+            record.start = record.start or self._engines.clock()
+            record.num_samples += len(piece)
+        return piece
+
+    def _make_stream(self, state: RequestState) -> Token2WavStream:
+        sizes = self._engines.chunk_sizes
+        speech = state.request.speech
+        assert self._engine is not None and speech is not None
+        return self._engine.stream(
+            [speech.voice],
+            [speech.noise_seed],
+            first_chunk_codes=sizes.first_chunk_codes,
+            chunk_codes=sizes.chunk_codes,
+        )
+
+    def _seconds_ahead(self, state: RequestState) -> float:
+        """Seconds of sound that the listener has not heard yet."""
+        record = self._streams[state]
+        if not record.num_samples:
+            return _NEW_STREAM_SECONDS
+        return record.start + record.num_samples / SAMPLE_RATE - self._engines.clock()
+
+    def _synthesize(self, states: list[RequestState]) -> StageOutput:
+        engine = self._engine
+        assert engine is not None
+        codes = [state.all_codes() for state in states]
+        speech = [state.request.speech for state in states]
+        voices = [params.voice for params in speech if params is not None]
+        seeds = [params.noise_seed for params in speech if params is not None]
+        try:
+            audio = engine.synthesize(codes, voices, [None] * len(states), seeds, self._block_sizes)
+        except Exception as error:
+            if len(states) == 1:
+                return StageOutput(failed=[(states[0], error)])
+            # which of them it was shows when each is alone
+            output = StageOutput()
+            for state in states:
+                output.extend(self._synthesize([state]))
+            return output
+        for state, samples in zip(states, audio, strict=True):
+            state.audio.append(samples)
+        num_blocks = round_num_blocks(self._count_blocks(states), self._block_sizes)
+        self._utilization.vocoder.add(sum(map(len, codes)), num_blocks * engine.codes_per_block)
+        return StageOutput(finished=states)
+
+    def _take_list(self) -> list[RequestState]:
+        """Takes the first reply that waits, and those behind it that fit into the largest list with it."""
+        taken: list[RequestState] = []
+        for state in self._waiting:
+            fits = not self._block_sizes or self._count_blocks([*taken, state]) <= self._block_sizes[-1]
+            if not taken or fits:
+                taken.append(state)
+        for state in taken:
+            self.remove(state)
+        return taken
+
+    def _count_blocks(self, states: list[RequestState]) -> int:
+        assert self._engine is not None or not states
+        return sum(self._engine.count_blocks(state.num_codes) for state in states if self._engine is not None)
