@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from omni_jax.engine.outputs import Event, Reply, Timings, Utilization
-from omni_jax.engine.prefill import Engines, Prefix, PrefillStage
+from omni_jax.engine.prefill import Engines, PrefillStage, Prefix
 from omni_jax.engine.request import RequestState, SchedulerConfig, Stage
 from omni_jax.engine.stage import StageOutput, decode_together
 from omni_jax.engine.talker_stage import TalkerStage

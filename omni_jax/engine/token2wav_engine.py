@@ -1,11 +1,14 @@
-"""Token2Wav's loop: codes of many requests in, their samples out."""
+"""Token2Wav's engine: codes of many requests in, their samples out.
+
+Letters: N blocks of F frames, V voices, K codes of a request.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,9 +21,9 @@ from jaxtyping import Bool, Float, Int, UInt32
 from omni_jax.batch import Array, bucket
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import DiTConfig
-from omni_jax.engine.thinker_engine import call, on_mesh
-from omni_jax.engine.token2wav_inputs import check_codes, check_seed, check_voice
-from omni_jax.engine.token2wav_streaming import Mode, StreamPrograms, WaveformStream
+from omni_jax.engine.decode_state import apply_method, on_mesh
+from omni_jax.engine.token2wav_inputs import check_codes, check_noise, check_seed, check_voice, count_chunk_blocks
+from omni_jax.engine.token2wav_streaming import StreamEngine, Token2WavStream
 from omni_jax.errors import InputError
 from omni_jax.models.bigvgan import NOWHERE, gap
 from omni_jax.models.dit import Blocks, DiT, pack
@@ -29,269 +32,327 @@ from omni_jax.models.flow_matching import draw_noise, solve
 from omni_jax.models.token2wav import Token2Wav, parts
 from omni_jax.sharding import replicate
 
-_VOICES = 4  # in a call at least, so that their number makes no programs of its own
+MIN_VOICES = 4  # that a call has room for at least, so that their number makes no programs of its own
+
+Noise = Float[np.ndarray, "frames mel"]
 
 
 @struct.dataclass
 class SpeechBlocks:
-    """The blocks of all requests of a call, one request's after the other's. N blocks of F frames, V voices."""
+    """The blocks of all requests of a call, one request's after the other's."""
 
     blocks: Blocks
     codes: Int[Array, "N F"]
-    voice: Int[Array, " N"]  # which of ``speakers`` and ``cond``
+    voice: Int[Array, " N"]  # index into the voices of the call
     seed: UInt32[Array, " N"]  # of the request's noise
     draws: Bool[Array, " N"]  # False where ``noise`` is given
     noise: Float[Array, "N F mel"]
 
 
 class Token2WavEngine:
-    """The jitted functions around Token2Wav and its parameters. It holds nothing of any request."""
+    """Token2Wav and its parameters. It holds nothing of any request.
+
+    Attributes:
+      config: of Token2Wav.
+      params: of both of its networks.
+    """
 
     def __init__(self, model: Token2Wav, params: Any, mesh: Mesh | None = None):
-        self.config, self.params = model.config, params
+        self.config = model.config
+        self.params = params
         self._mesh = mesh
-        dit, bigvgan = parts(model)
-        self._speakers = jax.jit(functools.partial(_called, dit, "speakers"))
-        self._known: dict[str, tuple[Voice, np.ndarray]] = {}  # rows of the voices that have spoken
-        self._mel = jax.jit(functools.partial(_mel, dit))
-        self._vocode = jax.jit(functools.partial(_called, bigvgan, "__call__"))
-        self._programs = StreamPrograms(dit, bigvgan, params, mesh)
+        self._dit, self._bigvgan = parts(model)
+        self._streams = StreamEngine(self._dit, self._bigvgan, params, mesh)
+        self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
+
+    @property
+    def codes_per_block(self) -> int:
+        return self.config.dit_config.block_size // self.config.dit_config.repeats
 
     def synthesize(
         self,
         codes: Sequence[Int[np.ndarray, " K"]],
         voices: Sequence[Voice],
-        noise: Sequence[Float[np.ndarray, "frames mel"] | None],
+        noise: Sequence[Noise | None],
         seeds: Sequence[int],
-        sizes: Sequence[int] = (),
+        block_sizes: Sequence[int] = (),
     ) -> list[Float[np.ndarray, " samples"]]:
-        """Speaks each request's codes: float32 from -1 to 1 at ``SAMPLE_RATE``, 480 samples a code (published sizes).
+        """Speaks each request's codes.
 
         A request's samples do not depend on the others in the call.
 
         Args:
           codes: ids of each request, without the Talker's own begin and end.
           voices: who speaks each.
-          noise: what the flow starts from, [codes * repeats, mel_dim] standard normal; drawn where None.
+          noise: what the flow starts from, standard normal [codes * repeats, mel_dim]; drawn where None.
           seeds: of the draws.
-          sizes: numbers of blocks, in order, that programs are to be compiled for; a larger number is rounded up to a
-            power of two. Without them a number is rounded up by an eighth at most.
+          block_sizes: numbers of blocks, in rising order, that programs are to be compiled for; a larger number is
+            rounded up to a power of two. Without them a number is rounded up by an eighth at most.
+
+        Returns:
+          float32 from -1 to 1 at ``SAMPLE_RATE``, 480 samples a code (published sizes).
 
         Raises:
           InputError: for codes, a voice, noise or a seed that cannot be used.
         """
-        return self.vocode(self.mel(codes, voices, noise, seeds, sizes), sizes)
+        return self.vocode(self.make_mels(codes, voices, noise, seeds, block_sizes), block_sizes)
 
-    def mel(
+    def make_mels(
         self,
         codes: Sequence[Int[np.ndarray, " K"]],
         voices: Sequence[Voice],
-        noise: Sequence[Float[np.ndarray, "frames mel"] | None],
+        noise: Sequence[Noise | None],
         seeds: Sequence[int],
-        sizes: Sequence[int] = (),
+        block_sizes: Sequence[int] = (),
     ) -> list[Float[np.ndarray, "frames mel"]]:
         """The first half of ``synthesize``: log-mel spectrograms, ``repeats`` frames a code."""
         c = self.config.dit_config
-        for i, row in enumerate(zip(codes, voices, noise, seeds, strict=True)):
-            _check(c, i, *row)
+        for i, request in enumerate(zip(codes, voices, noise, seeds, strict=True)):
+            _check_request(c, f"request {i}", *request)
         if not codes:
             return []
-        rows = [np.repeat(np.asarray(row, np.int32), c.repeats) for row in codes]
-        used = list({id(v): v for v in voices}.values())
-        which = [next(i for i, v in enumerate(used) if v is voice) for voice in voices]
-        used += used[:1] * (bucket(len(used), _VOICES) - len(used))
-        lengths = [len(row) for row in rows]
-        blocks, places = pack(lengths, c.block_size, size_for(sum(-(-n // c.block_size) for n in lengths), sizes))
-        speech = _speech(c, blocks, places, rows, which, noise, seeds)
-        speakers = np.stack([self._speaker_rows(v) for v in used])
+        frames = [np.repeat(np.asarray(request, np.int32), c.repeats) for request in codes]
+        used = list({id(voice): voice for voice in voices}.values())
+        numbers = {id(voice): number for number, voice in enumerate(used)}
+        which = [numbers[id(voice)] for voice in voices]
+        used += used[:1] * (bucket(len(used), MIN_VOICES) - len(used))
+        lengths = [len(request) for request in frames]
+        num_blocks = sum(-(-length // c.block_size) for length in lengths)
+        blocks, places = pack(lengths, c.block_size, round_num_blocks(num_blocks, block_sizes))
+        speech = _fill_blocks(c, blocks, places, frames, which, noise, seeds)
+        speakers = np.stack([self._encode_speaker(voice) for voice in used])
+        cond = np.concatenate([voice.cond for voice in used])
         with on_mesh(self._mesh):
-            mel = np.asarray(self._mel(self.params["dit"], speech, speakers, np.concatenate([v.cond for v in used])))
-        return [mel[part].reshape(-1, c.mel_dim)[:n] for part, n in zip(places, lengths, strict=True)]
+            mel = np.asarray(solve_blocks(self._dit, self.params["dit"], speech, speakers, cond))  # [N, F, mel]
+        mels = []
+        for place, length in zip(places, lengths, strict=True):
+            mels.append(mel[place].reshape(-1, c.mel_dim)[:length])
+        return mels
 
     def vocode(
-        self, mels: Sequence[Float[np.ndarray, "frames mel"]], sizes: Sequence[int] = ()
+        self, mels: Sequence[Float[np.ndarray, "frames mel"]], block_sizes: Sequence[int] = ()
     ) -> list[Float[np.ndarray, " samples"]]:
         """The second half of ``synthesize``. All spectrograms lie in one row, with gaps between them."""
         if not mels:
             return []
-        unit, apart = self.config.dit_config.block_size, gap(self.config.bigvgan_config)
-        begins = list(itertools.accumulate((len(mel) + apart for mel in mels), initial=0))
-        blocks = size_for(-(-(begins[-1] - apart) // unit), sizes)
-        slots = max(blocks, bucket(len(mels)))  # so that their number makes no programs of its own
-        row = np.zeros((1, unit * blocks, mels[0].shape[1]), np.float32)
-        length, begin = np.zeros((1, slots), np.int32), np.full((1, slots), NOWHERE, np.int32)
+        block_frames = self.config.dit_config.block_size
+        gap_frames = gap(self.config.bigvgan_config)
+        starts = list(itertools.accumulate((len(mel) + gap_frames for mel in mels), initial=0))
+        num_frames = starts.pop() - gap_frames
+        num_blocks = round_num_blocks(-(-num_frames // block_frames), block_sizes)
+        num_places = max(num_blocks, bucket(len(mels)))  # so that their number makes no programs of its own
+        row = np.zeros((1, block_frames * num_blocks, mels[0].shape[1]), np.float32)
+        length = np.zeros((1, num_places), np.int32)
+        start = np.full((1, num_places), NOWHERE, np.int32)
         for i, mel in enumerate(mels):
-            length[0, i], begin[0, i] = len(mel), begins[i]
-            row[0, begins[i] : begins[i] + len(mel)] = mel
+            length[0, i] = len(mel)
+            start[0, i] = starts[i]
+            row[0, starts[i] : starts[i] + len(mel)] = mel
         with on_mesh(self._mesh):
-            (made,) = np.asarray(self._vocode(self.params["bigvgan"], row, length, begin))
-        frame = len(made) // row.shape[1]
-        # copies: a part of the array would keep all of it, which on a CPU is the device's own
-        parts = zip(begins[:-1], map(len, mels), strict=True)
-        return [made[frame * first : frame * (first + n)].copy() for first, n in parts]
+            samples = np.asarray(vocode_row(self._bigvgan, self.params["bigvgan"], row, length, start))[0]
+        frame_samples = len(samples) // row.shape[1]
+        pieces = []
+        for first, mel in zip(starts, mels, strict=True):
+            piece = samples[frame_samples * first : frame_samples * (first + len(mel))]
+            # a copy: a view would keep all of the array, which on a CPU is the device's own
+            pieces.append(piece.copy())
+        return pieces
 
-    @property
-    def codes_a_block(self) -> int:
-        return self.config.dit_config.block_size // self.config.dit_config.repeats
-
-    def blocks(self, codes: int) -> int:
-        """That so many codes of one request take in a list of ``sizes``, with the vocoder's gap behind them."""
+    def count_blocks(self, num_codes: int) -> int:
+        """Blocks that so many codes of one request take in a list, with the vocoder's gap behind them."""
         c = self.config.dit_config
-        return -(-(codes * c.repeats + gap(self.config.bigvgan_config)) // c.block_size)
+        num_frames = num_codes * c.repeats + gap(self.config.bigvgan_config)
+        return -(-num_frames // c.block_size)
 
     def stream(
         self,
         voices: Sequence[Voice],
         seeds: Sequence[int],
-        noise: Sequence[Float[np.ndarray, "frames mel"] | None] | None = None,
+        noise: Sequence[Noise | None] | None = None,
         *,
-        mode: Mode = "carried",
         first_chunk_codes: int = 36,
         chunk_codes: int = 24,
-    ) -> WaveformStream:
+    ) -> Token2WavStream:
         """A batch of streams, one for each voice, that speak codes as they come (docs/streaming.md).
 
         Args:
           voices: who speaks each.
           seeds: of the noise, which is that of ``synthesize``.
           noise: what the flow starts from, for at least as many frames as there will be; drawn where None.
-          mode: how the flow is cut into blocks, ``models/dit_stream.py``.
-          first_chunk_codes: codes that are waited for at first. Of the first packet the two networks' look-ahead is
-            missing, so that less than the default's makes it empty (published sizes).
+          first_chunk_codes: codes that are waited for at first. The first packet lacks the two networks' look-ahead, so
+            that fewer than the default's make it empty (published sizes).
           chunk_codes: codes that are waited for later. Both are a multiple of a block's.
 
         Raises:
-          InputError: for a voice, a seed, noise, a mode or a chunk that cannot be used.
+          InputError: for a voice, a seed, noise or a chunk that cannot be used.
         """
         c = self.config.dit_config
-        noise = [None] * len(voices) if noise is None else noise
-        for i, (voice, seed, given) in enumerate(zip(voices, seeds, noise, strict=True)):
+        if noise is None:
+            noise = [None] * len(voices)
+        for i, (voice, seed, stream_noise) in enumerate(zip(voices, seeds, noise, strict=True)):
             check_seed(f"stream {i}", seed)
             check_voice(c, voice)
-            if given is not None and (np.ndim(given) != 2 or given.shape[1] != c.mel_dim):
-                raise InputError(f"stream {i}: noise has shape {list(np.shape(given))}, not [frames, {c.mel_dim}]")
-        if mode not in get_args(Mode):
-            raise InputError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
-        chunks = _blocks(c, "first_chunk_codes", first_chunk_codes), _blocks(c, "chunk_codes", chunk_codes)
-        rows = bucket(len(voices))
-        speaker = Speaker(np.zeros((rows, 2, c.enc_dim), np.float32), np.zeros((rows, c.enc_emb_dim), np.float32))
+            if stream_noise is not None and (np.ndim(stream_noise) != 2 or stream_noise.shape[1] != c.mel_dim):
+                shape = list(np.shape(stream_noise))
+                raise InputError(f"stream {i}: noise has shape {shape}, not [frames, {c.mel_dim}]")
+        first_blocks = count_chunk_blocks(c, "first_chunk_codes", first_chunk_codes)
+        later_blocks = count_chunk_blocks(c, "chunk_codes", chunk_codes)
+        num_rows = bucket(len(voices))
+        speaker = Speaker(
+            np.zeros((num_rows, 2, c.enc_dim), np.float32), np.zeros((num_rows, c.enc_emb_dim), np.float32)
+        )
         for i, voice in enumerate(voices):
-            speaker.rows[i], speaker.cond[i] = self._speaker_rows(voice), voice.cond[0]
-        return WaveformStream(self._programs, speaker, seeds, noise, mode=mode, chunks=chunks)
+            speaker.rows[i] = self._encode_speaker(voice)
+            speaker.cond[i] = voice.cond[0]
+        return Token2WavStream(self._streams, speaker, seeds, noise, chunk_blocks=(first_blocks, later_blocks))
 
-    def warm_up(self, voices: Sequence[Voice], rows: int = 1, **settings: Any) -> None:
-        """Compiles what streams of at most ``rows`` rows need, by speaking some codes in each of ``voices``.
+    def warm_up_streams(self, voices: Sequence[Voice], first_chunk_codes: int, chunk_codes: int) -> None:
+        """Compiles what a stream needs, by speaking some codes.
 
-        There are four programs for a bucket of rows (1, 2, 3, 4, 6, 8, ...), the first and the later chunk in either
-        network, besides one for each length of a voice's clip and two that make a state.
+        There are four programs, the first and the later chunk in either network, besides one for each length of a
+        voice's clip and two that make a state.
 
         Args:
           voices: that will speak.
-          rows: in a batch of streams; also those of a smaller bucket are compiled.
-          settings: of ``stream``: the mode and the chunks.
+          first_chunk_codes, chunk_codes: as in ``stream``.
         """
         for voice in voices:
-            self._speaker_rows(voice)
-        size = self.codes_a_block
-        for batch in sorted({bucket(n) for n in range(1, rows + 1)}):
-            stream = self.stream([voices[0]] * batch, [0] * batch, **settings)
-            for blocks in (*stream.chunks, 0):
-                stream.push([np.zeros(blocks * size, np.int32)] * batch, [blocks == 0] * batch)
+            self._encode_speaker(voice)
+        stream = self.stream(voices[:1], [0], first_chunk_codes=first_chunk_codes, chunk_codes=chunk_codes)
+        for num_blocks in (*stream.chunk_blocks, 0):
+            codes = np.zeros(num_blocks * self.codes_per_block, np.int32)
+            stream.push([codes], [num_blocks == 0])
 
-    def warm_up_whole(self, voices: Sequence[Voice], sizes: Sequence[int]) -> None:
-        """Compiles what ``synthesize`` needs with these ``sizes``, as ``warm_up`` does for streams."""
+    def warm_up_lists(self, voices: Sequence[Voice], block_sizes: Sequence[int]) -> None:
+        """Compiles what ``synthesize`` needs with these ``block_sizes``."""
         for voice in voices:
-            self._speaker_rows(voice)
-        for size in sizes:
-            codes = np.zeros(size * self.codes_a_block, np.int32)
-            self.synthesize([codes], voices[:1], [None], [0], sizes)
+            self._encode_speaker(voice)
+        for num_blocks in block_sizes:
+            codes = np.zeros(num_blocks * self.codes_per_block, np.int32)
+            self.synthesize([codes], voices[:1], [None], [0], block_sizes)
 
-    def _speaker_rows(self, voice: Voice) -> np.ndarray:
+    def _encode_speaker(self, voice: Voice) -> Float[np.ndarray, "2 enc_dim"]:
         """What the speaker encoder makes of a voice, once for all of its requests."""
-        known = self._known.get(voice.name)
+        known = self._speakers.get(voice.name)
         if known is None or known[0] is not voice:
             with on_mesh(self._mesh):
-                known = voice, np.asarray(self._speakers(self.params["dit"], voice.ref_mel))
-            self._known[voice.name] = known
+                rows = encode_speakers(self._dit, self.params["dit"], voice.ref_mel)
+            known = voice, np.asarray(rows)
+            self._speakers[voice.name] = known
         return known[1]
 
 
-def fine_bucket(n: int) -> int:
-    """The least number that is at least ``n`` and has four significant bits: at most an eighth is padding.
+def round_up_finely(number: int) -> int:
+    """The least number that is at least ``number`` and has four significant bits: at most an eighth is padding.
 
     Token2Wav is bound by arithmetic on any device, so padding costs in full; finer than ``omni_jax.batch.bucket``.
     """
-    step = 1 << max(0, (n - 1).bit_length() - 4)
-    return -(-n // step) * step
+    step = 1 << max(0, (number - 1).bit_length() - 4)
+    return -(-number // step) * step
 
 
-def size_for(blocks: int, sizes: Sequence[int]) -> int:
-    """The first of ``sizes`` that is enough, or where none is a power of two; without any the ``fine_bucket``."""
-    larger = 1 << (blocks - 1).bit_length() if sizes else fine_bucket(blocks)
-    return next((size for size in sizes if size >= blocks), larger)
+def round_num_blocks(num_blocks: int, block_sizes: Sequence[int]) -> int:
+    """The first size that suffices, or where none does a power of two; without sizes see ``round_up_finely``."""
+    for size in block_sizes:
+        if size >= num_blocks:
+            return size
+    return 1 << (num_blocks - 1).bit_length() if block_sizes else round_up_finely(num_blocks)
 
 
-def _check(config: DiTConfig, row: int, codes: np.ndarray, voice: Voice, noise: np.ndarray | None, seed: int) -> None:
-    where, codes = f"request {row}", np.asarray(codes)
+def _check_request(
+    config: DiTConfig, where: str, codes: np.ndarray, voice: Voice, noise: Noise | None, seed: int
+) -> None:
+    codes = np.asarray(codes)
     if not codes.size:
         raise InputError(f"{where}: codes must have at least one integer, got none")
     check_codes(config, where, codes)
-    if noise is not None and np.shape(noise) != (codes.size * config.repeats, config.mel_dim):
-        wanted = [codes.size * config.repeats, config.mel_dim]
-        raise InputError(f"{where}: noise has shape {list(np.shape(noise))}; {codes.size} codes need {wanted}")
+    check_noise(config, where, noise, codes.size)
     check_seed(where, seed)
     check_voice(config, voice)
 
 
-def _blocks(config: DiTConfig, name: str, codes: int) -> int:
-    size = config.block_size // config.repeats
-    if codes < size or codes % size:
-        raise InputError(f"{name} is {codes}; it must be a multiple of {size}, the codes of a block")
-    return codes // size
-
-
-def _speech(
+def _fill_blocks(
     config: DiTConfig,
     blocks: Blocks,
-    parts: Sequence[slice],
-    codes: Sequence[np.ndarray],
+    places: Sequence[slice],
+    frames: Sequence[Int[np.ndarray, " frames"]],
     voices: Sequence[int],
-    noise: Sequence[np.ndarray | None],
+    noise: Sequence[Noise | None],
     seeds: Sequence[int],
 ) -> SpeechBlocks:
-    """Puts each request's frames, voice and noise in its part of the list; ``codes`` has one for each frame."""
-    slots, size = blocks.valid.shape
+    """Puts each request's frames, voice and noise in its place in the list.
+
+    Args:
+      config: of the DiT.
+      blocks: the list.
+      places: the blocks of each request.
+      frames: the code of each frame of each request.
+      voices, noise, seeds: of each request.
+    """
+    num_blocks, block_size = blocks.valid.shape
     speech = SpeechBlocks(
         blocks=blocks,
-        codes=np.zeros((slots, size), np.int32),
-        voice=np.zeros(slots, np.int32),
-        seed=np.zeros(slots, np.uint32),
-        draws=np.ones(slots, bool),
-        noise=np.zeros((slots, size, config.mel_dim), np.float32),
+        codes=np.zeros((num_blocks, block_size), np.int32),
+        voice=np.zeros(num_blocks, np.int32),
+        seed=np.zeros(num_blocks, np.uint32),
+        draws=np.ones(num_blocks, bool),
+        noise=np.zeros((num_blocks, block_size, config.mel_dim), np.float32),
     )
-    for part, row, voice, given, seed in zip(parts, codes, voices, noise, seeds, strict=True):
-        speech.codes[part].reshape(-1)[: len(row)] = row
-        speech.voice[part], speech.seed[part] = voice, seed
-        if given is not None:
-            speech.draws[part] = False
-            speech.noise[part].reshape(-1, config.mel_dim)[: len(row)] = given
+    for i, place in enumerate(places):
+        length = len(frames[i])
+        speech.codes[place].reshape(-1)[:length] = frames[i]
+        speech.voice[place] = voices[i]
+        speech.seed[place] = seeds[i]
+        own_noise = noise[i]
+        if own_noise is not None:
+            speech.draws[place] = False
+            speech.noise[place].reshape(-1, config.mel_dim)[:length] = own_noise
     return speech
 
 
-def _called(model: nn.Module, method: str, params: Any, *args: Any) -> jax.Array:
-    return replicate(call(model, method, params, *args))
+@functools.partial(jax.jit, static_argnums=0)
+def encode_speakers(dit: DiT, params: Any, ref_mel: Float[Array, "1 T mel"]) -> Float[jax.Array, "2 enc_dim"]:
+    """What the speaker encoder makes of a voice's clip, for the conditional and the unconditional branch."""
+    return replicate(apply_method(dit, "speakers", params, ref_mel))
 
 
-def _mel(
+@functools.partial(jax.jit, static_argnums=0)
+def solve_blocks(
     dit: DiT,
     params: Any,
     speech: SpeechBlocks,
     speakers: Float[Array, "V 2 enc_dim"],
     cond: Float[Array, "V enc_emb_dim"],
 ) -> Float[jax.Array, "N F mel"]:
-    """From noise to mel."""
-    drawn = draw_noise(speech.seed, speech.blocks.index, speech.noise.shape[1:])
+    """From noise to mel.
+
+    Args:
+      dit, params: the DiT.
+      speech: the blocks of all requests.
+      speakers: of each voice.
+      cond: likewise.
+    """
+    drawn = draw_noise(speech.seed, speech.blocks.index, speech.noise.shape[1:])  # [N, F, mel]
     noise = jnp.where(speech.draws[:, None, None], drawn, speech.noise)
     inputs = (speech.codes, speakers[speech.voice], cond[speech.voice])
-    conditions = call(dit, "conditions", params, *inputs)
-    return replicate(solve(dit, params, noise, conditions, speech.blocks)[0])
+    conditions = apply_method(dit, "conditions", params, *inputs)
+    mel, _ = solve(dit, params, noise, conditions, speech.blocks)
+    return replicate(mel)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def vocode_row(
+    bigvgan: nn.Module,
+    params: Any,
+    mel: Float[Array, "1 frames mel"],
+    length: Int[Array, "1 places"],
+    start: Int[Array, "1 places"],
+) -> Float[jax.Array, "1 samples"]:
+    """From a row of spectrograms to their samples.
+
+    Args:
+      bigvgan, params: the vocoder.
+      mel: spectrograms with gaps between them.
+      length, start: frames of each spectrogram, and where it begins.
+    """
+    return replicate(apply_method(bigvgan, "__call__", params, mel, length, start))

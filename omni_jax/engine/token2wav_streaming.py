@@ -1,10 +1,13 @@
-"""Token2Wav's loop for streams: codes come a few at a time, and samples go out as soon as they can be.
+"""Token2Wav's engine for streams: codes come a few at a time, and samples go out as soon as they can be made.
 
-A stream waits for the codes of a chunk, gives them to the DiT (``models/dit_stream.py``), and the mel that it makes to
-the vocoder (``models/bigvgan_stream.py``). Both look ahead, so the samples that come out lie behind the codes that went
-in: of n blocks of codes the DiT has made n - 1 of mel, and the vocoder has said all of their frames but its look-ahead.
+A stream waits for the codes of a chunk, gives them to the DiT (``models/dit_streaming.py``), and the mel that it makes
+to the vocoder (``models/bigvgan_streaming.py``). Both look ahead, so the samples that come out lie behind the codes that
+went in: of n blocks of codes the DiT has made n - 1 of mel, and the vocoder has made the samples of all of their frames
+but its look-ahead.
 
 Every array has a fixed shape: a stream runs one program for each size of chunk in either network, and nothing else.
+
+Letters: B rows (streams), T codes of a chunk, F frames of them.
 """
 
 from __future__ import annotations
@@ -12,121 +15,130 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt32
 
 from omni_jax.batch import Array
-from omni_jax.engine.thinker_engine import on_mesh
+from omni_jax.engine.decode_state import on_mesh
 from omni_jax.engine.token2wav_inputs import check_codes
 from omni_jax.errors import InputError
-from omni_jax.layers.streaming import Block
+from omni_jax.layers.streaming import Block, StreamingPart
 from omni_jax.models.bigvgan import BigVGAN
 from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
 from omni_jax.models.dit import DiT
-from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker, WindowedDiT
+from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker
 from omni_jax.models.flow_matching import draw_noise
-
-Mode = Literal["windowed", "carried"]
+from omni_jax.sharding import host_sharding, replicate
 
 
 @struct.dataclass
-class Feed:
-    """What a step of the DiT takes from the host, for B rows of T codes, which are F frames."""
+class CodeChunk:
+    """What a step of the DiT takes from the host."""
 
     codes: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
     active: Bool[Array, " B"]
-    index: Int[Array, " B"]  # the how manyeth block of its row the first one is
+    block_index: Int[Array, " B"]  # of the chunk's first block, in its row
     seed: UInt32[Array, " B"]
     draws: Bool[Array, " B"]  # False where ``noise`` is given
     noise: Float[Array, "B F mel"]
 
 
-class StreamPrograms:
-    """The jitted functions of both networks and their parameters, shared by all streams. It holds nothing of any."""
+class StreamEngine:
+    """Both networks as parts that stream, and their parameters, shared by all streams.
+
+    Attributes:
+      config: of the DiT.
+      samples_per_frame: of the vocoder.
+    """
 
     def __init__(self, dit: DiT, bigvgan: BigVGAN, params: Any, mesh: Mesh | None):
-        self.config, self.params, self.mesh = dit.config, params, mesh
-        self.vocoder = StreamedBigVGAN(bigvgan)
-        self.repeats, self.samples = dit.config.repeats, self.vocoder.streaming.outputs
-        # arrays that come from the host and those that come from a step have to lie in the same place: where they do
-        # not, a program is compiled for each
-        self.place = _place(params, mesh)
-        parts: dict[Mode, Any] = {"windowed": WindowedDiT(dit), "carried": CarriedDiT(dit)}
-        started = functools.partial(jax.jit, static_argnums=0, out_shardings=self.place)
-        stepped = functools.partial(jax.jit, donate_argnums=1, out_shardings=self.place)
-        self._begin = {mode: started(part.init_state) for mode, part in parts.items()}
-        self._begin_vocoder = started(self.vocoder.init_state)
-        self._solve = {mode: stepped(functools.partial(solve_step, part)) for mode, part in parts.items()}
-        self._vocode = stepped(self.vocoder.step)
+        self.config = dit.config
+        self._dit = CarriedDiT(dit)
+        self._vocoder = StreamedBigVGAN(bigvgan)
+        self._params = params
+        self._mesh = mesh
+        self._placement = host_sharding(params, mesh)
+        self.samples_per_frame = self._vocoder.streaming.outputs
 
-    def begin(self, mode: Mode, rows: int) -> tuple[Any, Any]:
-        """The states of both networks."""
-        with on_mesh(self.mesh):
-            return self._begin[mode](rows), self._begin_vocoder(rows)
+    def init_state(self, num_rows: int) -> tuple[Any, Any]:
+        """The states of both networks before the first chunk."""
+        with on_mesh(self._mesh):
+            states = _init_state(self._dit, num_rows), _init_state(self._vocoder, num_rows)
+        # arrays of the host and arrays of a step must lie in the same place: else a program is compiled for each
+        return jax.device_put(states, self._placement)
 
-    def solve(self, mode: Mode, state: Any, feed: Feed, speaker: Speaker) -> tuple[Block, Any]:
-        """The mel of as many blocks as are fed; the state is used up."""
-        with on_mesh(self.mesh):
-            return self._solve[mode](self.params["dit"], state, feed, speaker)
+    def solve(self, state: Any, chunk: CodeChunk, speaker: Speaker) -> tuple[Block, Any]:
+        """The mel of as many blocks as the chunk has; the state is used up."""
+        with on_mesh(self._mesh):
+            return solve_chunk(self._dit, self._params["dit"], state, chunk, speaker)
 
     def vocode(self, state: Any, mel: Block, active: Bool[np.ndarray, " B"]) -> tuple[Block, Any]:
-        """The samples of as many frames as are given; the state is used up."""
-        with on_mesh(self.mesh):
-            return self._vocode(self.params["bigvgan"], state, mel, active)
+        """The samples of as many frames as the mel has; the state is used up."""
+        with on_mesh(self._mesh):
+            return vocode_chunk(self._vocoder, self._params["bigvgan"], state, mel, active)
 
-    def nothing(self, rows: int, frames: int) -> Block:
-        """Mel after the end."""
-        mel = np.zeros((rows, frames, self.config.mel_dim), np.float32)
-        return jax.device_put(Block(mel, np.zeros((rows, frames), bool)), self.place)
+    def make_padding(self, num_rows: int, num_frames: int) -> Block:
+        """Mel after the end of a row."""
+        mel = np.zeros((num_rows, num_frames, self.config.mel_dim), np.float32)
+        return jax.device_put(Block(mel, np.zeros((num_rows, num_frames), bool)), self._placement)
 
 
 @dataclass
-class _Row:
-    """Where one stream of codes stands."""
+class _RowRecord:
+    """Where one stream stands.
+
+    Attributes:
+      seed: of the noise.
+      noise: [frames, mel], if it is given.
+      waiting: codes that the DiT has not been given.
+      num_codes: so far.
+      num_blocks: that the DiT has been given.
+      num_frames: whose samples are out.
+      is_last: whether no more codes follow.
+    """
 
     seed: int
-    noise: np.ndarray | None  # [frames, mel], if given
-    waiting: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # codes that are not fed yet
-    total: int = 0  # codes so far
-    blocks: int = 0  # fed
-    frames: int = 0  # whose samples are out
-    ended: bool = False
+    noise: np.ndarray | None
+    waiting: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    num_codes: int = 0
+    num_blocks: int = 0
+    num_frames: int = 0
+    is_last: bool = False
 
 
-class WaveformStream:
+class Token2WavStream:
     """A batch of streams. Dropping it frees all that it holds. ``Token2WavEngine.stream`` makes one.
 
     Attributes:
-      chunks: blocks of codes that are waited for, at first and later.
+      chunk_blocks: blocks of codes that are waited for, at first and later.
     """
 
     def __init__(
         self,
-        programs: StreamPrograms,
+        engine: StreamEngine,
         speaker: Speaker,
         seeds: Sequence[int],
         noise: Sequence[np.ndarray | None],
         *,
-        mode: Mode,
-        chunks: tuple[int, int],
+        chunk_blocks: tuple[int, int],
     ):
         """``speaker`` has a row for each of the batch, at least as many as there are streams."""
-        self._programs, self._speaker = programs, speaker
-        self._mode: Mode = mode
-        self._rows = [_Row(seed, given) for seed, given in zip(seeds, noise, strict=True)]
-        self.chunks = chunks
-        self._batch = len(speaker.cond)
-        self._dit, self._vocoder = programs.begin(mode, self._batch)
+        self.chunk_blocks = chunk_blocks
+        self._engine = engine
+        self._speaker = speaker
+        self._rows = [_RowRecord(seed, own) for seed, own in zip(seeds, noise, strict=True)]
+        self._num_rows = len(speaker.cond)
+        self._dit_state, self._vocoder_state = engine.init_state(self._num_rows)
 
     def push(
-        self, codes: Sequence[Int[np.ndarray, " K"]], ended: Sequence[bool]
+        self, codes: Sequence[Int[np.ndarray, " K"]], is_last: Sequence[bool]
     ) -> list[Float[np.ndarray, " samples"]]:
         """Takes the next codes of each row, and gives the samples that are due: float32 from -1 to 1.
 
@@ -134,125 +146,153 @@ class WaveformStream:
 
         Args:
           codes: of each row, any number, also none.
-          ended: whether a row has no more codes; then all of its samples are given. A row stays ended.
+          is_last: whether a row has no more codes; then all of its samples are given.
 
         Raises:
           InputError: for codes that cannot be used; the stream is then as it was before.
         """
-        self._take(codes, ended)
+        self._take_codes(codes, is_last)
         pieces: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] for _ in self._rows]
-        while due := self._due():
-            self._step(due, pieces)
-        while late := self._late():
-            self._flush(late, pieces)
+        while due := self._due_rows():
+            self._step_rows(due, pieces)
+        while late := self._late_rows():
+            self._flush_rows(late, pieces)
         return [np.concatenate(row) for row in pieces]
 
-    def _take(self, codes: Sequence[np.ndarray], ended: Sequence[bool]) -> None:
-        if not len(codes) == len(ended) == len(self._rows):
-            got = f"{len(codes)} rows of codes and {len(ended)} of ends"
+    def _take_codes(self, codes: Sequence[np.ndarray], is_last: Sequence[bool]) -> None:
+        if not len(codes) == len(is_last) == len(self._rows):
+            got = f"{len(codes)} rows of codes and {len(is_last)} of ends"
             raise InputError(f"got {got}; this stream has {len(self._rows)} rows, give each")
+        c = self._engine.config
         new = [np.asarray(row) for row in codes]
         for i, (row, more) in enumerate(zip(self._rows, new, strict=True)):
             where = f"stream {i}"
-            check_codes(self._programs.config, where, more, row.total)
-            if row.ended and more.size:
+            check_codes(c, where, more, row.num_codes)
+            if row.is_last and more.size:
                 raise InputError(f"{where} has ended and got {more.size} more codes; begin a new one")
-            frames = (row.total + more.size) * self._programs.repeats
-            if row.noise is not None and len(row.noise) < frames:
-                raise InputError(f"{where}: noise was given for {len(row.noise)} frames; the codes have {frames}")
-        for row, more, end in zip(self._rows, new, ended, strict=True):
+            num_frames = (row.num_codes + more.size) * c.repeats
+            if row.noise is not None and len(row.noise) < num_frames:
+                raise InputError(f"{where}: noise was given for {len(row.noise)} frames; the codes have {num_frames}")
+        for row, more, last in zip(self._rows, new, is_last, strict=True):
             row.waiting = np.concatenate([row.waiting, more.astype(np.int32)])
-            row.total += more.size
-            row.ended |= bool(end)
+            row.num_codes += more.size
+            row.is_last |= bool(last)
 
-    def _due(self) -> dict[int, int]:
-        """Rows that have a chunk to be fed, all of one size: row to blocks."""
-        size = self._programs.config.block_size // self._programs.repeats
-        wanted: dict[int, int] = {}
+    def _due_rows(self) -> dict[int, int]:
+        """Rows whose next chunk can be computed, all of one size: row -> blocks."""
+        c = self._engine.config
+        block_codes = c.block_size // c.repeats
+        due: dict[int, int] = {}
         for i, row in enumerate(self._rows):
-            chunk = self.chunks[1 if row.blocks else 0]
-            if row.ended and row.total:
-                left = -(-row.total // size) + 1 - row.blocks  # the last block waits for one to look ahead to
-                if left > 0:
-                    wanted[i] = self._fitting(left)
-            elif len(row.waiting) >= chunk * size:
-                wanted[i] = chunk
-        return {i: n for i, n in wanted.items() if n == next(iter(wanted.values()))}
+            chunk = self.chunk_blocks[1 if row.num_blocks else 0]
+            if row.is_last and row.num_codes:
+                # the last block waits for one more to look ahead to
+                remaining = -(-row.num_codes // block_codes) + 1 - row.num_blocks
+                if remaining > 0:
+                    due[i] = self._fit_chunk(remaining)
+            elif len(row.waiting) >= chunk * block_codes:
+                due[i] = chunk
+        if not due:
+            return {}
+        size = next(iter(due.values()))
+        return {i: blocks for i, blocks in due.items() if blocks == size}
 
-    def _fitting(self, blocks: int) -> int:
-        """Of the two sizes the smaller one if it is enough."""
-        return min(self.chunks) if blocks <= min(self.chunks) else max(self.chunks)
+    def _fit_chunk(self, num_blocks: int) -> int:
+        """Of the two sizes of chunks the smaller one if it suffices."""
+        smaller = min(self.chunk_blocks)
+        return smaller if num_blocks <= smaller else max(self.chunk_blocks)
 
-    def _late(self) -> dict[int, int]:
-        """Rows that are all fed and not all said, with one number of blocks of frames for all of them."""
-        c = self._programs.config
-        left = {i: row.total * c.repeats - row.frames for i, row in enumerate(self._rows) if row.ended}
-        wanted = {i: self._fitting(-(-n // c.block_size)) for i, n in left.items() if n}
-        return dict.fromkeys(wanted, max(wanted.values(), default=0))
+    def _late_rows(self) -> dict[int, int]:
+        """Rows whose codes are all computed and whose samples are not all out: row -> blocks, one size for all."""
+        c = self._engine.config
+        late = {}
+        for i, row in enumerate(self._rows):
+            remaining = row.num_codes * c.repeats - row.num_frames
+            if row.is_last and remaining:
+                late[i] = self._fit_chunk(-(-remaining // c.block_size))
+        return dict.fromkeys(late, max(late.values(), default=0))
 
-    def _step(self, due: dict[int, int], pieces: list[list[np.ndarray]]) -> None:
-        """Feeds a chunk of each row, or as much as an ended one has left."""
-        active = self._active(due)
-        mel, self._dit = self._programs.solve(self._mode, self._dit, self._feed(due, active), self._speaker)
-        self._say(mel, active, pieces)
+    def _step_rows(self, due: dict[int, int], pieces: list[list[np.ndarray]]) -> None:
+        """Computes a chunk of each row, or as much as one at its end has."""
+        active = self._active_rows(due)
+        chunk = self._make_chunk(due, active)
+        mel, self._dit_state = self._engine.solve(self._dit_state, chunk, self._speaker)
+        self._vocode(mel, active, pieces)
 
-    def _flush(self, late: dict[int, int], pieces: list[list[np.ndarray]]) -> None:
-        frames = next(iter(late.values())) * self._programs.config.block_size
-        self._say(self._programs.nothing(self._batch, frames), self._active(late), pieces)
+    def _flush_rows(self, late: dict[int, int], pieces: list[list[np.ndarray]]) -> None:
+        num_frames = next(iter(late.values())) * self._engine.config.block_size
+        self._vocode(self._engine.make_padding(self._num_rows, num_frames), self._active_rows(late), pieces)
 
-    def _say(self, mel: Block, active: np.ndarray, pieces: list[list[np.ndarray]]) -> None:
-        made, self._vocoder = self._programs.vocode(self._vocoder, mel, active)
-        samples, valid = np.asarray(made.values), np.asarray(made.valid)
+    def _vocode(self, mel: Block, active: np.ndarray, pieces: list[list[np.ndarray]]) -> None:
+        block, self._vocoder_state = self._engine.vocode(self._vocoder_state, mel, active)
+        samples, valid = jax.device_get((block.values, block.valid))
         for i, row in enumerate(self._rows):
             if active[i]:
-                pieces[i].append(samples[i, valid[i]])
-                row.frames += len(pieces[i][-1]) // self._programs.samples
+                piece = samples[i, valid[i]]
+                pieces[i].append(piece)
+                row.num_frames += len(piece) // self._engine.samples_per_frame
 
-    def _active(self, rows: dict[int, int]) -> np.ndarray:
-        active = np.zeros(self._batch, bool)
+    def _active_rows(self, rows: dict[int, int]) -> Bool[np.ndarray, " B"]:
+        active = np.zeros(self._num_rows, bool)
         active[list(rows)] = True
         return active
 
-    def _feed(self, due: dict[int, int], active: np.ndarray) -> Feed:
-        c, blocks = self._programs.config, next(iter(due.values()))
-        codes = blocks * c.block_size // c.repeats
-        feed = Feed(
-            codes=np.zeros((self._batch, codes), np.int32),
-            valid=np.zeros((self._batch, codes), bool),
+    def _make_chunk(self, due: dict[int, int], active: Bool[np.ndarray, " B"]) -> CodeChunk:
+        c = self._engine.config
+        num_blocks = next(iter(due.values()))
+        num_codes = num_blocks * c.block_size // c.repeats
+        num_frames = num_codes * c.repeats
+        chunk = CodeChunk(
+            codes=np.zeros((self._num_rows, num_codes), np.int32),
+            valid=np.zeros((self._num_rows, num_codes), bool),
             active=active,
-            index=np.zeros(self._batch, np.int32),
-            seed=np.zeros(self._batch, np.uint32),
-            draws=np.ones(self._batch, bool),
-            noise=np.zeros((self._batch, codes * c.repeats, c.mel_dim), np.float32),
+            block_index=np.zeros(self._num_rows, np.int32),
+            seed=np.zeros(self._num_rows, np.uint32),
+            draws=np.ones(self._num_rows, bool),
+            noise=np.zeros((self._num_rows, num_frames, c.mel_dim), np.float32),
         )
         for i in due:
             row = self._rows[i]
-            new, row.waiting = row.waiting[:codes], row.waiting[codes:]
-            feed.codes[i, : len(new)], feed.valid[i, : len(new)] = new, True
-            feed.index[i], feed.seed[i] = row.blocks, row.seed
+            new = row.waiting[:num_codes]
+            row.waiting = row.waiting[num_codes:]
+            chunk.codes[i, : len(new)] = new
+            chunk.valid[i, : len(new)] = True
+            chunk.block_index[i] = row.num_blocks
+            chunk.seed[i] = row.seed
             if row.noise is not None:
-                given = row.noise[row.blocks * c.block_size :][: codes * c.repeats]
-                feed.draws[i], feed.noise[i, : len(given)] = False, given
-            row.blocks += blocks
-        return feed
+                own = row.noise[row.num_blocks * c.block_size :][:num_frames]
+                chunk.draws[i] = False
+                chunk.noise[i, : len(own)] = own
+            row.num_blocks += num_blocks
+        return chunk
 
 
-def solve_step(
-    part: WindowedDiT | CarriedDiT, params: Any, state: Any, feed: Feed, speaker: Speaker
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init_state(part: StreamingPart, num_rows: int) -> Any:
+    return replicate(part.init_state(num_rows))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def solve_chunk(part: CarriedDiT, params: Any, state: Any, chunk: CodeChunk, speaker: Speaker) -> tuple[Block, Any]:
+    """A step of the DiT: the mel of as many blocks as the chunk has, and the state after them."""
+    c = part.dit.config
+    num_rows, num_codes = chunk.codes.shape
+    num_blocks = num_codes * c.repeats // c.block_size
+    index = chunk.block_index[:, None] + jnp.arange(num_blocks)  # [B, blocks]
+    seed = jnp.repeat(chunk.seed, num_blocks)
+    drawn = draw_noise(seed, index.reshape(-1), (c.block_size, c.mel_dim))  # [B * blocks, block_size, mel]
+    drawn = drawn.reshape(chunk.noise.shape)  # [B, F, mel]
+    noise = jnp.where(chunk.draws[:, None, None], drawn, chunk.noise)
+    noise = noise.reshape(num_rows, num_codes, c.repeats, c.mel_dim)
+    with jax.named_scope("solve_chunk"):
+        block = Block(NoisyCodes(chunk.codes, noise), chunk.valid, speaker)
+        return replicate(part.step(params, state, block, chunk.active))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def vocode_chunk(
+    part: StreamedBigVGAN, params: Any, state: Any, mel: Block, active: Bool[Array, " B"]
 ) -> tuple[Block, Any]:
-    """A step of the DiT from what the host gives: the mel of as many blocks as are fed, and the state after them."""
-    c, (rows, codes) = part.dit.config, feed.codes.shape
-    blocks = codes * c.repeats // c.block_size
-    index = feed.index[:, None] + jnp.arange(blocks)
-    shape = (c.block_size, c.mel_dim)
-    drawn = draw_noise(jnp.repeat(feed.seed, blocks), index.reshape(-1), shape).reshape(feed.noise.shape)
-    noise = jnp.where(feed.draws[:, None, None], drawn, feed.noise).reshape(rows, codes, c.repeats, c.mel_dim)
-    return part.step(params, state, Block(NoisyCodes(feed.codes, noise), feed.valid, speaker), feed.active)
-
-
-def _place(params: Any, mesh: Mesh | None) -> jax.sharding.Sharding:
-    """Where the state lies: on every device of the mesh, or where the parameters are."""
-    if mesh is not None:
-        return NamedSharding(mesh, PartitionSpec())
-    leaf = jax.tree.leaves(params)[0]
-    return SingleDeviceSharding(next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0])
+    """A step of the vocoder: the samples of as many frames as the mel has, and the state after them."""
+    with jax.named_scope("vocode_chunk"):
+        return replicate(part.step(params, state, mel, active))

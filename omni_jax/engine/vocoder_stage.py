@@ -25,6 +25,7 @@ class _StreamRecord:
       stream: None before the first codes.
       num_pushed: codes that the stream has been given.
       is_last: whether no more codes follow.
+      is_complete: whether all sound has been given.
       start: when the first sound was given, by the engines' clock.
       num_samples: given so far.
     """
@@ -32,6 +33,7 @@ class _StreamRecord:
     stream: Token2WavStream | None = None
     num_pushed: int = 0
     is_last: bool = False
+    is_complete: bool = False
     start: float = 0.0
     num_samples: int = 0
 
@@ -77,8 +79,7 @@ class VocoderStage:
 
     def is_stream_complete(self, state: RequestState) -> bool:
         """Whether all sound of a live request has been given."""
-        record = self._streams[state]
-        return record.is_last and record.num_pushed == state.num_codes
+        return self._streams[state].is_complete
 
     def step(self, *, is_idle: bool) -> StageOutput:
         """The next piece of the stream that needs it most; and the sound of a list of whole replies that is due.
@@ -117,7 +118,10 @@ class VocoderStage:
         record = self._streams[state]
         codes = state.all_codes()
         new_codes = codes[record.num_pushed :]
-        if not codes.size or not (new_codes.size or record.is_last):
+        if record.is_complete or not (new_codes.size or record.is_last):
+            return np.zeros(0, np.float32)
+        record.is_complete = record.is_last
+        if not codes.size:  # the Talker ended at once
             return np.zeros(0, np.float32)
         if record.stream is None:
             record.stream = self._make_stream(state)
