@@ -29,7 +29,9 @@ BLOCK_SIZES = (16, 32, 64, 128)  # of lists of whole replies, in blocks of 0.24 
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """How much is computed at a time while a reply is streamed: less makes the first piece come sooner, more costs less.
+    """How much is computed at a time while a reply is streamed.
+
+    Less makes the first piece come sooner, more costs less.
 
     Attributes:
       first_tokens: text tokens in the first call of the Thinker.
@@ -70,7 +72,7 @@ class SchedulerConfig:
 class TalkerParams:
     """How a reply is spoken, with the published defaults (docs/reference.md, 7.4)."""
 
-    sampling: SamplingParams = SamplingParams(0.9, 40, 0.8, 1.05)
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(0.9, 40, 0.8, 1.05))
     """How codes are drawn; without a seed, with the text's."""
     max_tokens: int = 4096
     """Codes, 50 a second, at most; the Talker's context may end the speech sooner."""

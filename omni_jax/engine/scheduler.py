@@ -12,7 +12,7 @@ several such replies is made at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from omni_jax.engine.outputs import Event, Reply, Timings, Utilization
 from omni_jax.engine.prefill import Engines, PrefillStage, Prefix
@@ -33,12 +33,14 @@ class Scheduler:
     Attributes:
       timings: where the time went.
       utilization: how much of the work was padding.
+      clock: of the timings.
     """
 
     def __init__(self, engines: Engines, config: SchedulerConfig | None = None):
         config = config or SchedulerConfig()
         self.timings = Timings()
         self.utilization = Utilization()
+        self.clock = engines.clock
         self._engines = engines
         self._waiting: deque[RequestState] = deque()
         self._prefill = PrefillStage(engines, self.timings, self.utilization)
@@ -88,6 +90,13 @@ class Scheduler:
         """Steps until nothing is left to do, and yields what comes of it."""
         while self.busy:
             yield from self.step()
+
+    def run_alone(self, state: RequestState) -> Generator[Event, None, None]:
+        """What comes of the only request of this scheduler; its error is raised. Closing it ends the request."""
+        for _, event in self.run():
+            if state.error is not None:
+                raise state.error
+            yield event
 
     def step(self) -> Events:
         """Does a little of everything, and returns what has come of it."""
@@ -158,7 +167,7 @@ class Scheduler:
         num_kept = sum(state.is_live for state in self._prefill.states)
         self._apply(self._talker.admit_waiting(num_kept))
         stages = [self._thinker] if self._is_talker_early() else [self._thinker, self._talker]
-        self._apply(decode_together(stages, self._engines.clock))
+        self._apply(decode_together(stages, self.clock))
         for state in self._talker.take_complete():
             if state.is_live:
                 self._vocoder.end_stream(state)

@@ -1,9 +1,9 @@
 """Token2Wav's engine for streams: codes come a few at a time, and samples go out as soon as they can be made.
 
 A stream waits for the codes of a chunk, gives them to the DiT (``models/dit_streaming.py``), and the mel that it makes
-to the vocoder (``models/bigvgan_streaming.py``). Both look ahead, so the samples that come out lie behind the codes that
-went in: of n blocks of codes the DiT has made n - 1 of mel, and the vocoder has made the samples of all of their frames
-but its look-ahead.
+to the vocoder (``models/bigvgan_streaming.py``). Both look ahead, so the samples that come out lie behind the codes
+that went in: of n blocks of codes the DiT has made n - 1 of mel, and the vocoder has made the samples of all of their
+frames but its look-ahead.
 
 Every array has a fixed shape: a stream runs one program for each size of chunk in either network, and nothing else.
 

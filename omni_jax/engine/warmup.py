@@ -1,26 +1,40 @@
-"""Every program that a stream runs, compiled before the first request; and a counter that shows it.
+"""All programs that a scheduler runs, compiled before the first request; and a counter that shows it.
 
 Programs differ by shapes alone, and all shapes are rounded up to a few: two widths of chunks, caches of powers of two,
-pictures of so many windows. So it is enough to walk these once.
+pictures of so many windows. So it suffices to run these once, through the stages that requests go through.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 from jax import monitoring
 
 from omni_jax import mrope
 from omni_jax.batch import AudioBlocks, VisionFrames, bucket
-from omni_jax.engine.prefill import Engines
-from omni_jax.engine.request import SchedulerConfig
+from omni_jax.checkpoint.voices import Voice
+from omni_jax.engine.decode_state import round_capacity
+from omni_jax.engine.detokenizer import Detokenizer
+from omni_jax.engine.outputs import Timings, Utilization
+from omni_jax.engine.prefill import Engines, Prefix
+from omni_jax.engine.request import Request, RequestState, SchedulerConfig, SpeechParams, TalkerParams
 from omni_jax.engine.sampling import SamplingParams
-from omni_jax.engine.talker_engine import Said, SpeechRequest, SpeechState, TalkerParams
-from omni_jax.engine.thinker_engine import TextRequest, TextState, room
-from omni_jax.processing.layout import lay_out
-from omni_jax.processing.prefill_plan import BLOCKS, NARROW, Stretch, feed, frames_of_call
+from omni_jax.engine.stage import decode_together
+from omni_jax.engine.talker_stage import TalkerStage
+from omni_jax.engine.thinker_engine import TextRequest
+from omni_jax.engine.thinker_stage import ThinkerStage
+from omni_jax.processing.layout import Usage, lay_out
+from omni_jax.processing.prefill_plan import (
+    AUDIO_BLOCKS,
+    NARROW_CHUNK,
+    NO_FEATURE,
+    PromptPiece,
+    frames_per_call,
+    plan_prefill,
+)
+
+_WIDE_PROMPT = 2 * NARROW_CHUNK + 1  # the shortest that is cut into a wide chunk
 
 
 class Compilations:
@@ -47,105 +61,127 @@ class Compilations:
             self.seconds += duration_secs
 
 
-def warm_up(loops: Engines, slots: SchedulerConfig, *, tokens: int, windows: int) -> None:
-    """Runs every program of Thinker and Talker that a scheduler does; Token2Wav's has ``Token2WavEngine``.
+def warm_up_decoders(engines: Engines, config: SchedulerConfig, *, tokens: int, windows: int) -> None:
+    """Runs every program of encoders, Thinker and Talker that a scheduler does; Token2Wav's has its engine.
 
     Args:
-      loops: of a model.
-      slots: of the scheduler.
+      engines: of a model.
+      config: of the scheduler.
       tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
       windows: of a picture at most, each 112 x 112 pixels; 0 for none.
     """
-    _media(loops, loops.rows(1), windows)
-    held, last = room(1), room(tokens)
+    _warm_up_encoders(engines, windows)
+    capacity = round_capacity(1)
     while True:
-        for lengths in ((NARROW, NARROW), (2 * NARROW + 1,)):
-            text, speech = _read(loops, loops.rows(1), held, lengths)
-        _answer(loops, slots, text, speech, sum(lengths))
-        if held == last:
-            break
-        held *= 2
-        for rows in {loops.rows(1), loops.rows(slots.thinker)}:
-            loops.text.grown(loops.text.empty(rows, held // 2), held)
-        for rows in {loops.rows(1), loops.rows(slots.talker)} if loops.speech is not None else ():
-            assert loops.speech is not None
-            loops.speech.grown(loops.speech.empty(rows, held // 2), held)
+        _warm_up_stages(engines, config, capacity)
+        if capacity >= round_capacity(tokens):
+            return
+        _warm_up_resizing(engines, config, capacity)
+        capacity *= 2
 
 
-def _media(loops: Engines, rows: int, windows: int) -> None:
-    """The encoders, and how what they make gets into either width of chunk."""
-    c = loops.config.thinker_config
-    sound, vision = c.audio_config, c.vision_config
-    calls: list[AudioBlocks | VisionFrames] = []
-    for blocks in (1, BLOCKS):
-        mel = np.zeros((blocks, sound.block_frames, sound.num_mel_bins), np.float32)
-        calls.append(AudioBlocks(mel, np.full(blocks, sound.block_frames, np.int32)))
-    for size in sorted({bucket(n) for n in range(1, windows + 1)}):
-        shape = (frames_of_call(size), size, (vision.window_cells * vision.spatial_merge_size) ** 2)
+def _warm_up_encoders(engines: Engines, windows: int) -> None:
+    """The encoders, and how their features get into either width of chunk."""
+    num_slots = engines.round_slots(1)
+    for media in _media_of_all_shapes(engines, windows):
+        features = engines.thinker.encode(media)
+        for length in (NARROW_CHUNK, _WIDE_PROMPT):
+            (chunk,) = plan_prefill([_make_piece(engines, length)] * num_slots, engines.config).chunks
+            nowhere = np.full(chunk.tokens.shape, NO_FEATURE, np.int32)
+            chunk = dataclasses.replace(chunk, feature_index={0: nowhere})
+            engines.thinker.prefill(engines.thinker.init_prefix(num_slots, length), chunk, [features])
+
+
+def _media_of_all_shapes(engines: Engines, windows: int) -> list[AudioBlocks | VisionFrames]:
+    c = engines.config.thinker_config
+    media: list[AudioBlocks | VisionFrames] = []
+    for num_blocks in (1, AUDIO_BLOCKS):
+        frames = c.audio_config.block_frames
+        mel = np.zeros((num_blocks, frames, c.audio_config.num_mel_bins), np.float32)
+        media.append(AudioBlocks(mel, np.full(num_blocks, frames, np.int32)))
+    window_patches = (c.vision_config.window_cells * c.vision_config.spatial_merge_size) ** 2
+    for num_windows in sorted({bucket(number) for number in range(1, windows + 1)}):
+        shape = (frames_per_call(num_windows), num_windows, window_patches)
+        patches = np.zeros((*shape, c.vision_config.patch_dim), np.float32)
         place = np.zeros(shape, np.int32)
-        calls.append(VisionFrames(np.zeros((*shape, vision.patch_dim), np.float32), place, place, place == 0))
-    for call in calls:
-        features = loops.text.encode(call)
-        for length in (NARROW, 2 * NARROW + 1):
-            (stretch,) = _plan(loops, rows, length)
-            nowhere = np.full(stretch.chunk.tokens.shape, -1, np.int32)
-            with_media = dataclasses.replace(stretch, takes={0: nowhere})
-            loops.text.read(loops.text.empty(rows, length), with_media, [features])
+        media.append(VisionFrames(patches, place, place, place == 0))
+    return media
 
 
-def _plan(loops: Engines, rows: int, length: int) -> tuple[Stretch, ...]:
-    c = loops.config
-    prompt = lay_out([0] * length, [], c.thinker_config)
-    return feed([prompt] * rows, [mrope.resolve(prompt.segments, c.thinker_config)] * rows, c).stretches
+def _warm_up_stages(engines: Engines, config: SchedulerConfig, capacity: int) -> None:
+    """A live request and one that is not pass both stages, with caches of this capacity.
+
+    Each decode loop is called twice: its state comes from ``insert`` at first, and from itself then.
+    """
+    timings = Timings()
+    utilization = Utilization()
+    for live in (True, False):
+        thinker = ThinkerStage(engines, config.thinker_slots, timings, utilization)
+        talker = TalkerStage(engines, config.talker_slots, thinker, timings, utilization)
+        for length in (2 * NARROW_CHUNK, _WIDE_PROMPT):
+            if not thinker.num_free or not (talker.num_free or engines.talker is None):
+                thinker = ThinkerStage(engines, config.thinker_slots, timings, utilization)
+                talker = TalkerStage(engines, config.talker_slots, thinker, timings, utilization)
+            state = _make_state(engines, length, live=live)
+            prefix = Prefix(engines, capacity, timings, with_talker=state.is_live)
+            prefix.add(state.request.pieces)
+            prefix.run()
+            thinker.admit(state, prefix)
+            if prefix.talker is not None:
+                talker.admit_live(state, prefix.talker)
+            for _ in range(3):
+                decode_together([thinker, talker], engines.clock)
+            if state.speaks and not live:
+                talker.enqueue(state)
+                talker.admit_waiting(num_kept=0)
+            for _ in range(2):
+                decode_together([thinker, talker], engines.clock)
 
 
-def _read(loops: Engines, rows: int, slots: int, lengths: tuple[int, ...]) -> tuple[TextState, SpeechState | None]:
-    """Prompts in pieces of these lengths, each of which is one chunk."""
-    text = loops.text.empty(rows, slots)
-    speech = None if loops.speech is None else loops.speech.empty(rows, slots)
-    for length in lengths:
-        (stretch,) = _plan(loops, rows, length)
-        text = loops.text.read(text, stretch, [])
-        if loops.speech is not None and speech is not None:
-            assert text.heard is not None
-            speech = loops.speech.read(speech, text.heard, stretch.chunk)
-    return text, speech
+def _warm_up_resizing(engines: Engines, config: SchedulerConfig, capacity: int) -> None:
+    """Caches of this capacity are doubled."""
+    thinker, talker = engines.thinker, engines.talker
+    thinker.resize_prefix(thinker.init_prefix(engines.round_slots(1), capacity), 2 * capacity)
+    thinker.resize(thinker.init_state(engines.round_slots(config.thinker_slots), capacity), 2 * capacity)
+    if talker is not None:
+        talker.resize_prefix(talker.init_prefix(engines.round_slots(1), capacity), 2 * capacity)
+        talker.resize(talker.init_state(engines.round_slots(config.talker_slots), capacity), 2 * capacity)
 
 
-def _answer(loops: Engines, slots: SchedulerConfig, text: TextState, speech: SpeechState | None, length: int) -> None:
-    """One request takes its row and its seat, and both loops are called: the first time, and once after it."""
-    held = text.cache.slots
-    text = loops.text.ask(
-        text, {0: TextRequest(SamplingParams(), 2 * loops.pace.tokens, ())}, {0: np.zeros(1, np.int32)}
+def _make_piece(engines: Engines, length: int) -> PromptPiece:
+    c = engines.config.thinker_config
+    prompt = lay_out([0] * length, [], c)
+    return PromptPiece(prompt, mrope.resolve(prompt.segments, c))
+
+
+class _NoText:
+    """In place of a tokenizer's stream."""
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def _make_state(engines: Engines, length: int, *, live: bool) -> RequestState:
+    """A request with a prompt of so many tokens, and a reply of as many as three calls make."""
+    c = engines.config
+    sizes = engines.chunk_sizes
+    speech = None
+    if engines.talker is not None:
+        dit = c.token2wav_config.dit_config
+        voice = Voice("none", np.zeros((1, dit.enc_emb_dim)), np.zeros((1, 1, dit.mel_dim)), 0)
+        speech = SpeechParams(voice, TalkerParams(SamplingParams(), 4 * sizes.codes), 0)
+    piece = _make_piece(engines, length)
+    text = TextRequest(piece.prompt.tokens, SamplingParams(), sizes.first_tokens + 2 * sizes.tokens, ())
+    request = Request(
+        pieces=[piece],
+        text=text,
+        stop=(),
+        speech=speech,
+        live=live,
+        reply_span=mrope.Span(0, length),
+        usage=Usage(),
     )
-    text = loops.text.put(loops.text.empty(loops.rows(slots.thinker), held), 0, text)
-    for steps in (loops.pace.first_tokens, loops.pace.tokens):
-        _, text = loops.text.advance(text, steps)
-    if loops.speech is None or speech is None:
-        return
-    assert text.heard is not None
-    loop, seats = loops.speech, loops.rows(slots.talker)
-    speech = loop.put(loop.empty(seats, held), 0, speech)
-    source, zeros = np.where(np.arange(seats) > 0, -1, 0), np.zeros(seats, np.int32)
-    script = loop.script(seats)
-    while True:
-        for heard in (text.heard, loop.alone(text.heard, 0, loops.rows(1))):
-            script = loop.written(script, heard, source, zeros, zeros)
-        if script.shape[1] >= held:
-            break
-        begin = np.full(seats, script.shape[1])  # just behind its end, so that it grows
-        script = loop.written(script, text.heard, source, zeros, begin)
-        speech = _speak(loops, speech, script, length)
-    _speak(loops, speech, script, length)
-
-
-def _speak(loops: Engines, speech: SpeechState, script: jax.Array, length: int) -> SpeechState:
-    loop, seats = loops.speech, len(script)
-    assert loop is not None
-    request = SpeechRequest(length, 0, 0, TalkerParams(max_tokens=2 * loops.pace.codes))
-    spans = mrope.stack([[mrope.Span(0, length)]] * seats, 2, width=1)
-    speech = loop.begin(speech, script, {0: request}, spans)
-    said = Said(np.zeros(seats, np.int32), np.full(seats, 2 * loops.pace.tokens), np.ones(seats, bool))
-    for _ in range(2):
-        _, speech = loop.advance(speech, script, said)
-    return speech
+    return RequestState(request, Detokenizer(_NoText(), ()))

@@ -1,19 +1,23 @@
-"""A dialogue that the model hears and sees while it goes on: all but the last two seconds are read before they end."""
+"""A dialogue whose sound and pictures come while it goes on: all but the last two seconds are prefilled as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
+from jaxtyping import Float
 
 from omni_jax.engine.outputs import Event
-from omni_jax.engine.prefill import Clock, Reading
-from omni_jax.engine.request import Request
+from omni_jax.engine.prefill import Prefix, Stopwatch
+from omni_jax.engine.request import RequestState
 from omni_jax.engine.scheduler import Scheduler
 from omni_jax.errors import InputError
 from omni_jax.processing.layout import Prompt
-from omni_jax.processing.live import LivePrompt, Piece
+from omni_jax.processing.live import LivePrompt
+from omni_jax.processing.prefill_plan import PromptPiece
+
+MakeRequest: TypeAlias = Callable[[Sequence[PromptPiece], Prompt, Mapping[str, Any]], RequestState]
 
 
 class LiveSession:
@@ -24,28 +28,23 @@ class LiveSession:
     without it.
     """
 
-    def __init__(
-        self,
-        prompt: LivePrompt,
-        scheduler: Scheduler,
-        reading: Reading,
-        ask: Callable[[Prompt, Mapping[str, Any]], Request],
-    ):
-        """Reads everything before the media.
+    def __init__(self, prompt: LivePrompt, scheduler: Scheduler, prefix: Prefix, make_request: MakeRequest):
+        """Prefills everything before the media.
 
         Args:
-          prompt: nothing of it has been read.
+          prompt: nothing of it has been prefilled.
           scheduler: that will answer, and nothing else.
-          reading: nothing so far.
-          ask: from the whole prompt and the options of ``answer`` to the request.
+          prefix: that holds nothing.
+          make_request: from the pieces that have not been prefilled, the whole prompt, and the options of ``answer``.
         """
-        self._prompt, self._ask = prompt, ask
+        self._prompt = prompt
+        self._make_request = make_request
         self._scheduler: Scheduler | None = scheduler
-        self._reading: Reading | None = reading
-        self._read([prompt.head])
+        self._prefix: Prefix | None = prefix
+        self._prefill([prompt.head])
 
-    def audio(self, samples: np.ndarray, rate: int) -> None:
-        """Hears more. Each full block of two seconds is read at once; until then this only keeps the samples.
+    def audio(self, samples: Float[np.ndarray, " n"], rate: int) -> None:
+        """Takes more sound. Each full block of two seconds is prefilled at once; until then samples are only kept.
 
         Args:
           samples: float [n] in -1 to 1, one channel; any number, 10 to 100 ms at a time is usual.
@@ -54,14 +53,14 @@ class LiveSession:
         Raises:
           InputError: if this is no sound, is too long, or the dialogue is over; it is not taken then.
         """
-        self._parts()
-        clock = Clock()
+        scheduler = self._open_scheduler()
+        stopwatch = Stopwatch(scheduler.clock)
         pieces = self._prompt.audio(samples, rate)
-        self._prepared(clock)
-        self._read(pieces)
+        scheduler.timings.prepare += stopwatch.lap()
+        self._prefill(pieces)
 
     def video(self, picture: Any, seconds: float) -> None:
-        """Sees a picture. A window of two seconds is read when all its pictures, and its sound if there is any, came.
+        """Takes a picture. Two seconds are prefilled when all their pictures, and their sound if there is any, came.
 
         The model looks twice a second (``fps`` of ``PixelSettings``): of each half second it takes the first picture,
         or the last one before it if none came. So a camera may send all that it takes, and a screen only what is new.
@@ -74,17 +73,17 @@ class LiveSession:
           InputError: if this is no picture, of another size, out of order or too late, or the dialogue is over; it is
             not taken then.
         """
-        self._parts()
-        clock = Clock()
+        scheduler = self._open_scheduler()
+        stopwatch = Stopwatch(scheduler.clock)
         pieces = self._prompt.video(picture, seconds)
-        self._prepared(clock)
-        self._read(pieces)
+        scheduler.timings.prepare += stopwatch.lap()
+        self._prefill(pieces)
 
-    def answer(self, text: str = "", **options: Any) -> Iterator[Event]:
+    def answer(self, text: str = "", **options: Any) -> Generator[Event, None, None]:
         """Ends the message and answers it piece by piece, as ``OmniModel.stream`` does.
 
-        Only what came after the last full window is left to be read. Nothing is read before the first event is asked
-        for; closing the iterator ends the reply and frees everything.
+        Only what came after the last two full seconds remains to be prefilled. Nothing is computed before the first
+        event is asked for; closing the iterator ends the reply and frees everything.
 
         Args:
           text: that follows in the same message.
@@ -92,38 +91,30 @@ class LiveSession:
             settled there.
 
         Raises:
-          InputError: if nothing was heard or seen, the text does not fit, or an option is wrong; the dialogue can go
+          InputError: if no sound or picture came, the text does not fit, or an option is wrong; the dialogue can go
             on.
         """
-        (scheduler, reading), clock = self._parts(), Clock()
-        ask = self._ask(self._prompt.whole(text), options)
-        rest = self._prompt.end(text)
-        self._prepared(clock)
+        scheduler = self._open_scheduler()
+        stopwatch = Stopwatch(scheduler.clock)
+        whole = self._prompt.whole_prompt(text)
+        self._make_request([], whole, options)  # a wrong option is found before the prompt is ended
+        state = self._make_request(self._prompt.end(text), whole, options)
+        scheduler.submit(state, self._prefix)
+        scheduler.timings.prepare += stopwatch.lap()
         self.close()
-        return _answer(scheduler, reading, rest, ask)
+        return scheduler.run_alone(state)
 
     def close(self) -> None:
         """Ends the dialogue without an answer and frees its caches."""
-        self._scheduler = self._reading = None
+        self._scheduler = None
+        self._prefix = None
 
-    def _parts(self) -> tuple[Scheduler, Reading]:
-        if self._scheduler is None or self._reading is None:
+    def _open_scheduler(self) -> Scheduler:
+        if self._scheduler is None:
             raise InputError("this dialogue was answered or closed; begin another with listen")
-        return self._scheduler, self._reading
+        return self._scheduler
 
-    def _prepared(self, clock: Clock) -> None:
-        self._parts()[0].timings.prepare += clock.lap()
-
-    def _read(self, pieces: list[Piece]) -> None:
-        for piece in pieces:
-            for _ in self._parts()[1].read(piece.prompt, piece.spans):
-                pass
-
-
-def _answer(scheduler: Scheduler, reading: Reading, rest: list[Piece], ask: Request) -> Iterator[Event]:
-    task = scheduler.submit(ask, [(piece.prompt, piece.spans) for piece in rest], reading)
-    del reading  # the task's now, and freed with it
-    for _, event in scheduler.run():
-        if task.error is not None:
-            raise task.error
-        yield event
+    def _prefill(self, pieces: Sequence[PromptPiece]) -> None:
+        assert self._prefix is not None
+        self._prefix.add(pieces)
+        self._prefix.run()

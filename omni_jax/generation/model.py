@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -14,31 +13,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from omni_jax import mrope
 from omni_jax.batch import bucket
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice, choose, load_voices
+from omni_jax.checks import check_int
 from omni_jax.config import OmniConfig
-from omni_jax.engine.outputs import Event, Options, Reply, ReplyWriter, stop_ids
-from omni_jax.engine.prefill import ROOM, ChunkSizes, Engines
-from omni_jax.engine.request import Request, RequestState, SchedulerConfig, Voicing
+from omni_jax.engine.detokenizer import Detokenizer
+from omni_jax.engine.outputs import Event, Reply
+from omni_jax.engine.prefill import Engines, Stopwatch
+from omni_jax.engine.request import (
+    BLOCK_SIZES,
+    INITIAL_REPLY,
+    ChunkSizes,
+    Request,
+    RequestState,
+    SchedulerConfig,
+    SpeechParams,
+    TalkerParams,
+)
+from omni_jax.engine.sampling import merge_seed
 from omni_jax.engine.scheduler import Scheduler
-from omni_jax.engine.talker_engine import TalkerEngine, TalkerParams
+from omni_jax.engine.talker_engine import APPEND_WIDTH, TalkerEngine
 from omni_jax.engine.thinker_engine import TextRequest, ThinkerEngine
 from omni_jax.engine.token2wav_engine import Token2WavEngine
-from omni_jax.engine.warmup import Compilations, warm_up
+from omni_jax.engine.warmup import Compilations, warm_up_decoders
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.generation.live_session import LiveSession
+from omni_jax.generation.options import Options
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.live import LivePrompt
+from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
 from omni_jax.sharding import param_shardings
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
+
+MAX_BATCH_SIZE = 4096
+
+_TALKER_SALT = 0x7A1CE2  # tokens and codes of one request are not drawn with the same random numbers
 
 
 def load(
@@ -48,7 +66,7 @@ def load(
     mesh: Mesh | None = None,
     components: Sequence[str] | None = None,
     allow_urls: bool = False,
-    pace: ChunkSizes | None = None,
+    chunk_sizes: ChunkSizes | None = None,
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
@@ -56,145 +74,176 @@ def load(
       folder: the checkpoint.
       dtype: "bfloat16" or "float32" for parameters and computation; what the checkpoint holds if None. Token2Wav
         always computes in float32.
-      mesh: from ``omni_jax.sharding.make_mesh``, to spread the parameters over several devices.
+      mesh: from ``omni_jax.sharding.make_mesh``, to shard the parameters over several devices.
       components: ("thinker",) to read and write only; all that the checkpoint has if None.
       allow_urls: whether media may be fetched from the web; a server that does so lends its network to whoever asks.
-      pace: how much is done at a time while a reply is streamed; the usual if None.
+      chunk_sizes: how much is computed at a time while a reply is streamed; the defaults if None.
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
       ConfigError: if its config.json does not describe the model, or the mesh does not divide a parameter.
     """
     folder = Path(folder)
-    held = store.components(folder)
-    wanted = tuple(held if components is None else components)
-    if "thinker" not in wanted or "thinker" not in held:
-        asked = ", ".join(wanted)
+    stored = store.components(folder)
+    wanted = tuple(stored if components is None else components)
+    if "thinker" not in wanted or "thinker" not in stored:
         raise CheckpointError(
-            f"{folder} has {', '.join(held)}, and {asked} was asked for; nothing goes without thinker"
+            f"{folder} has {', '.join(stored)}, and {', '.join(wanted)} was asked for; nothing goes without thinker"
         )
-    config, processor = OmniConfig.load(folder), Processor.load(folder, allow_urls=allow_urls)
-    kind = jnp.dtype(dtype or jnp.result_type(*held["thinker"]))
+    config = OmniConfig.load(folder)
+    processor = Processor.load(folder, allow_urls=allow_urls)
+    compute_dtype = jnp.dtype(dtype or jnp.result_type(*stored["thinker"]))
     # slices of stacked layers are copies on a CPU; see omni_jax/layers/stack.py
-    scan = mesh is not None or jax.default_backend() != "cpu"
-    models = {name: _model(config, name, kind, scan) for name in wanted}
+    scan_layers = mesh is not None or jax.default_backend() != "cpu"
+    models = {name: _make_model(config, name, compute_dtype, scan_layers) for name in wanted}
     shardings = None
     if mesh is not None:
-        shardings = {name: param_shardings(_abstract(model), mesh) for name, model in models.items()}
-    params = store.load(folder, wanted, dtype=kind, shardings=shardings)
-    params = params if scan else unstack_layers(params)
-    return OmniModel(
-        config, processor, models, params, load_voices(folder) if "talker" in wanted else {}, mesh, pace or ChunkSizes()
+        shardings = {name: param_shardings(_abstract_params(model), mesh) for name, model in models.items()}
+    params = store.load(folder, wanted, dtype=compute_dtype, shardings=shardings)
+    if not scan_layers:
+        params = unstack_layers(params)
+    voices = load_voices(folder) if "talker" in wanted else {}
+    engines = make_engines(config, models, params, mesh, chunk_sizes or ChunkSizes())
+    return OmniModel(config, processor, engines, voices)
+
+
+def make_engines(
+    config: OmniConfig,
+    models: Mapping[str, Any],
+    params: Mapping[str, Any],
+    mesh: Mesh | None,
+    chunk_sizes: ChunkSizes,
+) -> Engines:
+    """The engines of a model's components.
+
+    Args:
+      config: of the whole model.
+      models: the Linen modules, by name: thinker, and where it speaks talker and token2wav.
+      params: of each.
+      mesh: over which the parameters are sharded.
+      chunk_sizes: how much a call computes.
+    """
+    speaks = "talker" in models
+    thinker_engine = ThinkerEngine(
+        models["thinker"],
+        params["thinker"],
+        mesh=mesh,
+        tokens_per_call=max(chunk_sizes.tokens, chunk_sizes.first_tokens),
+        collect_talker_inputs=speaks,
     )
+    talker_engine = None
+    if speaks:
+        talker_engine = TalkerEngine(
+            models["talker"],
+            params["talker"],
+            config,
+            thinker_engine.embed_tokens,
+            mesh=mesh,
+            codes_per_call=chunk_sizes.codes,
+            append_width=max(APPEND_WIDTH, thinker_engine.tokens_per_call),
+        )
+    token2wav_engine = None
+    if "token2wav" in models:
+        token2wav_engine = Token2WavEngine(models["token2wav"], params["token2wav"], mesh)
+    slot_multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return Engines(config, chunk_sizes, thinker_engine, talker_engine, token2wav_engine, slot_multiple)
 
 
-def _model(config: OmniConfig, component: str, dtype: Any, scan: bool) -> Any:
+def _make_model(config: OmniConfig, component: str, dtype: Any, scan_layers: bool) -> Any:
     if component == "thinker":
-        return thinker.Thinker(config.thinker_config, scan_layers=scan, dtype=dtype, param_dtype=dtype)
+        return thinker.Thinker(config.thinker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
     if component == "talker":
-        return talker.Talker(config.talker_config, scan_layers=scan, dtype=dtype, param_dtype=dtype)
-    return token2wav.Token2Wav(config.token2wav_config, scan_layers=scan)
+        return talker.Talker(config.talker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
+    return token2wav.Token2Wav(config.token2wav_config, scan_layers=scan_layers)
 
 
-def _abstract(model: Any) -> Any:
+def _abstract_params(model: Any) -> Any:
     if isinstance(model, thinker.Thinker):
         return thinker.abstract_params(model)
     return talker.abstract_params(model) if isinstance(model, talker.Talker) else token2wav.abstract_params(model)
 
 
 class OmniModel:
-    """A loaded model. It holds parameters and compiled programs, and nothing of any request.
+    """A loaded model. It holds parameters, and nothing of any request.
 
     Attributes:
+      config: of all parts.
+      processor: from messages to prompts.
+      engines: of its components.
       voices: who it can speak as, by name; none without a Talker.
     """
 
-    def __init__(
-        self,
-        config: OmniConfig,
-        processor: Processor,
-        models: Mapping[str, Any],
-        params: Mapping[str, Any],
-        voices: Mapping[str, Voice],
-        mesh: Mesh | None,
-        pace: ChunkSizes,
-    ):
-        self.config, self.processor, self.voices = config, processor, voices
-        keep = "talker" in models
-        text = ThinkerEngine(models["thinker"], params["thinker"], mesh=mesh, steps=pace.tokens, keep=keep)
-        speech, wave = None, None
-        if "talker" in models:
-            speech = TalkerEngine(models["talker"], params["talker"], config, text.words, mesh=mesh, steps=pace.codes)
-        if "token2wav" in models:
-            wave = Token2WavEngine(models["token2wav"], params["token2wav"], mesh)
-        multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self._loops = Engines(config, pace, text, speech, wave, multiple)
+    def __init__(self, config: OmniConfig, processor: Processor, engines: Engines, voices: Mapping[str, Voice]):
+        self.config = config
+        self.processor = processor
+        self.engines = engines
+        self.voices = voices
 
     def generate(self, messages: Messages, **options: Any) -> Reply:
         """Answers one dialogue.
 
         Args:
-          messages: OpenAI or Hugging Face chat messages; the README lists the parts.
+          messages: OpenAI or Hugging Face chat messages; docs/usage.md lists the parts.
           **options: see ``Options``.
 
         Raises:
           InputError: if the messages or options cannot be served; names the part, the value and the limit.
         """
-        chosen, started = Options.create(**options), time.perf_counter()
-        self._check_speech(chosen, [messages])
-        scheduler = Scheduler(self._loops)
-        task = self._submitted(scheduler, self._prompt(messages, chosen), chosen)
-        scheduler.timings.prepare = time.perf_counter() - started
-        *_, last = _events(scheduler, task)
+        *_, last = self._run_alone(messages, Options.create(**options), live=False)
         assert last.reply is not None
         return last.reply
 
     def stream(self, messages: Messages, **options: Any) -> Generator[Event, None, None]:
         """Answers one dialogue piece by piece: text and sound as they are made.
 
-        The last event carries the whole reply, which the pieces add up to. Nothing is made before it is asked for;
+        The last event carries the whole reply, which the pieces add up to. Nothing is computed before it is asked for;
         closing the iterator ends the reply and frees what it holds.
+
+        Args:
+          messages, **options: as in ``generate``, which also says what is raised; at once, not at the first event.
         """
-        chosen, started = Options.create(**options), time.perf_counter()
-        self._check_speech(chosen, [messages])
-        scheduler = Scheduler(self._loops)
-        task = self._submitted(scheduler, self._prompt(messages, chosen), chosen, live=True)
-        scheduler.timings.prepare = time.perf_counter() - started
-        return _events(scheduler, task)
+        return self._run_alone(messages, Options.create(**options), live=True)
 
-    def listen(self, messages: Messages = (), *, hears: bool = True, sees: bool = False, **options: Any) -> LiveSession:
-        """Begins a dialogue that is heard, or seen, while it goes on.
+    def listen(
+        self, messages: Messages = (), *, audio: bool = True, video: bool = False, **options: Any
+    ) -> LiveSession:
+        """Begins a dialogue whose input comes while it goes on.
 
-        Whatever comes is read as soon as it fills two seconds, so that only the rest is left when the speaker ends::
+        Whatever comes is prefilled as soon as it fills two seconds, so that only the rest remains when the speaker
+        ends::
 
-            listener = model.listen([{"role": "system", "content": SPEECH_SYSTEM_PROMPT}], modalities=("text", "audio"))
+            session = model.listen([{"role": "system", "content": SPEECH_SYSTEM_PROMPT}], modalities=("text", "audio"))
             for samples in microphone:
-                listener.audio(samples, 48_000)
-            for event in listener.answer():
+                session.audio(samples, 48_000)
+            for event in session.answer():
                 ...
 
         Args:
-          messages: that came before, earlier replies among them; maybe none. What is heard and seen becomes a message
-            of the user's after them.
-          hears: whether sound is to come (``LiveSession.audio``).
-          sees: whether pictures are to come (``LiveSession.video``); with sound too, they are one video.
+          messages: that came before, earlier replies among them; maybe none. What comes becomes a message of the
+            user's after them.
+          audio: whether sound is to come (``LiveSession.audio``).
+          video: whether pictures are to come (``LiveSession.video``); with sound too, they are one video.
           **options: see ``Options``; ``LiveSession.answer`` may change all but ``modalities`` and ``assume_fps``.
 
         Raises:
           InputError: if the messages or options cannot be served.
         """
         chosen = Options.create(**options)
-        self._check_speech(chosen, [messages])
-        prompt = LivePrompt(self.processor, messages, hears=hears, sees=sees, assume_fps=chosen.assume_fps)
-        scheduler = Scheduler(self._loops)
-        reading = scheduler.read(len(prompt.head.prompt) + ROOM, speaks=chosen.speaks)
+        self.check(chosen)
+        _warn_untrained(chosen, [messages])
+        prompt = LivePrompt(self.processor, messages, audio=audio, video=video, assume_fps=chosen.assume_fps)
+        scheduler = Scheduler(self.engines)
+        prefix = scheduler.make_prefix(len(prompt.head.prompt) + INITIAL_REPLY, with_talker=chosen.speaks)
 
-        def ask(whole: Prompt, others: Mapping[str, Any]) -> Request:
-            if settled := sorted({"modalities", "assume_fps"} & set(others)):
-                raise InputError(f"{' and '.join(settled)} must be given to listen; what came is already read so")
-            return self._ask(whole, Options.create(**{**options, **others}), live=True)
+        def make_request(pieces: Sequence[PromptPiece], whole: Prompt, changes: Mapping[str, Any]) -> RequestState:
+            fixed = sorted({"modalities", "assume_fps"} & set(changes))
+            if fixed:
+                raise InputError(f"{' and '.join(fixed)} must be given to listen; what came is already read so")
+            changed = Options.create(**{**options, **changes})
+            self.check(changed)
+            return self._make_request(pieces, whole, changed, live=True)
 
-        return LiveSession(prompt, scheduler, reading, ask)
+        return LiveSession(prompt, scheduler, prefix, make_request)
 
     def generate_batch(self, conversations: Sequence[Messages], *, batch_size: int = 8, **options: Any) -> list[Reply]:
         """Answers many dialogues, each as ``generate`` would alone.
@@ -204,49 +253,59 @@ class OmniModel:
         Args:
           conversations: one list of messages each.
           batch_size: how many are worked on at once; as soon as one is answered the next takes its place.
-          **options: see ``Options``; they hold for every row.
+          **options: see ``Options``; they hold for every dialogue.
+
+        Raises:
+          InputError: for an option that cannot be served.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        check_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         chosen = Options.create(**options)
-        self._check_speech(chosen, conversations)
+        self.check(chosen)
+        _warn_untrained(chosen, conversations)
+        num_slots = bucket(min(batch_size, max(len(conversations), 1)))
+        scheduler = self.scheduler(SchedulerConfig(num_slots, num_slots, BLOCK_SIZES))
+        stopwatch = Stopwatch(self.engines.clock)
         replies: dict[int, Reply] = {}
         prompts: dict[int, Prompt] = {}
-        started = time.perf_counter()
-        for i, messages in enumerate(conversations):
+        for number, messages in enumerate(conversations):
             try:
-                prompts[i] = self._prompt(messages, chosen)
-            except InputError as e:
-                replies[i] = Reply.failed(e)
-        rows = bucket(min(batch_size, max(len(prompts), 1)))
-        scheduler = Scheduler(self._loops, SchedulerConfig(rows, rows))
-        scheduler.timings.prepare = time.perf_counter() - started
-        order = sorted(prompts, key=lambda i: len(prompts[i]))  # caches grow once, then
-        numbers = {self._submitted(scheduler, prompts[i], chosen): i for i in order}
-        for task, event in scheduler.run():
+                prompts[number] = self._make_prompt(messages, chosen)
+            except Exception as error:  # whatever its media raise costs this dialogue alone
+                replies[number] = Reply.from_error(error)
+        scheduler.timings.prepare = stopwatch.lap()
+        numbers = {}
+        for number in sorted(prompts, key=lambda number: len(prompts[number])):  # so that caches grow once
+            numbers[self.submit(scheduler, prompts[number], chosen)] = number
+        for state, event in scheduler.run():
             if event.reply is not None:
-                replies[numbers[task]] = event.reply
-        return [replies[i] for i in range(len(conversations))]
+                replies[numbers[state]] = event.reply
+        return [replies[number] for number in range(len(conversations))]
 
-    def scheduler(self, slots: SchedulerConfig) -> Scheduler:
-        """An engine for many requests, that come and go one by one; see ``Scheduler`` and ``request``."""
-        return Scheduler(self._loops, slots)
+    def scheduler(self, config: SchedulerConfig) -> Scheduler:
+        """A scheduler for many requests that come and go one by one; see ``submit``."""
+        return Scheduler(self.engines, config)
 
-    def request(self, scheduler: Scheduler, prompt: Prompt, options: Options) -> RequestState:
-        """Gives a scheduler of this model a request whose sound is to come with its reply.
+    def submit(self, scheduler: Scheduler, prompt: Prompt, options: Options, *, live: bool = False) -> RequestState:
+        """Gives a scheduler of this model a request.
 
         Args:
           scheduler: of this model.
           prompt: from this model's processor.
           options: how it is to be answered.
+          live: whether sound is to come as it is made; otherwise it comes with the reply.
 
         Raises:
           InputError: for what ``check`` finds wrong.
         """
         self.check(options)
-        return self._submitted(scheduler, prompt, options)
+        spans = mrope.resolve(prompt.segments, self.config.thinker_config)
+        state = self._make_request([PromptPiece(prompt, spans)], prompt, options, live=live)
+        scheduler.submit(state)
+        return state
 
-    def warmup(self, *, tokens: int = 2048, windows: int = 32, slots: SchedulerConfig | None = None) -> Compilations:
+    def warmup(
+        self, *, tokens: int = 2048, windows: int = 32, scheduler: SchedulerConfig | None = None
+    ) -> Compilations:
         """Compiles what ``stream`` and ``listen`` run, so that no request has to wait for the compiler.
 
         What is larger than this is compiled when it is met, and so is ``generate`` with speech, whose sound is made at
@@ -255,19 +314,26 @@ class OmniModel:
         Args:
           tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
           windows: of a picture at most, each 112 x 112 pixels: a picture of 480 x 640 has 30. 0 for none.
-          slots: of a scheduler that is to run instead, with requests that are not live.
+          scheduler: of one that is to run instead, with requests that are not live.
 
         Returns:
           How many programs there were, and the seconds they took.
+
+        Raises:
+          InputError: for a number out of range.
         """
-        wave, voices, pace = self._loops.wave, list(self.voices.values()), self._loops.pace
+        context = self.config.thinker_config.text_config.max_position_embeddings
+        check_int("tokens", tokens, 1, context)
+        check_int("windows", windows, 0, 4096)
+        token2wav_engine = self.engines.token2wav
+        voices = list(self.voices.values())
         with Compilations() as compilations:
-            warm_up(self._loops, slots or SchedulerConfig(), tokens=tokens, windows=windows)
-            if wave is not None and voices and slots is not None:
-                wave.warm_up_whole(voices, slots.blocks)
-            elif wave is not None and voices:
-                chunks = dict(first_chunk_codes=pace.first_chunk_codes, chunk_codes=pace.chunk_codes)
-                wave.warm_up(voices, **chunks)
+            warm_up_decoders(self.engines, scheduler or SchedulerConfig(), tokens=tokens, windows=windows)
+            if token2wav_engine is not None and voices and scheduler is not None:
+                token2wav_engine.warm_up_lists(voices, scheduler.block_sizes)
+            elif token2wav_engine is not None and voices:
+                sizes = self.engines.chunk_sizes
+                token2wav_engine.warm_up_streams(voices, sizes.first_chunk_codes, sizes.chunk_codes)
         return compilations
 
     def synthesize(
@@ -275,9 +341,9 @@ class OmniModel:
         codec_ids: Sequence[int] | np.ndarray,
         *,
         voice: str | None = None,
-        noise: np.ndarray | None = None,
+        noise: Float[np.ndarray, "frames mel"] | None = None,
         seed: int = 0,
-    ) -> np.ndarray:
+    ) -> Float[np.ndarray, " samples"]:
         """Codes to sound.
 
         Args:
@@ -292,78 +358,103 @@ class OmniModel:
         Raises:
           InputError: for codes out of range, none or too many, noise of another shape, or an unknown voice.
         """
-        self._need_speech()
-        wave = self._loops.wave
-        assert wave is not None
-        return wave.synthesize([np.asarray(codec_ids)], [choose(self.voices, voice)], [noise], [seed])[0]
-
-    def _prompt(self, messages: Messages, options: Options) -> Prompt:
-        context = self.config.thinker_config.text_config.max_position_embeddings
-        return self.processor(messages, assume_fps=options.assume_fps, max_length=context - 1)
-
-    def _submitted(self, scheduler: Scheduler, prompt: Prompt, options: Options, *, live: bool = False) -> RequestState:
-        spans = mrope.resolve(prompt.segments, self.config.thinker_config)
-        return scheduler.submit(self._ask(prompt, options, live=live), [(prompt, spans)])
-
-    def _ask(self, prompt: Prompt, options: Options, *, live: bool) -> Request:
-        c, length = self.config.thinker_config, len(prompt)
-        room = min(options.max_tokens, c.text_config.max_position_embeddings - length)
-        text = TextRequest(options.sampling, room, stop_ids(self.processor, options))
-        after = mrope.resolve((*prompt.segments, mrope.Text(2)), c)[-1]
-        voicing = None
-        if options.speaks:
-            noise = options.seed if options.noise_seed is None else options.noise_seed
-            voicing = Voicing(choose(self.voices, options.voice), self._talk(options), noise)
-        span = dataclasses.replace(after, begin=0)
-        return Request(prompt.tokens, span, prompt.usage, text, ReplyWriter(self.processor, options), voicing, live)
-
-    def _check_speech(self, options: Options, conversations: Sequence[Messages]) -> None:
-        """Before any work: what speech needs is there. Warns of a system prompt that speech was not trained with."""
-        self.check(options)
-        if options.speaks and not all(_asks_for_speech(messages) for messages in conversations):
-            warnings.warn(
-                "speech was trained with the system prompt omni_jax.SPEECH_SYSTEM_PROMPT alone; under another one, or "
-                "without one, the model may speak badly or not at all",
-                stacklevel=3,
-            )
+        self._check_can_speak()
+        engine = self.engines.token2wav
+        assert engine is not None
+        (samples,) = engine.synthesize([np.asarray(codec_ids)], [choose(self.voices, voice)], [noise], [seed])
+        return samples
 
     def check(self, options: Options) -> None:
         """Whether the model can answer so, before any work is done.
 
         Raises:
-          InputError: for speech where it cannot speak, for an unknown voice, and for a wrong option of the Talker's.
+          InputError: for speech where it cannot speak, an unknown voice, a wrong option of the Talker's, and a stop id
+            that the vocabulary does not have.
         """
+        vocab_size = self.config.thinker_config.text_config.vocab_size
+        for token in options.stop_token_ids:
+            check_int("stop_token_ids", token, 0, vocab_size - 1)
         if options.speaks:
-            self._need_speech()
-            choose(self.voices, options.voice)
-            self._talk(options)
+            self._check_can_speak()
+            self._make_speech_params(options)
 
-    def _need_speech(self) -> None:
-        missing = [
-            name for name, part in (("talker", self._loops.speech), ("token2wav", self._loops.wave)) if part is None
-        ]
+    def _run_alone(self, messages: Messages, options: Options, *, live: bool) -> Generator[Event, None, None]:
+        """Prepares a dialogue now; its answer is made as the iterator is advanced."""
+        self.check(options)
+        _warn_untrained(options, [messages])
+        scheduler = Scheduler(self.engines)
+        stopwatch = Stopwatch(self.engines.clock)
+        state = self.submit(scheduler, self._make_prompt(messages, options), options, live=live)
+        scheduler.timings.prepare = stopwatch.lap()
+        return scheduler.run_alone(state)
+
+    def _make_prompt(self, messages: Messages, options: Options) -> Prompt:
+        context = self.config.thinker_config.text_config.max_position_embeddings
+        return self.processor(messages, assume_fps=options.assume_fps, max_length=context - 1)
+
+    def _make_request(
+        self, pieces: Sequence[PromptPiece], prompt: Prompt, options: Options, *, live: bool
+    ) -> RequestState:
+        """A request.
+
+        Args:
+          pieces: of the prompt that have not been prefilled.
+          prompt: all of it; the media are not looked at.
+          options: how it is to be answered.
+          live: whether sound is to come as it is made.
+        """
+        c = self.config.thinker_config
+        stop_ids = tuple(dict.fromkeys((*self.processor.stop_ids, *options.stop_token_ids)))
+        room = c.text_config.max_position_embeddings - len(prompt)
+        text = TextRequest(prompt.tokens, options.sampling, min(options.max_tokens, room), stop_ids)
+        # the two ids behind the prompt are resolved as if text followed it
+        reply_span = mrope.resolve((*prompt.segments, mrope.Text(2)), c)[-1]
+        request = Request(
+            pieces=pieces,
+            text=text,
+            stop=options.stop,
+            speech=self._make_speech_params(options) if options.speaks else None,
+            live=live,
+            reply_span=dataclasses.replace(reply_span, begin=0),
+            usage=prompt.usage,
+        )
+        return RequestState(request, Detokenizer(self.processor.text_stream(), stop_ids, options.stop))
+
+    def _make_speech_params(self, options: Options) -> SpeechParams:
+        params = TalkerParams.create(options.talker, self.config)
+        text_seed = options.sampling.seed or 0
+        sampling = merge_seed(params.sampling, text_seed)
+        sampling = dataclasses.replace(sampling, seed=(sampling.seed or 0) ^ _TALKER_SALT)
+        noise_seed = text_seed if options.noise_seed is None else options.noise_seed
+        voice = choose(self.voices, options.voice)
+        return SpeechParams(voice, dataclasses.replace(params, sampling=sampling), noise_seed)
+
+    def _check_can_speak(self) -> None:
+        parts = {"talker": self.engines.talker, "token2wav": self.engines.token2wav}
+        missing = [name for name, engine in parts.items() if engine is None]
         if missing:
             raise InputError(
                 f"speech needs {' and '.join(missing)}, which this model was loaded or converted without; convert and "
                 "load all components"
             )
 
-    def _talk(self, options: Options) -> TalkerParams:
-        return TalkerParams.create({"seed": options.seed, **options.talker}, self.config)
+
+def _warn_untrained(options: Options, conversations: Sequence[Messages]) -> None:
+    """Warns of a system prompt that speech was not trained with."""
+    if options.speaks and not all(map(_has_speech_prompt, conversations)):
+        warnings.warn(
+            "speech was trained with the system prompt omni_jax.SPEECH_SYSTEM_PROMPT alone; under another one, or "
+            "without one, the model may speak badly or not at all",
+            stacklevel=3,
+        )
 
 
-def _events(scheduler: Scheduler, task: RequestState) -> Generator[Event, None, None]:
-    """What a scheduler's only request gives."""
-    for _, event in scheduler.run():
-        if task.error is not None:
-            raise task.error
-        yield event
-
-
-def _asks_for_speech(messages: Messages) -> bool:
+def _has_speech_prompt(messages: Messages) -> bool:
     """Whether a dialogue begins with the system prompt that speech was trained with."""
     first = messages[0] if messages else {}
-    content = first.get("content") if isinstance(first, Mapping) else None
+    if not isinstance(first, Mapping):
+        return False
+    content = first.get("content")
     if isinstance(content, list | tuple) and len(content) == 1 and isinstance(content[0], Mapping):
         content = content[0].get("text")
-    return isinstance(first, Mapping) and first.get("role") == "system" and content == SPEECH_SYSTEM_PROMPT
+    return first.get("role") == "system" and content == SPEECH_SYSTEM_PROMPT

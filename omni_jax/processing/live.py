@@ -1,4 +1,4 @@
-"""A prompt whose sound and pictures come while somebody still speaks, in pieces that can be read at once.
+"""A prompt whose sound and pictures come while somebody still speaks, in pieces that can be prefilled at once.
 
 Sound is cut into the blocks of the encoder, two seconds each, and pictures into windows as long. A piece is everything
 of one such window. Tokens, position ids and the order of media are those that ``Processor`` gives to the same dialogue
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,30 +18,17 @@ from PIL import Image
 from omni_jax import mrope
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
-from omni_jax.mrope import Grid, Interleaved, Span
+from omni_jax.mrope import Grid, Interleaved
 from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings, MelStream, Resampler
 from omni_jax.processing.chat import parse_messages
 from omni_jax.processing.layout import AudioInput, Media, Prompt, Usage, VisionInput, audio_tokens, lay_out
+from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import LiveKind, Processor
 from omni_jax.processing.vision import PixelSettings, video_input, video_size
 
 _NO_GRID = Grid(0, 0, 0)
-_EARLY = 0.1  # of the time between two pictures: by so much one may come before its time
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next tokens of a prompt.
-
-    Attributes:
-      prompt: of these tokens alone: their media hold no more than the features that they take, and the segments, which
-        may be cut anywhere, are left out.
-      spans: of the position ids, counted from the piece's first token.
-    """
-
-    prompt: Prompt
-    spans: list[Span]
+_TOLERANCE = 0.1  # of the time between two pictures: by so much one may come before its time
 
 
 class LivePrompt:
@@ -60,8 +46,8 @@ class LivePrompt:
         processor: Processor,
         messages: Sequence[Mapping[str, Any]],
         *,
-        hears: bool,
-        sees: bool,
+        audio: bool,
+        video: bool,
         assume_fps: float | None = None,
     ):
         """Reads what comes before.
@@ -69,53 +55,57 @@ class LivePrompt:
         Args:
           processor: of the checkpoint.
           messages: earlier ones, with a system prompt or without; maybe none.
-          hears: whether sound is to come.
-          sees: whether pictures are to come; with sound too, they are one video.
+          audio: whether sound is to come.
+          video: whether pictures are to come; with sound too, they are one video.
           assume_fps: of videos in earlier messages, see ``Processor.__call__``.
 
         Raises:
           InputError: for messages that cannot be served, or if neither sound nor pictures are to come.
         """
-        if not (hears or sees):
-            raise InputError("hears and sees are both false; a dialogue without sound or pictures is for generate")
+        if not (audio or video):
+            raise InputError("audio and video are both false; a dialogue without sound or pictures is for generate")
         none = isinstance(messages, list | tuple) and not messages
-        self._processor, self._messages = processor, () if none else parse_messages(messages)
+        self._processor = processor
+        self._messages = () if none else parse_messages(messages)
         self._thinker = processor.config.thinker_config
         self._block = self._thinker.audio_config.block_frames
-        self._kind: LiveKind = "video" if sees else "audio"
-        self._ear = _Ear(processor.settings.mel, self._block) if hears else None
-        self._eye = _Eye(processor.settings.pixels) if sees else None
-        self._windows = _windows(processor.settings.pixels, self._thinker) if sees else []
+        self._kind: LiveKind = "video" if video else "audio"
+        self._audio = _AudioInput(processor.settings.mel, self._block) if audio else None
+        self._video = _VideoInput(processor.settings.pixels) if video else None
+        self._window_ends = _window_ends(processor.settings.pixels, self._thinker) if video else []
         before = processor.before_media(self._messages, self._kind, assume_fps=assume_fps)
-        self.head = Piece(before, mrope.resolve(before.segments, self._thinker))
+        self.head = PromptPiece(before, mrope.resolve(before.segments, self._thinker))
         # the position id of the begin mark
         self._start = mrope.resolve((*before.segments, mrope.Text(1)), self._thinker)[-1].start
-        self._ending: tuple[str, list[int]] = "", processor.after_media(self._messages, self._kind, "")
-        self._least_after = len(self._ending[1])
+        self._after_media: tuple[str, list[int]] = "", processor.after_media(self._messages, self._kind, "")
+        self._min_tokens_after = len(self._after_media[1])
         # what the pieces so far hold: windows, tokens, frames of log-mel and grids of pictures
-        self._window = self._read = self._frames = self._grids = 0
-        self._check_room(0, _NO_GRID, self._least_after)
+        self._window = 0
+        self._num_tokens = 0
+        self._frames = 0
+        self._grids = 0
+        self._check_room(0, _NO_GRID, self._min_tokens_after)
 
-    def audio(self, samples: np.ndarray, rate: int) -> list[Piece]:
+    def audio(self, samples: np.ndarray, rate: int) -> list[PromptPiece]:
         """Hears more, see ``LiveSession.audio``; returns the windows that are full now."""
-        if self._ear is None:
-            raise InputError("this dialogue hears nothing; begin it with hears=True")
-        self._ear.check(samples, rate)
-        self._check_room(self._ear.frames_with(len(samples), rate), self._grid, self._least_after)
-        self._ear.push(samples, rate)
-        return self._full()
+        if self._audio is None:
+            raise InputError("this dialogue audio nothing; begin it with audio=True")
+        self._audio.check(samples, rate)
+        self._check_room(self._audio.frames_with(len(samples), rate), self._grid, self._min_tokens_after)
+        self._audio.push(samples, rate)
+        return self._take_full_windows()
 
-    def video(self, picture: Any, seconds: float) -> list[Piece]:
+    def video(self, picture: Any, seconds: float) -> list[PromptPiece]:
         """Sees more, see ``LiveSession.video``; returns the windows that are full now."""
-        if self._eye is None:
-            raise InputError("this dialogue sees nothing; begin it with sees=True")
+        if self._video is None:
+            raise InputError("this dialogue video nothing; begin it with video=True")
         image = media.read_image(picture)
-        self._eye.check(image, seconds)
-        self._check_room(self._all_frames, self._eye.grid_with(image, seconds), self._least_after)
-        self._eye.push(image, seconds)
-        return self._full()
+        self._video.check(image, seconds)
+        self._check_room(self._num_frames_so_far, self._video.grid_with(image, seconds), self._min_tokens_after)
+        self._video.push(image, seconds)
+        return self._take_full_windows()
 
-    def whole(self, text: str) -> Prompt:
+    def whole_prompt(self, text: str) -> Prompt:
         """The prompt if it ended now: its tokens, segments and usage. Its media are left out, as they have been read.
 
         Args:
@@ -125,33 +115,33 @@ class LivePrompt:
           InputError: if nothing was heard or seen, or there is no room for the text.
         """
         self._check_media()
-        after = self._after(text)
-        self._check_room(self._all_frames, self._grid, len(after))
-        head, part = self.head.prompt, self._part(self._all_frames, self._grid, after)
+        after = self._tokens_after(text)
+        self._check_room(self._num_frames_so_far, self._grid, len(after))
+        head, part = self.head.prompt, self._lay_out_media(self._num_frames_so_far, self._grid, after)
         tokens = np.concatenate([head.tokens, part.tokens])
         nowhere, first = np.full(len(tokens), -1, np.int32), np.zeros(len(tokens), np.int32)
-        return Prompt(tokens, (*head.segments, *part.segments), (), nowhere, first, _sum(head.usage, part.usage))
+        return Prompt(tokens, (*head.segments, *part.segments), (), nowhere, first, _add_usage(head.usage, part.usage))
 
-    def end(self, text: str) -> list[Piece]:
+    def end(self, text: str) -> list[PromptPiece]:
         """The rest of ``whole``; nothing can follow. It raises as ``whole`` does.
 
         It is one piece, but for the sound that resampling held back, which may fill a window now.
         """
-        self.whole(text)
-        if self._ear is not None:
-            self._ear.flush()
-        full = self._full()
-        part = self._part(self._all_frames, self._grid, self._after(text))
-        sight = None if self._eye is None else self._eye.finish()
-        return [*full, self._piece(part, len(part), sight, None if self._ear is None else self._ear.finish())]
+        self.whole_prompt(text)
+        if self._audio is not None:
+            self._audio.flush()
+        full = self._take_full_windows()
+        part = self._lay_out_media(self._num_frames_so_far, self._grid, self._tokens_after(text))
+        sight = None if self._video is None else self._video.finish()
+        return [*full, self._make_piece(part, len(part), sight, None if self._audio is None else self._audio.finish())]
 
     @property
-    def _all_frames(self) -> int:
-        return 0 if self._ear is None else self._ear.frames_with(0, 1)
+    def _num_frames_so_far(self) -> int:
+        return 0 if self._audio is None else self._audio.frames_with(0, 1)
 
     @property
     def _grid(self) -> Grid:
-        return _NO_GRID if self._eye is None else self._eye.grid
+        return _NO_GRID if self._video is None else self._video.grid
 
     @property
     def _cells(self) -> int:
@@ -159,27 +149,27 @@ class LivePrompt:
         return self._grid.height * self._grid.width
 
     @property
-    def _marks(self) -> int:
+    def _num_delimiters(self) -> int:
         """Before the media, and as many behind."""
-        return 2 if self._ear is not None and self._eye is not None else 1
+        return 2 if self._audio is not None and self._video is not None else 1
 
-    def _after(self, text: str) -> list[int]:
+    def _tokens_after(self, text: str) -> list[int]:
         """The ids behind the end mark."""
-        if text != self._ending[0]:
-            self._ending = text, self._processor.after_media(self._messages, self._kind, text)
-        return self._ending[1]
+        if text != self._after_media[0]:
+            self._after_media = text, self._processor.after_media(self._messages, self._kind, text)
+        return self._after_media[1]
 
     def _check_media(self) -> None:
-        if self._ear is not None and audio_tokens(self._all_frames) < 1:
+        if self._audio is not None and audio_tokens(self._num_frames_so_far) < 1:
             raise InputError(
                 "nothing has been heard yet, or less than the 0.025 s that the model needs; go on with audio"
             )
-        if self._eye is not None and not self._grid.frames:
+        if self._video is not None and not self._grid.frames:
             raise InputError("nothing has been seen yet; go on with video")
 
     def _check_room(self, frames: int, grid: Grid, after: int) -> None:
         """Raises InputError if the prompt is longer than the context with this sound, these pictures and ids after."""
-        length = len(self.head.prompt) + 2 * self._marks + audio_tokens(frames) + grid.length + after
+        length = len(self.head.prompt) + 2 * self._num_delimiters + audio_tokens(frames) + grid.length + after
         limit = self._thinker.text_config.max_position_embeddings - 1
         if length > limit:
             raise InputError(
@@ -188,45 +178,45 @@ class LivePrompt:
                 "answer what has come, or begin again with less before it or smaller pictures"
             )
 
-    def _full(self) -> list[Piece]:
+    def _take_full_windows(self) -> list[PromptPiece]:
         """The windows that are full and have not been read yet."""
         pieces = []
         while (piece := self._next_window()) is not None:
             pieces.append(piece)
         return pieces
 
-    def _next_window(self) -> Piece | None:
+    def _next_window(self) -> PromptPiece | None:
         """The next window, if the sound and the pictures of it are all there."""
         frames, grids, sound, sight = self._frames, self._grids, None, None
-        if self._eye is not None:
-            grids = self._windows[self._window]
-            if len(self._eye.grids) < grids - self._grids:
+        if self._video is not None:
+            grids = self._window_ends[self._window]
+            if len(self._video.grids) < grids - self._grids:
                 return None
-        if self._ear is not None:
-            if not self._ear.blocks:
+        if self._audio is not None:
+            if not self._audio.blocks:
                 return None
-            frames, sound = frames + self._block, AudioInput(self._ear.blocks.pop(0))
-        if self._eye is not None:
-            sight = _joined([self._eye.grids.pop(0) for _ in range(grids - self._grids)])
-        part = self._part(frames, dataclasses.replace(self._grid, frames=grids), [])
-        piece = self._piece(part, len(part) - self._marks, sight, sound)
+            frames, sound = frames + self._block, AudioInput(self._audio.blocks.pop(0))
+        if self._video is not None:
+            sight = _concatenate_grids([self._video.grids.pop(0) for _ in range(grids - self._grids)])
+        part = self._lay_out_media(frames, dataclasses.replace(self._grid, frames=grids), [])
+        piece = self._make_piece(part, len(part) - self._num_delimiters, sight, sound)
         self._window, self._frames, self._grids = self._window + 1, frames, grids
         return piece
 
-    def _part(self, frames: int, grid: Grid, after: Sequence[int]) -> Prompt:
+    def _lay_out_media(self, frames: int, grid: Grid, after: Sequence[int]) -> Prompt:
         """What follows the head, laid out as it would be if this were all; of the media there is only the size."""
         c = self._thinker
         merge, nothing = c.vision_config.spatial_merge_size, np.float32(0)
         sound = AudioInput(np.broadcast_to(nothing, (frames, 1)))
         shape = (grid.frames, grid.height * merge, grid.width * merge)
         sight = VisionInput(np.broadcast_to(nothing, (math.prod(shape), 1)), shape, "video", grid.seconds)
-        if self._eye is None:
+        if self._video is None:
             ids = [c.audio_start_token_id, c.audio_token_index, c.audio_end_token_id, *after]
             return lay_out(ids, [sound], c)
         ids = [c.vision_start_token_id, c.video_token_index, c.vision_end_token_id, *after]
-        return lay_out(ids, [sight if self._ear is None else (sight, sound)], c)
+        return lay_out(ids, [sight if self._audio is None else (sight, sound)], c)
 
-    def _piece(self, part: Prompt, end: int, sight: VisionInput | None, sound: AudioInput | None) -> Piece:
+    def _make_piece(self, part: Prompt, end: int, sight: VisionInput | None, sound: AudioInput | None) -> PromptPiece:
         """The tokens of a part from where the last piece ended, and what is new of the media."""
         new: list[Media] = []
         numbers, done = [], []  # of each of the part's media: its number in the piece, its features in earlier pieces
@@ -235,7 +225,7 @@ class LivePrompt:
             numbers.append(len(new))
             done.append(audio_tokens(self._frames) if isinstance(item, AudioInput) else self._grids * self._cells)
             new += [] if fresh is None else [fresh]
-        here, own = slice(self._read, end), part.media_item[self._read : end]
+        here, own = slice(self._num_tokens, end), part.media_item[self._num_tokens : end]
         spans = mrope.resolve(part.segments, self._thinker, start=self._start)
         piece = Prompt(
             tokens=part.tokens[here],
@@ -245,11 +235,11 @@ class LivePrompt:
             media_token=np.where(own < 0, 0, part.media_token[here] - np.array(done)[own]).astype(np.int32),
             usage=Usage(),
         )
-        self._read = end
-        return Piece(piece, mrope.cut(spans, here.start, end))
+        self._num_tokens = end
+        return PromptPiece(piece, mrope.cut(spans, here.start, end))
 
 
-class _Ear:
+class _AudioInput:
     """Sound on its way to blocks of log-mel."""
 
     def __init__(self, settings: MelSettings, block: int):
@@ -305,7 +295,7 @@ class _Ear:
         return AudioInput(mel) if len(mel) else None
 
 
-class _Eye:
+class _VideoInput:
     """Pictures on their way to grids, at the rate that the model looks at; each stands until the next one comes."""
 
     def __init__(self, settings: PixelSettings):
@@ -323,7 +313,7 @@ class _Eye:
 
     def grid_with(self, picture: Image.Image, seconds: float) -> Grid:
         """The same with one more."""
-        return self._grid_of(picture, self._due(seconds))
+        return self._grid_of(picture, self._count_due(seconds))
 
     def check(self, picture: Image.Image, seconds: float) -> None:
         """Raises InputError unless this can follow what was seen before."""
@@ -336,14 +326,14 @@ class _Eye:
                 f"the picture has {picture.size} pixels, the first has {self._last.size}; all must be of one size"
             )
         most, fps = self._settings.max_frames, self._settings.fps
-        if self._due(seconds) > most:
+        if self._count_due(seconds) > most:
             raise InputError(
                 f"a picture at {seconds:g} s is over the limit of {most / fps:g} s ({most} pictures at {fps:g} a "
                 "second); it was not taken; count seconds from the beginning, or answer what has been seen"
             )
 
     def push(self, picture: Image.Image, seconds: float) -> None:
-        due, before = self._due(seconds), self._last or picture
+        due, before = self._count_due(seconds), self._last or picture
         for number in range(self._count, due):
             self._waiting.append(picture if number == due - 1 else before)
             if len(self._waiting) == self._settings.temporal_patch_size:
@@ -354,11 +344,11 @@ class _Eye:
         """What no piece holds yet."""
         if self._waiting:
             self._make_grid()
-        return _joined(self.grids) if self.grids else None
+        return _concatenate_grids(self.grids) if self.grids else None
 
-    def _due(self, seconds: float) -> int:
+    def _count_due(self, seconds: float) -> int:
         """How many pictures there are to be by this time, its own included."""
-        return max(self._count, math.floor(seconds * self._settings.fps + _EARLY) + 1)
+        return max(self._count, math.floor(seconds * self._settings.fps + _TOLERANCE) + 1)
 
     def _grid_of(self, picture: Image.Image, count: int) -> Grid:
         # a video's pictures share a budget of pixels, but nobody knows yet how many there will be; it is 115,200
@@ -372,13 +362,13 @@ class _Eye:
         self._waiting = []
 
 
-def _joined(grids: Sequence[VisionInput]) -> VisionInput:
+def _concatenate_grids(grids: Sequence[VisionInput]) -> VisionInput:
     """One after the other, as one."""
     shape = (sum(g.grid[0] for g in grids), *grids[0].grid[1:])
     return dataclasses.replace(grids[0], patches=np.concatenate([g.patches for g in grids]), grid=shape)
 
 
-def _windows(pixels: PixelSettings, config: ThinkerConfig) -> list[int]:
+def _window_ends(pixels: PixelSettings, config: ThinkerConfig) -> list[int]:
     """How many grids there are by the end of each window.
 
     Raises:
@@ -396,5 +386,5 @@ def _windows(pixels: PixelSettings, config: ThinkerConfig) -> list[int]:
     return [chunk.end for chunk in chunks[:-1]] + [most + 1]
 
 
-def _sum(a: Usage, b: Usage) -> Usage:
+def _add_usage(a: Usage, b: Usage) -> Usage:
     return Usage(*(x + y for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)))

@@ -15,7 +15,8 @@ from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings, audio_input, resample
 from omni_jax.processing.chat import parse_messages
 from omni_jax.processing.layout import AudioInput, Item, Prompt, VisionInput, audio_tokens, lay_out
-from omni_jax.processing.live import LivePrompt, Piece
+from omni_jax.processing.live import LivePrompt
+from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.vision import video_input
 from tests.processing.conftest import MEDIA
@@ -54,11 +55,11 @@ def offline(processor: Processor, messages: Sequence[Any], kind: Any, item: Item
     c = processor.config.thinker_config
     parsed = parse_messages(messages) if messages else ()
     before = processor.before_media(parsed, kind)
-    marks = {
+    delimiters = {
         "audio": (c.audio_start_token_id, c.audio_token_index, c.audio_end_token_id),
         "video": (c.vision_start_token_id, c.video_token_index, c.vision_end_token_id),
     }
-    part = lay_out([*marks[kind], *processor.after_media(parsed, kind, TEXT)], [item], c)
+    part = lay_out([*delimiters[kind], *processor.after_media(parsed, kind, TEXT)], [item], c)
     own = part.media_item >= 0
     return Prompt(
         np.concatenate([before.tokens, part.tokens]),
@@ -82,10 +83,10 @@ def features_of(prompt: Prompt, item: int) -> int:
 
 
 def check(
-    processor: Processor, live: LivePrompt, pieces: Sequence[Piece], wanted: Prompt, *, exact: bool = True
+    processor: Processor, live: LivePrompt, pieces: Sequence[PromptPiece], wanted: Prompt, *, exact: bool = True
 ) -> None:
     """Tokens, position ids, and which feature of what each position takes."""
-    whole = live.whole(TEXT)
+    whole = live.whole_prompt(TEXT)
     pieces = [live.head, *pieces, *live.end(TEXT)]
     tokens = np.concatenate([p.prompt.tokens for p in pieces])
     np.testing.assert_array_equal(tokens, wanted.tokens)
@@ -126,7 +127,7 @@ def check(
 def test_sound(processor: Processor, samples: int) -> None:
     x = sound(samples)
     for size in (1600, 50_001):
-        live = LivePrompt(processor, BEFORE, hears=True, sees=False)
+        live = LivePrompt(processor, BEFORE, audio=True, video=False)
         pieces = [p for i in range(0, samples, size) for p in live.audio(x[i : i + size], 16_000)]
         assert len(pieces) == max(0, (samples - 40) // BLOCK)
         assert all(len(p.prompt.media) == 1 for p in pieces)
@@ -138,16 +139,16 @@ def test_it_is_what_the_processor_makes_of_the_messages(processor: Processor) ->
     content = [{"type": "audio", "audio": x, "sampling_rate": 16_000}, {"type": "text", "text": TEXT}]
     for messages in ([], BEFORE):
         wanted = processor([*messages, {"role": "user", "content": content}])
-        live = LivePrompt(processor, messages, hears=True, sees=False)
+        live = LivePrompt(processor, messages, audio=True, video=False)
         pieces = live.audio(x, 16_000)
-        assert live.whole(TEXT).usage == wanted.usage
+        assert live.whole_prompt(TEXT).usage == wanted.usage
         check(processor, live, pieces, wanted)
 
 
 @pytest.mark.parametrize("rate", [8000, 44_100, 48_000])
 def test_sound_of_another_rate(processor: Processor, rate: int) -> None:
     x = sound(rate * 5 + 17, rate)
-    live = LivePrompt(processor, (), hears=True, sees=False)
+    live = LivePrompt(processor, (), audio=True, video=False)
     pieces = [p for i in range(0, len(x), 1000) for p in live.audio(x[i : i + 1000], rate)]
     assert len(pieces) == 2
     settings = processor.settings.mel
@@ -157,12 +158,12 @@ def test_sound_of_another_rate(processor: Processor, rate: int) -> None:
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 11])
 def test_video(processor: Processor, count: int) -> None:
     frames = pictures(count)
-    live = LivePrompt(processor, BEFORE, hears=False, sees=True)
+    live = LivePrompt(processor, BEFORE, audio=False, video=True)
     pieces = [p for i, frame in enumerate(frames) for p in live.video(frame, i / 2)]
     assert len(pieces) == count // 4
     video = {"type": "video", "video": frames, "fps": 2.0}
     wanted = processor([*BEFORE, {"role": "user", "content": [video, {"type": "text", "text": TEXT}]}])
-    assert live.whole(TEXT).usage == wanted.usage
+    assert live.whole_prompt(TEXT).usage == wanted.usage
     check(processor, live, pieces, wanted)
 
 
@@ -171,7 +172,7 @@ def test_video(processor: Processor, count: int) -> None:
 )
 def test_video_with_sound(processor: Processor, count: int, samples: int) -> None:
     frames, x, size = pictures(count), sound(samples), 1600
-    live = LivePrompt(processor, BEFORE, hears=True, sees=True)
+    live = LivePrompt(processor, BEFORE, audio=True, video=True)
     pieces = []
     for at in range(max(samples // size + 1, count * 5)):
         pieces += live.video(frames[at // 5], at / 10) if at % 5 == 0 and at // 5 < count else []
@@ -188,7 +189,7 @@ def test_a_real_video(processor: Processor) -> None:
     wanted = processor(
         [{"role": "user", "content": [{"type": "video", "video": str(file)}, {"type": "text", "text": TEXT}]}]
     )
-    live = LivePrompt(processor, (), hears=True, sees=True)
+    live = LivePrompt(processor, (), audio=True, video=True)
     pieces = live.audio(media.read_audio(str(file), settings.mel), 16_000)
     for i, frame in enumerate(media.read_video(str(file), settings.pixels, {}).frames):
         pieces += live.video(frame, i / 2)
@@ -199,12 +200,12 @@ def test_a_real_video(processor: Processor) -> None:
 def test_pictures_are_taken_when_it_is_time(processor: Processor) -> None:
     """In each half second the first that comes, or the last before it if none does."""
     fast, taken = pictures(61), [0, 14, 29, 44, 59]  # a picture may come a tenth of half a second early
-    live = LivePrompt(processor, (), hears=False, sees=True)
+    live = LivePrompt(processor, (), audio=False, video=True)
     pieces = [p for i, frame in enumerate(fast) for p in live.video(frame, i / 30)]
     wanted = offline(processor, (), "video", seen(processor, [fast[i] for i in taken]))
     check(processor, live, pieces, wanted)
     slow = pictures(3)
-    live = LivePrompt(processor, (), hears=False, sees=True)
+    live = LivePrompt(processor, (), audio=False, video=True)
     pieces = [p for frame, at in zip(slow, (0.2, 0.9, 2.6), strict=True) for p in live.video(frame, at)]
     order = [slow[i] for i in (0, 1, 1, 1, 1, 2)]
     check(processor, live, pieces, offline(processor, (), "video", seen(processor, order)))
@@ -212,7 +213,7 @@ def test_pictures_are_taken_when_it_is_time(processor: Processor) -> None:
 
 def test_what_resampling_held_back_is_read_block_by_block(processor: Processor) -> None:
     x = sound(4 * 48_000 + 1500, 48_000)
-    live = LivePrompt(processor, (), hears=True, sees=False)
+    live = LivePrompt(processor, (), audio=True, video=False)
     pieces = [*live.audio(x, 48_000), *live.end(TEXT)]
     lengths = [len(m.mel) for p in pieces for m in p.prompt.media if isinstance(m, AudioInput)]
     assert lengths == [200, 200, 4]
@@ -223,7 +224,7 @@ def seen(processor: Processor, frames: Sequence[np.ndarray]) -> VisionInput:
 
 
 def test_bad_sound_is_refused_and_the_rest_is_heard(processor: Processor) -> None:
-    live = LivePrompt(processor, (), hears=True, sees=False)
+    live = LivePrompt(processor, (), audio=True, video=False)
     x = sound(40_000)
     bad = np.where(np.arange(100) == 3, np.nan, 0).astype(np.float32)
     refused: list[tuple[Any, Any, str]] = [
@@ -239,20 +240,20 @@ def test_bad_sound_is_refused_and_the_rest_is_heard(processor: Processor) -> Non
         with pytest.raises(InputError, match=message):
             live.audio(samples, rate)
     with pytest.raises(InputError, match="nothing has been heard yet"):
-        live.whole(TEXT)
+        live.whole_prompt(TEXT)
     pieces = live.audio(x[:20_000], 16_000)
     with pytest.raises(InputError, match="rate is 8000, but the sound began at 16000"):
         live.audio(x, 8000)
-    with pytest.raises(InputError, match="sees nothing"):
+    with pytest.raises(InputError, match="takes no pictures"):
         live.video(pictures(1)[0], 0.0)
     pieces += live.audio(x[20_000:], 16_000)
     check(processor, live, pieces, offline(processor, (), "audio", audio_input(x, processor.settings.mel)))
 
 
 def test_bad_pictures_are_refused_and_the_rest_is_seen(processor: Processor) -> None:
-    live, frames = LivePrompt(processor, (), hears=False, sees=True), pictures(4)
+    live, frames = LivePrompt(processor, (), audio=False, video=True), pictures(4)
     with pytest.raises(InputError, match="nothing has been seen yet"):
-        live.whole(TEXT)
+        live.whole_prompt(TEXT)
     pieces = [p for i in (0, 1) for p in live.video(frames[i], i / 2)]
     for picture, seconds, message in (
         (frames[0], 0.4, "a picture at 0.4 s follows one at 0.5 s"),
@@ -264,7 +265,7 @@ def test_bad_pictures_are_refused_and_the_rest_is_seen(processor: Processor) -> 
     ):
         with pytest.raises(InputError, match=message):
             live.video(picture, seconds)
-    with pytest.raises(InputError, match="hears nothing"):
+    with pytest.raises(InputError, match="takes no sound"):
         live.audio(sound(100), 16_000)
     pieces += [p for i in (2, 3) for p in live.video(frames[i], i / 2)]
     check(processor, live, pieces, offline(processor, (), "video", seen(processor, frames)))
@@ -273,21 +274,21 @@ def test_bad_pictures_are_refused_and_the_rest_is_seen(processor: Processor) -> 
 def test_the_context_is_not_overrun(processor: Processor) -> None:
     context = processor.config.thinker_config.text_config.max_position_embeddings
     before = [{"role": "user", "content": "7" * (context - 200)}]  # of digits each is a token
-    live = LivePrompt(processor, before, hears=True, sees=False)
+    live = LivePrompt(processor, before, audio=True, video=False)
     samples = sound(10 * 16_000)
     room = r"over the limit of 32767 \(\d+ before the media, 250 audio, 0 video, \d+ after them\); this was not taken"
     with pytest.raises(InputError, match=room):
         live.audio(samples, 16_000)
     pieces = live.audio(samples[:40_000], 16_000)
     with pytest.raises(InputError, match=room.replace("250", "62")):
-        live.whole("7" * 200)
+        live.whole_prompt("7" * 200)
     check(processor, live, pieces, offline(processor, before, "audio", audio_input(samples[:40_000], MelSettings())))
     with pytest.raises(InputError, match="the prompt has"):
-        LivePrompt(processor, before * 2, hears=True, sees=False)
+        LivePrompt(processor, before * 2, audio=True, video=False)
 
 
 def test_what_cannot_be_heard_live(processor: Processor) -> None:
-    with pytest.raises(InputError, match="hears and sees are both false"):
-        LivePrompt(processor, (), hears=False, sees=False)
+    with pytest.raises(InputError, match="audio and video are both false"):
+        LivePrompt(processor, (), audio=False, video=False)
     with pytest.raises(InputError, match="must be at least 1"):
-        LivePrompt(processor.with_pixels(fps=0.5), (), hears=False, sees=True)
+        LivePrompt(processor.with_pixels(fps=0.5), (), audio=False, video=True)

@@ -1,0 +1,99 @@
+"""The keyword arguments of ``OmniModel.generate``, ``stream`` and ``generate_batch``, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from omni_jax.checks import INT32_MAX, SEED_MAX, check_float, check_int, check_names, shown
+from omni_jax.engine.sampling import SamplingParams, pop_sampling
+from omni_jax.errors import InputError
+
+MAX_STOP = 64  # stop strings, and stop ids, that a request may have
+MAX_FPS = 1000.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one dialogue is to be answered. ``create`` makes and checks it from flat keyword arguments.
+
+    Attributes:
+      sampling: how the text's tokens are drawn; temperature 0 is greedy.
+      max_tokens: length of the reply in tokens, at most; the context may end it sooner.
+      stop: strings that end the reply; they are not part of it.
+      stop_token_ids: token ids that end the reply, besides the checkpoint's own.
+      assume_fps: take every video's frames to be this many a second, whatever rate they were really sampled at.
+      modalities: ("text",), or ("text", "audio") to have the reply spoken too.
+      voice: who speaks; the checkpoint's default voice if None.
+      talker: how it is spoken, see ``TalkerParams.create``; its seed is that of the text unless it has one.
+      noise_seed: of the noise that the sound is made from; the text's seed if None.
+    """
+
+    sampling: SamplingParams = SamplingParams()  # noqa: RUF009, frozen
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    assume_fps: float | None = None
+    modalities: tuple[str, ...] = ("text",)
+    voice: str | None = None
+    talker: Mapping[str, Any] = field(default_factory=dict)
+    noise_seed: int | None = None
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The keyword arguments that ``create`` takes."""
+        others = [f.name for f in fields(cls) if f.name != "sampling"]
+        return [*others, *SamplingParams.names()]
+
+    @classmethod
+    def create(cls, **options: Any) -> Options:
+        """From a caller's keyword arguments.
+
+        Raises:
+          InputError: for an unknown name, a value of another type, or one out of range.
+        """
+        check_names("option", options, cls.names())
+        sampling = pop_sampling(options, SamplingParams())
+        options["stop"] = _check_stop(options.get("stop", ()))
+        options["stop_token_ids"] = _check_stop_ids(options.get("stop_token_ids", ()))
+        return cls(sampling=sampling, **options)
+
+    def __post_init__(self) -> None:
+        check_int("max_tokens", self.max_tokens, 1)
+        if self.assume_fps is not None:
+            check_float("assume_fps", self.assume_fps, 0, MAX_FPS, above=True)
+        if self.noise_seed is not None:
+            check_int("noise_seed", self.noise_seed, 0, SEED_MAX)
+        if self.voice is not None and not isinstance(self.voice, str):
+            raise InputError(f"voice is {shown(self.voice)}; it must be a name")
+        if not isinstance(self.talker, Mapping):
+            raise InputError(f"talker is {shown(self.talker)}; it must be a dict of options")
+        _check_modalities(self.modalities)
+
+    @property
+    def speaks(self) -> bool:
+        return "audio" in self.modalities
+
+
+def _check_modalities(modalities: Any) -> None:
+    is_list = isinstance(modalities, Sequence) and not isinstance(modalities, str)
+    if not is_list or not all(isinstance(name, str) for name in modalities) or not set(modalities) <= {"text", "audio"}:
+        raise InputError(f'modalities is {shown(modalities)}; it must be ["text"] or ["text", "audio"]')
+
+
+def _check_stop(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
+        raise InputError(f"stop is {shown(stop)}; each must be a string of at least one character")
+    if len(strings) > MAX_STOP:
+        raise InputError(f"stop has {len(strings)} strings; it may have at most {MAX_STOP}")
+    return tuple(strings)
+
+
+def _check_stop_ids(ids: Any) -> tuple[int, ...]:
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise InputError(f"stop_token_ids is {shown(ids)}; it must be a list of whole numbers")
+    if len(ids) > MAX_STOP:
+        raise InputError(f"stop_token_ids has {len(ids)} ids; it may have at most {MAX_STOP}")
+    return tuple(check_int("stop_token_ids", number, 0, INT32_MAX) for number in ids)
