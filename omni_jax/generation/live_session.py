@@ -1,4 +1,4 @@
-"""A dialogue whose sound and pictures come while it goes on: all but the last two seconds are prefilled as they come."""
+"""A dialogue whose sound and pictures come while it goes on: all but the last seconds are prefilled as they come."""
 
 from __future__ import annotations
 
