@@ -102,7 +102,7 @@ class Reading:
         for stretch in plan.stretches:
             clock.lap()
             valid = stretch.chunk.valid
-            held = int((np.asarray(self.text.cache.end) + valid.sum(axis=1)).max())
+            held = int((np.asarray(self.text.cache.lengths) + valid.sum(axis=1)).max())
             self.text = text.read(text.grown(self.text, held), stretch, features)
             if self.speech is not None:
                 assert speech is not None and self.text.heard is not None

@@ -210,7 +210,7 @@ class Scheduler:
         task.chunks = reading.chunks
         text = loops.text.ask(reading.text, {0: ask.text}, {0: ask.prompt})
         if self._text is None:
-            self._text = loops.text.empty(len(self._rows), text.cache.slots)
+            self._text = loops.text.empty(len(self._rows), text.cache.capacity)
         task.row = self._rows.index(None)
         self._rows[task.row] = task
         self._text = loops.text.put(self._text, task.row, text)
@@ -222,7 +222,7 @@ class Scheduler:
         loop = self._loops.speech
         assert loop is not None
         if self._speech is None:
-            self._speech = loop.empty(len(self._seats), speech.cache.slots)
+            self._speech = loop.empty(len(self._seats), speech.cache.capacity)
             self._script = loop.script(len(self._seats))
         task.seat = self._seats.index(None)
         self._seats[task.seat] = task
@@ -343,7 +343,7 @@ class Scheduler:
         assert loop is not None and heard is not None
         speech = loop.empty(self._loops.rows(1), task.ask.room)
         for chunk in task.chunks:
-            held = int((np.asarray(speech.cache.end) + chunk.valid.sum(axis=1)).max())
+            held = int((np.asarray(speech.cache.lengths) + chunk.valid.sum(axis=1)).max())
             speech = loop.read(loop.grown(speech, held), heard, chunk)
         self._sit(task, speech)
         while task.written < task.ask.tokens:

@@ -155,7 +155,7 @@ class TalkerEngine:
         Args:
           model, params: the Talker and its parameters.
           config: of the whole model; Token2Wav's says which codes exist.
-          words: the Thinker's embeddings of text ids (``ThinkerEngine.words``).
+          words: the Thinker's embeddings of text ids (``ThinkerEngine.embed_tokens``).
           mesh: over which the parameters are spread.
           steps: how many codes one jitted call makes at most.
         """
@@ -163,7 +163,7 @@ class TalkerEngine:
         self._config, self._words, self._mesh, self._place = config, words, mesh, host_sharding(params, mesh)
         started = None if mesh is not None else self._place
         self._empty = jax.jit(functools.partial(empty_rows, model), static_argnums=(0, 1), out_shardings=started)
-        self._grow = jax.jit(KVCache.grown, static_argnums=1)
+        self._grow = jax.jit(KVCache.resize, static_argnums=1)
         self._rows = jax.jit(_rows)
         self._shares = jax.jit(functools.partial(_shares, steps))
         self._put = jax.jit(_put, donate_argnums=0)
@@ -185,14 +185,14 @@ class TalkerEngine:
 
     def grown(self, state: SpeechState, slots: int) -> SpeechState:
         """The same with room for so much of each row."""
-        while state.cache.slots < slots:  # a step at a time, so that few programs do it
+        while state.cache.capacity < slots:  # a step at a time, so that few programs do it
             with on_mesh(self._mesh):
-                state = dataclasses.replace(state, cache=self._grow(state.cache, 2 * state.cache.slots))
+                state = dataclasses.replace(state, cache=self._grow(state.cache, 2 * state.cache.capacity))
         return state
 
     def put(self, state: SpeechState, row: int, other: SpeechState) -> SpeechState:
         """The first row of ``other``, as it is, in place of one of ``state``; see ``ThinkerEngine.put``."""
-        state, other = self.grown(state, other.cache.slots), self.grown(other, state.cache.slots)
+        state, other = self.grown(state, other.cache.capacity), self.grown(other, state.cache.capacity)
         with on_mesh(self._mesh):
             return self._put(state, np.int32(row), other)
 
@@ -234,7 +234,7 @@ class TalkerEngine:
 
     def read(self, state: SpeechState, heard: Float[Array, "B slots E"], chunk: Chunk) -> SpeechState:
         """Reads a chunk of the prompts, which the Thinker has read. The state that is given is used up."""
-        places = np.asarray(state.cache.end)[:, None] + np.arange(chunk.tokens.shape[1], dtype=np.int32)
+        places = np.asarray(state.cache.lengths)[:, None] + np.arange(chunk.tokens.shape[1], dtype=np.int32)
         with on_mesh(self._mesh):
             return self._read(self.params, state, self._rows(heard, places), chunk.spans, chunk.valid)
 
@@ -265,7 +265,7 @@ class TalkerEngine:
             left[i] = min(r.talk.max_tokens, max(c.max_position_embeddings - r.prompt - 2, 0))
             speakers[i], begins[i] = r.speaker, r.begin
         new = np.isin(np.arange(rows), list(requests))
-        state, marks = self.grown(state, int(np.max(state.cache.end)) + 2), self._marks(speakers)
+        state, marks = self.grown(state, int(np.max(state.cache.lengths)) + 2), self._marks(speakers)
         with on_mesh(self._mesh):
             state = self._begin(self.params, state, marks, self._rows(heard, begins), spans, new)
         sampling = state.sampling.replaced(self._sampling(samplings), new)
@@ -292,7 +292,7 @@ class TalkerEngine:
         """
         steps = self.steps if steps is None else min(steps, self.steps)
         ready = np.minimum(self.ready(state, said), steps).astype(np.int32)
-        state = self.grown(state, int(np.max(state.cache.end)) + int(ready.max()))
+        state = self.grown(state, int(np.max(state.cache.lengths)) + int(ready.max()))
         with on_mesh(self._mesh):
             shares = self._shares(heard, said.begin.astype(np.int32), state.sampling.step, said.last, state.marks)
             made, state = self._advance(self.params, state, shares, ready)
@@ -330,7 +330,7 @@ def _ends(config: TalkerConfig) -> tuple[int, int]:
 def empty_rows(model: Talker, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array]:
     """``hidden``, ``cache`` and ``marks`` of a state that holds nothing."""
     c = model.config
-    cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
+    cache = KVCache.init(c, rows, slots, model.scan_layers, model.dtype)
     marks = constrain(jnp.zeros((rows, 3, c.embedding_size), model.dtype), "batch", None, "width")
     return constrain(jnp.zeros((rows, c.hidden_size), model.dtype), "batch", "width"), cache, marks
 
@@ -338,7 +338,7 @@ def empty_rows(model: Talker, rows: int, slots: int) -> tuple[jax.Array, KVCache
 def _put(state: SpeechState, row: Int[Array, ""], other: SpeechState) -> SpeechState:
     rest = [f.name for f in dataclasses.fields(SpeechState) if f.name not in ("cache", "sampling")]
     mine, theirs = ({name: getattr(x, name) for name in rest} for x in (state, other))
-    cache, sampling = state.cache.put(row, other.cache), state.sampling.put(row, other.sampling)
+    cache, sampling = state.cache.insert(row, other.cache), state.sampling.put(row, other.sampling)
     made = dataclasses.replace(state, **put_row(mine, row, theirs), cache=cache, sampling=sampling)
     position, sampling, left = whole((made.position, made.sampling, made.left))
     return dataclasses.replace(made, position=position, sampling=sampling, left=left)

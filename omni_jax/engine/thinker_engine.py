@@ -77,7 +77,7 @@ class ThinkerEngine:
         self._mesh, self._place = mesh, host_sharding(params, mesh)
         self._encode_audio = jax.jit(functools.partial(call, model, "encode_audio"))
         self._encode_vision = jax.jit(functools.partial(call, model, "encode_vision"))
-        self._words = jax.jit(functools.partial(call, model, "words"))
+        self._words = jax.jit(functools.partial(call, model, "embed_tokens"))
         self._overlay = jax.jit(_overlay, donate_argnums=0)
         started = None if mesh is not None else self._place
         self._empty = jax.jit(functools.partial(empty_rows, model, keep), static_argnums=(0, 1), out_shardings=started)
@@ -93,7 +93,7 @@ class ThinkerEngine:
                 return self._encode_audio(self.params, media)
             return self._encode_vision(self.params, media)
 
-    def words(self, ids: Int[Array, "*rows"]) -> jax.Array:
+    def embed_tokens(self, ids: Int[Array, "*rows"]) -> jax.Array:
         """The embeddings of text ids, [*rows, D]."""
         with on_mesh(self._mesh):
             return self._words(self.params, ids)
@@ -109,9 +109,9 @@ class ThinkerEngine:
 
     def grown(self, state: TextState, slots: int) -> TextState:
         """The same with room for so many tokens of each row."""
-        while state.cache.slots < slots:  # a step at a time, so that few programs do it
+        while state.cache.capacity < slots:  # a step at a time, so that few programs do it
             with on_mesh(self._mesh):
-                state = self._grow(state, slots=2 * state.cache.slots)
+                state = self._grow(state, slots=2 * state.cache.capacity)
         return state
 
     def put(self, state: TextState, row: int, other: TextState) -> TextState:
@@ -121,7 +121,7 @@ class ThinkerEngine:
           state, other: of any size; the one with fewer slots is grown.
           row: of ``state``.
         """
-        state, other = self.grown(state, other.cache.slots), self.grown(other, state.cache.slots)
+        state, other = self.grown(state, other.cache.capacity), self.grown(other, state.cache.capacity)
         stops = max(state.stop.shape[1], other.stop.shape[1])
         state, other = self._with_stops(state, stops), self._with_stops(other, stops)
         with on_mesh(self._mesh):
@@ -186,7 +186,7 @@ class ThinkerEngine:
           end. All rows have ended when nothing is ``left`` in the state.
         """
         steps = self.steps if steps is None else min(steps, self.steps)
-        state = self.grown(state, int(np.max(state.cache.end)) + min(steps, int(np.max(state.left))))
+        state = self.grown(state, int(np.max(state.cache.lengths)) + min(steps, int(np.max(state.left))))
         ended = np.zeros(state.left.shape, bool) if ended is None else ended
         with on_mesh(self._mesh):
             made, state = self._advance(self.params, state, ended, np.int32(steps))
@@ -217,22 +217,22 @@ def _overlay(x: Array, features: Array, index: Array) -> jax.Array:
 def empty_rows(model: Thinker, keep: bool, rows: int, slots: int) -> tuple[jax.Array, KVCache, jax.Array | None]:
     """``hidden``, ``cache`` and ``heard`` of a state that holds nothing; no ``heard`` unless ``keep``."""
     c = model.config.text_config
-    cache = KVCache.empty(c, rows, slots, model.scan_layers, model.dtype)
+    cache = KVCache.init(c, rows, slots, model.scan_layers, model.dtype)
     heard = constrain(jnp.zeros((rows, slots, c.hidden_size), model.dtype), "batch", None, "width") if keep else None
     return constrain(jnp.zeros((rows, c.hidden_size), model.dtype), "batch", "width"), cache, heard
 
 
 def _grown(state: TextState, slots: int) -> TextState:
-    more = slots - state.cache.slots
+    more = slots - state.cache.capacity
     heard = None if state.heard is None else jnp.pad(state.heard, ((0, 0), (0, more), (0, 0)))
-    return dataclasses.replace(state, cache=state.cache.grown(slots), heard=heard)
+    return dataclasses.replace(state, cache=state.cache.resize(slots), heard=heard)
 
 
 def _put(state: TextState, row: Int[Array, ""], other: TextState) -> TextState:
     rest = [f.name for f in dataclasses.fields(TextState) if f.name not in ("cache", "sampling", "heard")]
     mine, theirs = ({name: getattr(x, name) for name in rest} for x in (state, other))
     heard = None if state.heard is None else put_row(state.heard, row, other.heard)
-    cache, sampling = state.cache.put(row, other.cache), state.sampling.put(row, other.sampling)
+    cache, sampling = state.cache.insert(row, other.cache), state.sampling.put(row, other.sampling)
     made = dataclasses.replace(state, **put_row(mine, row, theirs), cache=cache, sampling=sampling, heard=heard)
     position, sampling, left, stop = whole((made.position, made.sampling, made.left, made.stop))
     return dataclasses.replace(made, position=position, sampling=sampling, left=left, stop=stop)
@@ -279,7 +279,7 @@ def place_after(
 
 def _kept(heard: Array, rows: Float[Array, "B C D"], valid: Bool[Array, "B C"], state: TextState) -> jax.Array:
     """``heard`` with these rows behind what the cache held before them."""
-    slot = jnp.where(valid, jnp.asarray(state.cache.end)[:, None] + jnp.arange(rows.shape[1]), heard.shape[1])
+    slot = jnp.where(valid, jnp.asarray(state.cache.lengths)[:, None] + jnp.arange(rows.shape[1]), heard.shape[1])
     return jnp.asarray(heard).at[jnp.arange(rows.shape[0])[:, None], slot].set(rows.astype(heard.dtype), mode="drop")
 
 
@@ -298,7 +298,7 @@ def decode_text(
         tokens, sampling = sample(call(model, "logits", params, state.hidden), state.sampling, active)
         made = made.at[:, step].set(jnp.where(active, tokens, PAD_TOKEN))
         ended = jnp.any(tokens[:, None] == state.stop, axis=1)
-        x, valid = call(model, "words", params, tokens)[:, None], active[:, None]
+        x, valid = call(model, "embed_tokens", params, tokens)[:, None], active[:, None]
         ids = jnp.broadcast_to(jnp.asarray(state.position)[None, :, None], (3, len(tokens), 1))
         hidden, cache = call(model, "extend", params, x, ids, valid, state.cache)
         after = dataclasses.replace(

@@ -114,7 +114,7 @@ def _read(loops: Engines, rows: int, slots: int, lengths: tuple[int, ...]) -> tu
 
 def _answer(loops: Engines, slots: SchedulerConfig, text: TextState, speech: SpeechState | None, length: int) -> None:
     """One request takes its row and its seat, and both loops are called: the first time, and once after it."""
-    held = text.cache.slots
+    held = text.cache.capacity
     text = loops.text.ask(
         text, {0: TextRequest(SamplingParams(), 2 * loops.pace.tokens, ())}, {0: np.zeros(1, np.int32)}
     )

@@ -124,7 +124,9 @@ class OmniModel:
         text = ThinkerEngine(models["thinker"], params["thinker"], mesh=mesh, steps=pace.tokens, keep=keep)
         speech, wave = None, None
         if "talker" in models:
-            speech = TalkerEngine(models["talker"], params["talker"], config, text.words, mesh=mesh, steps=pace.codes)
+            speech = TalkerEngine(
+                models["talker"], params["talker"], config, text.embed_tokens, mesh=mesh, steps=pace.codes
+            )
         if "token2wav" in models:
             wave = Token2WavEngine(models["token2wav"], params["token2wav"], mesh)
         multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
