@@ -93,8 +93,8 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     return shardings
 
 
-def whole(tree: Any) -> Any:
-    """Says that arrays are whole on every device: those that every host reads, and a state's counters."""
+def replicate(tree: Any) -> Any:
+    """Constrains arrays to lie in full on every device: those that every host reads, and the counters of a state."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)

@@ -31,7 +31,7 @@ from omni_jax.models.decoder import KVCache
 from omni_jax.models.talker import NO_CODE, Talker
 from omni_jax.mrope import position_ids
 from omni_jax.processing.prefill_plan import Chunk
-from omni_jax.sharding import constrain, host_sharding, whole
+from omni_jax.sharding import constrain, host_sharding, replicate
 
 _NEVER = 2**30  # in place of a token's number, while the end of the text is not known
 STRIDE = 16  # tokens of a reply that are written to a script in one call
@@ -340,7 +340,7 @@ def _put(state: SpeechState, row: Int[Array, ""], other: SpeechState) -> SpeechS
     mine, theirs = ({name: getattr(x, name) for name in rest} for x in (state, other))
     cache, sampling = state.cache.insert(row, other.cache), state.sampling.put(row, other.sampling)
     made = dataclasses.replace(state, **put_row(mine, row, theirs), cache=cache, sampling=sampling)
-    position, sampling, left = whole((made.position, made.sampling, made.left))
+    position, sampling, left = replicate((made.position, made.sampling, made.left))
     return dataclasses.replace(made, position=position, sampling=sampling, left=left)
 
 
@@ -432,5 +432,5 @@ def decode_codes(
 
     made = jnp.full((rows, most), PAD_TOKEN, jnp.int32)
     _, made, state = jax.lax.while_loop(going, one, (jnp.int32(0), made, state))
-    position, sampling, left = whole((state.position, state.sampling, state.left))
-    return whole(made), dataclasses.replace(state, position=position, sampling=sampling, left=left)
+    position, sampling, left = replicate((state.position, state.sampling, state.left))
+    return replicate(made), dataclasses.replace(state, position=position, sampling=sampling, left=left)

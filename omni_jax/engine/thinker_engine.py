@@ -27,7 +27,7 @@ from omni_jax.models.decoder import KVCache
 from omni_jax.models.thinker import Thinker
 from omni_jax.mrope import position_ids
 from omni_jax.processing.prefill_plan import Chunk, Stretch
-from omni_jax.sharding import constrain, host_sharding, whole
+from omni_jax.sharding import constrain, host_sharding, replicate
 
 PAD_TOKEN = -1  # in place of a token, after a row has ended
 
@@ -234,7 +234,7 @@ def _put(state: TextState, row: Int[Array, ""], other: TextState) -> TextState:
     heard = None if state.heard is None else put_row(state.heard, row, other.heard)
     cache, sampling = state.cache.insert(row, other.cache), state.sampling.put(row, other.sampling)
     made = dataclasses.replace(state, **put_row(mine, row, theirs), cache=cache, sampling=sampling, heard=heard)
-    position, sampling, left, stop = whole((made.position, made.sampling, made.left, made.stop))
+    position, sampling, left, stop = replicate((made.position, made.sampling, made.left, made.stop))
     return dataclasses.replace(made, position=position, sampling=sampling, left=left, stop=stop)
 
 
@@ -274,7 +274,7 @@ def place_after(
     count = jnp.sum(valid, axis=1, dtype=jnp.int32)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     after = jnp.maximum(position, jnp.where(count > 0, count + delta, 0))
-    return jnp.where((count > 0)[:, None], last, before), whole(after)
+    return jnp.where((count > 0)[:, None], last, before), replicate(after)
 
 
 def _kept(heard: Array, rows: Float[Array, "B C D"], valid: Bool[Array, "B C"], state: TextState) -> jax.Array:
@@ -315,5 +315,5 @@ def decode_text(
     made = jnp.full((state.position.shape[0], most), PAD_TOKEN, jnp.int32)
     state = dataclasses.replace(state, left=jnp.where(over, 0, state.left))
     _, made, state = jax.lax.while_loop(going, one, (jnp.int32(0), made, state))
-    position, sampling, left, stop = whole((state.position, state.sampling, state.left, state.stop))
-    return whole(made), dataclasses.replace(state, position=position, sampling=sampling, left=left, stop=stop)
+    position, sampling, left, stop = replicate((state.position, state.sampling, state.left, state.stop))
+    return replicate(made), dataclasses.replace(state, position=position, sampling=sampling, left=left, stop=stop)

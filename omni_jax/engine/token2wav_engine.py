@@ -27,7 +27,7 @@ from omni_jax.models.dit import Blocks, DiT, pack
 from omni_jax.models.dit_streaming import Speaker
 from omni_jax.models.flow_matching import draw_noise, solve
 from omni_jax.models.token2wav import Token2Wav, parts
-from omni_jax.sharding import whole
+from omni_jax.sharding import replicate
 
 _VOICES = 4  # in a call at least, so that their number makes no programs of its own
 
@@ -279,7 +279,7 @@ def _speech(
 
 
 def _called(model: nn.Module, method: str, params: Any, *args: Any) -> jax.Array:
-    return whole(call(model, method, params, *args))
+    return replicate(call(model, method, params, *args))
 
 
 def _mel(
@@ -294,4 +294,4 @@ def _mel(
     noise = jnp.where(speech.draws[:, None, None], drawn, speech.noise)
     inputs = (speech.codes, speakers[speech.voice], cond[speech.voice])
     conditions = call(dit, "conditions", params, *inputs)
-    return whole(solve(dit, params, noise, conditions, speech.blocks)[0])
+    return replicate(solve(dit, params, noise, conditions, speech.blocks)[0])

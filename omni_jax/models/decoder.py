@@ -23,7 +23,7 @@ from omni_jax.layers.params import dtypes
 from omni_jax.layers.rotary import Tables, rotate, tmrope_tables
 from omni_jax.layers.stack import Remat, call_layers, layer_stack
 from omni_jax.layers.streaming import Block, Streaming
-from omni_jax.sharding import constrain, whole
+from omni_jax.sharding import constrain, replicate
 
 
 @struct.dataclass
@@ -48,7 +48,7 @@ class KVCache:
                 return jnp.zeros((layers, *shape), dtype)
             return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
 
-        return cls(one(), one(), whole(jnp.zeros(num_slots, jnp.int32))).constrain()
+        return cls(one(), one(), replicate(jnp.zeros(num_slots, jnp.int32))).constrain()
 
     @property
     def capacity(self) -> int:
@@ -73,7 +73,7 @@ class KVCache:
         lengths = jnp.asarray(self.lengths).at[slot].set(jnp.asarray(other.lengths)[0])
         k = jax.tree.map(one, self.k, other.k)
         v = jax.tree.map(one, self.v, other.v)
-        return KVCache(k, v, whole(lengths)).constrain()
+        return KVCache(k, v, replicate(lengths)).constrain()
 
     def constrain(self) -> KVCache:
         """The same, laid over the mesh as the layers' own keys and values are."""
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         carry = self._run(jnp.where(valid[..., None], x, 0), ids, places, cache)
         assert carry.cache is not None
         lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
-        return carry.x, dataclasses.replace(carry.cache.constrain(), lengths=whole(lengths))
+        return carry.x, dataclasses.replace(carry.cache.constrain(), lengths=replicate(lengths))
 
     def _run(self, x: Array, ids: Array, where: Mask | Places, cache: KVCache | None) -> _Carry:
         c = self.config
