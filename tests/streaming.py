@@ -122,14 +122,14 @@ def check_gradients(case: Case) -> None:
         return weighed(pieces)
 
     ours = jax.jit(jax.grad(stepped))(case.params)
-    wanted = jax.jit(jax.grad(lambda params: weighed([case.part.whole(params, case.x)])))(case.params)
+    wanted = jax.jit(jax.grad(lambda params: weighed([case.part.apply_sequence(params, case.x)])))(case.params)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
     assert largest > 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=case.tolerance * largest), ours, wanted)
 
 
 def _whole(case: Case, x: Block) -> Rows:
-    return _rows([jax.jit(case.part.whole)(case.params, x)])
+    return _rows([jax.jit(case.part.apply_sequence)(case.params, x)])
 
 
 def _streamed(case: Case, x: Block, sizes: Iterable[int]) -> Rows:

@@ -1,8 +1,8 @@
 """The contract of every part that streams: what it declares, and its two forms.
 
-A part takes a sequence of input units (frames, codes, tokens) and makes some output units of each. ``whole`` takes all
-of it; ``step`` takes the next block and what ``init_state`` or the step before left. Both give the same, however the
-sequence is cut. Letters: B rows, T input units, U output units.
+A part takes a sequence of input units (frames, codes, tokens) and makes some output units of each. ``apply_sequence``
+takes all of it; ``step`` takes the next block and the state that ``init_state`` or the step before returned. Both give
+the same outputs, however the sequence is cut. Letters: B rows, T input units, U output units.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class StreamingPart(Protocol):
     @property
     def streaming(self) -> Streaming: ...
 
-    def whole(self, params: Any, x: Block) -> Block:
+    def apply_sequence(self, params: Any, x: Block) -> Block:
         """The output of whole sequences, each of which begins with its row."""
         ...
 

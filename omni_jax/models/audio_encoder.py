@@ -100,7 +100,7 @@ class AudioStream:
     def streaming(self) -> Streaming:
         return Streaming(TOKEN_SECONDS, self.model.config.block_tokens, look_ahead=0, look_back=0)
 
-    def whole(self, params: Any, x: Block) -> Block:
+    def apply_sequence(self, params: Any, x: Block) -> Block:
         units = x.valid.shape[1]
         spare = -units % self.streaming.block
         mel = jnp.pad(jnp.asarray(x.values), ((0, 0), (0, spare), (0, 0), (0, 0)))

@@ -42,19 +42,19 @@ ACTIVATION_REACH = 2 * _REACH - 1  # and that a wave between two filters depends
 
 
 @struct.dataclass
-class Segments:
+class PackedSpectrograms:
     """Where spectrograms lie in rows, counted at one of the rates."""
 
     begin: Int[Array, "B S"]
     length: Int[Array, "B S"]
     inside: Bool[Array, "B T"]
 
-    def faster(self, rate: int) -> Segments:
+    def faster(self, rate: int) -> PackedSpectrograms:
         """The same at a higher rate."""
-        return Segments(self.begin * rate, self.length * rate, jnp.repeat(self.inside, rate, axis=1))
+        return PackedSpectrograms(self.begin * rate, self.length * rate, jnp.repeat(self.inside, rate, axis=1))
 
 
-def make_segments(frames: int, length: Array, begin: Array | None = None) -> Segments:
+def make_packed(frames: int, length: Array, begin: Array | None = None) -> PackedSpectrograms:
     """``length`` and ``begin`` as ``BigVGAN`` takes them, in rows of so many frames."""
     length = jnp.asarray(length)
     if begin is None:
@@ -63,7 +63,7 @@ def make_segments(frames: int, length: Array, begin: Array | None = None) -> Seg
     begin = jnp.asarray(begin)
     frame = jnp.arange(frames)[None, :, None]
     inside = (frame >= begin[:, None]) & (frame < (begin + length)[:, None])
-    return Segments(begin, length, jnp.any(inside, axis=2))
+    return PackedSpectrograms(begin, length, jnp.any(inside, axis=2))
 
 
 def gap(config: BigVGANConfig) -> int:
@@ -112,7 +112,7 @@ class BigVGAN(nn.Module):
           begin: the first frame of each, at least ``gap`` frames behind the end of the one before it; ``NOWHERE`` for
             one that is not there.
         """
-        segments = make_segments(mel.shape[1], length, begin)
+        segments = make_packed(mel.shape[1], length, begin)
         x = self.begin(mel, segments)
         for i, rate in enumerate(self.config.upsample_rates):
             x = self.advance(x, segments, i)
@@ -120,17 +120,17 @@ class BigVGAN(nn.Module):
         return self.end(x, segments)
 
     @full_precision
-    def begin(self, mel: Float[Array, "B T M"], segments: Segments) -> jax.Array:
+    def begin(self, mel: Float[Array, "B T M"], segments: PackedSpectrograms) -> jax.Array:
         """The first convolution. [B, T, channels]"""
         return self.conv_in(_cut(condition_mel(jnp.asarray(mel, self.dtype)), segments))
 
     @full_precision
-    def advance(self, x: jax.Array, segments: Segments, stage: int) -> jax.Array:
+    def advance(self, x: jax.Array, segments: PackedSpectrograms, stage: int) -> jax.Array:
         """One stage; ``segments`` are those before it. [B, T * rate, channels / 2]"""
         return self.stage[stage](x, segments)
 
     @full_precision
-    def end(self, x: jax.Array, segments: Segments) -> jax.Array:
+    def end(self, x: jax.Array, segments: PackedSpectrograms) -> jax.Array:
         """What follows the stages. [B, samples]"""
         y = self.conv_out(activation(x, segments, self.activation()))
         return _cut(jnp.clip(y, -1.0, 1.0), segments)[..., 0]
@@ -145,7 +145,7 @@ class VocoderStage(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, segments: Segments) -> jax.Array:
+    def __call__(self, x: Array, segments: PackedSpectrograms) -> jax.Array:
         c, kw = self.config, dtypes(self)
         channels, rate = c.upsample_initial_channel >> self.index, c.upsample_rates[self.index]
         kernel = c.upsample_kernel_sizes[self.index]
@@ -226,7 +226,7 @@ class Round(NamedTuple):
     dilation: int
 
 
-def mean_of_blocks(x: Float[Array, "B T C"], segments: Segments, blocks: list[list[Round]]) -> jax.Array:
+def mean_of_blocks(x: Float[Array, "B T C"], segments: PackedSpectrograms, blocks: list[list[Round]]) -> jax.Array:
     """The mean of what the blocks make of ``x``, each passing it through its rounds.
 
     One loop over the rounds of all blocks: a wave is compiled twice in a stage and not once a round, which takes a
@@ -255,7 +255,7 @@ def _same_conv(kernel: jax.Array, bias: jax.Array, dilation: int, x: jax.Array) 
     return conv(x, kernel, same_sides(kernel.shape[0], dilation), dilation=dilation) + bias
 
 
-def activation(x: Float[Array, "B T C"], segments: Segments, wave: Weights) -> jax.Array:
+def activation(x: Float[Array, "B T C"], segments: PackedSpectrograms, wave: Weights) -> jax.Array:
     """SnakeBeta at twice the rate, between the two filters; zeros where no spectrogram is."""
     even, odd = upsample_phases(_prolonged(x, x, x, segments))
     even, odd = (snake_beta(phase, *wave) for phase in (even, odd))
@@ -318,7 +318,7 @@ def downsample_phases(even: Float[Array, "B T+6 C"], odd: Float[Array, "B T+6 C"
     return _shifted_sum(even, from_even) + _shifted_sum(odd, {o: taps[2 * o + 6] for o in range(-_REACH, _REACH)})
 
 
-def _prolonged(x: Array, first: Array, last: Array, segments: Segments) -> jax.Array:
+def _prolonged(x: Array, first: Array, last: Array, segments: PackedSpectrograms) -> jax.Array:
     """Rows with what filters read beyond the ends: 3 times the first frame, in ``first``, and the last, in ``last``.
 
     Only those frames are written; what stands further beyond the ends is read by nothing that is kept.
@@ -338,6 +338,6 @@ def _shifted_sum(x: Array, taps: dict[int, np.float32]) -> jax.Array:
     return sum(parts[1:], start=parts[0])
 
 
-def _cut(x: Array, segments: Segments) -> jax.Array:
+def _cut(x: Array, segments: PackedSpectrograms) -> jax.Array:
     """Zeros where no spectrogram is."""
     return jnp.where(segments.inside[..., None], x, 0)

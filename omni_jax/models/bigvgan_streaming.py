@@ -44,7 +44,7 @@ class StreamedBigVGAN:
         behind, ahead = reach(config)
         return Streaming(FRAME_SECONDS, 1, ahead, behind, outputs=math.prod(config.upsample_rates))
 
-    def whole(self, params: Any, x: Block) -> Block:
+    def apply_sequence(self, params: Any, x: Block) -> Block:
         """Samples [B, T * 240] of whole rows."""
         valid = jnp.asarray(x.valid)
         samples = self.bigvgan.apply({"params": params}, x.values, jnp.sum(valid, axis=1))

@@ -28,19 +28,19 @@ from omni_jax.sharding import constrain, replicate
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of every layer, in slots; slot i holds the i-th position of the row.
+    """Keys and values of every layer for some slots; index i of a slot holds its i-th position.
 
-    ``k`` and ``v`` are [L, B, K, slots, H] for scanned layers, or a tuple of L arrays [B, K, slots, H].
+    ``k`` and ``v`` are [L, B, K, capacity, H] for scanned layers, or a tuple of L arrays [B, K, capacity, H].
     """
 
     k: Any
     v: Any
-    end: Int[Array, " B"]  # positions that each row holds; its next one goes to this slot
+    lengths: Int[Array, " B"]  # positions that each slot holds; its next one is written at this index
 
     @classmethod
-    def empty(cls, config: DecoderConfig, batch: int, slots: int, stacked: bool, dtype: Dtype) -> KVCache:
-        """A cache with room for ``slots`` positions of ``batch`` rows."""
-        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+    def init(cls, config: DecoderConfig, num_slots: int, capacity: int, stacked: bool, dtype: Dtype) -> KVCache:
+        """An empty cache of ``num_slots`` slots with room for ``capacity`` positions each."""
+        shape = (num_slots, config.num_key_value_heads, capacity, config.head_dim)
         layers = config.num_hidden_layers
 
         def one() -> Any:
@@ -48,32 +48,34 @@ class KVCache:
                 return jnp.zeros((layers, *shape), dtype)
             return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
 
-        return cls(one(), one(), replicate(jnp.zeros(batch, jnp.int32))).spread()
+        return cls(one(), one(), replicate(jnp.zeros(num_slots, jnp.int32))).constrain()
 
     @property
-    def slots(self) -> int:
+    def capacity(self) -> int:
         return jax.tree.leaves(self.k)[0].shape[-2]
 
-    def grown(self, slots: int) -> KVCache:
-        """The same with room for ``slots`` positions."""
+    def resize(self, capacity: int) -> KVCache:
+        """The same with room for ``capacity`` positions, which are not fewer than before."""
 
-        def more(cache: Array) -> jax.Array:
-            return jnp.pad(cache, [*[(0, 0)] * (cache.ndim - 2), (0, slots - cache.shape[-2]), (0, 0)])
+        def pad(cache: Array) -> jax.Array:
+            return jnp.pad(cache, [*[(0, 0)] * (cache.ndim - 2), (0, capacity - cache.shape[-2]), (0, 0)])
 
-        return dataclasses.replace(self, k=jax.tree.map(more, self.k), v=jax.tree.map(more, self.v)).spread()
+        return dataclasses.replace(self, k=jax.tree.map(pad, self.k), v=jax.tree.map(pad, self.v)).constrain()
 
-    def put(self, row: Int[Array, ""], other: KVCache) -> KVCache:
-        """The first row of ``other``, which has as many slots, in place of a row of this one."""
+    def insert(self, slot: Int[Array, ""], other: KVCache) -> KVCache:
+        """The first slot of ``other``, which has the same capacity, in place of a slot of this one."""
 
         def one(mine: Array, theirs: Array) -> jax.Array:
             axis = jnp.ndim(mine) - 4
             first = jax.lax.slice_in_dim(theirs, 0, 1, axis=axis)
-            return jax.lax.dynamic_update_slice_in_dim(jnp.asarray(mine), first, row, axis)
+            return jax.lax.dynamic_update_slice_in_dim(jnp.asarray(mine), first, slot, axis)
 
-        end = jnp.asarray(self.end).at[row].set(jnp.asarray(other.end)[0])
-        return KVCache(jax.tree.map(one, self.k, other.k), jax.tree.map(one, self.v, other.v), replicate(end)).spread()
+        lengths = jnp.asarray(self.lengths).at[slot].set(jnp.asarray(other.lengths)[0])
+        k = jax.tree.map(one, self.k, other.k)
+        v = jax.tree.map(one, self.v, other.v)
+        return KVCache(k, v, replicate(lengths)).constrain()
 
-    def spread(self) -> KVCache:
+    def constrain(self) -> KVCache:
         """The same, laid over the mesh as the layers' own keys and values are."""
 
         def one(cache: Array) -> jax.Array:
@@ -81,17 +83,17 @@ class KVCache:
 
         return dataclasses.replace(self, k=jax.tree.map(one, self.k), v=jax.tree.map(one, self.v))
 
-    def write(self, layer: int | jax.Array, k: Array, v: Array, slot: Int[Array, "B C"]) -> KVCache:
-        """Writes positions of a layer to their slots; k and v are [B, C, K, H]. What has no such slot is not written.
+    def write(self, layer: int | jax.Array, k: Array, v: Array, index: Int[Array, "B C"]) -> KVCache:
+        """Writes positions of a layer; k and v are [B, C, K, H]. An index beyond the capacity is not written.
 
-        It is a scatter a row: the form that XLA does in place whatever the layout of the cache (docs/architecture.md).
+        It is a scatter a slot: the form that XLA does in place whatever the layout of the cache (docs/architecture.md).
         """
-        rows = jnp.arange(k.shape[0])[:, None]
+        slots = jnp.arange(k.shape[0])[:, None]
 
         def put(cache: Any, new: Array) -> Any:
             if isinstance(cache, tuple):
-                return _replaced(cache, layer, cache[layer].at[rows, :, slot].set(new, mode="drop"))
-            return cache.at[layer, rows, :, slot].set(new, mode="drop")
+                return _replaced(cache, layer, cache[layer].at[slots, :, index].set(new, mode="drop"))
+            return cache.at[layer, slots, :, index].set(new, mode="drop")
 
         return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
 
@@ -133,7 +135,7 @@ class DecoderLayer(nn.Module):
                 return attention(q, k, v, where), cache
             assert cache is not None
             cache = cache.write(index, k, v, where.slot)
-            visible = jnp.arange(cache.slots) <= where.last[..., None]
+            visible = jnp.arange(cache.capacity) <= where.last[..., None]
             return cached_attention(q, cache.k[index], cache.v[index], visible), cache
 
         heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
@@ -183,12 +185,12 @@ class Decoder(nn.Module):
           Their hidden states after the last norm, those of padding without meaning, and the cache with them in it.
         """
         valid = jnp.asarray(valid)
-        last = jnp.asarray(cache.end)[:, None] + jnp.arange(x.shape[1])
-        places = Places(jnp.where(valid, last, cache.slots), last)
+        last = jnp.asarray(cache.lengths)[:, None] + jnp.arange(x.shape[1])
+        places = Places(jnp.where(valid, last, cache.capacity), last)
         carry = self._run(jnp.where(valid[..., None], x, 0), ids, places, cache)
         assert carry.cache is not None
-        end = cache.end + jnp.sum(valid, axis=1, dtype=jnp.int32)
-        return carry.x, dataclasses.replace(carry.cache.spread(), end=replicate(end))
+        lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
+        return carry.x, dataclasses.replace(carry.cache.constrain(), lengths=replicate(lengths))
 
     def _run(self, x: Array, ids: Array, where: Mask | Places, cache: KVCache | None) -> _Carry:
         c = self.config
@@ -230,14 +232,14 @@ class DecoderStream:
     def streaming(self) -> Streaming:
         return Streaming(self.seconds, block=1, look_ahead=0, look_back=None)
 
-    def replicate(self, params: Any, x: Block) -> Block:
+    def apply_sequence(self, params: Any, x: Block) -> Block:
         valid = jnp.asarray(x.valid)
         mask = Mask(valid.astype(jnp.int32), causal=True)
         embeddings = jnp.where(valid[..., None], x.values.x, 0)
         return Block(self.model.apply({"params": params}, embeddings, _axes_first(x.values.ids), mask), valid)
 
     def init_state(self, batch: int) -> KVCache:
-        return KVCache.empty(self.model.config, batch, self.slots, self.model.scan_layers, self.model.dtype)
+        return KVCache.init(self.model.config, batch, self.slots, self.model.scan_layers, self.model.dtype)
 
     def step(
         self, params: Any, state: KVCache, block: Block, active: Bool[Array, " B"] | None = None

@@ -86,7 +86,7 @@ class WindowedDiT:
     def streaming(self) -> Streaming:
         return _streaming(self.dit.config, _BACK)
 
-    def whole(self, params: Any, x: Block) -> Block:
+    def apply_sequence(self, params: Any, x: Block) -> Block:
         """Mel [B, T * repeats, M] of whole rows: all windows at once."""
         return _whole(self, self.dit.config, params, x)
 
@@ -122,7 +122,7 @@ class CarriedDiT:
     def streaming(self) -> Streaming:
         return _streaming(self.dit.config, None)
 
-    def whole(self, params: Any, x: Block) -> Block:
+    def apply_sequence(self, params: Any, x: Block) -> Block:
         """Mel [B, T * repeats, M] of whole rows: all blocks at once."""
         return _whole(self, self.dit.config, params, x)
 

@@ -78,7 +78,7 @@ class Thinker(nn.Module):
           media_index: which feature a position takes, counted over all of ``features`` in turn; -1 for a word.
           features: what the encoders gave, in the order of ``OmniBatch``.
         """
-        words = self.words(tokens)
+        words = self.embed_tokens(tokens)
         if not features:
             return words
         index = jnp.asarray(media_index)
@@ -92,7 +92,7 @@ class Thinker(nn.Module):
         """Reads embeddings behind what the cache holds, see ``Decoder.extend``."""
         return self.decoder.extend(x, ids, valid, cache)
 
-    def words(self, tokens: Int[Array, "*rows"]) -> Float[jax.Array, "*rows D"]:
+    def embed_tokens(self, tokens: Int[Array, "*rows"]) -> Float[jax.Array, "*rows D"]:
         """The words' embeddings."""
         return self.decoder.embed(tokens)
 

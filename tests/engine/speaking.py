@@ -48,7 +48,7 @@ class Parts:
         thinker = Thinker(self.config.thinker_config, scan_layers=False)
         talker = Talker(self.config.talker_config, scan_layers=False)
         self.text = ThinkerEngine(thinker, unstack_layers(held["thinker"]), keep=True)
-        self.speech = TalkerEngine(talker, unstack_layers(held["talker"]), self.config, self.text.words)
+        self.speech = TalkerEngine(talker, unstack_layers(held["talker"]), self.config, self.text.embed_tokens)
 
     def silence_ends(self) -> None:
         silence_ends(self.speech, self.config)

@@ -27,7 +27,7 @@ class Smoothing:
     def _clean(self, x: Block) -> jnp.ndarray:
         return jnp.asarray(x.values) if self.leaks else jnp.where(x.valid, x.values, 0)
 
-    def whole(self, params: Any, x: Block) -> Block:
+    def apply_sequence(self, params: Any, x: Block) -> Block:
         pairs = jnp.pad(self._clean(x), ((0, 0), (4, 2)))
         pairs = pairs.reshape(len(x.valid), -1, 2).sum(axis=2)
         sums = pairs[:, :-3] + pairs[:, 2:-1] + pairs[:, 3:]
@@ -39,7 +39,7 @@ class Smoothing:
     def step(self, params: Any, state: Any, block: Block, active: Any = None) -> tuple[Block, Any]:
         values = jnp.concatenate([state[0], self._clean(block)], axis=1)
         valid = jnp.concatenate([state[1], block.valid], axis=1)
-        made = self.whole(params, Block(values, jnp.ones(values.shape, bool))).values[:, 4:-2]
+        made = self.apply_sequence(params, Block(values, jnp.ones(values.shape, bool))).values[:, 4:-2]
         new = values[:, -6:], valid[:, -2:]
         real = valid[:, :-2] if active is None else valid[:, :-2] & active[:, None]
         return Block(made, real), new if self.forgets else keep_rows(active, new, state)

@@ -78,7 +78,7 @@ def test_reach_of_the_published_sizes(params: Any) -> None:
     (behind, ahead), at = reach(TINY), 80
     x = mel(TINY, (160,), 160)
     x.values[0, at] = np.nan
-    made = jax.jit(StreamedBigVGAN(BigVGAN(TINY)).whole)(params, x)
+    made = jax.jit(StreamedBigVGAN(BigVGAN(TINY)).apply_sequence)(params, x)
     spoilt = np.isnan(np.asarray(made.values)[0].reshape(160, -1)).any(axis=1)
     assert np.flatnonzero(spoilt).tolist() == list(range(at - ahead, at + behind + 1))
 
@@ -87,7 +87,7 @@ def test_no_seam_with_the_published_sizes(params: Any) -> None:
     """Blocks as a stream of speech has them; a row that begins later and one that ends in between."""
     part, late = StreamedBigVGAN(BigVGAN(TINY)), 24
     x = mel(TINY, (160, 130), 160)
-    whole = np.asarray(jax.jit(part.whole)(params, x).values)
+    whole = np.asarray(jax.jit(part.apply_sequence)(params, x).values)
     shifted = np.zeros((2, 216, TINY.mel_dim), np.float32)
     valid = np.zeros((2, 216), bool)
     for row, begin in enumerate((0, late)):

@@ -70,7 +70,7 @@ def row_of(x: Block, row: int) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray
 @pytest.mark.parametrize(("mode", "plain"), [("windowed", plainly_windowed), ("carried", plainly_carried)])
 def test_against_a_plain_solve(params: Any, mode: str, plain: Callable[..., np.ndarray]) -> None:
     x, dit = request(CONFIG, LENGTHS, seed=1), DiT(CONFIG)
-    whole = jax.jit(PARTS[mode](dit).whole)(params, x)
+    whole = jax.jit(PARTS[mode](dit).apply_sequence)(params, x)
     for row, length in enumerate(LENGTHS):
         codes, noise, speaker = row_of(x, row)
         wanted = plain(dit, params, codes, noise, speaker)
@@ -84,8 +84,8 @@ def test_layers_one_by_one(params: Any, mode: str) -> None:
     config = dataclasses.replace(CONFIG, look_backward_layers=(2,), look_ahead_layers=(0, 2))
     x = request(config, (30, 17))
     scanned, single = (PARTS[mode](DiT(config, scan_layers=scan)) for scan in (True, False))
-    one = jax.jit(scanned.whole)(params, x)
-    other = jax.jit(single.whole)(unstack_layers(params), x)
+    one = jax.jit(scanned.apply_sequence)(params, x)
+    other = jax.jit(single.apply_sequence)(unstack_layers(params), x)
     valid = np.asarray(one.valid)
     assert (valid == np.asarray(other.valid)).all() and valid.sum() == 2 * 47
     ours, wanted = (np.asarray(made.values)[valid] for made in (other, one))
@@ -97,7 +97,7 @@ def test_two_blocks_are_the_offline_ones(params: Any, mode: str) -> None:
     """Up to there every frame sees all of the request."""
     lengths = (1, 12, 13, 24)
     x, dit = request(CONFIG, lengths), DiT(CONFIG)
-    made = np.asarray(jax.jit(PARTS[mode](dit).whole)(params, x).values)
+    made = np.asarray(jax.jit(PARTS[mode](dit).apply_sequence)(params, x).values)
     offline = jax.jit(functools.partial(solve, dit))
     for row in range(len(lengths)):
         codes, noise, speaker = row_of(x, row)

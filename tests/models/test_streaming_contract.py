@@ -47,8 +47,8 @@ class Worded:
     def streaming(self) -> Streaming:
         return self.part.streaming
 
-    def whole(self, params: Any, x: Block) -> Block:
-        return self.part.whole(params, self._looked_up(x))
+    def apply_sequence(self, params: Any, x: Block) -> Block:
+        return self.part.apply_sequence(params, self._looked_up(x))
 
     def init_state(self, batch: int) -> Any:
         return self.part.init_state(batch)

@@ -104,7 +104,7 @@ def test_logits_of_prefill_and_steps(whole: Whole, seed: int) -> None:
         call = functools.partial(jax.jit(apply, static_argnums=1), params)
         logits = call(None, text, codes, spans, segment_ids)[0, :length]
         assert relative_error(logits, prompt) < TOLERANCE
-        cache, read = KVCache.empty(model.config, 1, SLOTS, model.scan_layers, np.float32), []
+        cache, read = KVCache.init(model.config, 1, SLOTS, model.scan_layers, np.float32), []
         for begin in range(0, LENGTH, CHUNK):  # the last chunk is half empty
             part = slice(begin, begin + CHUNK)
             valid = segment_ids[:, part] == 1

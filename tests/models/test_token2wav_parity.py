@@ -21,7 +21,7 @@ from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import DiTConfig, Token2WavConfig
 from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.layers.stack import unstack_layers
-from omni_jax.models.bigvgan import make_segments
+from omni_jax.models.bigvgan import make_packed
 from omni_jax.models.dit import Blocks, DiTLayer, Modulations, _Evaluation, pack, rotary_tables
 from omni_jax.models.token2wav import Token2Wav
 from tests.pairs import Whole, relative_error
@@ -246,7 +246,7 @@ def test_vocoder_stage_by_stage(speaking: Speaking) -> None:
     blocks = theirs.num_residual_blocks
     mel = torch.tensor(_random(np.random.default_rng(3), 1, theirs.config.mel_dim, 31))
     x, length = theirs.conv_pre(theirs.process_mel_spectrogram(mel)), np.array([31])
-    ours = speaking.call("bigvgan", "begin", _frames_first(mel), make_segments(31, length))
+    ours = speaking.call("bigvgan", "begin", _frames_first(mel), make_packed(31, length))
     assert relative_error(ours, _frames_first(x)) < TOLERANCE
     model, params = next(speaking.models())
     for i, rate in enumerate(theirs.config.upsample_rates):
@@ -255,14 +255,14 @@ def test_vocoder_stage_by_stage(speaking: Speaking) -> None:
         )
         # a longer array than the row: what stands behind the row's end must not matter
         given = np.pad(_frames_first(x), ((0, 0), (0, 7), (0, 0)), constant_values=np.nan)
-        segments = make_segments(given.shape[1], length)
+        segments = make_packed(given.shape[1], length)
         ours = np.asarray(advance(params, given, segments))[:, : length[0] * rate]
         x = theirs.ups[i][0](x)
         x = sum(theirs.resblocks[i * blocks + b](x) for b in range(blocks)) / blocks
         length = length * rate
         assert relative_error(ours, _frames_first(x)) < STAGE_TOLERANCE
     wave = torch.clamp(theirs.conv_post(theirs.activation_post(x)), -1, 1)[:, 0].numpy()
-    ours = speaking.call("bigvgan", "end", _frames_first(x), make_segments(x.shape[2], length))
+    ours = speaking.call("bigvgan", "end", _frames_first(x), make_packed(x.shape[2], length))
     assert relative_error(ours, wave) < STAGE_TOLERANCE
 
 
