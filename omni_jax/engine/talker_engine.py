@@ -13,68 +13,50 @@ E width of the Thinker, N tokens of a reply.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from omni_jax import mrope
-from omni_jax.batch import Array, Spans
-from omni_jax.config import OmniConfig, TalkerConfig
+from omni_jax.batch import Array
+from omni_jax.config import OmniConfig
 from omni_jax.engine.decode_state import (
-    PAD_TOKEN,
     Context,
     DecodeResult,
-    advance_context,
-    apply_method,
     commit,
     init_context,
-    insert_context,
     on_mesh,
-    pack_result,
     resize_context,
     round_capacity,
-    step_context,
-    step_position_ids,
 )
-from omni_jax.engine.sampling import (
-    SamplingParams,
-    SamplingState,
-    init_sampling_state,
-    make_sampling_state,
-    sample,
-    select_slots,
+from omni_jax.engine.sampling import SamplingParams, SamplingState, init_sampling_state, make_sampling_state
+from omni_jax.engine.talker_programs import (
+    TalkerState,
+    TextCounters,
+    append_rows,
+    begin_speech,
+    decode_codes,
+    gather_rows,
+    init_embeds,
+    insert_prefix,
+    plan_append,
+    prefill_chunk,
+    suppressed_codes,
+    take_slot,
 )
 from omni_jax.engine.thinker_engine import resize_rows
 from omni_jax.errors import CheckpointError
-from omni_jax.models.talker import NO_CODE, Talker
-from omni_jax.mrope import Span, position_ids
+from omni_jax.models.talker import Talker
+from omni_jax.mrope import Span
 from omni_jax.processing.prefill_plan import PrefillChunk
-from omni_jax.sharding import constrain, host_sharding, replicate
+from omni_jax.sharding import host_sharding
 
-NO_SLOT = -1  # in place of a slot of the Thinker's where there is none
 APPEND_WIDTH = 16  # tokens of a reply that one call of ``append_reply`` takes at least
-
-_UNKNOWN = 2**30  # in place of a number of tokens that is not known yet, or has no bound
-
-
-@struct.dataclass
-class TalkerState:
-    """A batch in the middle of its speech; every shape is fixed, so one program serves all steps."""
-
-    context: Context
-    sampling: SamplingState
-    remaining: Int[Array, " B"]  # codes each slot may still decode; 0: it has not begun, or has finished
-    special_embeds: Float[Array, "B 3 E"]  # of the voice, of the end of the text, and of what follows it
-    reply_embeds: Float[Array, "B N E"]  # of the reply: hidden state and token embedding, added up; N is the capacity
-    num_reply_embeds: Int[Array, " B"]  # tokens of the reply that are in it
 
 
 @dataclass(frozen=True)
@@ -109,14 +91,6 @@ class TextProgress:
     thinker_slot: Int[np.ndarray, " B"]
     num_tokens: Int[np.ndarray, " B"]
     finished: Bool[np.ndarray, " B"]
-
-
-@struct.dataclass
-class TextCounters:
-    """How far the Thinker has come, on the device."""
-
-    num_tokens: Int[Array, " T"]
-    remaining: Int[Array, " T"]
 
 
 class TalkerEngine:
@@ -172,7 +146,7 @@ class TalkerEngine:
         """Slots that are all free; see ``init_prefix`` for the arguments."""
         context = self.init_prefix(num_slots, capacity)
         with on_mesh(self._mesh):
-            embeds = _init_embeds(self._model, num_slots, context.capacity)
+            embeds = init_embeds(self._model, num_slots, context.capacity)
         special_embeds, reply_embeds = commit(embeds, self._placement, self._mesh)
         none = np.zeros(num_slots, np.int32)
         host = (init_sampling_state(num_slots, self._model.config.vocab_size), none, none)
@@ -226,7 +200,7 @@ class TalkerEngine:
         state = self.resize(state, prefix.capacity)
         prefix = self.resize_prefix(prefix, state.context.capacity)
         with on_mesh(self._mesh):
-            return _insert(state, np.int32(slot), prefix)
+            return insert_prefix(state, np.int32(slot), prefix)
 
     def append_reply(
         self,
@@ -246,16 +220,16 @@ class TalkerEngine:
           prompt_length: tokens before each reply.
         """
         with on_mesh(self._mesh):
-            plan = _plan_append(self.append_width, state.num_reply_embeds, num_tokens, thinker_slot, prompt_length)
+            plan = plan_append(self.append_width, state.num_reply_embeds, num_tokens, thinker_slot, prompt_length)
             rows = gather_rows(talker_inputs, plan.places)  # [T, width, E]
-            return _append_reply(state, rows, plan.count, thinker_slot)
+            return append_rows(state, rows, plan.count, thinker_slot)
 
     def take_slot(
         self, talker_inputs: Float[Array, "T capacity E"], slot: int, num_slots: int
     ) -> Float[jax.Array, "R capacity E"]:
         """The inputs of one slot of the Thinker's, for a prefix of ``num_slots``, whose first it is."""
         with on_mesh(self._mesh):
-            return _take_slot(talker_inputs, np.int32(slot), num_slots)
+            return take_slot(talker_inputs, np.int32(slot), num_slots)
 
     def begin(self, state: TalkerState, requests: Mapping[int, SpeechRequest]) -> TalkerState:
         """Reads the voice and the first token of the reply, whereupon slots can decode codes.
@@ -285,7 +259,7 @@ class TalkerEngine:
         sampling, remaining = jax.device_put(host, self._placement)
         special_embeds = self._special_embeds(voice_tokens)
         with on_mesh(self._mesh):
-            return _begin(self._model, self.params, state, is_new, special_embeds, table, sampling, remaining)
+            return begin_speech(self._model, self.params, state, is_new, special_embeds, table, sampling, remaining)
 
     def decode(
         self, state: TalkerState, progress: TextProgress, counters: TextCounters
@@ -330,246 +304,3 @@ class TalkerEngine:
         ids[:, 1] = c.tts_text_end_token_id
         ids[:, 2] = c.tts_text_pad_token_id
         return self._embed_tokens(ids)
-
-
-def suppressed_codes(config: OmniConfig) -> Bool[np.ndarray, " V"]:
-    """Ids that the Talker never draws: its begin mark, and those that Token2Wav has no row for and that are no end."""
-    c = config.talker_config
-    suppressed = np.arange(c.vocab_size) >= config.token2wav_config.dit_config.num_embeds + 1
-    suppressed[end_codes(c)] = False
-    suppressed[c.tts_codec_start_token_id] = True
-    return suppressed
-
-
-def end_codes(config: TalkerConfig) -> Int[np.ndarray, " 2"]:
-    """Ids that end the speech."""
-    return np.array([config.tts_codec_pad_token_id, config.tts_codec_end_token_id], np.int32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _init_embeds(model: Talker, num_slots: int, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """``special_embeds`` and ``reply_embeds`` that hold nothing."""
-    width = model.config.embedding_size
-    special_embeds = jnp.zeros((num_slots, 3, width), model.dtype)
-    reply_embeds = jnp.zeros((num_slots, capacity, width), model.dtype)
-    return constrain(special_embeds, "batch", None, "width"), constrain(reply_embeds, "batch", None, "width")
-
-
-@jax.jit
-def gather_rows(rows: Float[Array, "B N E"], places: Int[Array, "B C"]) -> Float[jax.Array, "B C E"]:
-    """The rows at these places of each slot; places behind the end give the last row."""
-    return jnp.take_along_axis(jnp.asarray(rows), jnp.asarray(places)[..., None], axis=1, mode="clip")
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _take_slot(talker_inputs: Array, slot: Int[Array, ""], num_slots: int) -> jax.Array:
-    one = jax.lax.dynamic_slice_in_dim(jnp.asarray(talker_inputs), slot, 1)  # [1, capacity, E]
-    return jnp.broadcast_to(one, (num_slots, *one.shape[1:]))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(state: TalkerState, slot: Int[Array, ""], prefix: Context) -> TalkerState:
-    return dataclasses.replace(
-        state,
-        context=insert_context(state.context, slot, prefix),
-        remaining=replicate(jnp.asarray(state.remaining).at[slot].set(0)),
-        num_reply_embeds=replicate(jnp.asarray(state.num_reply_embeds).at[slot].set(0)),
-    )
-
-
-@struct.dataclass
-class _AppendPlan:
-    """Which tokens of the Thinker's slots are appended."""
-
-    places: Int[Array, "T width"]  # in ``talker_inputs``
-    count: Int[Array, " B"]  # tokens that each slot takes
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _plan_append(
-    width: int,
-    num_reply_embeds: Int[Array, " B"],
-    num_tokens: Int[Array, " T"],
-    thinker_slot: Int[Array, " B"],
-    prompt_length: Int[Array, " B"],
-) -> _AppendPlan:
-    num_tokens = jnp.asarray(num_tokens)
-    thinker_slot = jnp.asarray(thinker_slot)
-    follows = thinker_slot != NO_SLOT  # [B]
-    available = num_tokens[jnp.maximum(thinker_slot, 0)] - num_reply_embeds
-    count = jnp.where(follows, jnp.clip(available, 0, width), 0)
-    first = prompt_length + num_reply_embeds  # [B], of the tokens that are taken
-    # the gather stays within each slot of the Thinker's, whose slots may lie on other devices than the Talker's
-    target = jnp.where(follows, thinker_slot, len(num_tokens))  # out of bounds, so that it is dropped
-    places = jnp.zeros((len(num_tokens), width), jnp.int32)
-    places = places.at[target].set(first[:, None] + jnp.arange(width), mode="drop")
-    return _AppendPlan(places, count.astype(jnp.int32))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _append_reply(
-    state: TalkerState, rows: Float[Array, "T width E"], count: Int[Array, " B"], thinker_slot: Int[Array, " B"]
-) -> TalkerState:
-    reply_embeds = jnp.asarray(state.reply_embeds)
-    num_slots, capacity = reply_embeds.shape[:2]
-    new = jnp.asarray(rows)[jnp.maximum(thinker_slot, 0)].astype(reply_embeds.dtype)  # [B, width, E]
-    offset = jnp.arange(rows.shape[1])
-    places = state.num_reply_embeds[:, None] + offset  # [B, width]
-    places = jnp.where(offset < count[:, None], places, capacity)  # out of bounds, so that it is dropped
-    slots = jnp.arange(num_slots)[:, None]
-    return dataclasses.replace(
-        state,
-        reply_embeds=reply_embeds.at[slots, places].set(new, mode="drop"),
-        num_reply_embeds=replicate(state.num_reply_embeds + count),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="prefix")
-def prefill_chunk(
-    model: Talker,
-    params: Any,
-    prefix: Context,
-    text: Float[Array, "R C E"],
-    spans: Spans,
-    valid: Bool[Array, "R C"],
-) -> Context:
-    """Reads a chunk of the prompts behind what the cache holds; no position has a code."""
-    codes = jnp.full(valid.shape, NO_CODE)
-    return _extend(model, params, prefix, text, codes, spans, valid)
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _begin(
-    model: Talker,
-    params: Any,
-    state: TalkerState,
-    is_new: Bool[Array, " B"],
-    special_embeds: Float[Array, "B 3 E"],
-    spans: Spans,
-    sampling: SamplingState,
-    remaining: Int[Array, " B"],
-) -> TalkerState:
-    c = model.config
-    is_new = jnp.asarray(is_new)
-    special_embeds = jnp.where(is_new[:, None, None], special_embeds, state.special_embeds)
-    text = jnp.concatenate([special_embeds[:, :1], state.reply_embeds[:, :1]], axis=1)  # [B, 2, E]
-    codes = jnp.array([c.tts_codec_pad_token_id, c.tts_codec_start_token_id])
-    codes = jnp.broadcast_to(codes, (len(is_new), 2))
-    valid = jnp.broadcast_to(is_new[:, None], codes.shape)
-    return dataclasses.replace(
-        state,
-        context=_extend(model, params, state.context, text, codes, spans, valid),
-        sampling=replicate(select_slots(is_new, sampling, state.sampling)),
-        remaining=replicate(jnp.where(is_new, remaining, state.remaining)),
-        special_embeds=special_embeds,
-    )
-
-
-def _extend(
-    model: Talker,
-    params: Any,
-    context: Context,
-    text: Float[Array, "B C E"],
-    codes: Int[Array, "B C"],
-    spans: Spans,
-    valid: Bool[Array, "B C"],
-) -> Context:
-    valid = jnp.asarray(valid)
-    ids, delta = position_ids(spans, valid.astype(jnp.int32), model.config.position_id_per_seconds)  # [3, B, C], [B]
-    hidden, cache = apply_method(model, "extend", params, text, codes, ids, valid, context.cache)  # [B, C, D]
-    return advance_context(context, hidden, valid, delta, cache)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "codes_per_call"), donate_argnames="state")
-def decode_codes(
-    model: Talker,
-    codes_per_call: int,
-    params: Any,
-    state: TalkerState,
-    suppressed: Bool[Array, " V"],
-    thinker_slot: Int[Array, " B"],
-    num_tokens: Int[Array, " B"],
-    finished: Bool[Array, " B"],
-    counters: TextCounters,
-) -> tuple[TalkerState, Int[jax.Array, "B K+1"]]:
-    """Decodes codes in every slot as far as its text allows; ends as soon as no slot has more to decode.
-
-    Args:
-      model, params: the Talker.
-      codes_per_call: K.
-      state: it is donated.
-      suppressed: codes that are never drawn.
-      thinker_slot, num_tokens, finished: of ``TextProgress``.
-      counters: of the Thinker.
-
-    Returns:
-      The state after them, and the array of a ``DecodeResult``.
-    """
-    follows = thinker_slot != NO_SLOT
-    slot = jnp.maximum(thinker_slot, 0)
-    num_tokens = jnp.where(follows, jnp.asarray(counters.num_tokens)[slot], num_tokens)  # [B]
-    finished = jnp.where(follows, jnp.asarray(counters.remaining)[slot] == 0, finished)  # [B]
-    # while the text goes on, its last token so far may turn out to be its last, which is not spoken
-    allowed = jnp.where(finished, _UNKNOWN, jnp.maximum(num_tokens - 2, 0))
-    ready = jnp.minimum(allowed - state.sampling.step, codes_per_call)  # [B]
-    text = _next_text_inputs(state, codes_per_call, jnp.where(finished, num_tokens - 1, _UNKNOWN))  # [B, K, E]
-    tokens = jnp.full((len(ready), codes_per_call), PAD_TOKEN, jnp.int32)
-
-    def goes_on(loop: tuple[jax.Array, jax.Array, TalkerState]) -> Bool[jax.Array, ""]:
-        step, _, state = loop
-        return jnp.any((state.remaining > 0) & (step < ready))
-
-    def decode_step(loop: tuple[jax.Array, jax.Array, TalkerState]) -> tuple[jax.Array, jax.Array, TalkerState]:
-        step, tokens, state = loop
-        active = (state.remaining > 0) & (step < ready)  # [B]
-        state, codes = _decode_code(model, params, state, suppressed, text[:, step], active)
-        return step + 1, tokens.at[:, step].set(codes), state
-
-    with jax.named_scope("decode_codes"):
-        _, tokens, state = jax.lax.while_loop(goes_on, decode_step, (jnp.int32(0), tokens, state))
-    state = dataclasses.replace(
-        state,
-        context=dataclasses.replace(state.context, position=replicate(state.context.position)),
-        sampling=replicate(state.sampling),
-        remaining=replicate(state.remaining),
-    )
-    return state, pack_result(tokens, state.remaining)
-
-
-def _next_text_inputs(state: TalkerState, count: int, last: Int[Array, " B"]) -> Float[jax.Array, "B K E"]:
-    """What goes with the next codes: the reply's tokens from r_1 on before ``last``, the end mark, then padding."""
-    token = jnp.asarray(state.sampling.step)[:, None] + 1 + jnp.arange(count)  # [B, K]
-    rows = gather_rows(state.reply_embeds, token)  # [B, K, E]
-    token = token[..., None]
-    last = jnp.asarray(last)[:, None, None]
-    end_embed = state.special_embeds[:, 1:2]  # [B, 1, E]
-    pad_embed = state.special_embeds[:, 2:]
-    return jnp.where(token < last, rows, jnp.where(token == last, end_embed, pad_embed))
-
-
-def _decode_code(
-    model: Talker,
-    params: Any,
-    state: TalkerState,
-    suppressed: Bool[Array, " V"],
-    text: Float[Array, "B E"],
-    active: Bool[Array, " B"],
-) -> tuple[TalkerState, Int[jax.Array, " B"]]:
-    """One code of every active slot; ``PAD_TOKEN`` where there is none or it is an end."""
-    before = state.context
-    logits = apply_method(model, "logits", params, before.hidden)  # [B, V]
-    with jax.named_scope("sample"):
-        codes, sampling = sample(logits, state.sampling, active, suppressed)  # [B]
-    is_end = jnp.isin(codes, end_codes(model.config))
-    ids = step_position_ids(before)  # [3, B, 1]
-    valid = active[:, None]
-    inputs = (text[:, None], codes[:, None], ids, valid, before.cache)
-    hidden, cache = apply_method(model, "extend", params, *inputs)  # [B, 1, D]
-    remaining = jnp.where(is_end, 0, state.remaining - 1)
-    after = dataclasses.replace(
-        state,
-        context=step_context(before, hidden, active, cache),
-        sampling=sampling,
-        remaining=jnp.where(active, remaining, state.remaining),
-    )
-    return after, jnp.where(active & ~is_end, codes, PAD_TOKEN)

@@ -18,7 +18,8 @@ from omni_jax.engine.outputs import Timings, Utilization
 from omni_jax.engine.prefill import Engines, Stopwatch, prefill_talker
 from omni_jax.engine.request import RequestState, Stage
 from omni_jax.engine.stage import SlotStage, StageOutput
-from omni_jax.engine.talker_engine import NO_SLOT, TalkerState, TextCounters, TextProgress
+from omni_jax.engine.talker_engine import TextProgress
+from omni_jax.engine.talker_programs import NO_SLOT, TalkerState, TextCounters
 from omni_jax.engine.thinker_stage import ThinkerStage
 from omni_jax.processing.prefill_plan import PrefillChunk
 
@@ -29,13 +30,13 @@ class _SlotRecord:
 
     Attributes:
       length: positions in the cache.
-      remaining: codes that may still be decoded, once the slot has begun.
-      has_begun: whether the voice and the first token have been read.
+      remaining: codes that may still be decoded, once the slot has started.
+      has_started: whether the voice and the first token have been read.
     """
 
     length: int
     remaining: int = 0
-    has_begun: bool = False
+    has_started: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class TalkerStage(SlotStage):
     def is_complete(self, state: RequestState) -> bool:
         """Whether all codes of a request that has a slot are decoded. A reply of one token or none has no codes."""
         record = self._records[state]
-        return state.is_mute if not record.has_begun else record.remaining == 0
+        return state.is_mute if not record.has_started else record.remaining == 0
 
     def dispatch(self) -> DecodeResult | None:
         if self._device_state is None:
@@ -126,11 +127,11 @@ class TalkerStage(SlotStage):
         assert engine is not None
         self._append_live()
         self._begin_new()
-        begun = [record for record in self._records.values() if record.has_begun]
+        started = [record for record in self._records.values() if record.has_started]
         if not any(self._has_text(state) for state in self._records):
             return None
-        steps = min(engine.codes_per_call, max(record.remaining for record in begun))
-        length = max(record.length for record in begun)
+        steps = min(engine.codes_per_call, max(record.remaining for record in started))
+        length = max(record.length for record in started)
         resized = engine.resize(self._device_state, length + steps)
         self._device_state, result = engine.decode(resized, self._text_progress(), self._text_counters(resized))
         return result
@@ -139,7 +140,7 @@ class TalkerStage(SlotStage):
         used = 0
         steps = 0
         for slot, state in enumerate(self._slots):
-            if state is None or not self._records[state].has_begun:
+            if state is None or not self._records[state].has_started:
                 continue
             codes = decoded.at_slot(slot)
             record = self._records[state]
@@ -211,7 +212,7 @@ class TalkerStage(SlotStage):
         engine = self._engines.talker
         requests = {}
         for slot, state in enumerate(self._slots):
-            if state is None or self._records[state].has_begun or state.detokenizer.num_spoken < 2:
+            if state is None or self._records[state].has_started or state.detokenizer.num_spoken < 2:
                 continue
             requests[slot] = state.request.speech_request()
         if not requests:
@@ -223,7 +224,7 @@ class TalkerStage(SlotStage):
             state = self._slots[slot]
             assert state is not None
             record = self._records[state]
-            record.has_begun = True
+            record.has_started = True
             record.length += 2
             record.remaining = request.max_codes
 
@@ -234,7 +235,7 @@ class TalkerStage(SlotStage):
     def _has_text(self, state: RequestState) -> bool:
         """Whether a slot may have codes to decode."""
         record = self._records[state]
-        if not record.has_begun or record.remaining == 0:
+        if not record.has_started or record.remaining == 0:
             return False
         detokenizer = state.detokenizer
         if detokenizer.finished or self._follows_device(state):
@@ -246,7 +247,7 @@ class TalkerStage(SlotStage):
         num_tokens = np.zeros(self.num_slots, np.int32)
         finished = np.zeros(self.num_slots, bool)
         for slot, state in enumerate(self._slots):
-            if state is None or not self._records[state].has_begun:
+            if state is None or not self._records[state].has_started:
                 continue
             followed = self._thinker.slot_of(state)
             if followed is not None and self._follows_device(state):
