@@ -1,8 +1,8 @@
 """The scheduler: requests come in, pieces of replies come out, as many at once as there are slots.
 
 A request is prefilled, its text decoded by the Thinker, its codes by the Talker, and these become sound in Token2Wav.
-Each stage works on batches of fixed shape whose slots come and go; here it is decided who is admitted and in which
-order the stages work. A step does a little of each, so a request may join or leave between two steps.
+Each stage works on batches of fixed shape whose slots come and go. A step does a little of each, so a request may join
+or leave between two steps.
 
 Where sound is to come as it is made, Thinker, Talker and Token2Wav take turns. Any other reply is spoken when its text
 is complete, so that a slot of the Thinker's is not kept while the Talker takes its many more steps, and the sound of
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 
+from omni_jax.engine.admission import AdmissionPolicy
 from omni_jax.engine.outputs import Event, Reply, Timings, Utilization
 from omni_jax.engine.prefill import Engines, PrefillStage, Prefix
 from omni_jax.engine.request import RequestState, SchedulerConfig, Stage
@@ -41,14 +42,13 @@ class Scheduler:
         self.timings = Timings()
         self.utilization = Utilization()
         self.clock = engines.clock
-        self._engines = engines
         self._waiting: deque[RequestState] = deque()
         self._prefill = PrefillStage(engines, self.timings, self.utilization)
         self._thinker = ThinkerStage(engines, config.thinker_slots, self.timings, self.utilization)
         self._talker = TalkerStage(engines, config.talker_slots, self._thinker, self.timings, self.utilization)
         self._vocoder = VocoderStage(engines, config.block_sizes, self.timings, self.utilization)
         self._stages = (self._prefill, self._thinker, self._talker, self._vocoder)
-        self._is_filling = True  # whether spoken requests that are not live are admitted now
+        self._policy = AdmissionPolicy(self._thinker, self._talker)
         self._events: Events = []
 
     @property
@@ -65,10 +65,6 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests that have a slot of the Thinker's or the Talker's."""
         return len({*self._thinker.states, *self._talker.states})
-
-    def make_prefix(self, capacity: int, *, with_talker: bool) -> Prefix:
-        """Caches for a prompt that is prefilled before its request is submitted."""
-        return Prefix(self._engines, capacity, self.timings, with_talker=with_talker)
 
     def submit(self, state: RequestState, prefix: Prefix | None = None) -> None:
         """Takes a request.
@@ -121,10 +117,8 @@ class Scheduler:
                 return
 
     def _start_prefill(self) -> bool:
-        """Begins with the first request that there is room for, live ones before the others."""
-        self._update_filling()
-        in_order = sorted(self._waiting, key=lambda state: not state.request.live)
-        state = next((state for state in in_order if self._has_room(state)), None)
+        """Begins with the next request that there is room for."""
+        state = self._policy.choose(self._waiting)
         if state is None:
             return False
         self._waiting.remove(state)
@@ -141,33 +135,13 @@ class Scheduler:
             self._talker.admit_live(state, prefix.talker)
             self._vocoder.open_stream(state)
 
-    def _has_room(self, state: RequestState) -> bool:
-        if not self._thinker.num_free:
-            return False
-        if state.is_live:
-            return self._talker.num_free > 0
-        return self._is_filling or not state.speaks
-
-    def _update_filling(self) -> None:
-        """Decides whether to admit requests that are spoken when their text is complete: they come in bursts.
-
-        A step of the Thinker costs the same for one slot as for many, and speech takes so much longer than text that
-        slots would be taken one at a time; so it waits until little is left to speak, and then fills all slots.
-        """
-        num_waiting = len(self._talker.waiting)
-        num_ahead = num_waiting + sum(state.speaks and not state.is_live for state in self._thinker.states)
-        if num_ahead >= self._talker.num_slots + self._thinker.num_slots:
-            self._is_filling = False
-        elif num_waiting <= self._talker.num_slots // 2:
-            self._is_filling = True
-
     def _step_decode(self) -> None:
         """Some tokens and some codes of every slot."""
         # a slot is kept for a live request that is being prefilled
         num_kept = sum(state.is_live for state in self._prefill.states)
         self._apply(self._talker.admit_waiting(num_kept))
-        stages = [self._thinker] if self._is_talker_early() else [self._thinker, self._talker]
-        self._apply(decode_together(stages, self.clock))
+        is_early = self._policy.is_talker_early(self._prefill.states, self._waiting)
+        self._apply(decode_together([self._thinker] if is_early else [self._thinker, self._talker], self.clock))
         for state in self._talker.take_complete():
             if state.is_live:
                 self._vocoder.end_stream(state)
@@ -175,15 +149,6 @@ class Scheduler:
                 self._vocoder.enqueue(state)
             else:
                 self._finish(state)
-
-    def _is_talker_early(self) -> bool:
-        """Whether the Talker had better wait: slots are free, nobody listens, and texts are on their way to them."""
-        if not self._talker.num_free or any(state.is_live for state in self._talker.states):
-            return False
-        coming = [*self._thinker.states, *self._prefill.states]
-        if self._is_filling:
-            coming += self._waiting
-        return any(state.speaks and not state.is_live for state in coming)
 
     def _step_vocoder(self) -> None:
         others = [*self._waiting, *self._prefill.states, *self._thinker.states, *self._talker.states]
@@ -195,31 +160,27 @@ class Scheduler:
                     self._finish(state)
 
     def _apply(self, output: StageOutput) -> None:
-        """Takes on what came of a stage's step: finished requests go to the next stage."""
+        """Takes on what came of a stage's step."""
         self._events += output.events
         for state, error in output.failed:
             self._fail([state], error)
         for state in output.finished:
-            if state.stage is not Stage.TEXT or not state.speaks:
-                self._finish(state)
-            elif state.is_live:
-                self._end_live_text(state)
-            elif state.is_mute:
-                self._finish(state)
-            else:
-                self._enqueue_speech(state)
+            self._advance(state)
 
-    def _end_live_text(self, state: RequestState) -> None:
-        self._thinker.remove(state)
-        state.stage = Stage.SPEECH
-        if self._talker.slot_of(state) is None:  # its sound ended before its text
+    def _advance(self, state: RequestState) -> None:
+        """Takes a request from the stage that is done with it to the next one."""
+        if state.stage is Stage.TEXT and state.is_live:
+            self._thinker.remove(state)
+            state.stage = Stage.SPEECH
+            if self._talker.slot_of(state) is None:  # its sound ended before its text
+                self._finish(state)
+        elif state.stage is Stage.TEXT and state.speaks and not state.is_mute:
+            try:
+                self._talker.enqueue(state)
+            except Exception as error:
+                self._fail([state], error)
+        else:
             self._finish(state)
-
-    def _enqueue_speech(self, state: RequestState) -> None:
-        try:
-            self._talker.enqueue(state)
-        except Exception as error:
-            self._fail([state], error)
 
     def _finish(self, state: RequestState) -> None:
         self._remove(state)

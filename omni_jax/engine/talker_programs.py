@@ -240,7 +240,7 @@ def decode_codes(
     # while the text goes on, its last token so far may turn out to be its last, which is not spoken
     allowed = jnp.where(finished, _UNKNOWN, jnp.maximum(num_tokens - 2, 0))
     ready = jnp.minimum(allowed - state.sampling.step, codes_per_call)  # [B]
-    text = _next_text_inputs(state, codes_per_call, jnp.where(finished, num_tokens - 1, _UNKNOWN))  # [B, K, E]
+    text = next_text_inputs(state, codes_per_call, jnp.where(finished, num_tokens - 1, _UNKNOWN))  # [B, K, E]
     tokens = jnp.full((len(ready), codes_per_call), PAD_TOKEN, jnp.int32)
 
     def goes_on(loop: tuple[jax.Array, jax.Array, TalkerState]) -> Bool[jax.Array, ""]:
@@ -264,7 +264,7 @@ def decode_codes(
     return state, pack_result(tokens, state.remaining)
 
 
-def _next_text_inputs(state: TalkerState, count: int, last: Int[Array, " B"]) -> Float[jax.Array, "B K E"]:
+def next_text_inputs(state: TalkerState, count: int, last: Int[Array, " B"]) -> Float[jax.Array, "B K E"]:
     """What goes with the next codes: the reply's tokens from r_1 on before ``last``, the end mark, then padding."""
     token = jnp.asarray(state.sampling.step)[:, None] + 1 + jnp.arange(count)  # [B, K]
     rows = gather_rows(state.reply_embeds, token)  # [B, K, E]

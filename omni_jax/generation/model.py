@@ -23,7 +23,7 @@ from omni_jax.checks import check_int
 from omni_jax.config import OmniConfig
 from omni_jax.engine.detokenizer import Detokenizer
 from omni_jax.engine.outputs import Event, Reply
-from omni_jax.engine.prefill import Engines, Stopwatch
+from omni_jax.engine.prefill import Engines, Prefix, Stopwatch
 from omni_jax.engine.request import (
     BLOCK_SIZES,
     INITIAL_REPLY,
@@ -233,7 +233,8 @@ class OmniModel:
         _warn_untrained(chosen, [messages])
         prompt = LivePrompt(self.processor, messages, audio=audio, video=video, assume_fps=chosen.assume_fps)
         scheduler = Scheduler(self.engines)
-        prefix = scheduler.make_prefix(len(prompt.head.prompt) + INITIAL_REPLY, with_talker=chosen.speaks)
+        capacity = len(prompt.head.prompt) + INITIAL_REPLY
+        prefix = Prefix(self.engines, capacity, scheduler.timings, with_talker=chosen.speaks)
 
         def make_request(pieces: Sequence[PromptPiece], whole: Prompt, changes: Mapping[str, Any]) -> RequestState:
             fixed = sorted({"modalities", "assume_fps"} & set(changes))

@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from omni_jax.engine.sampling import SamplingParams, SamplingState, restrict, sample
+from omni_jax.engine.sampling import SamplingParams, filter_logits, make_sampling_state, sample
 from omni_jax.errors import InputError
 
 VOCAB = 40
 
 
 def draw(rows: list[SamplingParams], logits: np.ndarray, steps: int = 5) -> np.ndarray:
-    """[rows, steps]; the same scores at each step."""
-    state = SamplingState.create(rows, [np.array([1, 2])] * len(rows), VOCAB)
+    """[rows, steps]; the same logits at each step."""
+    state = make_sampling_state(rows, [np.array([1, 2])] * len(rows), VOCAB)
     out = []
     for _ in range(steps):
         tokens, state = jax.jit(sample)(logits, state, np.ones(len(rows), bool))
@@ -22,7 +22,7 @@ def draw(rows: list[SamplingParams], logits: np.ndarray, steps: int = 5) -> np.n
     return np.stack(out, axis=1)
 
 
-def scores(rows: int, seed: int = 0) -> np.ndarray:
+def random_logits(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, VOCAB)).astype(np.float32)
 
 
@@ -33,14 +33,14 @@ def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
         SamplingParams(0.7, 5, 0.9, 1.2, seed=9),
         SamplingParams(1.0, seed=4),
     ]
-    logits = scores(4)
+    logits = random_logits(4)
     together = draw(rows, logits)
     for i, row in enumerate(rows):
         assert np.array_equal(together[i], draw([row], logits[i : i + 1])[0])
 
 
 def test_seeds_and_steps_differ() -> None:
-    logits = np.repeat(scores(1), 2, axis=0)
+    logits = np.repeat(random_logits(1), 2, axis=0)
     a, b = draw([SamplingParams(1.5, seed=0), SamplingParams(1.5, seed=1)], logits, steps=20)
     assert not np.array_equal(a, b)
     assert len(set(a.tolist())) > 1
@@ -48,15 +48,15 @@ def test_seeds_and_steps_differ() -> None:
 
 def test_a_row_that_stands_still_draws_nothing() -> None:
     """What it would have drawn comes later, and counts for no penalty before."""
-    logits, rows = scores(2), [SamplingParams(1.0, repetition_penalty=1.5, seed=4)] * 2
-    state = SamplingState.create(rows, [np.array([1])] * 2, VOCAB)
+    logits, rows = random_logits(2), [SamplingParams(1.0, repetition_penalty=1.5, seed=4)] * 2
+    state = make_sampling_state(rows, [np.array([1])] * 2, VOCAB)
     _, after = sample(logits, state, np.array([True, False]))
     assert after.step.tolist() == [1, 0]
     assert np.array_equal(after.seen[1], state.seen[1]) and not np.array_equal(after.seen[0], state.seen[0])
 
 
-def test_temperature_zero_is_the_likeliest() -> None:
-    logits = scores(3)
+def test_temperature_zero_takes_the_most_probable() -> None:
+    logits = random_logits(3)
     assert np.array_equal(draw([SamplingParams()] * 3, logits)[:, 0], logits.argmax(-1))
 
 
@@ -73,7 +73,7 @@ def test_where_few_tokens_are_ranked_what_is_kept_is_the_same() -> None:
     given[1, :200], given[2, :63], given[3] = 4.0, 4.0, 1.0
     top_k = np.array([40, 5, 5, 7, 64, 65, 300], np.int32)
     top_p = np.array([0.8, 1.0, 1.0, 1.0, 0.99, 0.9, 0.5], np.float32)
-    kept = np.isfinite(restrict(given, top_k, top_p))
+    kept = np.isfinite(filter_logits(given, top_k, top_p))
     for row, k, p, mine in zip(given.astype(float), top_k, top_p, kept, strict=True):
         inside = row >= np.sort(row)[-k]
         share = np.where(inside, np.exp(row), 0) / np.exp(row[inside]).sum()
@@ -82,7 +82,7 @@ def test_where_few_tokens_are_ranked_what_is_kept_is_the_same() -> None:
         assert np.array_equal(mine, wanted)
     assert [int(n) for n in kept.sum(axis=1)[1:4]] == [200, 63, 300]
     for i in range(len(given)):
-        alone = restrict(given[i : i + 1], top_k[i : i + 1], top_p[i : i + 1])
+        alone = filter_logits(given[i : i + 1], top_k[i : i + 1], top_p[i : i + 1])
         assert np.array_equal(np.isfinite(alone)[0], kept[i])
 
 
@@ -99,13 +99,19 @@ def test_draws_follow_the_probabilities() -> None:
     ("field", "value", "limit"),
     [
         ("temperature", -0.1, "at least 0"),
-        ("top_k", -1, "at least 0"),
+        ("top_k", -1, "from 0 to 2147483647"),
+        ("top_k", 3 * 10**9, "from 0 to 2147483647"),
+        ("top_k", 1.5, "a whole number"),
+        ("top_k", True, "a whole number"),
+        ("temperature", 1e400, "at most 100"),
+        ("temperature", "1", "a number"),
+        ("top_p", 1e-60, "above 0"),
         ("top_p", 0.0, "above 0 and at most 1"),
         ("top_p", 1.5, "above 0 and at most 1"),
-        ("repetition_penalty", 0.0, "above 0"),
-        ("seed", 2**32, "below 2\\*\\*32"),
+        ("repetition_penalty", 0.0, "at least 0.01"),
+        ("seed", 2**32, "from 0 to 4294967295"),
     ],
 )
 def test_a_setting_out_of_range(field: str, value: float, limit: str) -> None:
-    with pytest.raises(InputError, match=f"{field} is {value}.*{limit}"):
+    with pytest.raises(InputError, match=f"{field} is {value!r}.*{limit}"):
         SamplingParams(**{field: value})

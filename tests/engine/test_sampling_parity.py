@@ -1,4 +1,4 @@
-"""The sampler against transformers' processors of scores."""
+"""The sampler against transformers' logits processors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from omni_jax.engine.sampling import SamplingParams, SamplingState, _penalise, restrict
+from omni_jax.engine.sampling import SamplingParams, _penalize, filter_logits, make_sampling_state
 
 VOCAB = 50
 # probabilities of a softmax over 50 numbers, float32 on both sides
@@ -40,16 +40,16 @@ def test_probabilities(seed: int, temperature: float, top_k: int, top_p: float, 
     theirs = scores.softmax(-1).numpy()
 
     rows = [SamplingParams(temperature, top_k, top_p, penalty)] * 2
-    state = SamplingState.create(rows, prompts, VOCAB)
-    kept = restrict(_penalise(logits, state) / np.float32(temperature), state.top_k, state.top_p)
+    state = make_sampling_state(rows, prompts, VOCAB)
+    kept = filter_logits(_penalize(logits, state) / np.float32(temperature), state.top_k, state.top_p)
     ours = np.asarray(jax.nn.softmax(kept, axis=-1))
     # a token whose cumulative probability lies on the edge of top_p may fall on either side
     assert np.abs(ours - theirs).max() < TOLERANCE or _on_the_edge(logits, prompts, rows[0])
 
 
 def _on_the_edge(logits: np.ndarray, prompts: list[np.ndarray], s: SamplingParams) -> bool:
-    state = SamplingState.create([s] * 2, prompts, VOCAB)
-    warm = np.asarray(_penalise(logits, state), np.float64) / s.temperature
+    state = make_sampling_state([s] * 2, prompts, VOCAB)
+    warm = np.asarray(_penalize(logits, state), np.float64) / s.temperature
     ranked = -np.sort(-warm, axis=-1)[:, : s.top_k]
     p = np.exp(ranked - ranked[:, :1])
     p /= p.sum(-1, keepdims=True)

@@ -108,6 +108,6 @@ def test_greedy_reply(model: OmniModel, theirs: dict[str, list[int]], name: str)
 
 
 def test_a_batch_equals_the_single_replies(model: OmniModel, theirs: dict[str, list[int]]) -> None:
-    """Against the reference's single runs: its own batches shift positions (reference notes, 7.5 D)."""
+    """Against the reference's single runs: its own batches shift positions (docs/reference.md, 7.5 D)."""
     replies = model.generate_batch([messages(name) for name in PROMPTS], max_tokens=LENGTH)
     assert {name: list(r.token_ids) for name, r in zip(PROMPTS, replies, strict=True)} == theirs

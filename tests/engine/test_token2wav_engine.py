@@ -11,7 +11,7 @@ import pytest
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig
-from omni_jax.engine.token2wav_engine import Token2WavEngine, draw_noise, fine_bucket
+from omni_jax.engine.token2wav_engine import Token2WavEngine, draw_noise, round_up_finely, solve_blocks
 from omni_jax.errors import InputError
 from omni_jax.models.token2wav import Token2Wav
 
@@ -23,7 +23,7 @@ DIT = CONFIG.dit_config
 
 
 @pytest.fixture(scope="module")
-def waveform(tiny_model: Path) -> Token2WavEngine:
+def engine(tiny_model: Path) -> Token2WavEngine:
     return Token2WavEngine(Token2Wav(CONFIG), store.load(tiny_model, ["token2wav"])["token2wav"])
 
 
@@ -42,24 +42,24 @@ def noise_for(row: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def test_a_request_together_is_the_request_alone(waveform: Token2WavEngine) -> None:
+def test_a_request_together_is_the_request_alone(engine: Token2WavEngine) -> None:
     """Several lengths, two voices with clips of two lengths, noise drawn and given."""
     rows, voices = codes(1, 30, 12, 13), [voice(0), voice(1, 33), voice(0), voice(1, 33)]
     noise = [None, None, noise_for(codes(12)[0]), None]
     seeds = [5, 6, 7, 6]
-    mels = waveform.mel(rows, voices, noise, seeds)
+    mels = engine.make_mels(rows, voices, noise, seeds)
     for i, row in enumerate(rows):
-        alone = waveform.mel([row], [voices[i]], [noise[i]], [seeds[i]])[0]
+        alone = engine.make_mels([row], [voices[i]], [noise[i]], [seeds[i]])[0]
         assert mels[i].shape == alone.shape == (2 * len(row), DIT.mel_dim)
         np.testing.assert_allclose(mels[i], alone, atol=TOLERANCE * np.abs(alone).max())
-    samples = waveform.vocode([mels[0], mels[2], mels[0][:1]])
+    samples = engine.vocode([mels[0], mels[2], mels[0][:1]])
     assert [s.shape for s in samples] == [(480,), (24 * 240,), (240,)]
     assert all(s.dtype == np.float32 and np.isfinite(s).all() and np.abs(s).max() <= 1 for s in samples)
 
 
-def test_the_seed_decides_the_noise(waveform: Token2WavEngine) -> None:
+def test_the_seed_decides_the_noise(engine: Token2WavEngine) -> None:
     (row,) = codes(20)
-    one, other, again = waveform.mel([row] * 3, [voice(0)] * 3, [None] * 3, [1, 2, 1])
+    one, other, again = engine.make_mels([row] * 3, [voice(0)] * 3, [None] * 3, [1, 2, 1])
     np.testing.assert_allclose(one, again, atol=TOLERANCE * np.abs(one).max())
     assert np.abs(one - other).max() > 0.1
 
@@ -73,19 +73,19 @@ def test_noise_is_drawn_block_by_block() -> None:
     assert abs(all_at_once.std() - 1) < 0.05
 
 
-def test_synthesize_is_both_halves(waveform: Token2WavEngine) -> None:
+def test_synthesize_is_both_halves(engine: Token2WavEngine) -> None:
     rows, voices, noise = codes(12), [voice(0)], [None]
-    (samples,) = waveform.synthesize(rows, voices, noise, [3])
-    (mel,) = waveform.mel(rows, voices, noise, [3])
-    np.testing.assert_array_equal(samples, waveform.vocode([mel])[0])
-    assert waveform.synthesize([], [], [], []) == []
+    (samples,) = engine.synthesize(rows, voices, noise, [3])
+    (mel,) = engine.make_mels(rows, voices, noise, [3])
+    np.testing.assert_array_equal(samples, engine.vocode([mel])[0])
+    assert engine.synthesize([], [], [], []) == []
 
 
-def test_lengths_of_one_bucket_share_a_program(waveform: Token2WavEngine) -> None:
-    waveform.mel(codes(30, 20), [voice(0)] * 2, [None] * 2, [0, 1])
-    compiled = waveform._mel._cache_size()
-    waveform.mel(codes(33, 23), [voice(2)] * 2, [noise_for(codes(33)[0]), None], [0, 1])
-    assert waveform._mel._cache_size() == compiled
+def test_lengths_of_one_bucket_share_a_program(engine: Token2WavEngine) -> None:
+    engine.make_mels(codes(30, 20), [voice(0)] * 2, [None] * 2, [0, 1])
+    compiled = solve_blocks._cache_size()
+    engine.make_mels(codes(33, 23), [voice(2)] * 2, [noise_for(codes(33)[0]), None], [0, 1])
+    assert solve_blocks._cache_size() == compiled
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_lengths_of_one_bucket_share_a_program(waveform: Token2WavEngine) -> Non
         (dict(voice=voice(0, frames=4)), r"ref_mel has shape \[1, 4, 80\].* at least 5"),
     ],
 )
-def test_errors(waveform: Token2WavEngine, changes: dict, message: str) -> None:
+def test_errors(engine: Token2WavEngine, changes: dict, message: str) -> None:
     given = {"codes": [1, 2], "noise": None, "seed": 0, "voice": voice(0), **changes}
     with pytest.raises(InputError, match=message):
-        waveform.synthesize([np.array(given["codes"])], [given["voice"]], [given["noise"]], [given["seed"]])
+        engine.synthesize([np.array(given["codes"])], [given["voice"]], [given["noise"]], [given["seed"]])
 
 
 def test_fine_bucket() -> None:
-    assert [fine_bucket(n) for n in (1, 2, 9, 16, 17, 31, 33, 125)] == [1, 2, 9, 16, 18, 32, 36, 128]
-    assert all(n <= fine_bucket(n) <= max(n + 1, n * 9 / 8) for n in range(1, 3000))
+    assert [round_up_finely(n) for n in (1, 2, 9, 16, 17, 31, 33, 125)] == [1, 2, 9, 16, 18, 32, 36, 128]
+    assert all(n <= round_up_finely(n) <= max(n + 1, n * 9 / 8) for n in range(1, 3000))

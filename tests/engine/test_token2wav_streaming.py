@@ -16,11 +16,11 @@ from omni_jax.checkpoint.convert import to_jax
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import BigVGANConfig, OmniConfig, Token2WavConfig
 from omni_jax.engine.token2wav_engine import Token2WavEngine
-from omni_jax.engine.token2wav_streaming import WaveformStream
+from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.errors import InputError
 from omni_jax.models.dit import DiT
 from omni_jax.models.token2wav import Token2Wav
-from tests.plain_flow import plainly_carried, plainly_windowed
+from tests.plain_flow import plainly_carried
 from tools.make_checkpoint import write_checkpoint
 
 # the flow adds up 36 evaluations, whose sums are cut into pieces by the shape of the list
@@ -31,11 +31,10 @@ DIT = TINY.token2wav_config.dit_config
 # as many samples a frame as the published vocoder makes, in a third of its stages
 QUICK = BigVGANConfig.tiny(upsample_rates=(16, 15), upsample_kernel_sizes=(33, 31))
 LENGTHS = (1, 2, 11, 12, 13, 24, 35, 36, 60, 0, 85)
-PLAIN = {"windowed": plainly_windowed, "carried": plainly_carried}
 
 
 @pytest.fixture(scope="module")
-def waveform(tmp_path_factory: pytest.TempPathFactory) -> Token2WavEngine:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Token2WavEngine:
     folder = tmp_path_factory.mktemp("quick")
     sizes = Token2WavConfig.tiny(bigvgan_config=QUICK)
     write_checkpoint(folder / "published", OmniConfig.tiny(token2wav_config=sizes), dtype="float32")
@@ -62,7 +61,7 @@ def noise(length: int) -> np.ndarray:
     return np.random.default_rng(length).standard_normal((2 * length, DIT.mel_dim), np.float32)
 
 
-def pushed(stream: WaveformStream, rows: list[np.ndarray], seed: int) -> list[np.ndarray]:
+def pushed(stream: Token2WavStream, rows: list[np.ndarray], seed: int) -> list[np.ndarray]:
     """The samples of rows that come in random pieces, each row at its own pace."""
     rng, at, ended = np.random.default_rng(seed), [0] * len(rows), [False] * len(rows)
     out: list[list[np.ndarray]] = [[] for _ in rows]
@@ -77,37 +76,36 @@ def pushed(stream: WaveformStream, rows: list[np.ndarray], seed: int) -> list[np
     return [np.concatenate(pieces) for pieces in out]
 
 
-@pytest.mark.parametrize(("mode", "lengths"), [("windowed", (13, 60)), ("carried", LENGTHS)])
-def test_streams_say_what_a_plain_solve_says(waveform: Token2WavEngine, mode: Any, lengths: tuple[int, ...]) -> None:
+def test_streams_give_what_a_plain_solve_gives(engine: Token2WavEngine) -> None:
     """Rows of several lengths in one batch, two voices, pieces that end anywhere: every sample, and no other."""
-    rows, given = [codes(n) for n in lengths], [noise(n) for n in lengths]
+    rows, given = [codes(n) for n in LENGTHS], [noise(n) for n in LENGTHS]
     voices = [voice(i % 2, 20 + i % 2) for i in range(len(rows))]
-    stream = waveform.stream(voices, [0] * len(rows), given, mode=mode)
+    stream = engine.stream(voices, [0] * len(rows), given)
     made = pushed(stream, rows, seed=1)
-    assert [len(samples) for samples in made] == [480 * n for n in lengths]
-    params, dit = waveform.params["dit"], DiT(DIT)
+    assert [len(samples) for samples in made] == [480 * n for n in LENGTHS]
+    params, dit = engine.params["dit"], DiT(DIT)
     for i in {0, 6, len(rows) - 1} & set(range(len(rows))):
         speakers: Any = dit.apply({"params": params}, voices[i].ref_mel, method="speakers")
         speaker = np.asarray(speakers), voices[i].cond[0]
-        mel = PLAIN[mode](dit, params, np.repeat(rows[i], 2), given[i], speaker)
-        (wanted,) = waveform.vocode([mel])
+        mel = plainly_carried(dit, params, np.repeat(rows[i], 2), given[i], speaker)
+        (wanted,) = engine.vocode([mel])
         np.testing.assert_allclose(made[i], wanted, rtol=0, atol=TOLERANCE)
         assert np.abs(wanted).max() > 0.01
 
 
-def test_the_noise_is_that_of_the_offline_request(waveform: Token2WavEngine) -> None:
+def test_the_noise_is_that_of_the_offline_request(engine: Token2WavEngine) -> None:
     """Of a request of two blocks the flow is the same as well."""
     rows, voices = [codes(24), codes(20)], [voice(0), voice(1)]
-    wanted = waveform.synthesize(rows, voices, [None] * 2, [7, 8])
-    made = pushed(waveform.stream(voices, [7, 8]), rows, seed=2)
+    wanted = engine.synthesize(rows, voices, [None] * 2, [7, 8])
+    made = pushed(engine.stream(voices, [7, 8]), rows, seed=2)
     for ours, theirs in zip(made, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 def test_when_sound_comes(tiny_model: Path) -> None:
     """With the published blocks and kernels: the DiT is 24 frames behind the codes, the vocoder 34 behind the mel."""
-    waveform, row = loaded(TINY.token2wav_config, tiny_model), codes(100)
-    stream = waveform.stream([voice(0)], [0])
+    engine, row = loaded(TINY.token2wav_config, tiny_model), codes(100)
+    stream = engine.stream([voice(0)], [0])
     made = [len(stream.push([row[i : i + 1]], [False])[0]) for i in range(100)]
     packets = [(i + 1, n // 240) for i, n in enumerate(made) if n]
     assert packets == [(36, 3 * 24 - 24 - 34), (60, 48), (84, 48)]
@@ -130,28 +128,28 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(note)
 
 
-def test_nothing_compiles_after_warming_up(waveform: Token2WavEngine, compiled: list[str]) -> None:
-    waveform.warm_up([voice(0), voice(1, 25)], rows=2)
+def test_nothing_compiles_after_warming_up(engine: Token2WavEngine, compiled: list[str]) -> None:
+    engine.warm_up_streams([voice(0), voice(1, 25)], 36, 24)
     compiled.clear()
     for seed, (a, b) in enumerate([(5, 0), (36, 37), (40, 70)]):
-        pushed(waveform.stream([voice(2), voice(3, 25)], [seed, 0]), [codes(a), codes(b)], seed)
-        pushed(waveform.stream([voice(2)], [seed], [noise(b)]), [codes(b)], seed)
+        pushed(engine.stream([voice(3, 25)], [seed]), [codes(a)], seed)
+        pushed(engine.stream([voice(2)], [seed], [noise(b)]), [codes(b)], seed)
     assert compiled == []
 
 
-def test_the_listener_of_compilations_hears(compiled: list[str]) -> None:
+def test_the_counter_of_compilations_counts(compiled: list[str]) -> None:
     jax.jit(lambda x: x + 12345)(np.float32(1))
     assert compiled
 
 
-def test_dropping_a_stream_frees_it(waveform: Token2WavEngine) -> None:
+def test_dropping_a_stream_frees_it(engine: Token2WavEngine) -> None:
     def held() -> int:
         gc.collect()
         return sum(a.nbytes for a in jax.live_arrays())
 
-    waveform.warm_up([voice(0)])
+    engine.warm_up_streams([voice(0)], 36, 24)
     before = held()
-    stream = waveform.stream([voice(0)], [0])
+    stream = engine.stream([voice(0)], [0])
     stream.push([codes(40)], [False])
     assert held() > before
     del stream
@@ -163,16 +161,15 @@ def test_dropping_a_stream_frees_it(waveform: Token2WavEngine) -> None:
     [
         (dict(first_chunk_codes=20), r"first_chunk_codes is 20; .* multiple of 12"),
         (dict(chunk_codes=0), r"chunk_codes is 0; .* multiple of 12"),
-        (dict(mode="whole"), r"mode is 'whole'; .* windowed, carried"),
         (dict(seeds=[2**32]), r"stream 0: seed is 4294967296"),
         (dict(voices=[voice(0, frames=4)]), r"ref_mel has shape \[1, 4, 80\].* at least 5"),
         (dict(noise=[np.zeros((4, 3))]), r"stream 0: noise has shape \[4, 3\], not \[frames, 80\]"),
     ],
 )
-def test_errors_at_the_beginning(waveform: Token2WavEngine, changes: dict[str, Any], message: str) -> None:
+def test_errors_at_the_beginning(engine: Token2WavEngine, changes: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"voices": [voice(0)], "seeds": [0], **changes}
     with pytest.raises(InputError, match=message):
-        waveform.stream(given.pop("voices"), given.pop("seeds"), **given)
+        engine.stream(given.pop("voices"), given.pop("seeds"), **given)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +183,9 @@ def test_errors_at_the_beginning(waveform: Token2WavEngine, changes: dict[str, A
         ([[], [1] * 3], [False] * 2, r"stream 1: noise was given for 4 frames; the codes have 6"),
     ],
 )
-def test_errors_on_the_way(waveform: Token2WavEngine, rows: list[list[Any]], ended: list[bool], message: str) -> None:
+def test_errors_on_the_way(engine: Token2WavEngine, rows: list[list[Any]], ended: list[bool], message: str) -> None:
     """A push that fails changes nothing: what could be said before can be said after."""
-    stream = waveform.stream([voice(0), voice(1)], [0, 0], [None, noise(2)])
+    stream = engine.stream([voice(0), voice(1)], [0, 0], [None, noise(2)])
     stream.push([np.array([], int)] * 2, [True, False])
     with pytest.raises(InputError, match=message):
         stream.push([np.array(row) for row in rows], ended)

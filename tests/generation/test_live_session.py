@@ -1,4 +1,4 @@
-"""Listening: what is said live is answered as if it had been given as a whole, and is read by then."""
+"""Live sessions: what comes live is answered as if it had been given as a whole, and is prefilled by then."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from omni_jax.errors import InputError
 from omni_jax.generation.live_session import LiveSession
 from omni_jax.generation.model import OmniModel
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
+from omni_jax.processing.prefill_plan import PrefillChunk
 
 RATE = 16_000
 BEFORE = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}]
@@ -42,14 +43,14 @@ def model(tiny_model: Path) -> OmniModel:
     return model
 
 
-def said(samples: np.ndarray) -> list[dict[str, Any]]:
+def spoken_messages(samples: np.ndarray) -> list[dict[str, Any]]:
     content = [{"type": "audio", "audio": samples, "sampling_rate": RATE}, {"type": "text", "text": TEXT}]
     return [*BEFORE, {"role": "user", "content": content}]
 
 
-def hear(listener: LiveSession, samples: np.ndarray, size: int = 3200) -> None:
+def push_sound(session: LiveSession, samples: np.ndarray, size: int = 3200) -> None:
     for begin in range(0, len(samples), size):
-        listener.audio(samples[begin : begin + size], RATE)
+        session.audio(samples[begin : begin + size], RATE)
 
 
 def last(events: Iterator[Event]) -> Reply:
@@ -61,28 +62,28 @@ def last(events: Iterator[Event]) -> Reply:
 
 @pytest.mark.parametrize("seconds", [0.5, 2.0, 5.3])
 def test_a_sound(model: OmniModel, seconds: float) -> None:
-    listener, samples = model.listen(BEFORE, max_tokens=16), sound(seconds)
-    hear(listener, samples)
-    assert last(listener.answer(TEXT)) == model.generate(said(samples), max_tokens=16)
+    session, samples = model.listen(BEFORE, max_tokens=16), sound(seconds)
+    push_sound(session, samples)
+    assert last(session.answer(TEXT)) == model.generate(spoken_messages(samples), max_tokens=16)
 
 
 def test_a_video(model: OmniModel) -> None:
-    listener, frames = model.listen(BEFORE, hears=False, sees=True), pictures(6)
+    session, frames = model.listen(BEFORE, audio=False, video=True), pictures(6)
     for i, frame in enumerate(frames):
-        listener.video(frame, i / 2)
+        session.video(frame, i / 2)
     content = [{"type": "video", "video": frames, "fps": 2.0}, {"type": "text", "text": TEXT}]
     wanted = model.generate([*BEFORE, {"role": "user", "content": content}], max_tokens=16)
-    assert last(listener.answer(TEXT, max_tokens=16)) == wanted
+    assert last(session.answer(TEXT, max_tokens=16)) == wanted
 
 
 def test_the_answer_is_spoken(model: OmniModel) -> None:
     options: dict[str, Any] = dict(
         modalities=("text", "audio"), max_tokens=12, talker=dict(temperature=0, max_tokens=20)
     )
-    listener, samples = model.listen(BEFORE, **options), sound(2.5)
-    hear(listener, samples)
-    events = list(listener.answer(TEXT))
-    reply, wanted = events[-1].reply, model.generate(said(samples), **options)
+    session, samples = model.listen(BEFORE, **options), sound(2.5)
+    push_sound(session, samples)
+    events = list(session.answer(TEXT))
+    reply, wanted = events[-1].reply, model.generate(spoken_messages(samples), **options)
     assert reply == wanted and len(wanted.codec_ids) > 0
     sounds = [e.audio for e in events if e.audio is not None]
     assert sum(map(len, sounds)) == 480 * len(wanted.codec_ids)
@@ -93,22 +94,22 @@ class Counts:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.blocks = self.frames = self.chunks = self.tokens = 0
-        encode, read = ThinkerEngine.encode, ThinkerEngine.read
+        encode, prefill = ThinkerEngine.encode, ThinkerEngine.prefill
 
-        def counted_encode(loop: ThinkerEngine, media: Any) -> Any:
+        def counted_encode(engine: ThinkerEngine, media: Any) -> Any:
             if isinstance(media, AudioBlocks):
                 self.blocks += len(media.mel)
             else:
                 self.frames += int(np.asarray(media.valid).any(axis=(1, 2)).sum())
-            return encode(loop, media)
+            return encode(engine, media)
 
-        def counted_read(loop: ThinkerEngine, state: Any, stretch: Any, features: Any) -> Any:
+        def counted_prefill(engine: ThinkerEngine, prefix: Any, chunk: PrefillChunk, features: Any) -> Any:
             self.chunks += 1
-            self.tokens += int(stretch.chunk.valid.sum())
-            return read(loop, state, stretch, features)
+            self.tokens += int(chunk.valid.sum())
+            return prefill(engine, prefix, chunk, features)
 
         patch.setattr(ThinkerEngine, "encode", counted_encode)
-        patch.setattr(ThinkerEngine, "read", counted_read)
+        patch.setattr(ThinkerEngine, "prefill", counted_prefill)
 
     def taken(self) -> tuple[int, int, int, int]:
         """Blocks of sound, grids of pictures, chunks and tokens since it was last asked."""
@@ -119,49 +120,49 @@ class Counts:
 
 def test_after_the_last_frame_one_block_is_left(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long somebody spoke."""
-    counts, samples, left = Counts(monkeypatch), sound(11.9), []
+    counts, samples, remaining = Counts(monkeypatch), sound(11.9), []
     for seconds in (1.9, 5.9, 11.9):
-        listener = model.listen(BEFORE, max_tokens=1)
+        session = model.listen(BEFORE, max_tokens=1)
         assert counts.taken()[0] == 0  # what comes before the sound is read, and only that
-        hear(listener, samples[: round(seconds * RATE)])
+        push_sound(session, samples[: round(seconds * RATE)])
         full = int(seconds // 2)
         assert counts.taken() == (full, 0, full, 50 * full + (full > 0))  # and the begin mark
-        last(listener.answer())
-        left.append(counts.taken())
+        last(session.answer())
+        remaining.append(counts.taken())
     # 47 tokens of the last 1.9 s, the end mark and what the template writes behind it
-    assert {(blocks, chunks) for blocks, _, chunks, _ in left} == {(1, 1)}
-    assert left[1] == left[2] and left[0][3] == left[1][3] + 1
+    assert {(blocks, chunks) for blocks, _, chunks, _ in remaining} == {(1, 1)}
+    assert remaining[1] == remaining[2] and remaining[0][3] == remaining[1][3] + 1
 
 
 def test_after_the_last_picture_one_window_is_left(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, samples, frames = Counts(monkeypatch), sound(5.5), pictures(11)
-    listener = model.listen(BEFORE, sees=True, max_tokens=1)
+    session = model.listen(BEFORE, video=True, max_tokens=1)
     for i, frame in enumerate(frames):
-        listener.video(frame, i / 2)
-        listener.audio(samples[i * 8000 : (i + 1) * 8000], RATE)
+        session.video(frame, i / 2)
+        session.audio(samples[i * 8000 : (i + 1) * 8000], RATE)
         assert counts.taken()[:2] == ((1, 2) if i in (4, 8) else (0, 0))  # with the first sound behind the window
-    last(listener.answer())
+    last(session.answer())
     assert counts.taken()[:2] == (1, 2)
 
 
 def test_mistakes_leave_the_dialogue_as_it_was(model: OmniModel) -> None:
-    listener, samples = model.listen(BEFORE, max_tokens=8), sound(2.5)
+    session, samples = model.listen(BEFORE, max_tokens=8), sound(2.5)
     with pytest.raises(InputError, match="nothing has been heard yet"):
-        listener.answer(TEXT)
-    hear(listener, samples[:20_000])
+        session.answer(TEXT)
+    push_sound(session, samples[:20_000])
     with pytest.raises(InputError, match="NaN"):
-        listener.audio(np.full(10, np.nan, np.float32), RATE)
+        session.audio(np.full(10, np.nan, np.float32), RATE)
     for options, message in (
         (dict(modalities=("text", "audio")), "modalities must be given to listen"),
         (dict(tokens=3), "unknown option tokens"),
     ):
         with pytest.raises(InputError, match=message):
-            listener.answer(TEXT, **options)
+            session.answer(TEXT, **options)
     with pytest.raises(InputError, match="the prompt would have"):
-        listener.answer("word " * 40_000)
-    hear(listener, samples[20_000:])
-    assert last(listener.answer(TEXT)) == model.generate(said(samples), max_tokens=8)
-    for call in (lambda: listener.audio(samples, RATE), lambda: listener.answer(TEXT)):
+        session.answer("word " * 40_000)
+    push_sound(session, samples[20_000:])
+    assert last(session.answer(TEXT)) == model.generate(spoken_messages(samples), max_tokens=8)
+    for call in (lambda: session.audio(samples, RATE), lambda: session.answer(TEXT)):
         with pytest.raises(InputError, match="answered or closed; begin another with listen"):
             call()
 
@@ -175,17 +176,17 @@ def test_mistakes_are_told_at_the_beginning(model: OmniModel) -> None:
 
 @pytest.mark.parametrize("end", ["close", "drop", "leave"])
 def test_nothing_is_kept(model: OmniModel, end: str) -> None:
-    listener = model.listen(BEFORE)
-    assert listener._reading is not None
-    state = weakref.ref(listener._reading)
-    hear(listener, sound(2.5))
+    session = model.listen(BEFORE)
+    assert session._prefix is not None
+    state = weakref.ref(session._prefix)
+    push_sound(session, sound(2.5))
     if end == "close":
-        listener.close()
+        session.close()
     elif end == "leave":
-        events = listener.answer(TEXT)
+        events = session.answer(TEXT)
         next(events)
         del events
     else:
-        del listener
+        del session
     gc.collect()
     assert state() is None

@@ -82,7 +82,7 @@ def test_a_bad_row_fails_alone(model: OmniModel) -> None:
 
 def test_no_rows(model: OmniModel) -> None:
     assert model.generate_batch([]) == []
-    with pytest.raises(InputError, match="batch_size is 0; it must be at least 1"):
+    with pytest.raises(InputError, match="batch_size is 0; it must be from 1 to 4096"):
         model.generate_batch([ask("x")], batch_size=0)
 
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 import omni_jax
-from omni_jax.engine.prefill import ChunkSizes
+from omni_jax.engine.request import ChunkSizes
 from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.model import OmniModel
-from tests.engine.speaking import silence_ends
+from tests.engine.speaking import suppress_ends
 from tests.generation.test_model_speech import PICTURE, SOUND, ask
 
 MEDIA = Path(__file__).parents[1] / "media"
 SAMPLES_A_CODE = 480
 SPEAK: dict[str, Any] = dict(modalities=("text", "audio"))
-# the penalty keeps a random model from saying one code for ever
+# the penalty keeps a random model from repeating one code without end
 GREEDY = dict(temperature=0.0, repetition_penalty=2.0)
 SMALL = dict(max_pixels=28 * 28 * 16, min_pixels=28 * 28 * 4)
 QUESTIONS = {
@@ -38,8 +38,8 @@ QUESTIONS = {
 def endless(folder: Path, **options: Any) -> OmniModel:
     """A model whose greedy speech goes on to its limit."""
     model = omni_jax.load(folder, **options)
-    assert model._loops.speech is not None
-    silence_ends(model._loops.speech, model.config)
+    assert model.engines.talker is not None
+    suppress_ends(model.engines.talker, model.config)
     return model
 
 
@@ -49,7 +49,7 @@ def model(tiny_model: Path) -> OmniModel:
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_the_stream_says_what_generate_says(model: OmniModel, name: str) -> None:
+def test_the_stream_gives_what_generate_gives(model: OmniModel, name: str) -> None:
     """Ids of text and codes alike: only the sound is made otherwise, by blocks."""
     options = dict(**SPEAK, max_tokens=30, talker=dict(max_tokens=70, **GREEDY))
     whole = model.generate(QUESTIONS[name], **options)
@@ -82,12 +82,12 @@ def test_a_stop_string_ends_speech_where_it_ends_text(model: OmniModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "pace", [ChunkSizes(1, 1, 1, 12, 12), ChunkSizes(3, 5, 40, 24, 48), ChunkSizes(64, 64, 64, 60, 24)]
+    "sizes", [ChunkSizes(1, 1, 1, 12, 12), ChunkSizes(3, 5, 40, 24, 48), ChunkSizes(64, 64, 64, 60, 24)]
 )
-def test_the_pace_changes_nothing_but_the_pieces(tiny_model: Path, model: OmniModel, pace: ChunkSizes) -> None:
+def test_chunk_sizes_change_nothing_but_the_pieces(tiny_model: Path, model: OmniModel, sizes: ChunkSizes) -> None:
     options = dict(**SPEAK, max_tokens=20, talker=dict(max_tokens=66, **GREEDY))
     *_, usual = model.stream(QUESTIONS["picture"], **options)
-    *_, other = endless(tiny_model, pace=pace).stream(QUESTIONS["picture"], **options)
+    *_, other = endless(tiny_model, chunk_sizes=sizes).stream(QUESTIONS["picture"], **options)
     assert usual.reply is not None and other.reply is not None
     assert (other.reply.token_ids, other.reply.codec_ids) == (usual.reply.token_ids, usual.reply.codec_ids)
     assert usual.reply.audio is not None and other.reply.audio is not None
