@@ -97,7 +97,10 @@ def test_greedy_codes(endless: Parts, dialogues: Any, theirs: Any, name: str) ->
 
 
 def test_a_batch_equals_the_single_runs(endless: Parts, dialogues: Any, theirs: Any) -> None:
-    """Prompts and replies of all kinds in both voices together; the reference refuses such a batch (docs/reference.md, 7.5 D)."""
+    """Prompts and replies of all kinds in both voices together.
+
+    The reference refuses such a batch (docs/reference.md, 7.5 D).
+    """
     _, codes = endless.run(list(dialogues.values()))
     assert dict(zip(dialogues, codes, strict=True)) == theirs
     assert any(theirs[name, VOICES[0]] != theirs[name, VOICES[1]] for name in LENGTHS)
