@@ -210,7 +210,7 @@ def test_defaults_are_the_published_ones() -> None:
         ({"temperature": -1}, "talker temperature is -1; it must be at least 0"),
         ({"top_p": 0}, "talker top_p is 0; it must be above 0"),
         ({"max_tokens": 0}, "talker max_tokens is 0; it must be from 1 to 16384"),
-        ({"max_tokens": 16385}, "talker max_tokens is 16385; must be from 1 to 16384"),
+        ({"max_tokens": 16385}, "talker max_tokens is 16385; it must be from 1 to 16384"),
         (0.9, r"talker is 0\.9; it must be a dict"),
     ],
 )
