@@ -29,10 +29,10 @@ from omni_jax.layers.streaming import Block
 from omni_jax.models.bigvgan import BigVGAN
 from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
 from omni_jax.models.dit import DiT
-from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker, WindowedDiT
+from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker
 from omni_jax.models.flow_matching import draw_noise
 
-Mode = Literal["windowed", "carried"]
+Mode = Literal["carried"]
 
 
 @struct.dataclass
@@ -58,7 +58,7 @@ class StreamPrograms:
         # arrays that come from the host and those that come from a step have to lie in the same place: where they do
         # not, a program is compiled for each
         self.place = _place(params, mesh)
-        parts: dict[Mode, Any] = {"windowed": WindowedDiT(dit), "carried": CarriedDiT(dit)}
+        parts: dict[Mode, Any] = {"carried": CarriedDiT(dit)}
         started = functools.partial(jax.jit, static_argnums=0, out_shardings=self.place)
         stepped = functools.partial(jax.jit, donate_argnums=1, out_shardings=self.place)
         self._begin = {mode: started(part.init_state) for mode, part in parts.items()}
@@ -237,9 +237,7 @@ class WaveformStream:
         return feed
 
 
-def solve_step(
-    part: WindowedDiT | CarriedDiT, params: Any, state: Any, feed: Feed, speaker: Speaker
-) -> tuple[Block, Any]:
+def solve_step(part: CarriedDiT, params: Any, state: Any, feed: Feed, speaker: Speaker) -> tuple[Block, Any]:
     """A step of the DiT from what the host gives: the mel of as many blocks as are fed, and the state after them."""
     c, (rows, codes) = part.dit.config, feed.codes.shape
     blocks = codes * c.repeats // c.block_size

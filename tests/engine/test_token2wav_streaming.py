@@ -20,7 +20,7 @@ from omni_jax.engine.token2wav_streaming import WaveformStream
 from omni_jax.errors import InputError
 from omni_jax.models.dit import DiT
 from omni_jax.models.token2wav import Token2Wav
-from tests.plain_flow import plainly_carried, plainly_windowed
+from tests.plain_flow import plainly_carried
 from tools.make_checkpoint import write_checkpoint
 
 # the flow adds up 36 evaluations, whose sums are cut into pieces by the shape of the list
@@ -31,7 +31,7 @@ DIT = TINY.token2wav_config.dit_config
 # as many samples a frame as the published vocoder makes, in a third of its stages
 QUICK = BigVGANConfig.tiny(upsample_rates=(16, 15), upsample_kernel_sizes=(33, 31))
 LENGTHS = (1, 2, 11, 12, 13, 24, 35, 36, 60, 0, 85)
-PLAIN = {"windowed": plainly_windowed, "carried": plainly_carried}
+PLAIN = {"carried": plainly_carried}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def pushed(stream: WaveformStream, rows: list[np.ndarray], seed: int) -> list[np
     return [np.concatenate(pieces) for pieces in out]
 
 
-@pytest.mark.parametrize(("mode", "lengths"), [("windowed", (13, 60)), ("carried", LENGTHS)])
+@pytest.mark.parametrize(("mode", "lengths"), [("carried", LENGTHS)])
 def test_streams_say_what_a_plain_solve_says(waveform: Token2WavEngine, mode: Any, lengths: tuple[int, ...]) -> None:
     """Rows of several lengths in one batch, two voices, pieces that end anywhere: every sample, and no other."""
     rows, given = [codes(n) for n in lengths], [noise(n) for n in lengths]
@@ -163,7 +163,7 @@ def test_dropping_a_stream_frees_it(waveform: Token2WavEngine) -> None:
     [
         (dict(first_chunk_codes=20), r"first_chunk_codes is 20; .* multiple of 12"),
         (dict(chunk_codes=0), r"chunk_codes is 0; .* multiple of 12"),
-        (dict(mode="whole"), r"mode is 'whole'; .* windowed, carried"),
+        (dict(mode="whole"), r"mode is 'whole'; .* carried"),
         (dict(seeds=[2**32]), r"stream 0: seed is 4294967296"),
         (dict(voices=[voice(0, frames=4)]), r"ref_mel has shape \[1, 4, 80\].* at least 5"),
         (dict(noise=[np.zeros((4, 3))]), r"stream 0: noise has shape \[4, 3\], not \[frames, 80\]"),
