@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from omni_jax.batch import Array
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.params import dtypes
-from omni_jax.layers.splash import fits, splash_attention
+from omni_jax.layers.splash import kernel_fits, splash_attention
 from omni_jax.sharding import axes_of
 
 _MASKED = -1e30  # finite, so that a query that sees nothing gives a number and not NaN
@@ -50,30 +50,30 @@ def attention(
     """
     arrays = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask.segments)
     plain = functools.partial(_attend_by_device, causal=mask.causal)
-    if not fits(q, mask.causal):
+    if not kernel_fits(q, mask.causal):
         return plain(*arrays)
     kernel = functools.partial(splash_attention, causal=mask.causal)
     return jax.lax.platform_dependent(*arrays, tpu=kernel, default=plain)
 
 
 def _attend_by_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool) -> jax.Array:
-    """``_attend`` on the rows and heads of each device: pieces of all rows together would be pieces of no device."""
+    """``_attend_bounded`` on the rows and heads of each device: pieces of all rows together would be pieces of no device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _attend(q, k, v, Mask(segments, causal))
+        return _attend_bounded(q, k, v, Mask(segments, causal))
     rows = axes_of("batch", q.shape[0])
     spec = PartitionSpec(rows, None, axes_of("kv_heads", k.shape[2]), None)
 
     def attend_local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        return _attend(q, k, v, Mask(segments, causal))
+        return _attend_bounded(q, k, v, Mask(segments, causal))
 
     specs = (spec, spec, spec, PartitionSpec(rows, None))
     mapped = jax.shard_map(attend_local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
     return mapped(q, k, v, segments)
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
-    """Chooses the pieces by the number of logits."""
+def _attend_bounded(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
+    """Attention in pieces of which no more than ``_MAX_LOGITS`` logits exist at a time."""
     batch, length, heads, _ = q.shape
     logits_per_row = heads * length * length
     if batch > 1 and batch * logits_per_row > _MAX_LOGITS:
@@ -83,13 +83,13 @@ def _attend(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
         return jnp.concatenate([_attend_causal_piece(q, k, v, mask, begin) for begin in begins], axis=1)
     if logits_per_row > _MAX_LOGITS:
         return _attend_by_pieces(q, k, v, mask)
-    return _attend_visible(q, k, v, _visible(mask, jnp.arange(length), length))
+    return _attend_visible(q, k, v, _visible_keys(mask, jnp.arange(length), length))
 
 
 def _attend_by_rows(q: Array, k: Array, v: Array, mask: Mask, rows_at_once: int) -> jax.Array:
     def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, segments = (a[None] for a in row)
-        return _attend(q, k, v, Mask(segments, mask.causal))[0]
+        return _attend_bounded(q, k, v, Mask(segments, mask.causal))[0]
 
     return jax.lax.map(attend_row, (q, k, v, mask.segments), batch_size=rows_at_once)
 
@@ -97,7 +97,7 @@ def _attend_by_rows(q: Array, k: Array, v: Array, mask: Mask, rows_at_once: int)
 def _attend_causal_piece(q: Array, k: Array, v: Array, mask: Mask, begin: int) -> jax.Array:
     """The queries from ``begin`` on, to the keys up to the last of them."""
     end = min(begin + _CAUSAL_PIECE, q.shape[1])
-    visible = _visible(mask, jnp.arange(begin, end), end)
+    visible = _visible_keys(mask, jnp.arange(begin, end), end)
     return _attend_visible(q[:, begin:end], k[:, :end], v[:, :end], visible)
 
 
@@ -108,14 +108,14 @@ def _attend_by_pieces(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
 
     def attend_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, positions = piece
-        return _attend_visible(queries, k, v, _visible(mask, positions, length))
+        return _attend_visible(queries, k, v, _visible_keys(mask, positions, length))
 
     split = jnp.moveaxis(q.reshape(batch, pieces, length // pieces, heads, width), 1, 0)  # [pieces, B, T, N, H]
     out = jax.lax.map(attend_piece, (split, jnp.arange(length).reshape(pieces, -1)))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
-def _visible(mask: Mask, queries: jax.Array, num_keys: int) -> Bool[jax.Array, "B T S"]:
+def _visible_keys(mask: Mask, queries: jax.Array, num_keys: int) -> Bool[jax.Array, "B T S"]:
     """Whether the query at each of the positions ``queries`` sees each of the first ``num_keys`` keys."""
     of_queries = jnp.take(mask.segments, queries, axis=1)  # [B, T]
     of_keys = mask.segments[:, :num_keys]  # [B, S]

@@ -18,7 +18,7 @@ from omni_jax.batch import Array
 Tables: TypeAlias = tuple[Float[jax.Array, "*positions half"], Float[jax.Array, "*positions half"]]  # cos, sin
 
 
-def _frequencies(count: int, theta: float) -> np.ndarray:
+def _inverse_frequencies(count: int, theta: float) -> np.ndarray:
     """theta^(-i / count) for i below ``count``. [count]"""
     return (1.0 / theta ** (np.arange(count, dtype=np.float32) / np.float32(count))).astype(np.float32)
 
@@ -33,13 +33,13 @@ def tmrope_tables(ids: Int[Array, "3 B S"], sections: Sequence[int], theta: floa
     """
     axis_of = np.repeat(np.arange(len(sections)) % 3, sections)
     by_frequency = jnp.stack([ids[axis] for axis in axis_of], axis=-1).astype(jnp.float32)  # [B, S, H / 2]
-    angles = by_frequency * _frequencies(len(axis_of), theta)
+    angles = by_frequency * _inverse_frequencies(len(axis_of), theta)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def picture_tables(row: Int[Array, "*patches"], column: Int[Array, "*patches"], head_dim: int) -> Tables:
     """cos and sin of every patch, [*patches, H / 2]: half of the angles by row, half by column."""
-    frequencies = _frequencies(head_dim // 4, 10_000.0)
+    frequencies = _inverse_frequencies(head_dim // 4, 10_000.0)
     by_row = jnp.asarray(row)[..., None].astype(jnp.float32) * frequencies  # [*patches, H / 4]
     by_column = jnp.asarray(column)[..., None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([by_row, by_column], axis=-1)

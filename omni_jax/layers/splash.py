@@ -22,7 +22,7 @@ from omni_jax.sharding import axes_of
 _BLOCKS = (512, 256, 128)  # queries or keys at a time; 2048 do not fit the memory that a kernel is given by default
 
 
-def fits(q: Array, causal: bool) -> bool:
+def kernel_fits(q: Array, causal: bool) -> bool:
     """Whether the kernel can compute it: the queries of a device must be whole blocks."""
     return _largest_block(q.shape[1] // _num_parts(_query_axes(q.shape[1], causal))) > 0
 

@@ -90,7 +90,7 @@ def keep_rows(active: Bool[Array, " B"] | None, new: Tree, old: Tree) -> Tree:
     if active is None:
         return new
 
-    def select(new: Array, old: Array) -> jax.Array:
+    def select_rows(new: Array, old: Array) -> jax.Array:
         return jnp.where(jnp.reshape(active, (-1, *[1] * (jnp.ndim(new) - 1))), new, old)  # [B, ...]
 
-    return jax.tree.map(select, new, old)
+    return jax.tree.map(select_rows, new, old)

@@ -333,7 +333,8 @@ def sine_squared(x: jax.Array) -> jax.Array:
 
 def low_pass() -> np.ndarray:
     """The filter around every activation: a sinc cut off at half the band, under a Kaiser window. float32 [12]"""
-    cutoff, half_width = 0.25, 0.3
+    cutoff = 0.25
+    half_width = 0.3
     attenuation = 2.285 * (_TAPS // 2 - 1) * math.pi * 4 * half_width + 7.95
     window = np.kaiser(_TAPS, 0.1102 * (attenuation - 8.7))
     taps = window * np.sinc(2 * cutoff * (np.arange(_TAPS) - (_TAPS - 1) / 2))

@@ -114,16 +114,16 @@ def reach(config: BigVGANConfig) -> Sides:
     # the samples of frame 0; then, going back from the output to the input, what they depend on
     first = 0
     last = math.prod(config.upsample_rates) - 1
-    first, last = _widen(first, last, edge, _ACTIVATION_SIDES)
+    first, last = _widen_range(first, last, edge, _ACTIVATION_SIDES)
     stages = zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
     for rate, kernel in reversed(list(stages)):
-        first, last = _widen(first, last, _stage_sides(config))
+        first, last = _widen_range(first, last, _stage_sides(config))
         cut = (kernel - rate) // 2  # sample s is under frames floor(s / rate) - behind to floor(s / rate) + ahead
         behind = (kernel - 1 - cut) // rate
         ahead = (rate - 1 + cut) // rate
         first = first // rate - behind
         last = last // rate + ahead
-    first, last = _widen(first, last, edge)
+    first, last = _widen_range(first, last, edge)
     return Sides(-first, last)
 
 
@@ -139,5 +139,5 @@ def _stage_sides(config: BigVGANConfig) -> Sides:
     return Sides(max(b.behind for b in blocks), max(b.ahead for b in blocks))
 
 
-def _widen(first: int, last: int, *sides: Sides) -> tuple[int, int]:
+def _widen_range(first: int, last: int, *sides: Sides) -> tuple[int, int]:
     return first - sum(s.behind for s in sides), last + sum(s.ahead for s in sides)

@@ -68,12 +68,14 @@ class KVCache:
     def resize(self, capacity: int) -> KVCache:
         """The same with room for ``capacity`` positions a slot, which are not fewer than before."""
 
-        def pad(array: jax.Array) -> jax.Array:
+        def pad_capacity(array: jax.Array) -> jax.Array:
             widths = [(0, 0)] * array.ndim
             widths[-2] = (0, capacity - array.shape[-2])
             return jnp.pad(array, widths)
 
-        return dataclasses.replace(self, k=jax.tree.map(pad, self.k), v=jax.tree.map(pad, self.v)).constrain()
+        k = jax.tree.map(pad_capacity, self.k)
+        v = jax.tree.map(pad_capacity, self.v)
+        return dataclasses.replace(self, k=k, v=v).constrain()
 
     def insert(self, slot: Int[Array, ""], other: KVCache) -> KVCache:
         """Slot 0 of ``other``, which has the same capacity, in place of slot ``slot`` of this one."""
@@ -110,14 +112,14 @@ class KVCache:
         slots = jnp.arange(k.shape[0])[:, None]  # [B, 1]
 
         # a scatter a slot is the form that XLA does in place whatever the layout of the cache (docs/architecture.md)
-        def scatter(arrays: LayerArrays, new: Array) -> LayerArrays:
+        def scatter_positions(arrays: LayerArrays, new: Array) -> LayerArrays:
             if isinstance(arrays, tuple):
                 assert isinstance(layer, int)
                 updated = arrays[layer].at[slots, :, index].set(new, mode="drop")
                 return (*arrays[:layer], updated, *arrays[layer + 1 :])
             return arrays.at[layer, slots, :, index].set(new, mode="drop")
 
-        return dataclasses.replace(self, k=scatter(self.k, k), v=scatter(self.v, v))
+        return dataclasses.replace(self, k=scatter_positions(self.k, k), v=scatter_positions(self.v, v))
 
 
 @struct.dataclass

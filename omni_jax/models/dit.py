@@ -167,7 +167,7 @@ class DiT(nn.Module):
     def _project_conditions(self, speaker: Array, codes: Array, cond: Array) -> jax.Array:
         frames = codes.shape[:2]
         parts = [jnp.broadcast_to(part, (*frames, part.shape[-1])) for part in (speaker, codes, cond)]
-        return self.input_proj.constant(jnp.concatenate(parts, axis=-1))  # [N, F, D]
+        return self.input_proj.project_constants(jnp.concatenate(parts, axis=-1))  # [N, F, D]
 
     @full_precision
     def modulations(self, times: Float[Array, " E"]) -> Modulations:
@@ -204,7 +204,7 @@ class DiT(nn.Module):
         c = self.config
         with jax.named_scope("dit_input"):
             mel = jnp.where(blocks.valid[..., None], jnp.asarray(mel, self.dtype), 0)  # [N, F, M]
-            x = self.input_proj.variable(mel)  # [N, F, D]
+            x = self.input_proj.project_mel(mel)  # [N, F, D]
             x = jnp.stack([x + conditions.cond, x + conditions.uncond])  # [2, N, F, D]
             x = constrain(x, None, "batch", None, None)
         rotary = rotary_tables(blocks, c.head_dim, c.rope_theta)
@@ -300,11 +300,11 @@ class InputProjection(nn.Module):
         self.kernel = param(self, "kernel", init, (inputs, self.width), ("channels", "embed")).astype(self.dtype)
         self.bias = param(self, "bias", nn.initializers.zeros, (self.width,), ("embed",)).astype(self.dtype)
 
-    def variable(self, mel: jax.Array) -> jax.Array:
+    def project_mel(self, mel: jax.Array) -> jax.Array:
         """The noisy mel's part. [N, F, M] to [N, F, width]"""
         return mel @ self.kernel[: self.noisy]
 
-    def constant(self, x: jax.Array) -> jax.Array:
+    def project_constants(self, x: jax.Array) -> jax.Array:
         """The constants' part, with the bias. [N, F, constants] to [N, F, width]"""
         return x @ self.kernel[self.noisy :] + self.bias
 
@@ -326,14 +326,14 @@ def attend_by_layer(
     cache_index = np.cumsum([0, *(behind for behind, _ in kinds)])[:-1]
     if isinstance(index, int):
         behind, ahead = kinds[index]
-        return _attend(behind, ahead, cache_index[index], qkv, blocks, cache)
+        return _attend_to_neighbours(behind, ahead, cache_index[index], qkv, blocks, cache)
     used = sorted(set(kinds))
-    branches = [functools.partial(_attend, behind, ahead) for behind, ahead in used]
+    branches = [functools.partial(_attend_to_neighbours, behind, ahead) for behind, ahead in used]
     branch = jnp.array([used.index(kind) for kind in kinds])[index]
     return jax.lax.switch(branch, branches, jnp.asarray(cache_index)[index], qkv, blocks, cache)
 
 
-def _attend(
+def _attend_to_neighbours(
     behind: bool,
     ahead: bool,
     cache_index: int | jax.Array,

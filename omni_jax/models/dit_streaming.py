@@ -85,10 +85,10 @@ class CarriedDiT:
         block = self.streaming.block
         padding = -length % block + block
 
-        def pad(a: Array) -> jax.Array:
+        def pad_units(a: Array) -> jax.Array:
             return jnp.pad(a, ((0, 0), (0, padding), *[(0, 0)] * (jnp.ndim(a) - 2)))
 
-        padded = Block(jax.tree.map(pad, x.values), pad(x.valid), x.row)
+        padded = Block(jax.tree.map(pad_units, x.values), pad_units(x.valid), x.row)
         output, _ = self.step(params, self.init_state(len(x.valid)), padded)
         # a step's output comes one block late
         kept = slice(c.block_size, c.block_size + length * c.repeats)

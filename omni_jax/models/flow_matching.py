@@ -71,25 +71,25 @@ def integrate(
       carry: a tree of arrays that goes from each evaluation to the next.
     """
 
-    def stage(state: Any, inputs: Any) -> tuple[Any, None]:
+    def evaluate_stage(state: Any, inputs: Any) -> tuple[Any, None]:
         value, size, slopes, carry = state
         number, coefficients, moment = inputs
-        slope, carry = velocity(value + size * _combine(coefficients, slopes), moment, carry)
+        slope, carry = velocity(value + size * _combine_slopes(coefficients, slopes), moment, carry)
         return (value, size, slopes.at[number].set(slope), carry), None
 
-    def step(state: tuple[jax.Array, Carry], inputs: Any) -> tuple[tuple[jax.Array, Carry], None]:
+    def take_step(state: tuple[jax.Array, Carry], inputs: Any) -> tuple[tuple[jax.Array, Carry], None]:
         value, carry = state
         size, moments = inputs
         slopes = jnp.zeros((_STAGES, *value.shape), value.dtype)  # [4, *shape]
         stages = (jnp.arange(_STAGES), jnp.asarray(_STAGE_COEFFICIENTS), moments)
-        (_, _, slopes, carry), _ = jax.lax.scan(stage, (value, size, slopes, carry), stages)
-        return (value + size * _combine(jnp.asarray(_STAGE_WEIGHTS), slopes), carry), None
+        (_, _, slopes, carry), _ = jax.lax.scan(evaluate_stage, (value, size, slopes, carry), stages)
+        return (value + size * _combine_slopes(jnp.asarray(_STAGE_WEIGHTS), slopes), carry), None
 
     sizes = jnp.asarray(np.diff(grid))
-    return jax.lax.scan(step, (jnp.asarray(start), carry), (sizes, moments))[0]
+    return jax.lax.scan(take_step, (jnp.asarray(start), carry), (sizes, moments))[0]
 
 
-def _combine(weights: jax.Array, slopes: jax.Array) -> jax.Array:
+def _combine_slopes(weights: jax.Array, slopes: jax.Array) -> jax.Array:
     total = weights[0] * slopes[0]
     for stage in range(1, _STAGES):
         total += weights[stage] * slopes[stage]
@@ -124,7 +124,7 @@ def solve(
     modulations = jax.tree.map(lambda a: a.reshape(*times.shape, *a.shape[1:]), modulations)  # [steps, 4, ...]
     numbers = jnp.arange(times.size).reshape(times.shape)
 
-    def velocity(
+    def guided_evaluation(
         mel: jax.Array, moment: tuple[jax.Array, Modulations], cache: DiTCache | None
     ) -> tuple[jax.Array, DiTCache | None]:
         number, modulation = moment
@@ -138,7 +138,7 @@ def solve(
 
     with jax.named_scope("flow_matching"):
         noise = jnp.where(blocks.valid[..., None], noise, 0)  # [N, F, M]
-        return integrate(velocity, noise, grid, (numbers, modulations), cache)
+        return integrate(guided_evaluation, noise, grid, (numbers, modulations), cache)
 
 
 def draw_noise(seed: UInt32[Array, " N"], index: Int[Array, " N"], shape: tuple[int, ...]) -> Float[jax.Array, "N F M"]:
@@ -150,7 +150,7 @@ def draw_noise(seed: UInt32[Array, " N"], index: Int[Array, " N"], shape: tuple[
       shape: of a block.
     """
 
-    def draw(seed: jax.Array, index: jax.Array) -> jax.Array:
+    def draw_block(seed: jax.Array, index: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)
 
-    return jax.vmap(draw)(jnp.asarray(seed), jnp.asarray(index))
+    return jax.vmap(draw_block)(jnp.asarray(seed), jnp.asarray(index))

@@ -39,16 +39,16 @@ class SpeakerEncoder(nn.Module):
         pooled = channels[-1]
         kernels = c.enc_kernel_sizes
         dilations = c.enc_dilations
-        first = _conv(c.mel_dim, channels[0], kernels[0], dilations[0], name="block_0", **kw)
+        first = _reflect_conv(c.mel_dim, channels[0], kernels[0], dilations[0], name="block_0", **kw)
         x = jax.nn.relu(first(jnp.asarray(mel, self.dtype)))  # [B, T, C]
         outputs = []
         for i in range(1, len(channels) - 1):
             x = SpeakerBlock(c, i, name=f"block_{i}", **kw)(x)
             outputs.append(x)
         x = jnp.concatenate(outputs, axis=-1)  # [B, T, pooled]
-        x = jax.nn.relu(_conv(pooled, pooled, kernels[-1], dilations[-1], name="aggregate", **kw)(x))
+        x = jax.nn.relu(_reflect_conv(pooled, pooled, kernels[-1], dilations[-1], name="aggregate", **kw)(x))
         x = AttentivePooling(pooled, c.enc_attention_channels, name="pool", **kw)(x)  # [B, 2 * pooled]
-        return _conv(2 * pooled, c.enc_dim, name="proj", **kw)(x[:, None])[:, 0]
+        return _reflect_conv(2 * pooled, c.enc_dim, name="proj", **kw)(x[:, None])[:, 0]
 
 
 class SpeakerBlock(nn.Module):
@@ -69,15 +69,15 @@ class SpeakerBlock(nn.Module):
         inputs, width = c.enc_channels[self.index - 1 : self.index + 1]
         kernel = c.enc_kernel_sizes[self.index]
         dilation = c.enc_dilations[self.index]
-        y = jax.nn.relu(_conv(inputs, width, name="in", **kw)(x))
+        y = jax.nn.relu(_reflect_conv(inputs, width, name="in", **kw)(x))
         groups = jnp.split(y, c.enc_res2net_scale, axis=-1)
         size = groups[0].shape[-1]
         outputs = [groups[0]]
         for g, group in enumerate(groups[1:], start=1):
             # nothing is added to the second group: the first one was not convolved
             summed = group + outputs[-1] if g > 1 else group
-            outputs.append(jax.nn.relu(_conv(size, size, kernel, dilation, name=f"group_{g}", **kw)(summed)))
-        y = jax.nn.relu(_conv(width, width, name="out", **kw)(jnp.concatenate(outputs, axis=-1)))  # [B, T, C]
+            outputs.append(jax.nn.relu(_reflect_conv(size, size, kernel, dilation, name=f"group_{g}", **kw)(summed)))
+        y = jax.nn.relu(_reflect_conv(width, width, name="out", **kw)(jnp.concatenate(outputs, axis=-1)))  # [B, T, C]
         return x + y * SqueezeExcitation(width, c.enc_se_channels, name="squeeze", **kw)(y)
 
 
@@ -93,8 +93,8 @@ class SqueezeExcitation(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kw = dtypes(self)
         y = jnp.mean(x, axis=1, keepdims=True)
-        y = jax.nn.relu(_conv(self.width, self.hidden, name="down", **kw)(y))
-        return jax.nn.sigmoid(_conv(self.hidden, self.width, name="up", **kw)(y))
+        y = jax.nn.relu(_reflect_conv(self.width, self.hidden, name="down", **kw)(y))
+        return jax.nn.sigmoid(_reflect_conv(self.hidden, self.width, name="up", **kw)(y))
 
 
 class AttentivePooling(nn.Module):
@@ -108,12 +108,12 @@ class AttentivePooling(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kw = dtypes(self)
-        context = jnp.broadcast_to(_statistics(x, 1 / x.shape[1])[:, None], (*x.shape[:2], 2 * self.width))
+        context = jnp.broadcast_to(_weighted_statistics(x, 1 / x.shape[1])[:, None], (*x.shape[:2], 2 * self.width))
         y = jnp.concatenate([x, context], axis=-1)  # [B, T, 3 * width]
         # both, one after the other, as trained
-        y = jnp.tanh(jax.nn.relu(_conv(3 * self.width, self.hidden, name="up", **kw)(y)))
-        logits = _conv(self.hidden, self.width, name="down", **kw)(y)  # [B, T, width]
-        return _statistics(x, jax.nn.softmax(logits, axis=1))
+        y = jnp.tanh(jax.nn.relu(_reflect_conv(3 * self.width, self.hidden, name="up", **kw)(y)))
+        logits = _reflect_conv(self.hidden, self.width, name="down", **kw)(y)  # [B, T, width]
+        return _weighted_statistics(x, jax.nn.softmax(logits, axis=1))
 
 
 def shortest_clip(config: DiTConfig) -> int:
@@ -122,13 +122,13 @@ def shortest_clip(config: DiTConfig) -> int:
     return 1 + max(sides)
 
 
-def _statistics(x: jax.Array, weights: jax.Array | float) -> jax.Array:
+def _weighted_statistics(x: jax.Array, weights: jax.Array | float) -> jax.Array:
     """Weighted mean and standard deviation over time, side by side. [B, 2 * width]"""
     mean = jnp.sum(weights * x, axis=1)
     variance = jnp.sum(weights * jnp.square(x - mean[:, None]), axis=1)
     return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, _LEAST_VARIANCE))], axis=-1)
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1, **fields: object) -> Conv1D:
+def _reflect_conv(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1, **fields: object) -> Conv1D:
     axes = ("kernel", "channels", "channels")
     return Conv1D(inputs, outputs, kernel, dilation=dilation, edges="reflect", axes=axes, **fields)  # type: ignore[arg-type]

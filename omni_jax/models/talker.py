@@ -61,7 +61,7 @@ class Talker(nn.Module):
         """
         ids, _ = position_ids(spans, segment_ids, self.config.position_id_per_seconds)  # [3, B, S]
         mask = Mask(jnp.asarray(segment_ids), causal=True)
-        return self.logits(self.decoder(self._embed(text, codes), ids, mask))
+        return self.logits(self.decoder(self._embed_inputs(text, codes), ids, mask))
 
     def extend(
         self,
@@ -72,13 +72,13 @@ class Talker(nn.Module):
         cache: KVCache,
     ) -> tuple[Float[jax.Array, "B C D"], KVCache]:
         """Appends a chunk to what the cache holds; ``text`` and ``codes`` as above, see ``Decoder.extend``."""
-        return self.decoder.extend(self._embed(text, codes), ids, valid, cache)
+        return self.decoder.extend(self._embed_inputs(text, codes), ids, valid, cache)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[jax.Array, "*batch V"]:
         """Logits of the next code, in float32."""
         return self.decoder.logits(hidden)
 
-    def _embed(self, text: Array, codes: Array) -> jax.Array:
+    def _embed_inputs(self, text: Array, codes: Array) -> jax.Array:
         with jax.named_scope("talker_input"):
             codes = jnp.asarray(codes)
             embeds = self.decoder.embed(jnp.maximum(codes, 0))  # [B, S, E]

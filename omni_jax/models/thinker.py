@@ -90,7 +90,7 @@ class Thinker(nn.Module):
         if not features:
             return embeds
         index = jnp.asarray(media_index)
-        gather = _gather_by_rows if self.media_by_rows else _gather
+        gather = _gather_by_rows if self.media_by_rows else _gather_features
         with jax.named_scope("gather_features"):
             media = gather(index, *map(jnp.asarray, features))  # [B, S, D]
             return jnp.where((index >= 0)[..., None], media.astype(embeds.dtype), embeds)
@@ -110,7 +110,7 @@ class Thinker(nn.Module):
         return self.decoder.logits(hidden)
 
 
-def _gather(index: jax.Array, *features: jax.Array) -> jax.Array:
+def _gather_features(index: jax.Array, *features: jax.Array) -> jax.Array:
     return jnp.take(jnp.concatenate(features), jnp.maximum(index, 0), axis=0)
 
 
@@ -120,7 +120,7 @@ def _gather_by_rows(index: jax.Array, *features: jax.Array) -> jax.Array:
     rows = axes_of("batch", index.shape[0])
     positions = axes_of("sequence", index.shape[1])
     if mesh.empty or rows is None:
-        return _gather(index, *features)
+        return _gather_features(index, *features)
 
     def gather_local(index: jax.Array, *features: jax.Array) -> jax.Array:
         device = jax.lax.axis_index(rows)
@@ -134,7 +134,7 @@ def _gather_by_rows(index: jax.Array, *features: jax.Array) -> jax.Array:
             local_index = jnp.where(is_of_encoder, own_index, local_index)
             offset += count
             local_offset += len(own)
-        return _gather(local_index, *features)
+        return _gather_features(local_index, *features)
 
     specs = (PartitionSpec(rows, positions), *[PartitionSpec(rows)] * len(features))
     mapped = jax.shard_map(gather_local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)

@@ -142,7 +142,7 @@ def test_input_embedding(speaking: Speaking) -> None:
     conditions = _conditions(speaking, frames)
     model, params = next(speaking.models())
     variable = model.apply(
-        {"params": params}, _blocked(speaking.dit, noise)[0], method=lambda m, mel: m.dit.input_proj.variable(mel)
+        {"params": params}, _blocked(speaking.dit, noise)[0], method=lambda m, mel: m.dit.input_proj.project_mel(mel)
     )
     for half, constant in enumerate((conditions.cond, conditions.uncond)):
         ours = np.asarray(variable + constant).reshape(-1, speaking.dit.hidden_size)[: len(noise)]
