@@ -57,7 +57,7 @@ def attention(
 
 
 def _attend_by_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool) -> jax.Array:
-    """``_attend_bounded`` on the rows and heads of each device: pieces of all rows together would be pieces of no device."""
+    """``_attend_bounded`` on each device's rows and heads: pieces of all rows together would be those of no device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _attend_bounded(q, k, v, Mask(segments, causal))

@@ -1,4 +1,4 @@
-"""Every rung of Token2Wav against PyTorch, float32, random weights, several widths and seeds."""
+"""Every stage of Token2Wav against PyTorch, float32, random weights, several widths and seeds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from omni_jax.models.dit import Blocks, DiTLayer, LayerInputs, Modulations, pack
 from omni_jax.models.token2wav import Token2Wav
 from tests.pairs import Whole, relative_error
 
-# float32 sums in another order; some 1e-6 a rung, and the flow does not add to it
+# float32 sums in another order; some 1e-6 a stage, and the flow does not add to it
 TOLERANCE = 1e-5
 # the fastest sines of time turn by 1000 radians, of which a float32 rounding is 6e-5
 TIME_TOLERANCE = 1e-4
-# A random vocoder is badly conditioned: waves of large arguments turn one rounding into many. PyTorch's own float32
+# A random vocoder is badly conditioned: sines of large arguments turn one rounding into many. PyTorch's own float32
 # is some 1e-4 from its float64 over the whole, and so is ours.
 STAGE_TOLERANCE = 5e-5
 WAVE_TOLERANCE = 1e-3
@@ -134,7 +134,9 @@ def _conditions(speaking: Speaking, codes: np.ndarray) -> Any:
 
 
 def test_input_embedding(speaking: Speaking) -> None:
-    dit, codes, noise = speaking.torch.code2wav_dit_model, speaking.codes[0], speaking.noise[0]
+    dit = speaking.torch.code2wav_dit_model
+    codes = speaking.codes[0]
+    noise = speaking.noise[0]
     embedded = [dit.text_embed(torch.tensor(codes)[None], drop_code=drop) for drop in (False, True)]
     parts = dict(code_embed=embedded[0], code_embed_uncond=embedded[1], **_inputs(speaking))
     theirs = dit.input_embed(torch.tensor(noise)[None], **parts).numpy()
@@ -167,7 +169,9 @@ def test_layer_of_the_published_size() -> None:
     theirs = Qwen2_5OmniDiTConfig()
     theirs._attn_implementation = "sdpa"
     block = DiTDecoderLayer(theirs, look_backward_block=1).eval()
-    n, h, d = theirs.num_attention_heads, theirs.head_dim, theirs.hidden_size
+    n = theirs.num_attention_heads
+    h = theirs.head_dim
+    d = theirs.hidden_size
 
     def linear(module: Any, shape: tuple[int, ...] | None = None, bias: tuple[int, ...] | None = None) -> Any:
         kernel, offset = module.weight.T.numpy(), module.bias.numpy()
@@ -205,7 +209,10 @@ def _compare_layer(config: DiTConfig, block: Any, leaves: Any, rotary: Any, fram
 
 
 def test_one_evaluation(speaking: Speaking) -> None:
-    dit, codes, noise, time = speaking.torch.code2wav_dit_model, speaking.codes[0], speaking.noise[0], np.float32(0.3)
+    dit = speaking.torch.code2wav_dit_model
+    codes = speaking.codes[0]
+    noise = speaking.noise[0]
+    time = np.float32(0.3)
     arguments = dict(quantized_code=torch.tensor(codes)[None], time_step=torch.tensor(time), **_inputs(speaking))
     theirs = dit(hidden_states=torch.tensor(noise)[None], **arguments).numpy()
     frames, blocks = _blocked(speaking.dit, np.repeat(codes, speaking.dit.repeats))
@@ -219,19 +226,19 @@ def test_one_evaluation(speaking: Speaking) -> None:
             assert relative_error(velocity, theirs[half]) < TOLERANCE
 
 
-def _solved(speaking: Speaking, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+def _solve_reference(speaking: Speaking, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """The reference's mel of each request, [frames, mel]; it draws its noise inside, so the draw is replaced."""
-    made = []
+    mels = []
     for codes, noise in zip(speaking.codes, speaking.noise, strict=True):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "randn", lambda *_, noise=noise, **__: torch.tensor(noise)[None])
             arguments = (torch.tensor(a) for a in (speaking.voice.cond, speaking.voice.ref_mel, codes[None]))
-            made.append(speaking.torch.code2wav_dit_model.sample(*arguments)[0].T.numpy())
-    return made
+            mels.append(speaking.torch.code2wav_dit_model.sample(*arguments)[0].T.numpy())
+    return mels
 
 
 def test_from_codes_to_mel_to_samples(speaking: Speaking, monkeypatch: pytest.MonkeyPatch) -> None:
-    mels = _solved(speaking, monkeypatch)
+    mels = _solve_reference(speaking, monkeypatch)
     vocoder = speaking.torch.code2wav_bigvgan_model
     waves = [vocoder(torch.tensor(mel.T[None].copy())).numpy() for mel in mels[::2]]
     voices, seeds = [speaking.voice] * len(mels), [0] * len(mels)
