@@ -166,15 +166,15 @@ class VocoderStage(nn.Module):
 class SnakeBetaWeights(NamedTuple):
     """The logarithms of each channel's frequency, and of the inverse of its height."""
 
-    alpha: Float[Array, " C"]
-    beta: Float[Array, " C"]
+    alpha: Float[jax.Array, " C"]
+    beta: Float[jax.Array, " C"]
 
 
 class ConvWeights(NamedTuple):
     """Of a convolution from as many channels to as many."""
 
-    kernel: Float[Array, "k C C"]
-    bias: Float[Array, " C"]
+    kernel: Float[jax.Array, "k C C"]
+    bias: Float[jax.Array, " C"]
 
 
 class Round(NamedTuple):

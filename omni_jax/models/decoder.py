@@ -134,7 +134,7 @@ class CachePositions:
 class _Carry:
     """What goes from layer to layer."""
 
-    x: Float[Array, "B S D"]
+    x: Float[jax.Array, "B S D"]
     cache: KVCache | None
 
 

@@ -76,10 +76,13 @@ class Blocks:
 
 @struct.dataclass
 class DiTCache:
-    """Keys and values of one block of R streams, in the S layers that look back, for both halves."""
+    """Keys and values of one block of R streams in the S layers that look back, for both halves.
 
-    keys: Float[Array, "R S 2 F heads H"]
-    values: Float[Array, "R S 2 F heads H"]
+    Those of all evaluations of a solve have a second axis of ``EVALUATIONS``.
+    """
+
+    keys: Float[Array, "R *evaluations S 2 F heads H"]
+    values: Float[Array, "R *evaluations S 2 F heads H"]
 
 
 @struct.dataclass
@@ -92,10 +95,10 @@ class Conditions:
 
 @struct.dataclass
 class Modulations:
-    """Shift, scale and gate of each layer's attention, then of its MLP, at one time; last a scale and a shift."""
+    """Shift, scale and gate of each layer's attention, then of its MLP; last a scale and a shift."""
 
-    layers: Float[Array, "L 6 D"]
-    final: Float[Array, "2 D"]
+    layers: Float[Array, "*times L 6 D"]
+    final: Float[Array, "*times 2 D"]
 
 
 @struct.dataclass
@@ -110,7 +113,7 @@ class LayerInputs:
 class _Carry(NamedTuple):
     """What goes from layer to layer."""
 
-    x: Float[Array, "2 N F D"]
+    x: Float[jax.Array, "2 N F D"]
     cache: DiTCache | None
 
 

@@ -80,8 +80,9 @@ def _attend_within(
 ) -> jax.Array:
     """Attention over patches regrouped to [units, patches of a unit]."""
     with jax.named_scope(f"{unit}_attention"):
-        grouped = [a.reshape(*shape, *a.shape[3:]) for a in (q, k, v)]
-        return attention(*grouped, Mask(segments.reshape(shape))).reshape(q.shape)
+        split = q.shape
+        q, k, v = (a.reshape(*shape, *a.shape[3:]) for a in (q, k, v))  # [units, patches, N, H]
+        return attention(q, k, v, Mask(segments.reshape(shape))).reshape(split)
 
 
 class Merger(nn.Module):
