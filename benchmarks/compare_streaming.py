@@ -27,7 +27,7 @@ from omni_jax.config import BigVGANConfig, DiTConfig, Token2WavConfig
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.layers.streaming import Block
 from omni_jax.models.dit import DiT, pack
-from omni_jax.models.dit_streaming import CODE_SECONDS, CarriedDiT, NoisyCodes, Speaker, WindowedDiT
+from omni_jax.models.dit_streaming import CODE_SECONDS, CarriedDiT, NoisyCodes, Speaker
 from omni_jax.models.flow_matching import draw_noise, solve
 from omni_jax.models.token2wav import Token2Wav, abstract_params
 
@@ -36,7 +36,7 @@ try:
 except ImportError:
     sys.exit("pictures need matplotlib: pip install -e '.[plots]'")
 
-MODES = {"windowed": WindowedDiT, "carried": CarriedDiT}
+MODES = {"carried": CarriedDiT}
 
 
 def make_config(size: Literal["few-layers", "middle", "published"]) -> DiTConfig:

@@ -19,6 +19,7 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 MODELS = [("tiny", 0), ("seven", 1), ("one", 2)]  # of tests/oracle.py, and a seed
+BOTH_FORMS = "seven"  # the one whose layers are compared scanned and single
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     name, seed = request.param
     folder = tmp_path_factory.mktemp("pair")
     write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
-    return load_pair(folder / "published", folder / "ours")
+    return load_pair(folder / "published", folder / "ours", both_forms=name == BOTH_FORMS)
 
 
 @pytest.fixture(scope="session", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}")
@@ -58,4 +59,4 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     name, seed = request.param
     folder = tmp_path_factory.mktemp("whole")
     write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
-    return load_whole(folder / "published", folder / "ours")
+    return load_whole(folder / "published", folder / "ours", both_forms=name == BOTH_FORMS)

@@ -24,18 +24,22 @@ class Pair:
     config: OmniConfig
     torch: Qwen2_5OmniThinkerForConditionalGeneration
     params: dict[str, Any]  # of the Thinker, layers stacked
+    both_forms: bool  # of layers: scanned and single
 
     def models(self) -> list[tuple[Thinker, Any]]:
-        """The Thinker with scanned layers and with single ones, each with its parameters."""
-        scanned, single = (Thinker(self.config.thinker_config, scan_layers=scan) for scan in (True, False))
-        return [(scanned, self.params), (single, unstack_layers(self.params))]
+        """The Thinker with scanned layers, and with single ones where ``both_forms`` are to be compared."""
+        config = self.config.thinker_config
+        models = [(Thinker(config), self.params)]
+        if self.both_forms:
+            models.append((Thinker(config, scan_layers=False), unstack_layers(self.params)))
+        return models
 
 
-def load_pair(published: Path, folder: Path) -> Pair:
+def load_pair(published: Path, folder: Path, both_forms: bool) -> Pair:
     """Both Thinkers of a folder in the published layout; ours is converted into ``folder``."""
     to_jax(published, folder, components=["thinker"])
     params = store.load(folder, ["thinker"])["thinker"]
-    return Pair(folder, OmniConfig.load(folder), load_thinker(published), params)
+    return Pair(folder, OmniConfig.load(folder), load_thinker(published), params, both_forms)
 
 
 @dataclass
@@ -46,17 +50,22 @@ class Whole:
     config: OmniConfig
     torch: Qwen2_5OmniForConditionalGeneration
     talker: dict[str, Any]  # its parameters, layers stacked
+    both_forms: bool  # of layers: scanned and single
 
     def talkers(self) -> list[tuple[Talker, Any]]:
-        """The Talker with scanned layers and with single ones, each with its parameters."""
-        scanned, single = (Talker(self.config.talker_config, scan_layers=scan) for scan in (True, False))
-        return [(scanned, self.talker), (single, unstack_layers(self.talker))]
+        """The Talker with scanned layers, and with single ones where ``both_forms`` are to be compared."""
+        config = self.config.talker_config
+        models = [(Talker(config), self.talker)]
+        if self.both_forms:
+            models.append((Talker(config, scan_layers=False), unstack_layers(self.talker)))
+        return models
 
 
-def load_whole(published: Path, folder: Path) -> Whole:
+def load_whole(published: Path, folder: Path, both_forms: bool) -> Whole:
     """Both models of a folder in the published layout; ours is converted into ``folder``."""
     to_jax(published, folder)
-    return Whole(folder, OmniConfig.load(folder), load(published), store.load(folder, ["talker"])["talker"])
+    talker = store.load(folder, ["talker"])["talker"]
+    return Whole(folder, OmniConfig.load(folder), load(published), talker, both_forms)
 
 
 def relative_error(ours: Any, theirs: Any) -> float:

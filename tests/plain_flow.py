@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from omni_jax.models.dit import NO_BLOCK, Blocks, DiT, pack
+from omni_jax.models.dit import NO_BLOCK, Blocks, DiT
 from omni_jax.models.flow_matching import evaluation_times, sway_grid
 
 
@@ -20,29 +20,19 @@ def cut(frames: np.ndarray, count: int, size: int) -> np.ndarray:
     return out.reshape(count, size, *frames.shape[1:])
 
 
-def plainly_windowed(dit: DiT, params: Any, codes: np.ndarray, noise: np.ndarray, speaker: Any) -> np.ndarray:
-    """Block after block, each in [b - 2, b + 1] as if that were all of the request."""
-    size, made = dit.config.block_size, []
-    for block in range(-(-len(codes) // size)):
-        begin = max(block - 2, 0)
-        part = slice(begin * size, (block + 2) * size)
-        blocks, _ = pack([len(codes[part])], size, 4)
-        window = _solve(dit, params, cut(codes[part], 4, size), cut(noise[part], 4, size), speaker, blocks)
-        made.append(window[block - begin])
-    return np.concatenate(made)[: len(codes)]
-
-
 def plainly_carried(dit: DiT, params: Any, codes: np.ndarray, noise: np.ndarray, speaker: Any) -> np.ndarray:
     """All blocks at once: each looks back at the one before and ahead at a copy, which looks back at it alone."""
     size = dit.config.block_size
     count = -(-len(codes) // size)
     shown = [*range(count), *range(1, count)]
-    valid = cut(np.ones(len(codes), bool), count, size)[shown]
     before = [NO_BLOCK, *range(count - 1), *range(count - 1)]
     after = [*range(count, 2 * count - 1), NO_BLOCK, *[NO_BLOCK] * (count - 1)]
-    blocks = Blocks(*(np.array(a) for a in (shown, valid, before, after)))
-    every = (cut(a, count, size)[shown] for a in (codes, noise))
-    return _solve(dit, params, *every, speaker, blocks)[:count].reshape(-1, noise.shape[1])[: len(codes)]
+    valid = cut(np.ones(len(codes), bool), count, size)[shown]
+    blocks = Blocks(np.array(shown), valid, np.array(before), np.array(after))
+    codes_in_blocks = cut(codes, count, size)[shown]
+    noise_in_blocks = cut(noise, count, size)[shown]
+    mel = _solve(dit, params, codes_in_blocks, noise_in_blocks, speaker, blocks)[:count]
+    return mel.reshape(-1, noise.shape[1])[: len(codes)]
 
 
 @functools.cache
@@ -52,17 +42,19 @@ def _velocity(dit: DiT) -> Callable[..., Any]:
     def one(params: Any, mel: Any, conditions: Any, time: Any, blocks: Blocks) -> jax.Array:
         moments: Any = dit.apply({"params": params}, time[None], method="modulations")
         moment = jax.tree.map(lambda a: a[0], moments)
-        made: Any = dit.apply({"params": params}, mel, conditions, moment, blocks, method="velocity")
-        return made[0] + 0.5 * (made[0] - made[1])
+        velocities: Any = dit.apply({"params": params}, mel, conditions, moment, blocks, method="velocity")
+        cond, uncond, _ = velocities
+        return cond + 0.5 * (cond - uncond)
 
     return jax.jit(one)
 
 
 def _solve(dit: DiT, params: Any, codes: Any, noise: Any, speaker: Any, blocks: Blocks) -> np.ndarray:
     """Runge and Kutta's 3/8 rule, written out. Codes [N, F], noise [N, F, M]"""
-    rows, cond = (np.repeat(a[None], len(codes), axis=0) for a in speaker)
+    rows, cond = (np.repeat(a[None], len(codes), axis=0) for a in speaker)  # each block has the same voice
     conditions = dit.apply({"params": params}, codes, rows, cond, method="conditions")
-    y, grid = np.where(blocks.valid[..., None], noise, 0).astype(np.float32), sway_grid()
+    y = np.where(blocks.valid[..., None], noise, 0).astype(np.float32)
+    grid = sway_grid()
     for begin, end, times in zip(grid[:-1], grid[1:], evaluation_times(grid), strict=True):
         h = end - begin
 

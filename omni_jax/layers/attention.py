@@ -1,6 +1,7 @@
-"""Attention: one function with a description of who sees whom, and the projections around it.
+"""Attention: one function with a description of what sees what, and the projections around it.
 
-Letters: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H numbers a head.
+Letters: B batch, T queries, S keys, N query heads, K key heads, G queries of a key head (N / K), H width of a head,
+D width of the model.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from jaxtyping import Bool, Float, Int
 from omni_jax.batch import Array
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.params import dtypes
-from omni_jax.layers.splash import fits, splash_attention
+from omni_jax.layers.splash import kernel_fits, splash_attention
 from omni_jax.sharding import axes_of
 
-_HIDDEN = -1e30  # finite, so that a query that sees nothing gives a number and not NaN
-_LOGITS_AT_ONCE = 2**26  # float32 scores held at a time, 256 MiB; more are worked off piece by piece
-_CAUSAL_PIECE = 256  # queries a piece where half of the scores would be masked away
-_TILE = 512  # keys at a time where all scores would be too many
-_ONE_BY_ONE = 2**16  # queries x keys, from where on a CPU does better with one head at a time
+_MASKED = -1e30  # finite, so that a query that sees nothing gives a number and not NaN
+_MAX_LOGITS = 2**26  # float32 logits held at a time, 256 MiB; more are computed piece by piece
+_CAUSAL_PIECE = 256  # queries a piece where half of the logits would be masked away
+_TILE = 512  # keys at a time where all logits would be too many
+_HEAD_BY_HEAD = 2**16  # queries x keys, from where on a CPU does better with one head at a time
 
 
 @struct.dataclass
 class Mask:
-    """Who sees whom. Positions see each other only within a segment, and if ``causal`` only what came before."""
+    """What sees what: positions see each other only within a segment, and if ``causal`` only those before."""
 
     segments: Int[Array, "B S"]  # 0: padding
     causal: bool = struct.field(pytree_node=False, default=False)
@@ -43,80 +44,88 @@ def attention(
 ) -> Float[jax.Array, "B T N H"]:
     """Attention of a sequence to itself, scaled by 1 / sqrt(H), softmax in float32.
 
-    On a TPU a kernel does it where the sizes are such that it can; which of the two it is is decided when the program
-    is compiled. Elsewhere long sequences are worked off in pieces of queries, so that no more than 256 MiB of scores
-    exist at a time; causal pieces read only the keys up to their own end.
+    On a TPU a Pallas kernel computes it where the sizes allow; which of the two it is, is decided when the program is
+    compiled. Elsewhere long sequences are computed in pieces of queries, so that no more than 256 MiB of logits exist
+    at a time; causal pieces read only the keys up to their own end.
     """
     arrays = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask.segments)
-    plain = functools.partial(_by_device, causal=mask.causal)
-    if not fits(q, mask.causal):
+    plain = functools.partial(_attend_by_device, causal=mask.causal)
+    if not kernel_fits(q, mask.causal):
         return plain(*arrays)
     kernel = functools.partial(splash_attention, causal=mask.causal)
     return jax.lax.platform_dependent(*arrays, tpu=kernel, default=plain)
 
 
-def _by_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool) -> jax.Array:
-    """``_plain`` of the rows and heads of each device: pieces of all rows together would be pieces of no device."""
+def _attend_by_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool) -> jax.Array:
+    """``_attend_bounded`` on each device's rows and heads: pieces of all rows together would be those of no device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _plain(q, k, v, Mask(segments, causal))
-    rows, heads = axes_of("batch", q.shape[0]), axes_of("kv_heads", k.shape[2])
-    spec = PartitionSpec(rows, None, heads, None)
+        return _attend_bounded(q, k, v, Mask(segments, causal))
+    rows = axes_of("batch", q.shape[0])
+    spec = PartitionSpec(rows, None, axes_of("kv_heads", k.shape[2]), None)
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        return _plain(q, k, v, Mask(segments, causal))
+    def attend_local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return _attend_bounded(q, k, v, Mask(segments, causal))
 
     specs = (spec, spec, spec, PartitionSpec(rows, None))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, segments)
+    mapped = jax.shard_map(attend_local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return mapped(q, k, v, segments)
 
 
-def _plain(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
+def _attend_bounded(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
+    """Attention in pieces of which no more than ``_MAX_LOGITS`` logits exist at a time."""
     batch, length, heads, _ = q.shape
-    scores = heads * length * length
-    if batch > 1 and batch * scores > _LOGITS_AT_ONCE:
-        return _map_rows(q, k, v, mask, at_once=max(1, _LOGITS_AT_ONCE // scores))
+    logits_per_row = heads * length * length
+    if batch > 1 and batch * logits_per_row > _MAX_LOGITS:
+        return _attend_by_rows(q, k, v, mask, rows_at_once=max(1, _MAX_LOGITS // logits_per_row))
     if mask.causal and _CAUSAL_PIECE < length <= 8 * _CAUSAL_PIECE:
-        pieces = [_piece(q, k, v, mask, begin, _CAUSAL_PIECE) for begin in range(0, length, _CAUSAL_PIECE)]
-        return jnp.concatenate(pieces, axis=1)
-    if scores > _LOGITS_AT_ONCE:
-        return _map_pieces(q, k, v, mask)
-    return _scores_and_sum(q, k, v, _visible(mask, jnp.arange(length), length))
+        begins = range(0, length, _CAUSAL_PIECE)
+        return jnp.concatenate([_attend_causal_piece(q, k, v, mask, begin) for begin in begins], axis=1)
+    if logits_per_row > _MAX_LOGITS:
+        return _attend_by_pieces(q, k, v, mask)
+    return _attend_visible(q, k, v, _visible_keys(mask, jnp.arange(length), length))
 
 
-def _map_rows(q: Array, k: Array, v: Array, mask: Mask, at_once: int) -> jax.Array:
-    def one(row: tuple[jax.Array, ...]) -> jax.Array:
+def _attend_by_rows(q: Array, k: Array, v: Array, mask: Mask, rows_at_once: int) -> jax.Array:
+    def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, segments = (a[None] for a in row)
-        return _plain(q, k, v, Mask(segments, mask.causal))[0]
+        return _attend_bounded(q, k, v, Mask(segments, mask.causal))[0]
 
-    return jax.lax.map(one, (q, k, v, mask.segments), batch_size=at_once)
-
-
-def _visible(mask: Mask, queries: jax.Array, keys: int) -> jax.Array:
-    """[B, T, S]: whether the query at each of the positions ``queries`` sees each of the first ``keys`` keys."""
-    mine, theirs = jnp.take(mask.segments, queries, axis=1), mask.segments[:, :keys]
-    visible = mine[:, :, None] == theirs[:, None, :]
-    return visible & (jnp.arange(keys) <= queries[:, None]) if mask.causal else visible
+    return jax.lax.map(attend_row, (q, k, v, mask.segments), batch_size=rows_at_once)
 
 
-def _piece(q: Array, k: Array, v: Array, mask: Mask, begin: int, size: int) -> jax.Array:
-    end = min(begin + size, q.shape[1])
-    return _scores_and_sum(q[:, begin:end], k[:, :end], v[:, :end], _visible(mask, jnp.arange(begin, end), end))
+def _attend_causal_piece(q: Array, k: Array, v: Array, mask: Mask, begin: int) -> jax.Array:
+    """The queries from ``begin`` on, to the keys up to the last of them."""
+    end = min(begin + _CAUSAL_PIECE, q.shape[1])
+    visible = _visible_keys(mask, jnp.arange(begin, end), end)
+    return _attend_visible(q[:, begin:end], k[:, :end], v[:, :end], visible)
 
 
-def _map_pieces(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
+def _attend_by_pieces(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
+    """The fewest pieces of queries that divide the length and whose logits are not too many."""
     batch, length, heads, width = q.shape
-    pieces = next(n for n in range(1, length + 1) if length % n == 0 and heads * length**2 <= n * _LOGITS_AT_ONCE)
+    pieces = next(n for n in range(1, length + 1) if length % n == 0 and heads * length**2 <= n * _MAX_LOGITS)
 
-    def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def attend_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, positions = piece
-        return _scores_and_sum(queries, k, v, _visible(mask, positions, length))
+        return _attend_visible(queries, k, v, _visible_keys(mask, positions, length))
 
-    split = jnp.moveaxis(q.reshape(batch, pieces, length // pieces, heads, width), 1, 0)
-    out = jax.lax.map(one, (split, jnp.arange(length).reshape(pieces, -1)))
+    split = jnp.moveaxis(q.reshape(batch, pieces, length // pieces, heads, width), 1, 0)  # [pieces, B, T, N, H]
+    out = jax.lax.map(attend_piece, (split, jnp.arange(length).reshape(pieces, -1)))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
-def _scores_and_sum(q: Array, k: Array, v: Array, visible: jax.Array) -> jax.Array:
+def _visible_keys(mask: Mask, queries: jax.Array, num_keys: int) -> Bool[jax.Array, "B T S"]:
+    """Whether the query at each of the positions ``queries`` sees each of the first ``num_keys`` keys."""
+    of_queries = jnp.take(mask.segments, queries, axis=1)  # [B, T]
+    of_keys = mask.segments[:, :num_keys]  # [B, S]
+    visible = of_queries[:, :, None] == of_keys[:, None, :]
+    if mask.causal:
+        visible = visible & (jnp.arange(num_keys) <= queries[:, None])
+    return visible
+
+
+def _attend_visible(q: Array, k: Array, v: Array, visible: jax.Array) -> jax.Array:
     return cached_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), visible)
 
 
@@ -125,66 +134,71 @@ def cached_attention(
 ) -> Float[jax.Array, "B T N H"]:
     """Attention of some positions to keys in the layout of a cache; ``visible`` says which of them each query sees."""
     batch, length, heads, width = q.shape
-    kv_heads, keys = k.shape[1:3]
-    grouped = jnp.swapaxes(
-        jnp.asarray(q).reshape(batch, length, kv_heads, heads // kv_heads, width), 1, 2
-    )  # [B, K, T, G, H]
-    grouped = grouped.reshape(batch, kv_heads, -1, width)
-    seen = jnp.repeat(visible, heads // kv_heads, axis=1)  # [B, T * G, S]
-    operands = (grouped, jnp.asarray(k), jnp.asarray(v), seen)
-    if length * keys < _ONE_BY_ONE or length == 1:
-        out = _all_heads(*operands)
-    elif batch * heads * length * keys > _LOGITS_AT_ONCE and not keys % _TILE:
-        out = jax.lax.platform_dependent(*operands, cpu=_head_by_head, default=_tile_by_tile)
+    num_kv_heads, num_keys = k.shape[1:3]
+    group = heads // num_kv_heads
+    # the queries of a key head become one axis, so that its keys are read once for all of them
+    grouped = jnp.asarray(q).reshape(batch, length, num_kv_heads, group, width)
+    grouped = jnp.swapaxes(grouped, 1, 2).reshape(batch, num_kv_heads, -1, width)  # [B, K, T * G, H]
+    operands = (grouped, jnp.asarray(k), jnp.asarray(v), jnp.repeat(visible, group, axis=1))
+    if length * num_keys < _HEAD_BY_HEAD or length == 1:
+        out = _attend_all_heads(*operands)
+    elif batch * heads * length * num_keys > _MAX_LOGITS and not num_keys % _TILE:
+        out = jax.lax.platform_dependent(*operands, cpu=_attend_head_by_head, default=_attend_tile_by_tile)
     else:
-        out = jax.lax.platform_dependent(*operands, cpu=_head_by_head, default=_all_heads)
-    return jnp.swapaxes(out.reshape(batch, kv_heads, length, heads // kv_heads, width), 1, 2).reshape(q.shape)
+        out = jax.lax.platform_dependent(*operands, cpu=_attend_head_by_head, default=_attend_all_heads)
+    out = out.reshape(batch, num_kv_heads, length, group, width)
+    return jnp.swapaxes(out, 1, 2).reshape(q.shape)
 
 
-def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """q [B, K, T * G, H], k and v [B, K, S, H], seen [B, T * G, S]."""
-    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = _softmax(jnp.where(seen[:, None], scores, _HIDDEN))
+def _attend_all_heads(
+    q: Float[jax.Array, "B K TG H"], k: Float[jax.Array, "B K S H"], v: Float[jax.Array, "B K S H"], visible: jax.Array
+) -> Float[jax.Array, "B K TG H"]:
+    """``visible`` is [B, T * G, S], here and in the two functions after it."""
+    logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = jnp.where(visible[:, None], logits, _MASKED)  # [B, K, T * G, S]
+    weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     return jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v)
 
 
-def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+def _attend_head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
     """The same. XLA's products of large batched matrices reach a third of a CPU's speed, single ones most of it."""
 
-    def row(operands: tuple[jax.Array, ...]) -> jax.Array:
-        *heads, seen = operands
+    def attend_row(operands: tuple[jax.Array, ...]) -> jax.Array:
+        *heads, visible = operands
 
-        def head(operands: tuple[jax.Array, ...]) -> jax.Array:
-            q, k, v = (a[None, None] for a in operands)
-            return _all_heads(q, k, v, seen[None])[0, 0]
+        def attend_head(operands: tuple[jax.Array, ...]) -> jax.Array:
+            q, k, v = (a[None, None] for a in operands)  # [1, 1, T * G or S, H]
+            return _attend_all_heads(q, k, v, visible[None])[0, 0]
 
-        return jax.lax.map(head, tuple(heads))
+        return jax.lax.map(attend_head, tuple(heads))
 
-    return jax.lax.map(row, (q, k, v, seen))
+    return jax.lax.map(attend_row, (q, k, v, visible))
 
 
-def _tile_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """The same, some keys at a time and none behind the last that is seen; the softmax is put together as they come."""
-    last = jnp.max(jnp.where(seen, jnp.arange(k.shape[2]), -1))
+def _attend_tile_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """The same, some keys at a time and none behind the last that is visible, with a running softmax."""
+    last = jnp.max(jnp.where(visible, jnp.arange(k.shape[2]), -1))
 
-    def one(i: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        out, largest, total = so_far
-        keys, values = (jax.lax.dynamic_slice_in_dim(a, i * _TILE, _TILE, axis=2) for a in (k, v))
-        own = jax.lax.dynamic_slice_in_dim(seen, i * _TILE, _TILE, axis=2)
-        scores = jnp.einsum("bkth,bksh->bkts", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        scores = jnp.where(own[:, None], scores, _HIDDEN)
-        larger = jnp.maximum(largest, jnp.max(scores, axis=-1))
-        weights, kept = jnp.exp(scores - larger[..., None]), jnp.exp(largest - larger)
+    def add_tile(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, largest, total = carry
+        keys = jax.lax.dynamic_slice_in_dim(k, i * _TILE, _TILE, axis=2)  # [B, K, tile, H]
+        values = jax.lax.dynamic_slice_in_dim(v, i * _TILE, _TILE, axis=2)
+        tile_visible = jax.lax.dynamic_slice_in_dim(visible, i * _TILE, _TILE, axis=2)
+        logits = jnp.einsum("bkth,bksh->bkts", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        logits = jnp.where(tile_visible[:, None], logits, _MASKED)  # [B, K, T * G, tile]
+        new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        weights = jnp.exp(logits - new_largest[..., None])
+        rescale = jnp.exp(largest - new_largest)  # of what was summed below a smaller maximum
         more = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
-        return out * kept[..., None] + more, larger, total * kept + jnp.sum(weights, axis=-1)
+        return out * rescale[..., None] + more, new_largest, total * rescale + jnp.sum(weights, axis=-1)
 
-    begin = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], _HIDDEN), jnp.zeros(q.shape[:-1])
-    out, _, total = jax.lax.fori_loop(0, last // _TILE + 1, one, begin)
+    initial = (
+        jnp.zeros(q.shape, jnp.float32),  # [B, K, T * G, H]
+        jnp.full(q.shape[:-1], _MASKED),  # [B, K, T * G]
+        jnp.zeros(q.shape[:-1]),
+    )
+    out, _, total = jax.lax.fori_loop(0, last // _TILE + 1, add_tile, initial)
     return (out / jnp.maximum(total, 1e-30)[..., None]).astype(v.dtype)
-
-
-def _softmax(scores: jax.Array) -> jax.Array:
-    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
 
 
 class SelfAttention(nn.Module):
@@ -205,10 +219,12 @@ class SelfAttention(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Returns the result and whatever else ``attend(q, k, v)`` returned, such as a cache."""
         kw = dtypes(self)
-        many, few = (self.heads, self.head_dim), (self.kv_heads, self.head_dim)
-        q = Linear((self.width,), many, ("embed", "heads", "head_dim"), name="query", **kw)(x)
-        k = Linear((self.width,), few, ("embed", "kv_heads", "head_dim"), use_bias=self.key_bias, name="key", **kw)(x)
-        v = Linear((self.width,), few, ("embed", "kv_heads", "head_dim"), name="value", **kw)(x)
+        heads = (self.heads, self.head_dim)
+        kv_heads = (self.kv_heads, self.head_dim)
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        q = Linear((self.width,), heads, ("embed", "heads", "head_dim"), name="query", **kw)(x)  # [..., T, N, H]
+        k = Linear((self.width,), kv_heads, kv_axes, use_bias=self.key_bias, name="key", **kw)(x)  # [..., T, K, H]
+        v = Linear((self.width,), kv_heads, kv_axes, name="value", **kw)(x)
         y, state = attend(q, k, v)
-        axes = ("heads", "head_dim", "embed")
-        return Linear(many, (self.width,), axes, use_bias=self.out_bias, name="out", **kw)(y), state
+        out = Linear(heads, (self.width,), ("heads", "head_dim", "embed"), use_bias=self.out_bias, name="out", **kw)
+        return out(y), state  # [..., T, D]

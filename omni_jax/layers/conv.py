@@ -1,4 +1,7 @@
-"""Convolutions over time, [batch, frames, channels]."""
+"""Convolutions over time.
+
+Letters: B batch, T frames, inputs and outputs: channels, taps of a kernel.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,14 @@ class Conv1D(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init, shape = nn.initializers.lecun_normal(in_axis=(0, 1)), (self.kernel, self.inputs, self.outputs)
-        kernel = param(self, "kernel", init, shape, self.axes)
-        sides = same_sides(self.kernel, self.dilation)
+    def __call__(self, x: Float[jax.Array, "B T inputs"]) -> Float[jax.Array, "B T_out outputs"]:
+        init = nn.initializers.lecun_normal(in_axis=(0, 1))
+        kernel = param(self, "kernel", init, (self.kernel, self.inputs, self.outputs), self.axes)
+        padding = same_padding(self.kernel, self.dilation)
         if self.edges == "reflect":
-            x, sides = jnp.pad(x, ((0, 0), sides, (0, 0)), mode="reflect"), (0, 0)
-        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), sides, stride=self.stride, dilation=self.dilation)
+            x = jnp.pad(x, ((0, 0), padding, (0, 0)), mode="reflect")
+            padding = (0, 0)
+        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), padding, stride=self.stride, dilation=self.dilation)
         if self.use_bias:
             y += param(self, "bias", nn.initializers.zeros, (self.outputs,), self.axes[2:]).astype(self.dtype)
         return y
@@ -62,50 +66,57 @@ class UpsamplingConv1D(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init, shape = nn.initializers.lecun_normal(in_axis=(0, 1)), (self.kernel, self.inputs, self.outputs)
+    def __call__(self, x: Float[jax.Array, "B T inputs"]) -> Float[jax.Array, "B T_out outputs"]:
+        init = nn.initializers.lecun_normal(in_axis=(0, 1))
+        shape = (self.kernel, self.inputs, self.outputs)
         kernel = param(self, "kernel", init, shape, self.axes).astype(self.dtype)
         bias = param(self, "bias", nn.initializers.zeros, (self.outputs,), self.axes[2:]).astype(self.dtype)
-        phases, sides = self._phases(kernel)
-        y = conv(x.astype(self.dtype), phases, sides)
+        phases, padding = _phase_kernel(kernel, self.stride)
+        y = conv(x.astype(self.dtype), phases, padding)  # [B, T, stride * outputs]
         return y.reshape(x.shape[0], x.shape[1] * self.stride, self.outputs) + bias
 
-    def _phases(self, kernel: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
-        """[taps, inputs, stride * outputs], and how many frames the taps reach to either side.
 
-        Output frame ``stride * n + p`` is the sum over taps o of ``x[n + o] * kernel[p + cut - stride * o]``.
-        """
-        stride, last = self.stride, self.kernel - 1
-        cut = (self.kernel - stride) // 2
-        behind, ahead = (last - cut) // stride, (stride - 1 + cut) // stride
-        # row i of the padded kernel is tap i - before of the kernel
-        before = stride * ahead - cut
-        after = stride * behind + stride - 1 + cut - last
-        padded = jnp.pad(kernel, ((before, after), (0, 0), (0, 0)))
-        taps = padded.reshape(behind + ahead + 1, stride, self.inputs, self.outputs)[::-1]
-        return taps.transpose(0, 2, 1, 3).reshape(behind + ahead + 1, self.inputs, -1), (behind, ahead)
+def _phase_kernel(kernel: Float[jax.Array, "k inputs outputs"], stride: int) -> tuple[jax.Array, tuple[int, int]]:
+    """A transposed convolution's kernel as that of an ordinary one, all phases of whose output are channels.
+
+    Output frame ``stride * n + p`` is the sum over taps o of ``x[n + o] * kernel[p + cut - stride * o]``.
+
+    Returns:
+      [taps, inputs, stride * outputs], and the frames of padding before and after that its taps need.
+    """
+    size, inputs, outputs = kernel.shape
+    last = size - 1
+    cut = (size - stride) // 2
+    behind = (last - cut) // stride
+    ahead = (stride - 1 + cut) // stride
+    # row i of the padded kernel is tap i - before of the kernel
+    before = stride * ahead - cut
+    after = stride * behind + stride - 1 + cut - last
+    padded = jnp.pad(kernel, ((before, after), (0, 0), (0, 0)))
+    taps = padded.reshape(behind + ahead + 1, stride, inputs, outputs)[::-1]
+    return taps.transpose(0, 2, 1, 3).reshape(behind + ahead + 1, inputs, -1), (behind, ahead)
 
 
-def same_sides(kernel: int, dilation: int) -> tuple[int, int]:
+def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
     """Frames to put before and after, so that a convolution of stride 1 gives as many as it takes."""
-    pad = (kernel - 1) * dilation
-    return pad // 2, pad - pad // 2
+    total = (kernel - 1) * dilation
+    return total // 2, total - total // 2
 
 
 def conv(
     x: Float[Array, "B T inputs"],
     kernel: Float[Array, "taps inputs outputs"],
-    sides: tuple[int, int],
+    padding: tuple[int, int],
     *,
     stride: int = 1,
     dilation: int = 1,
 ) -> jax.Array:
-    """A convolution over time, with zeros on either side. [B, T', outputs]"""
+    """A convolution over time, with zeros on either side. [B, T_out, outputs]"""
     return jax.lax.conv_general_dilated(
         jnp.asarray(x),
         jnp.asarray(kernel),
         window_strides=(stride,),
-        padding=(sides,),
+        padding=(padding,),
         rhs_dilation=(dilation,),
         dimension_numbers=("NTC", "TIO", "NTC"),
     )

@@ -1,4 +1,4 @@
-"""Linear maps and look-up tables, with the logical axes of their parameters."""
+"""Linear maps and embedding tables, with the logical axes of their parameters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jaxtyping import Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.layers.params import param
@@ -24,7 +25,7 @@ class Linear(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[jax.Array, "*batch_and_outputs"]:
         n = len(self.inputs)
         std = 1.0 / math.sqrt(math.prod(self.inputs))
         kernel = param(self, "kernel", nn.initializers.normal(std), self.inputs + self.outputs, self.axes)
@@ -36,7 +37,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of ``rows`` vectors of ``width``."""
+    """A table of ``rows`` embeddings of ``width``."""
 
     rows: int
     width: int
@@ -45,6 +46,6 @@ class Embedding(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: Array) -> jax.Array:
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[jax.Array, "*batch width"]:
         table = param(self, "embedding", nn.initializers.normal(0.02), (self.rows, self.width), self.axes)
         return jnp.take(table, ids, axis=0).astype(self.dtype)

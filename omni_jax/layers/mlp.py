@@ -12,7 +12,7 @@ from omni_jax.layers.params import dtypes
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), over the last axis (reference ``Qwen2MLP``)."""
 
     width: int
     hidden: int
@@ -23,9 +23,8 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kw = dict(dtypes(self), use_bias=self.use_bias)
-        wide, axes = ((self.width,), (self.hidden,)), ("embed", "mlp")
-        gate = Linear(*wide, axes, name="gate", **kw)(x)
-        up = Linear(*wide, axes, name="up", **kw)(x)
+        gate = Linear((self.width,), (self.hidden,), ("embed", "mlp"), name="gate", **kw)(x)  # [..., hidden]
+        up = Linear((self.width,), (self.hidden,), ("embed", "mlp"), name="up", **kw)(x)
         return Linear((self.hidden,), (self.width,), ("mlp", "embed"), name="down", **kw)(jax.nn.silu(gate) * up)
 
 
@@ -41,6 +40,6 @@ class GeluMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kw = dtypes(self)
-        y = Linear((self.width,), (self.hidden,), ("embed", "mlp"), name="up", **kw)(x)
+        y = Linear((self.width,), (self.hidden,), ("embed", "mlp"), name="up", **kw)(x)  # [..., hidden]
         y = jax.nn.gelu(y, approximate=self.approximate)
         return Linear((self.hidden,), (self.width,), ("mlp", "embed"), name="down", **kw)(y)

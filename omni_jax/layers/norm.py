@@ -1,4 +1,4 @@
-"""Normalisation, always in float32 inside."""
+"""Normalisation of the last axis, always in float32 inside."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = param(self, "scale", nn.initializers.ones, (self.width,), ("norm",))
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.float32)  # [..., width]
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * scale.astype(x.dtype)
 
@@ -36,7 +36,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = param(self, "scale", nn.initializers.ones, (self.width,), ("norm",))
         bias = param(self, "bias", nn.initializers.zeros, (self.width,), ("norm",))
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.float32)  # [..., width]
         y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * scale + bias).astype(x.dtype)

@@ -1,4 +1,7 @@
-"""Rotary position embedding: the tables for text (TMRoPE) and for pictures, and their application, in float32."""
+"""Rotary position embedding: the tables of TMRoPE and of pictures, and the rotation, in float32.
+
+Letters: B batch, S positions, N heads, H width of a head. Tables hold H / 2 angles a position.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from omni_jax.batch import Array
 Tables: TypeAlias = tuple[Float[jax.Array, "*positions half"], Float[jax.Array, "*positions half"]]  # cos, sin
 
 
-def _frequencies(count: int, theta: float) -> np.ndarray:
+def _inverse_frequencies(count: int, theta: float) -> np.ndarray:
     """theta^(-i / count) for i below ``count``. [count]"""
     return (1.0 / theta ** (np.arange(count, dtype=np.float32) / np.float32(count))).astype(np.float32)
 
 
 def tmrope_tables(ids: Int[Array, "3 B S"], sections: Sequence[int], theta: float) -> Tables:
-    """cos and sin of every position, [B, S, head_dim / 2] (reference ``apply_multimodal_rotary_pos_emb``).
+    """cos and sin of every position, [B, S, H / 2] (docs/reference.md, 5.5; ``apply_multimodal_rotary_pos_emb``).
 
     Args:
       ids: time, height and width of each position.
@@ -29,21 +32,22 @@ def tmrope_tables(ids: Int[Array, "3 B S"], sections: Sequence[int], theta: floa
       theta: base of the frequencies.
     """
     axis_of = np.repeat(np.arange(len(sections)) % 3, sections)
-    by_frequency = jnp.stack([ids[axis] for axis in axis_of], axis=-1).astype(jnp.float32)
-    angles = by_frequency * _frequencies(len(axis_of), theta)
+    by_frequency = jnp.stack([ids[axis] for axis in axis_of], axis=-1).astype(jnp.float32)  # [B, S, H / 2]
+    angles = by_frequency * _inverse_frequencies(len(axis_of), theta)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def picture_tables(row: Int[Array, "*patches"], column: Int[Array, "*patches"], head_dim: int) -> Tables:
-    """cos and sin of every patch, [*patches, head_dim / 2]: half of the angles by row, half by column."""
-    frequencies = _frequencies(head_dim // 4, 10_000.0)
-    angles = [jnp.asarray(a)[..., None].astype(jnp.float32) * frequencies for a in (row, column)]
-    both = jnp.concatenate(angles, axis=-1)
-    return jnp.cos(both), jnp.sin(both)
+    """cos and sin of every patch, [*patches, H / 2]: half of the angles by row, half by column."""
+    frequencies = _inverse_frequencies(head_dim // 4, 10_000.0)
+    by_row = jnp.asarray(row)[..., None].astype(jnp.float32) * frequencies  # [*patches, H / 4]
+    by_column = jnp.asarray(column)[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([by_row, by_column], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "*positions N H"], tables: Tables) -> jax.Array:
-    """Turns the pairs (i, i + H/2) of every head by the position's angles."""
-    cos, sin = (t[..., None, :] for t in tables)
+def rotate(x: Float[Array, "*positions N H"], tables: Tables) -> Float[jax.Array, "*positions N H"]:
+    """Rotates the pairs (i, i + H / 2) of every head by the position's angles."""
+    cos, sin = (table[..., None, :] for table in tables)  # [*positions, 1, H / 2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,7 +1,7 @@
-"""Attention by the Pallas kernel "splash", which a TPU does block by block: no score ever leaves the chip.
+"""Attention by the Pallas kernel "splash", which works block by block: logits never leave the chip.
 
-Letters as in ``attention``. Under a mesh every device works on its own rows, heads and queries; where causal queries
-are spread over ``sequence``, each device gets the keys of the whole row.
+Letters: B batch, T positions, N query heads, K key heads, H width of a head. Under a mesh every device works on its own
+rows, heads and queries; where causal queries are spread over ``sequence``, each device gets the keys of the full row.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from omni_jax.sharding import axes_of
 _BLOCKS = (512, 256, 128)  # queries or keys at a time; 2048 do not fit the memory that a kernel is given by default
 
 
-def fits(q: Array, causal: bool) -> bool:
-    """Whether the kernel can do it: the queries of a device must come in whole blocks."""
-    return _block(q.shape[1] // _size(_queries(q.shape[1], causal))) > 0
+def kernel_fits(q: Array, causal: bool) -> bool:
+    """Whether the kernel can compute it: the queries of a device must be whole blocks."""
+    return _largest_block(q.shape[1] // _num_parts(_query_axes(q.shape[1], causal))) > 0
 
 
 def splash_attention(
@@ -36,56 +36,70 @@ def splash_attention(
     causal: bool,
     interpret: bool = False,
 ) -> Float[jax.Array, "B T N H"]:
-    """As ``attention``; ``interpret`` computes the kernel step by step on any device, for tests."""
-    length, heads = q.shape[1:3]
-    rows, queries = axes_of("batch", q.shape[0]), _queries(length, causal)
-    shared = axes_of("kv_heads", k.shape[2])  # a key's queries stay with it
-    kernel = _kernel(length, heads, causal, _size(shared), _size(queries), interpret)
+    """As ``attention``.
 
-    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array) -> jax.Array:
-        by_head = (jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
-        out = jax.vmap(kernel)(*by_head, kernels.SegmentIds(mine, theirs))
+    Args:
+      q, k, v, segments, causal: as there.
+      interpret: whether to compute the kernel step by step, which any device can, for tests.
+    """
+    length, heads = q.shape[1:3]
+    rows = axes_of("batch", q.shape[0])
+    queries = _query_axes(length, causal)
+    shared_heads = axes_of("kv_heads", k.shape[2])  # a key's queries stay with it
+    kernel = _make_kernel(length, heads, causal, _num_parts(shared_heads), _num_parts(queries), interpret)
+
+    def attend_local(
+        kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, query_segments: jax.Array, key_segments: jax.Array
+    ) -> jax.Array:
+        by_head = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]  # [B, N or K, T, H]
+        out = jax.vmap(kernel)(*by_head, kernels.SegmentIds(query_segments, key_segments))
         return jnp.swapaxes(out, 1, 2)
 
     arrays = tuple(jnp.asarray(a) for a in (q, k, v, segments, segments))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(kernel, *arrays)
-    whole = PartitionSpec(rows, None, shared, None)
-    mine = PartitionSpec(rows, queries, shared, None)
+        return attend_local(kernel, *arrays)
+    query_spec = PartitionSpec(rows, queries, shared_heads, None)
+    key_spec = PartitionSpec(rows, None, shared_heads, None)
     specs = (
-        kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(shared, queries))),
-        *(mine, whole, whole, PartitionSpec(rows, queries), PartitionSpec(rows, None)),
+        kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(shared_heads, queries))),
+        *(query_spec, key_spec, key_spec, PartitionSpec(rows, queries), PartitionSpec(rows, None)),
     )
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=mine, check_vma=False)(kernel, *arrays)
+    mapped = jax.shard_map(attend_local, mesh=mesh, in_specs=specs, out_specs=query_spec, check_vma=False)
+    return mapped(kernel, *arrays)
 
 
-def _kernel(length: int, heads: int, causal: bool, head_parts: int, parts: int, interpret: bool) -> Any:
+def _make_kernel(length: int, heads: int, causal: bool, head_parts: int, query_parts: int, interpret: bool) -> Any:
     shape = (length, length)
-    mask = masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * heads)
-    mine, theirs = _block(length // parts), _block(length)
+    mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+    block_q = _largest_block(length // query_parts)
+    block_kv = _largest_block(length)
     # the backward pass in one kernel would write a partial result for each block of keys, 64 of them at 32,768
     blocks = kernels.BlockSizes(
-        block_q=mine, block_kv=theirs, block_kv_compute=theirs,
-        block_q_dkv=mine, block_kv_dkv=theirs, block_kv_dkv_compute=theirs,
-        block_q_dq=mine, block_kv_dq=theirs,
+        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv,
+        block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q, block_kv_dq=block_kv,
     )  # fmt: skip
     return kernels.make_splash_mha(
-        mask, block_sizes=blocks, head_shards=head_parts, q_seq_shards=parts, interpret=interpret
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        head_shards=head_parts,
+        q_seq_shards=query_parts,
+        interpret=interpret,
     )
 
 
-def _block(length: int) -> int:
+def _largest_block(length: int) -> int:
     """The largest block that divides a length; 0 if none does."""
     return next((block for block in _BLOCKS if length and length % block == 0), 0)
 
 
-def _queries(length: int, causal: bool) -> tuple[str, ...] | None:
-    """What queries are spread over; the kernel cannot do it without a mask (jax 0.10.2)."""
+def _query_axes(length: int, causal: bool) -> tuple[str, ...] | None:
+    """Mesh axes that queries are spread over; the kernel cannot spread them without a causal mask (jax 0.10.2)."""
     return axes_of("sequence", length) if causal else None
 
 
-def _size(axes: tuple[str, ...] | None) -> int:
-    """Into how many parts an axis is cut."""
+def _num_parts(axes: tuple[str, ...] | None) -> int:
+    """Into how many parts these mesh axes cut an axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in axes or ())

@@ -14,8 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# what is kept of a layer for the way back, and is not computed again: everything; nothing but its input; or the
-# products with its weights
+# what is kept of a layer for the backward pass: everything; nothing but its input; or the products with its weights
 Remat: TypeAlias = Literal["none", "full", "dots"]
 _POLICIES = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
 
@@ -51,7 +50,7 @@ def layer_stack(
 
 
 def call_layers(layers: Any, depth: int, carry: Any, *shared: Any) -> Any:
-    """Passes ``carry`` through the layers; ``index`` is a traced number where they are scanned, else a Python int."""
+    """Passes ``carry`` through the layers; ``index`` is a traced scalar where they are scanned, else a Python int."""
     if isinstance(layers, nn.Module):
         return layers(carry, jnp.arange(depth), *shared)[0]
     for i, layer in enumerate(layers):
@@ -60,20 +59,23 @@ def call_layers(layers: Any, depth: int, carry: Any, *shared: Any) -> Any:
 
 
 def map_layers(layers: Any, depth: int, method: str, *shared: Any) -> jax.Array:
-    """What ``method`` of each layer gives for ``shared`` alone, stacked on a leading axis."""
+    """The results of ``method`` of each layer for ``shared`` alone, stacked on a leading axis. [depth, ...]"""
     if isinstance(layers, nn.Module):
         return getattr(layers, method)((), jnp.arange(depth), *shared)[1]
     return jnp.stack([getattr(layer, method)((), i, *shared)[1] for i, layer in enumerate(layers)])
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns every ``layers`` of a tree into ``layers_0``, ``layers_1``, ...; frees each stacked array as it goes."""
-    out: dict[str, Any] = {}
+    """Turns every ``layers`` of a tree into ``layers_0``, ``layers_1``, ..."""
+    unstacked: dict[str, Any] = {}
     for name, value in params.items():
         if name == "layers":
             leaves, tree = jax.tree.flatten(value)
-            split = [list(leaf) for leaf in leaves]
-            out |= {f"layers_{i}": tree.unflatten(leaf) for i, leaf in enumerate(zip(*split, strict=True))}
+            per_leaf = [list(leaf) for leaf in leaves]
+            for i, layer in enumerate(zip(*per_leaf, strict=True)):
+                unstacked[f"layers_{i}"] = tree.unflatten(layer)
+        elif isinstance(value, Mapping):
+            unstacked[name] = unstack_layers(value)
         else:
-            out[name] = unstack_layers(value) if isinstance(value, Mapping) else value
-    return out
+            unstacked[name] = value
+    return unstacked

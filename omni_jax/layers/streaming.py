@@ -54,7 +54,7 @@ class Block:
     """A piece of the input or output of each row.
 
     Units that are not valid may hold anything, NaN included, and change nothing. Input units before a row's first valid
-    one are nothing; those after its last valid one say that the row has ended.
+    one are skipped; those after its last valid one say that the row has ended.
     """
 
     values: Any  # a tree of arrays [B, T, ...]
@@ -69,7 +69,7 @@ class StreamingPart(Protocol):
     def streaming(self) -> Streaming: ...
 
     def apply_sequence(self, params: Any, x: Block) -> Block:
-        """The output of whole sequences, each of which begins with its row."""
+        """The output of complete sequences, each of which begins with its row."""
         ...
 
     def init_state(self, batch: int) -> Any:
@@ -79,8 +79,8 @@ class StreamingPart(Protocol):
     def step(self, params: Any, state: Any, block: Block, active: Bool[Array, " B"] | None = None) -> tuple[Block, Any]:
         """As many output units as the block has inputs, times ``outputs``, ``look_ahead`` input units late.
 
-        Units without an input, before a row's beginning and after its end, are not valid. Where ``active`` is False a
-        row stands still: its state stays and no output is valid. The state may be donated.
+        Units without an input, before a row's beginning and after its end, are not valid. A row whose ``active`` is
+        False takes no step: its state is kept and no output is valid. The state may be donated.
         """
         ...
 
@@ -90,7 +90,7 @@ def keep_rows(active: Bool[Array, " B"] | None, new: Tree, old: Tree) -> Tree:
     if active is None:
         return new
 
-    def one(new: Array, old: Array) -> jax.Array:
-        return jnp.where(jnp.reshape(active, (-1, *[1] * (jnp.ndim(new) - 1))), new, old)
+    def select_rows(new: Array, old: Array) -> jax.Array:
+        return jnp.where(jnp.reshape(active, (-1, *[1] * (jnp.ndim(new) - 1))), new, old)  # [B, ...]
 
-    return jax.tree.map(one, new, old)
+    return jax.tree.map(select_rows, new, old)

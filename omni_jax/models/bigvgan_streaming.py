@@ -1,15 +1,17 @@
-"""The vocoder by blocks: what it says to a stream of mel frames is, to the last rounding, what it says to all of them.
+"""The vocoder by blocks: its samples of a stream of mel frames are, to the last rounding, its samples of all of them.
 
 A sample depends on a bounded number of frames to either side (``reach``). A step calls the whole vocoder on a window,
-from the frame that the first new sample looks back to up to the newest one, and gives out the samples whose frames are
+from the frame that the first new sample looks back to up to the newest one, and returns the samples whose frames are
 all there. Where a row is not longer than its window, the window begins with the row and meets its true edge.
+
+Letters: B rows, K frames kept, T new frames, W frames of a window (K + T), M mel bins, C channels.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.config import BigVGANConfig
-from omni_jax.layers.conv import same_sides
+from omni_jax.layers.conv import same_padding
 from omni_jax.layers.streaming import Block, Streaming, keep_rows
 from omni_jax.models.bigvgan import ACTIVATION_REACH, EDGE_KERNEL, BigVGAN
 
@@ -27,6 +29,8 @@ FRAME_SECONDS = 0.01
 
 @struct.dataclass
 class VocoderState:
+    """What a step leaves to the next."""
+
     mel: Float[Array, "B K M"]  # the last K frames, or fewer, from the left
     seen: Int[Array, " B"]  # frames since the row's beginning, with those after its end
     length: Int[Array, " B"]  # of them up to its end
@@ -34,7 +38,7 @@ class VocoderState:
 
 @dataclass(frozen=True)
 class StreamedBigVGAN:
-    """The vocoder with a state of the last frames."""
+    """The vocoder as a part that streams: from log-mel [B, T, M] to samples [B, T * samples of a frame]."""
 
     bigvgan: BigVGAN
 
@@ -45,69 +49,95 @@ class StreamedBigVGAN:
         return Streaming(FRAME_SECONDS, 1, ahead, behind, outputs=math.prod(config.upsample_rates))
 
     def apply_sequence(self, params: Any, x: Block) -> Block:
-        """Samples [B, T * 240] of whole rows."""
+        """Samples of whole rows."""
         valid = jnp.asarray(x.valid)
         samples = self.bigvgan.apply({"params": params}, x.values, jnp.sum(valid, axis=1))
         return Block(samples, jnp.repeat(valid, self.streaming.outputs, axis=1))
 
     def init_state(self, batch: int) -> VocoderState:
-        config, none = self.bigvgan.config, jnp.zeros(batch, jnp.int32)
-        return VocoderState(jnp.zeros((batch, sum(reach(config)), config.mel_dim)), none, none)
+        """The state of ``batch`` rows before their first frame."""
+        config = self.bigvgan.config
+        zeros = jnp.zeros(batch, jnp.int32)
+        return VocoderState(jnp.zeros((batch, sum(reach(config)), config.mel_dim)), zeros, zeros)
 
     def step(
         self, params: Any, state: VocoderState, block: Block, active: Bool[Array, " B"] | None = None
     ) -> tuple[Block, VocoderState]:
         """As many frames' samples as there are new frames: those up to ``look_ahead`` frames before the newest."""
-        valid, ahead = jnp.asarray(block.valid), self.streaming.look_ahead
-        kept, count = state.mel.shape[1], valid.shape[1]
+        valid = jnp.asarray(block.valid)  # [B, T]
+        kept = state.mel.shape[1]
+        count = valid.shape[1]
         # a row begins with its first valid frame
-        skipped = jnp.where(jnp.any(valid, axis=1), jnp.argmax(valid, axis=1), count)
-        skipped = jnp.where(state.seen == 0, skipped, 0)
-        seen, length = state.seen + count - skipped, state.length + jnp.sum(valid, axis=1)
-        begin = jnp.maximum(state.seen - kept, 0)  # of the window; so many of its frames are there already:
-        there = (state.seen - begin)[:, None]
-        place = jnp.arange(kept + count)
-        source = jnp.where(place < there, place, kept + place - there + skipped[:, None])
+        first = jnp.where(jnp.any(valid, axis=1), jnp.argmax(valid, axis=1), count)
+        skipped = jnp.where(state.seen == 0, first, 0)  # [B]
+        seen = state.seen + count - skipped
+        length = state.length + jnp.sum(valid, axis=1)
+
+        # all frames from here on are counted from the row's beginning, and all places from the window's
+        begin = jnp.maximum(state.seen - kept, 0)  # [B]
+        num_kept = (state.seen - begin)[:, None]  # [B, 1]
+        place = jnp.arange(kept + count)  # [W]
+        source = jnp.where(place < num_kept, place, kept + place - num_kept + skipped[:, None])  # [B, W]
         new = jnp.where(valid[..., None], block.values, 0)
-        window = _frames_at(jnp.concatenate([state.mel, new], axis=1), source)
+        window = _take_frames(jnp.concatenate([state.mel, new], axis=1), source)  # [B, W, M]
         samples: Any = self.bigvgan.apply({"params": params}, window, jnp.maximum(length - begin, 0))
-        out = (seen - ahead - count)[:, None] + jnp.arange(count)  # frames whose samples are given out
-        made = _frames_at(samples.reshape(*window.shape[:2], -1), out - begin[:, None])
-        real = (out >= 0) & (out < length[:, None])
-        real = real if active is None else real & jnp.asarray(active)[:, None]
-        rest = jnp.maximum(seen - kept, 0) - begin
-        left = VocoderState(_frames_at(window, rest[:, None] + jnp.arange(kept)), seen, length)
-        outputs = Block(made.reshape(len(made), -1), jnp.repeat(real, made.shape[2], axis=1))
-        return outputs, keep_rows(active, left, state)
+
+        frame = (seen - self.streaming.look_ahead - count)[:, None] + jnp.arange(count)  # [B, T]: returned by this step
+        output = _take_frames(samples.reshape(*window.shape[:2], -1), frame - begin[:, None])
+        is_real = (frame >= 0) & (frame < length[:, None])
+        if active is not None:
+            is_real = is_real & jnp.asarray(active)[:, None]
+        dropped = jnp.maximum(seen - kept, 0) - begin  # [B]: frames of the window that the next one does not need
+        new_state = VocoderState(_take_frames(window, dropped[:, None] + jnp.arange(kept)), seen, length)
+        outputs = Block(output.reshape(len(output), -1), jnp.repeat(is_real, output.shape[2], axis=1))
+        return outputs, keep_rows(active, new_state, state)
 
 
-def reach(config: BigVGANConfig) -> tuple[int, int]:
-    """How many mel frames before and after a frame its samples depend on."""
-    # the samples of frame 0; then, going back, what they depend on
-    first, last = 0, math.prod(config.upsample_rates) - 1
-    shapes = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True))
-    edge = same_sides(EDGE_KERNEL, 1)
-    first, last = _widened(first, last, edge, (ACTIVATION_REACH,) * 2)
-    for rate, kernel in reversed(list(zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True))):
-        rounds = [[side for d in ds for side in _round_sides(k, d)] for k, ds in shapes]
-        widest = (max(sum(side[i] for side in block) for block in rounds) for i in (0, 1))
-        first, last = _widened(first, last, tuple(widest))
-        cut = (kernel - rate) // 2  # sample s is under frames floor(s / rate) - behind to floor(s / rate) + ahead
-        behind, ahead = (kernel - 1 - cut) // rate, (rate - 1 + cut) // rate
-        first, last = first // rate - behind, last // rate + ahead
-    first, last = _widened(first, last, edge)
-    return -first, last
-
-
-def _round_sides(kernel: int, dilation: int) -> list[tuple[int, int]]:
-    wave = (ACTIVATION_REACH, ACTIVATION_REACH)
-    return [wave, same_sides(kernel, dilation), wave, same_sides(kernel, 1)]
-
-
-def _widened(first: int, last: int, *sides: tuple[int, ...]) -> tuple[int, int]:
-    return first - sum(side[0] for side in sides), last + sum(side[1] for side in sides)
-
-
-def _frames_at(x: Float[Array, "B T C"], places: Int[Array, "B N"]) -> jax.Array:
+def _take_frames(x: Float[Array, "B W C"], places: Int[Array, "B N"]) -> jax.Array:
     """Frames of each row; any frame for a place that is not there. [B, N, C]"""
     return jnp.take_along_axis(x, jnp.clip(places, 0, x.shape[1] - 1)[..., None], axis=1)
+
+
+class Sides(NamedTuple):
+    """Frames or samples read before and after a place."""
+
+    behind: int
+    ahead: int
+
+
+_ACTIVATION_SIDES = Sides(ACTIVATION_REACH, ACTIVATION_REACH)
+
+
+def reach(config: BigVGANConfig) -> Sides:
+    """How many mel frames before and after a frame its samples depend on."""
+    edge = Sides(*same_padding(EDGE_KERNEL, 1))
+    # the samples of frame 0; then, going back from the output to the input, what they depend on
+    first = 0
+    last = math.prod(config.upsample_rates) - 1
+    first, last = _widen_range(first, last, edge, _ACTIVATION_SIDES)
+    stages = zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
+    for rate, kernel in reversed(list(stages)):
+        first, last = _widen_range(first, last, _stage_sides(config))
+        cut = (kernel - rate) // 2  # sample s is under frames floor(s / rate) - behind to floor(s / rate) + ahead
+        behind = (kernel - 1 - cut) // rate
+        ahead = (rate - 1 + cut) // rate
+        first = first // rate - behind
+        last = last // rate + ahead
+    first, last = _widen_range(first, last, edge)
+    return Sides(-first, last)
+
+
+def _stage_sides(config: BigVGANConfig) -> Sides:
+    """Of a stage's blocks, each of which is the sum of its rounds, the widest."""
+    blocks = []
+    for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
+        rounds = []
+        for dilation in dilations:
+            convs = (Sides(*same_padding(kernel, dilation)), Sides(*same_padding(kernel, 1)))
+            rounds += [_ACTIVATION_SIDES, convs[0], _ACTIVATION_SIDES, convs[1]]
+        blocks.append(Sides(sum(s.behind for s in rounds), sum(s.ahead for s in rounds)))
+    return Sides(max(b.behind for b in blocks), max(b.ahead for b in blocks))
+
+
+def _widen_range(first: int, last: int, *sides: Sides) -> tuple[int, int]:
+    return first - sum(s.behind for s in sides), last + sum(s.ahead for s in sides)

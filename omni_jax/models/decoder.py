@@ -1,10 +1,13 @@
-"""The decoder that the Thinker and the Talker share: Qwen2 layers with grouped queries, TMRoPE and a cache."""
+"""The decoder that the Thinker and the Talker share: Qwen2 layers with grouped queries, TMRoPE and a cache.
+
+Letters: B rows of a batch or slots of a cache, S positions of a sequence, C positions of a chunk, D width, L layers,
+N query heads, K key heads, H width of a head, V size of the vocabulary.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import flax.linen as nn
 import jax
@@ -22,102 +25,124 @@ from omni_jax.layers.norm import RMSNorm
 from omni_jax.layers.params import dtypes
 from omni_jax.layers.rotary import Tables, rotate, tmrope_tables
 from omni_jax.layers.stack import Remat, call_layers, layer_stack
-from omni_jax.layers.streaming import Block, Streaming
 from omni_jax.sharding import constrain, replicate
+
+# [L, B, K, capacity, H] where layers are scanned; else L arrays [B, K, capacity, H]
+LayerArrays: TypeAlias = jax.Array | tuple[jax.Array, ...]
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of every layer for some slots; index i of a slot holds its i-th position.
+    """Keys and values of every layer for some slots; index i of a slot holds its i-th position."""
 
-    ``k`` and ``v`` are [L, B, K, capacity, H] for scanned layers, or a tuple of L arrays [B, K, capacity, H].
-    """
-
-    k: Any
-    v: Any
+    k: LayerArrays
+    v: LayerArrays
     lengths: Int[Array, " B"]  # positions that each slot holds; its next one is written at this index
 
     @classmethod
     def init(cls, config: DecoderConfig, num_slots: int, capacity: int, stacked: bool, dtype: Dtype) -> KVCache:
-        """An empty cache of ``num_slots`` slots with room for ``capacity`` positions each."""
+        """An empty cache.
+
+        Args:
+          config: sizes of the decoder.
+          num_slots: B.
+          capacity: positions that a slot has room for.
+          stacked: whether the decoder's layers are scanned.
+          dtype: of keys and values.
+        """
         shape = (num_slots, config.num_key_value_heads, capacity, config.head_dim)
-        layers = config.num_hidden_layers
 
-        def one() -> Any:
+        def init_arrays() -> LayerArrays:
             if stacked:
-                return jnp.zeros((layers, *shape), dtype)
-            return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+                return jnp.zeros((config.num_hidden_layers, *shape), dtype)
+            return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
 
-        return cls(one(), one(), replicate(jnp.zeros(num_slots, jnp.int32))).constrain()
+        lengths = replicate(jnp.zeros(num_slots, jnp.int32))
+        return cls(init_arrays(), init_arrays(), lengths).constrain()
 
     @property
     def capacity(self) -> int:
+        """Positions that a slot has room for."""
         return jax.tree.leaves(self.k)[0].shape[-2]
 
     def resize(self, capacity: int) -> KVCache:
-        """The same with room for ``capacity`` positions, which are not fewer than before."""
+        """The same with room for ``capacity`` positions a slot, which are not fewer than before."""
 
-        def pad(cache: Array) -> jax.Array:
-            return jnp.pad(cache, [*[(0, 0)] * (cache.ndim - 2), (0, capacity - cache.shape[-2]), (0, 0)])
+        def pad_capacity(array: jax.Array) -> jax.Array:
+            widths = [(0, 0)] * array.ndim
+            widths[-2] = (0, capacity - array.shape[-2])
+            return jnp.pad(array, widths)
 
-        return dataclasses.replace(self, k=jax.tree.map(pad, self.k), v=jax.tree.map(pad, self.v)).constrain()
+        k = jax.tree.map(pad_capacity, self.k)
+        v = jax.tree.map(pad_capacity, self.v)
+        return dataclasses.replace(self, k=k, v=v).constrain()
 
     def insert(self, slot: Int[Array, ""], other: KVCache) -> KVCache:
-        """The first slot of ``other``, which has the same capacity, in place of a slot of this one."""
+        """Slot 0 of ``other``, which has the same capacity, in place of slot ``slot`` of this one."""
 
-        def one(mine: Array, theirs: Array) -> jax.Array:
-            axis = jnp.ndim(mine) - 4
-            first = jax.lax.slice_in_dim(theirs, 0, 1, axis=axis)
-            return jax.lax.dynamic_update_slice_in_dim(jnp.asarray(mine), first, slot, axis)
+        def update_slot(target: jax.Array, source: jax.Array) -> jax.Array:
+            axis = target.ndim - 4
+            first = jax.lax.slice_in_dim(source, 0, 1, axis=axis)
+            return jax.lax.dynamic_update_slice_in_dim(jnp.asarray(target), first, slot, axis)
 
+        k = jax.tree.map(update_slot, self.k, other.k)
+        v = jax.tree.map(update_slot, self.v, other.v)
         lengths = jnp.asarray(self.lengths).at[slot].set(jnp.asarray(other.lengths)[0])
-        k = jax.tree.map(one, self.k, other.k)
-        v = jax.tree.map(one, self.v, other.v)
         return KVCache(k, v, replicate(lengths)).constrain()
 
     def constrain(self) -> KVCache:
         """The same, laid over the mesh as the layers' own keys and values are."""
 
-        def one(cache: Array) -> jax.Array:
-            return constrain(jnp.asarray(cache), *[None] * (cache.ndim - 4), "batch", "kv_heads", None, None)
+        def constrain_array(array: jax.Array) -> jax.Array:
+            leading = [None] * (array.ndim - 4)
+            return constrain(jnp.asarray(array), *leading, "batch", "kv_heads", None, None)
 
-        return dataclasses.replace(self, k=jax.tree.map(one, self.k), v=jax.tree.map(one, self.v))
+        k = jax.tree.map(constrain_array, self.k)
+        v = jax.tree.map(constrain_array, self.v)
+        return dataclasses.replace(self, k=k, v=v)
 
     def write(self, layer: int | jax.Array, k: Array, v: Array, index: Int[Array, "B C"]) -> KVCache:
-        """Writes positions of a layer; k and v are [B, C, K, H]. An index beyond the capacity is not written.
+        """Writes the keys and values of some positions of one layer.
 
-        It is a scatter a slot: the form that XLA does in place whatever the layout of the cache (docs/architecture.md).
+        Args:
+          layer: a Python int where the layers are not stacked.
+          k, v: [B, C, K, H].
+          index: where in its slot each position belongs; one beyond the capacity is not written.
         """
-        slots = jnp.arange(k.shape[0])[:, None]
+        slots = jnp.arange(k.shape[0])[:, None]  # [B, 1]
 
-        def put(cache: Any, new: Array) -> Any:
-            if isinstance(cache, tuple):
-                return _replaced(cache, layer, cache[layer].at[slots, :, index].set(new, mode="drop"))
-            return cache.at[layer, slots, :, index].set(new, mode="drop")
+        # a scatter a slot is the form that XLA does in place whatever the layout of the cache (docs/architecture.md)
+        def scatter_positions(arrays: LayerArrays, new: Array) -> LayerArrays:
+            if isinstance(arrays, tuple):
+                assert isinstance(layer, int)
+                updated = arrays[layer].at[slots, :, index].set(new, mode="drop")
+                return (*arrays[:layer], updated, *arrays[layer + 1 :])
+            return arrays.at[layer, slots, :, index].set(new, mode="drop")
 
-        return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
-
-
-def _replaced(items: tuple, index: Any, value: Any) -> tuple:
-    return (*items[:index], value, *items[index + 1 :])
+        return dataclasses.replace(self, k=scatter_positions(self.k, k), v=scatter_positions(self.v, v))
 
 
 @struct.dataclass
-class Places:
-    """Where positions that follow a cache go, and what they see of it."""
+class CachePositions:
+    """Where the positions of a chunk go in a cache, and what they see of it."""
 
-    slot: Int[Array, "B C"]  # beyond the cache's slots for a position that holds nothing
-    last: Int[Array, "B C"]  # the last slot that each sees
+    index: Int[Array, "B C"]  # the capacity, which is beyond every slot, for padding
+    last_visible: Int[Array, "B C"]  # a position sees the indices up to this one, its own
 
 
 @struct.dataclass
 class _Carry:
-    x: jax.Array
+    """What goes from layer to layer."""
+
+    x: Float[jax.Array, "B S D"]
     cache: KVCache | None
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm layer. With a mask it reads a whole sequence, with places what follows a cache."""
+    """One pre-norm layer (reference ``Qwen2_5OmniDecoderLayer``; docs/reference.md, 6).
+
+    With a ``Mask`` it takes whole sequences, with ``CachePositions`` a chunk that follows the cache of its carry.
+    """
 
     config: DecoderConfig
     dtype: Dtype = jnp.float32
@@ -125,30 +150,47 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: _Carry, index: int | jax.Array, rope: Tables, where: Mask | Places
+        self, carry: _Carry, index: int | jax.Array, rope: Tables, visible: Mask | CachePositions
     ) -> tuple[_Carry, None]:
-        c, kw = self.config, dtypes(self)
+        c = self.config
+        kw = dtypes(self)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache | None]:
-            q, k, cache = rotate(q, rope), rotate(k, rope), carry.cache
-            if isinstance(where, Mask):
-                return attention(q, k, v, where), cache
-            assert cache is not None
-            cache = cache.write(index, k, v, where.slot)
-            visible = jnp.arange(cache.capacity) <= where.last[..., None]
-            return cached_attention(q, cache.k[index], cache.v[index], visible), cache
+            q = rotate(q, rope)  # [B, S, N, H]
+            k = rotate(k, rope)  # [B, S, K, H]
+            if isinstance(visible, Mask):
+                return attention(q, k, v, visible), carry.cache
+            assert carry.cache is not None
+            return _attend_to_cache(q, k, v, index, visible, carry.cache)
 
-        heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-        y = RMSNorm(c.hidden_size, c.rms_norm_eps, self.param_dtype, name="attention_norm")(carry.x)
-        y, cache = SelfAttention(c.hidden_size, *heads, out_bias=False, name="attention", **kw)(y, attend)
-        x = constrain(carry.x + y, "batch", "sequence", "width")
-        y = RMSNorm(c.hidden_size, c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x)
-        x = x + GatedMLP(c.hidden_size, c.intermediate_size, False, name="mlp", **kw)(y)
-        return _Carry(constrain(x, "batch", "sequence", "width"), cache), None
+        with jax.named_scope("decoder_attention"):
+            y = RMSNorm(c.hidden_size, c.rms_norm_eps, self.param_dtype, name="attention_norm")(carry.x)
+            heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+            y, cache = SelfAttention(c.hidden_size, *heads, out_bias=False, name="attention", **kw)(y, attend)
+            x = constrain(carry.x + y, "batch", "sequence", "width")  # [B, S, D]
+        with jax.named_scope("decoder_mlp"):
+            y = RMSNorm(c.hidden_size, c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x)
+            x = x + GatedMLP(c.hidden_size, c.intermediate_size, False, name="mlp", **kw)(y)
+            x = constrain(x, "batch", "sequence", "width")  # [B, S, D]
+        return _Carry(x, cache), None
+
+
+def _attend_to_cache(
+    q: Float[Array, "B C N H"],
+    k: Float[Array, "B C K H"],
+    v: Float[Array, "B C K H"],
+    layer: int | jax.Array,
+    positions: CachePositions,
+    cache: KVCache,
+) -> tuple[Float[jax.Array, "B C N H"], KVCache]:
+    """Writes a chunk's keys and values, then attends to all that the cache holds of the layer."""
+    cache = cache.write(layer, k, v, positions.index)
+    visible = jnp.arange(cache.capacity) <= positions.last_visible[..., None]  # [B, C, capacity]
+    return cached_attention(q, cache.k[layer], cache.v[layer], visible), cache
 
 
 class Decoder(nn.Module):
-    """Word embeddings, layers, last norm and head; each is a method, so that a caller may put media between them."""
+    """Token embeddings, layers, last norm and head; each is a method, so that media may come between them."""
 
     config: DecoderConfig
     input_width: int | None = None  # of the embeddings, where it is not hidden_size
@@ -158,7 +200,8 @@ class Decoder(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        c, kw = self.config, dtypes(self)
+        c = self.config
+        kw = dtypes(self)
         self.embed = Embedding(c.vocab_size, self.input_width or c.hidden_size, **kw)
         self.layers = layer_stack(
             DecoderLayer, dict(config=c, **kw), c.num_hidden_layers, self.scan_layers, shared=2, remat=self.remat
@@ -167,89 +210,47 @@ class Decoder(nn.Module):
         self.head = Linear((c.hidden_size,), (c.vocab_size,), ("embed", "vocab"), use_bias=False, **kw)
 
     def __call__(self, x: Float[Array, "B S D"], ids: Int[Array, "3 B S"], mask: Mask) -> Float[jax.Array, "B S D"]:
-        """Embeddings of whole sequences to hidden states after the last norm."""
-        return self._run(x, ids, mask, None).x
+        """Hidden states after the last norm, of whole sequences.
+
+        Args:
+          x: embeddings.
+          ids: position ids: time, height and width.
+          mask: which positions see each other.
+        """
+        return self._apply_layers(x, ids, mask, None).x
 
     def extend(
         self, x: Float[Array, "B C D"], ids: Int[Array, "3 B C"], valid: Bool[Array, "B C"], cache: KVCache
     ) -> tuple[Float[jax.Array, "B C D"], KVCache]:
-        """Reads more positions of every row behind those that the cache holds.
+        """Appends a chunk of positions to what each slot of the cache holds.
 
         Args:
-          x: their embeddings.
-          ids: their position ids.
-          valid: which are real; those of a row come first. A row with none stands still.
+          x: embeddings.
+          ids: position ids: time, height and width.
+          valid: which positions are real; those of a slot come first. A slot with none is left as it is.
           cache: with room for them.
 
         Returns:
-          Their hidden states after the last norm, those of padding without meaning, and the cache with them in it.
+          Hidden states after the last norm, those of padding without meaning, and the cache with the chunk in it.
         """
         valid = jnp.asarray(valid)
-        last = jnp.asarray(cache.lengths)[:, None] + jnp.arange(x.shape[1])
-        places = Places(jnp.where(valid, last, cache.capacity), last)
-        carry = self._run(jnp.where(valid[..., None], x, 0), ids, places, cache)
+        index = jnp.asarray(cache.lengths)[:, None] + jnp.arange(x.shape[1])  # [B, C]
+        positions = CachePositions(jnp.where(valid, index, cache.capacity), index)
+        x = jnp.where(valid[..., None], x, 0)  # [B, C, D]
+        carry = self._apply_layers(x, ids, positions, cache)
         assert carry.cache is not None
-        lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
+        lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)  # [B]
         return carry.x, dataclasses.replace(carry.cache.constrain(), lengths=replicate(lengths))
 
-    def _run(self, x: Array, ids: Array, where: Mask | Places, cache: KVCache | None) -> _Carry:
+    def _apply_layers(self, x: Array, ids: Array, visible: Mask | CachePositions, cache: KVCache | None) -> _Carry:
         c = self.config
-        rope = tmrope_tables(ids, c.rope_scaling.mrope_section, c.rope_theta)
-        carry = _Carry(constrain(jnp.asarray(x, self.dtype), "batch", "sequence", "width"), cache)
-        carry = call_layers(self.layers, c.num_hidden_layers, carry, rope, where)
+        with jax.named_scope("tmrope"):
+            rope = tmrope_tables(ids, c.rope_scaling.mrope_section, c.rope_theta)  # two of [B, S, H / 2]
+        x = constrain(jnp.asarray(x, self.dtype), "batch", "sequence", "width")  # [B, S, D]
+        carry = call_layers(self.layers, c.num_hidden_layers, _Carry(x, cache), rope, visible)
         return _Carry(self.norm(carry.x), carry.cache)
 
-    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[jax.Array, "*rows V"]:
-        """Scores of the next word, in float32."""
-        return self.head(hidden).astype(jnp.float32)
-
-
-@struct.dataclass
-class Positions:
-    """The input units of a decoder: embeddings and their position ids."""
-
-    x: Float[Array, "B T D"]
-    ids: Int[Array, "B T 3"]
-
-
-@dataclass(frozen=True)
-class DecoderStream:
-    """A decoder as a part that streams: from ``Positions`` to hidden states after the last norm.
-
-    Its state is the cache. A row's positions come first in each block.
-
-    Attributes:
-      model: the decoder.
-      seconds: that a position stands for.
-      slots: positions of a row that there is room for.
-    """
-
-    model: Decoder
-    seconds: float
-    slots: int
-
-    @property
-    def streaming(self) -> Streaming:
-        return Streaming(self.seconds, block=1, look_ahead=0, look_back=None)
-
-    def apply_sequence(self, params: Any, x: Block) -> Block:
-        valid = jnp.asarray(x.valid)
-        mask = Mask(valid.astype(jnp.int32), causal=True)
-        embeddings = jnp.where(valid[..., None], x.values.x, 0)
-        return Block(self.model.apply({"params": params}, embeddings, _axes_first(x.values.ids), mask), valid)
-
-    def init_state(self, batch: int) -> KVCache:
-        return KVCache.init(self.model.config, batch, self.slots, self.model.scan_layers, self.model.dtype)
-
-    def step(
-        self, params: Any, state: KVCache, block: Block, active: Bool[Array, " B"] | None = None
-    ) -> tuple[Block, KVCache]:
-        valid = jnp.asarray(block.valid) if active is None else block.valid & jnp.asarray(active)[:, None]
-        operands = (block.values.x, _axes_first(block.values.ids), valid, state)
-        made: Any = self.model.apply({"params": params}, *operands, method="extend")
-        hidden, cache = made
-        return Block(hidden, valid), cache
-
-
-def _axes_first(ids: Int[Array, "B T 3"]) -> jax.Array:
-    return jnp.moveaxis(jnp.asarray(ids), 2, 0)
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[jax.Array, "*batch V"]:
+        """Logits of the next token, in float32."""
+        with jax.named_scope("decoder_head"):
+            return self.head(hidden).astype(jnp.float32)

@@ -1,7 +1,11 @@
-"""The Talker: what the Thinker said to codes of speech (reference ``Qwen2_5OmniTalkerForConditionalGeneration``).
+"""The Talker: the Thinker's reply to codes of speech (reference ``Qwen2_5OmniTalkerForConditionalGeneration``).
 
-A row of its input is the sum of something from the Thinker and the embedding of a code, both as wide as the Thinker;
-a projection then takes it to the Talker's own width (section 7.1).
+Each position of its input is the sum of the Thinker's part (a hidden state plus a token embedding) and the embedding of
+a code, both as wide as the Thinker; a projection then takes it to the Talker's own width (docs/reference.md, 7.1 and
+7.2).
+
+Letters: B rows of a batch, S positions of a sequence, C positions of a chunk, E the Thinker's width, D the Talker's,
+V the number of codes.
 """
 
 from __future__ import annotations
@@ -20,18 +24,17 @@ from omni_jax.config import TalkerConfig
 from omni_jax.layers.attention import Mask
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.params import dtypes
-from omni_jax.models.decoder import Decoder, DecoderStream, KVCache
+from omni_jax.models.decoder import Decoder, KVCache
 from omni_jax.mrope import position_ids
 
-CODE_SECONDS = 0.02
-NO_CODE = -1  # in place of a code where a row has none
+NO_CODE = -1  # in place of a code at a position that has none
 
 
 class Talker(nn.Module):
-    """Speaks in codes, 50 a second.
+    """The Thinker's reply to logits of codes, 50 a second.
 
-    ``__call__`` is the whole of it, for training and scoring. Generation calls ``extend`` for each stretch of the
-    prompt and for each code. E is the Thinker's width, D the Talker's, V the number of codes.
+    ``__call__`` takes whole sequences, for training and for logits. Generation calls ``extend`` for each chunk of the
+    prompt and for each code.
     """
 
     config: TalkerConfig
@@ -40,24 +43,25 @@ class Talker(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        c, kw = self.config, dtypes(self)
+        c = self.config
+        kw = dtypes(self)
         self.proj = Linear((c.embedding_size,), (c.hidden_size,), ("mlp", "embed"), **kw)
         self.decoder = Decoder(c, c.embedding_size, scan_layers=self.scan_layers, **kw)
 
     def __call__(
         self, text: Float[Array, "B S E"], codes: Int[Array, "B S"], spans: Spans, segment_ids: Int[Array, "B S"]
     ) -> Float[jax.Array, "B S V"]:
-        """The scores of the next code at every position; padding gives numbers without meaning.
+        """Logits of the next code at every position, in float32; those of padding have no meaning.
 
         Args:
-          text: what the Thinker gives to each position.
-          codes: the code of each position, or NO_CODE.
+          text: the Thinker's part of each position.
+          codes: the code of each position, or ``NO_CODE``.
           spans: of the position ids.
           segment_ids: 0 where there is padding.
         """
-        ids, _ = position_ids(spans, segment_ids, self.config.position_id_per_seconds)
+        ids, _ = position_ids(spans, segment_ids, self.config.position_id_per_seconds)  # [3, B, S]
         mask = Mask(jnp.asarray(segment_ids), causal=True)
-        return self.logits(self.decoder(self._embed(text, codes), ids, mask))
+        return self.logits(self.decoder(self._embed_inputs(text, codes), ids, mask))
 
     def extend(
         self,
@@ -67,24 +71,19 @@ class Talker(nn.Module):
         valid: Bool[Array, "B C"],
         cache: KVCache,
     ) -> tuple[Float[jax.Array, "B C D"], KVCache]:
-        """Reads more positions behind what the cache holds; see ``Decoder.extend``."""
-        return self.decoder.extend(self._embed(text, codes), ids, valid, cache)
+        """Appends a chunk to what the cache holds; ``text`` and ``codes`` as above, see ``Decoder.extend``."""
+        return self.decoder.extend(self._embed_inputs(text, codes), ids, valid, cache)
 
-    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[jax.Array, "*rows V"]:
-        """Scores of the next code, in float32."""
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[jax.Array, "*batch V"]:
+        """Logits of the next code, in float32."""
         return self.decoder.logits(hidden)
 
-    def _embed(self, text: Array, codes: Array) -> jax.Array:
-        codes = jnp.asarray(codes)
-        spoken = self.decoder.embed(jnp.maximum(codes, 0))
-        return self.proj(jnp.asarray(text, self.dtype) + jnp.where((codes != NO_CODE)[..., None], spoken, 0))
-
-
-def decoder_stream(model: Talker, slots: int) -> DecoderStream:
-    """Its decoder, behind the projection, as a part that streams, with the parameters of ``decoder``."""
-    c = model.config
-    kw: dict[str, Any] = dict(scan_layers=model.scan_layers, dtype=model.dtype, param_dtype=model.param_dtype)
-    return DecoderStream(Decoder(c, c.embedding_size, **kw), CODE_SECONDS, slots)
+    def _embed_inputs(self, text: Array, codes: Array) -> jax.Array:
+        with jax.named_scope("talker_input"):
+            codes = jnp.asarray(codes)
+            embeds = self.decoder.embed(jnp.maximum(codes, 0))  # [B, S, E]
+            embeds = jnp.where((codes != NO_CODE)[..., None], embeds, 0)
+            return self.proj(jnp.asarray(text, self.dtype) + embeds)  # [B, S, D]
 
 
 def abstract_params(model: Talker) -> Any:

@@ -1,4 +1,4 @@
-"""Token2Wav: codes to mel to sound (section 8; reference ``Qwen2_5OmniToken2WavModel``)."""
+"""Token2Wav: codes to mel to sound (docs/reference.md, 8; reference ``Qwen2_5OmniToken2WavModel``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLE_RATE = 24_000
 
 
 class Token2Wav(nn.Module):
-    """The two networks; ``models/flow.py`` says how the first is followed."""
+    """The two networks; ``models/flow_matching.py`` integrates the velocity of the first."""
 
     config: Token2WavConfig
     scan_layers: bool = True
@@ -31,23 +31,25 @@ class Token2Wav(nn.Module):
         self.dit, self.bigvgan = parts(self)
 
     def __call__(self, *args: Any) -> tuple[jax.Array, jax.Array]:
-        """One evaluation of the DiT, and what the vocoder makes of it; for ``abstract_params``."""
-        given, null = self.dit(*args)
-        mel = given.reshape(1, -1, given.shape[-1])
-        return self.bigvgan(mel, np.array([mel.shape[1]])), null
+        """One evaluation of the DiT, and the vocoder's samples of it; for ``abstract_params``."""
+        cond, uncond = self.dit(*args)
+        mel = cond.reshape(1, -1, cond.shape[-1])
+        return self.bigvgan(mel, np.array([mel.shape[1]])), uncond
 
 
 def parts(model: Token2Wav) -> tuple[DiT, BigVGAN]:
     """The two networks, each to be called alone with its own part of the parameters: ``dit`` and ``bigvgan``."""
     kw = dtypes(model)
-    return DiT(model.config.dit_config, scan_layers=model.scan_layers, **kw), BigVGAN(model.config.bigvgan_config, **kw)
+    dit = DiT(model.config.dit_config, scan_layers=model.scan_layers, **kw)
+    return dit, BigVGAN(model.config.bigvgan_config, **kw)
 
 
 def abstract_params(model: Token2Wav) -> Any:
     """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
     c = model.config.dit_config
     blocks, _ = pack([c.block_size], c.block_size, 1)
-    frames = (1, c.block_size)
-    clip, cond = np.zeros((1, shortest_clip(c), c.mel_dim)), np.zeros((1, c.enc_emb_dim))
-    arguments = np.zeros((*frames, c.mel_dim)), np.zeros(frames, int), clip, cond, np.float32(0), blocks
-    return jax.eval_shape(model.init, jax.random.key(0), *arguments)["params"]
+    mel = np.zeros((1, c.block_size, c.mel_dim))
+    codes = np.zeros((1, c.block_size), int)
+    clip = np.zeros((1, shortest_clip(c), c.mel_dim))
+    cond = np.zeros((1, c.enc_emb_dim))
+    return jax.eval_shape(model.init, jax.random.key(0), mel, codes, clip, cond, np.float32(0), blocks)["params"]

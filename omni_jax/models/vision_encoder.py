@@ -1,6 +1,9 @@
-"""The picture encoder: windows in most layers, whole frames in a few (reference ``Qwen2_5OmniVisionEncoder``).
+"""The vision encoder: windows in most layers, whole frames in a few (docs/reference.md, 4).
 
 The host has cut each frame into windows, so a window is an element of the batch; no patch is ever moved on the device.
+
+Letters: F frames, W windows of a frame, P patches of a window, D width, N heads, H width of a head, E the Thinker's
+width.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from omni_jax.batch import VisionFrames
 from omni_jax.config import VisionEncoderConfig
@@ -26,38 +29,60 @@ from omni_jax.sharding import constrain
 
 
 class VisionLayer(nn.Module):
-    """One pre-norm transformer layer over windows [F, W, P, D], or over the frames they make up."""
+    """One pre-norm transformer layer over windows, or over the frames they make up (``Qwen2_5OmniVisionBlock``)."""
 
     config: VisionEncoderConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, index: int | jax.Array, rope: Tables, valid: jax.Array) -> tuple[jax.Array, None]:
-        c, kw = self.config, dtypes(self)
-        frames, windows, patches, _ = x.shape
-
-        def within(shape: tuple[int, int], *qkv: jax.Array) -> jax.Array:
-            q, k, v = (a.reshape(*shape, *a.shape[3:]) for a in qkv)
-            return attention(q, k, v, Mask(valid.astype(jnp.int32).reshape(shape))).reshape(qkv[0].shape)
-
-        in_windows = functools.partial(within, (frames * windows, patches))
-        in_frames = functools.partial(within, (frames, windows * patches))
+    def __call__(
+        self, x: Float[jax.Array, "F W P D"], index: int | jax.Array, rope: Tables, segments: Int[jax.Array, "F W P"]
+    ) -> tuple[jax.Array, None]:
+        c = self.config
+        kw = dtypes(self)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            q, k = rotate(q, rope), rotate(k, rope)
-            if isinstance(index, int):
-                return (in_frames if index in c.fullatt_block_indexes else in_windows)(q, k, v), None
-            is_full = jnp.isin(index, jnp.array(c.fullatt_block_indexes, jnp.int32))
-            return jax.lax.cond(is_full, in_frames, in_windows, q, k, v), None
+            return _attend_by_layer(c, index, rotate(q, rope), rotate(k, rope), v, segments), None
 
-        head_dim = c.hidden_size // c.num_heads
-        project = SelfAttention(c.hidden_size, c.num_heads, c.num_heads, head_dim, name="attention", **kw)
-        y = RMSNorm(c.hidden_size, param_dtype=self.param_dtype, name="attention_norm")(x)
-        x = x + project(y, attend)[0]
-        y = RMSNorm(c.hidden_size, param_dtype=self.param_dtype, name="mlp_norm")(x)
-        x = x + GatedMLP(c.hidden_size, c.intermediate_size, True, name="mlp", **kw)(y)
+        with jax.named_scope("vision_attention"):
+            y = RMSNorm(c.hidden_size, param_dtype=self.param_dtype, name="attention_norm")(x)
+            head_dim = c.hidden_size // c.num_heads
+            project = SelfAttention(c.hidden_size, c.num_heads, c.num_heads, head_dim, name="attention", **kw)
+            x = x + project(y, attend)[0]  # [F, W, P, D]
+        with jax.named_scope("vision_mlp"):
+            y = RMSNorm(c.hidden_size, param_dtype=self.param_dtype, name="mlp_norm")(x)
+            x = x + GatedMLP(c.hidden_size, c.intermediate_size, True, name="mlp", **kw)(y)  # [F, W, P, D]
         return constrain(x, "batch", None, None, None), None
+
+
+def _attend_by_layer(
+    config: VisionEncoderConfig,
+    index: int | jax.Array,
+    q: Float[jax.Array, "F W P N H"],
+    k: Float[jax.Array, "F W P N H"],
+    v: Float[jax.Array, "F W P N H"],
+    segments: Int[jax.Array, "F W P"],
+) -> Float[jax.Array, "F W P N H"]:
+    """Attention within frames in the layers ``fullatt_block_indexes``, within windows in the others."""
+    frames, windows, patches = segments.shape
+    in_windows = functools.partial(_attend_within, "window", (frames * windows, patches))
+    in_frames = functools.partial(_attend_within, "frame", (frames, windows * patches))
+    if isinstance(index, int):
+        attend = in_frames if index in config.fullatt_block_indexes else in_windows
+        return attend(q, k, v, segments)
+    is_full = jnp.isin(index, jnp.array(config.fullatt_block_indexes, jnp.int32))
+    return jax.lax.cond(is_full, in_frames, in_windows, q, k, v, segments)
+
+
+def _attend_within(
+    unit: str, shape: tuple[int, int], q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+) -> jax.Array:
+    """Attention over patches regrouped to [units, patches of a unit]."""
+    with jax.named_scope(f"{unit}_attention"):
+        split = q.shape
+        q, k, v = (a.reshape(*shape, *a.shape[3:]) for a in (q, k, v))  # [units, patches, N, H]
+        return attention(q, k, v, Mask(segments.reshape(shape))).reshape(split)
 
 
 class Merger(nn.Module):
@@ -68,20 +93,20 @@ class Merger(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[jax.Array, "F W P D"]) -> Float[jax.Array, "F W cells out"]:
-        c, kw = self.config, dtypes(self)
+    def __call__(self, x: Float[jax.Array, "F W P D"]) -> Float[jax.Array, "F W cells E"]:
+        c = self.config
+        kw = dtypes(self)
+        width = c.hidden_size * c.spatial_merge_size**2
         x = RMSNorm(c.hidden_size, param_dtype=self.param_dtype, name="norm")(x)
-        wide = c.hidden_size * c.spatial_merge_size**2
-        x = constrain(x.reshape(*x.shape[:2], -1, wide), "batch", None, None, None)
-        x = jax.nn.gelu(Linear((wide,), (wide,), ("mlp", "embed"), name="up", **kw)(x), approximate=False)
-        x = Linear((wide,), (c.out_hidden_size,), ("mlp", "embed"), name="down", **kw)(
-            constrain(x, "batch", None, None, None)
-        )
+        x = constrain(x.reshape(*x.shape[:2], -1, width), "batch", None, None, None)  # [F, W, cells, 4 D]
+        x = jax.nn.gelu(Linear((width,), (width,), ("mlp", "embed"), name="up", **kw)(x), approximate=False)
+        x = constrain(x, "batch", None, None, None)
+        x = Linear((width,), (c.out_hidden_size,), ("mlp", "embed"), name="down", **kw)(x)  # [F, W, cells, E]
         return constrain(x, "batch", None, None, None)
 
 
 class VisionEncoder(nn.Module):
-    """Patches to merged cells in the Thinker's width."""
+    """Patches to merged cells in the Thinker's width (reference ``Qwen2_5OmniVisionEncoder``)."""
 
     config: VisionEncoderConfig
     scan_layers: bool = True
@@ -90,15 +115,21 @@ class VisionEncoder(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        c, kw = self.config, dtypes(self)
+        c = self.config
+        kw = dtypes(self)
         self.patch_embed = Linear((c.patch_dim,), (c.hidden_size,), ("patch", "embed"), use_bias=False, **kw)
         self.layers = layer_stack(
             VisionLayer, dict(config=c, **kw), c.depth, self.scan_layers, shared=2, remat=self.remat
         )
         self.merger = Merger(c, **kw)
 
-    def __call__(self, frames: VisionFrames) -> Float[jax.Array, "F W cells out"]:
+    def __call__(self, frames: VisionFrames) -> Float[jax.Array, "F W cells E"]:
+        """Cells of every window, in the order of its patches; those of padding have no meaning."""
         c = self.config
-        x = self.patch_embed(constrain(jnp.asarray(frames.patches, self.dtype), "batch", None, None, None))
-        rope = picture_tables(frames.row, frames.column, c.hidden_size // c.num_heads)
-        return self.merger(call_layers(self.layers, c.depth, x, rope, jnp.asarray(frames.valid)))
+        with jax.named_scope("patch_embed"):
+            x = self.patch_embed(constrain(jnp.asarray(frames.patches, self.dtype), "batch", None, None, None))
+        rope = picture_tables(frames.row, frames.column, c.hidden_size // c.num_heads)  # two of [F, W, P, H / 2]
+        segments = jnp.asarray(frames.valid).astype(jnp.int32)  # [F, W, P]
+        x = call_layers(self.layers, c.depth, x, rope, segments)  # [F, W, P, D]
+        with jax.named_scope("patch_merger"):
+            return self.merger(x)

@@ -36,7 +36,7 @@ def inputs(batch: int, length: int, heads: int, kv_heads: int, seed: int = 0) ->
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (7, 1), (4, 2)])
-def test_whole(heads: int, kv_heads: int, causal: bool) -> None:
+def test_all_at_once(heads: int, kv_heads: int, causal: bool) -> None:
     q, k, v, segments = inputs(2, 40, heads, kv_heads)
     ours = attention(q, k, v, Mask(segments, causal))
     assert np.abs(ours - plain(q, k, v, segments, causal)).max() < TOLERANCE
@@ -45,9 +45,9 @@ def test_whole(heads: int, kv_heads: int, causal: bool) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("at_once", [100, 2_000, 10_000])
 def test_in_pieces(monkeypatch: pytest.MonkeyPatch, at_once: int, causal: bool) -> None:
-    """At 100 scores a query at a time; at 2,000 some queries; at 10,000 some rows of the batch."""
+    """At 100 logits a query at a time; at 2,000 some queries; at 10,000 some rows of the batch."""
     q, k, v, segments = inputs(5, 36, 2, 1)
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "_MAX_LOGITS", at_once)
     ours = jax.jit(lambda *a: attention(*a[:3], Mask(a[3], causal)))(q, k, v, segments)
     assert np.abs(ours - plain(q, k, v, segments, causal)).max() < TOLERANCE
 
@@ -60,13 +60,13 @@ def test_causal_pieces_read_only_what_came_before(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_one_head_at_a_time(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
-    monkeypatch.setattr(module, "_ONE_BY_ONE", 1)
+    monkeypatch.setattr(module, "_HEAD_BY_HEAD", 1)
     q, k, v, segments = inputs(3, 20, 6, 2)
     ours = jax.jit(lambda *a: attention(*a[:3], Mask(a[3], causal)))(q, k, v, segments)
     assert np.abs(ours - plain(q, k, v, segments, causal)).max() < TOLERANCE
     # and its gradient is that of all heads at once
     grads = [jax.grad(lambda q: attention(q, k, v, Mask(segments, causal)).sum() ** 2)(q)]
-    monkeypatch.setattr(module, "_ONE_BY_ONE", 10**9)
+    monkeypatch.setattr(module, "_HEAD_BY_HEAD", 10**9)
     grads += [jax.grad(lambda q: attention(q, k, v, Mask(segments, causal)).sum() ** 2)(q)]
     assert np.abs(grads[0] - grads[1]).max() < 1e-4 * np.abs(grads[0]).max()
 
@@ -85,8 +85,8 @@ def test_padding_of_nan_does_not_leak() -> None:
 def test_what_follows_a_cache_sees_the_slots_that_it_may(
     monkeypatch: pytest.MonkeyPatch, count: int, at_once: int
 ) -> None:
-    """A word, or some of a prompt; and where the scores are too many to be held at a time."""
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", at_once)
+    """A token, or some of a prompt; and where the logits are too many to be held at a time."""
+    monkeypatch.setattr(module, "_MAX_LOGITS", at_once)
     q, k, v, _ = inputs(3, 20, 4, 2)
     last = np.array([19, 5, 10])[:, None] - np.arange(count)[::-1]
     visible = np.arange(20) <= last[..., None]
@@ -99,13 +99,15 @@ def test_what_follows_a_cache_sees_the_slots_that_it_may(
 
 
 def test_keys_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What accelerators do where all scores are too many; the last tiles are seen by nobody."""
+    """What accelerators do where all logits are too many; the last tiles are visible to no query."""
     monkeypatch.setattr(module, "_TILE", 4)
     q, k, v, _ = inputs(3, 20, 4, 2)
-    seen = np.arange(20) <= np.array([0, 9, 11])[:, None, None] - np.array([0, 3])[:, None]
     grouped = q[:, :4].reshape(3, 2, 8, 8)
-    keys = k.swapaxes(1, 2), v.swapaxes(1, 2), np.repeat(seen, 4, axis=1)
-    seen_first = np.asarray(module._tile_by_tile(grouped, *keys)), np.asarray(module._all_heads(grouped, *keys))
-    real = np.broadcast_to(keys[2].any(-1)[:, None], seen_first[0].shape[:3])
-    assert np.abs(seen_first[0] - seen_first[1])[real].max() < TOLERANCE
-    assert np.isfinite(seen_first[0]).all()
+    visible = np.arange(20) <= np.array([0, 9, 11])[:, None, None] - np.array([0, 3])[:, None]
+    visible = np.repeat(visible, 4, axis=1)
+    operands = (grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), visible)
+    tiled = np.asarray(module._attend_tile_by_tile(*operands))
+    at_once = np.asarray(module._attend_all_heads(*operands))
+    sees_any = np.broadcast_to(visible.any(-1)[:, None], tiled.shape[:3])
+    assert np.abs(tiled - at_once)[sees_any].max() < TOLERANCE
+    assert np.isfinite(tiled).all()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from omni_jax.layers.attention import Mask, attention
-from omni_jax.layers.splash import fits, splash_attention
+from omni_jax.layers.splash import kernel_fits, splash_attention
 from omni_jax.sharding import make_mesh
 
 TOLERANCE = 2e-5  # float32, sums of some hundred numbers of size one in another order
@@ -25,7 +25,7 @@ def largest_error(causal: bool) -> float:
     q, k, v = (rng.standard_normal((2, 256, n, 16)).astype(np.float32) for n in (4, 2, 2))
     segments = np.sort(rng.integers(0, 4, (2, 256)), axis=1).astype(np.int32)
     weights = rng.standard_normal(q.shape).astype(np.float32)
-    assert fits(q, causal)
+    assert kernel_fits(q, causal)
 
     def kernel(q, k, v):
         return (splash_attention(q, k, v, segments, causal=causal, interpret=True) * weights).sum()
@@ -55,7 +55,9 @@ def test_over_eight_devices() -> None:
 
 def test_lengths_that_are_no_blocks_are_left_to_the_plain_form() -> None:
     q = np.zeros((1, 200, 2, 16), np.float32)
-    assert not fits(q, causal=True) and not fits(q[:, :64], causal=False) and fits(q[:, :128], causal=True)
+    assert not kernel_fits(q, causal=True)
+    assert not kernel_fits(q[:, :64], causal=False)
+    assert kernel_fits(q[:, :128], causal=True)
 
 
 if __name__ == "__main__":

@@ -39,14 +39,15 @@ class Smoothing:
     def step(self, params: Any, state: Any, block: Block, active: Any = None) -> tuple[Block, Any]:
         values = jnp.concatenate([state[0], self._clean(block)], axis=1)
         valid = jnp.concatenate([state[1], block.valid], axis=1)
-        made = self.apply_sequence(params, Block(values, jnp.ones(values.shape, bool))).values[:, 4:-2]
+        output = self.apply_sequence(params, Block(values, jnp.ones(values.shape, bool))).values[:, 4:-2]
         new = values[:, -6:], valid[:, -2:]
         real = valid[:, :-2] if active is None else valid[:, :-2] & active[:, None]
-        return Block(made, real), new if self.forgets else keep_rows(active, new, state)
+        return Block(output, real), new if self.forgets else keep_rows(active, new, state)
 
 
 def case(part: Smoothing) -> Case:
-    rng, lengths = np.random.default_rng(0), np.array([16, 1, 11])
+    rng = np.random.default_rng(0)
+    lengths = np.array([16, 1, 11])
     valid = np.arange(16) < lengths[:, None]
     return Case(part, np.float32(3), Block(rng.standard_normal((3, 16), np.float32), valid), 1e-6, trains=True)
 

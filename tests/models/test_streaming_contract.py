@@ -1,7 +1,11 @@
-"""The contract of the parts that listen, think and talk; those of Token2Wav have theirs beside their own tests."""
+"""The contract of the audio encoder and of the decoder; the parts of Token2Wav have theirs beside their own tests.
+
+The engine calls the audio encoder on blocks and the decoder on what follows a cache, and these calls are wrapped here.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,88 +14,133 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.batch import Array
+from omni_jax.batch import Array, AudioBlocks
 from omni_jax.checkpoint import store
 from omni_jax.config import AudioEncoderConfig, OmniConfig
+from omni_jax.layers.attention import Mask
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.layers.streaming import Block, Streaming
-from omni_jax.models import talker, thinker
-from omni_jax.models.audio_encoder import AudioEncoder, AudioStream
-from omni_jax.models.decoder import DecoderStream, Positions
-from omni_jax.models.talker import Talker
-from omni_jax.models.thinker import Thinker
+from omni_jax.models.audio_encoder import AudioEncoder
+from omni_jax.models.decoder import Decoder, KVCache
 from tests.streaming import Case, check_contract
 
 TOLERANCE = 2e-5  # float32, summed in another order for blocks of another length
-CONFIG = OmniConfig.tiny()
-WORDS = 50
+CONFIG = OmniConfig.tiny().thinker_config
+TOKEN_SECONDS = 0.04
+VOCABULARY = 50
 
 
 @pytest.fixture(scope="module")
 def params(tiny_model: Path) -> Any:
-    return unstack_layers(store.load(tiny_model, ["thinker", "talker"]))
+    """Of the Thinker, layers stacked."""
+    return store.load(tiny_model, ["thinker"])["thinker"]
 
 
 @dataclass(frozen=True)
-class Worded:
-    """A decoder whose embeddings are rows of a table, so that a unit can be changed without becoming NaN.
+class AudioPart:
+    """The encoder as a part that streams. An input unit is the log-mel of one token, float32 [4, mel bins].
 
-    A masked NaN is still one where a probability of nought meets it; only padding may hold any. Numbers beyond the
-    table give it there.
+    A block is all that its tokens depend on, so there is no state; a row begins with a block.
     """
 
-    part: DecoderStream
-    table: np.ndarray  # float32 [words, D]
+    model: AudioEncoder
 
     @property
     def streaming(self) -> Streaming:
-        return self.part.streaming
+        return Streaming(TOKEN_SECONDS, self.model.config.block_tokens, look_ahead=0, look_back=0)
 
     def apply_sequence(self, params: Any, x: Block) -> Block:
-        return self.part.apply_sequence(params, self._looked_up(x))
+        units = x.valid.shape[1]
+        padding = -units % self.streaming.block
+        mel = jnp.pad(jnp.asarray(x.values), ((0, 0), (0, padding), (0, 0), (0, 0)))
+        valid = jnp.pad(jnp.asarray(x.valid), ((0, 0), (0, padding)))
+        output, _ = self.step(params, (), Block(mel, valid))
+        return Block(output.values[:, :units], x.valid)
 
-    def init_state(self, batch: int) -> Any:
-        return self.part.init_state(batch)
+    def init_state(self, batch: int) -> tuple[()]:
+        return ()
 
-    def step(self, params: Any, state: Any, block: Block, active: Array | None = None) -> tuple[Block, Any]:
-        return self.part.step(params, state, self._looked_up(block), active)
+    def step(self, params: Any, state: tuple[()], block: Block, active: Array | None = None) -> tuple[Block, tuple[()]]:
+        valid = _active_units(block, active)
+        mel = jnp.where(valid[..., None, None], block.values, 0)  # [B, units, 4, M]
+        size = self.streaming.block
+        lengths = mel.shape[2] * valid.reshape(-1, size).sum(axis=1)
+        blocks = AudioBlocks(mel.reshape(len(lengths), size * mel.shape[2], -1), lengths)
+        tokens: Any = self.model.apply({"params": params}, blocks)
+        return Block(jnp.reshape(tokens, (*valid.shape, -1)), valid), state
 
-    def _looked_up(self, x: Block) -> Block:
-        words, ids = x.values
-        return Block(Positions(jnp.take(jnp.asarray(self.table), words, axis=0), ids), x.valid, x.row)
+
+@dataclass(frozen=True, eq=False)
+class DecoderPart:
+    """A decoder as a part that streams: from token ids and position ids to hidden states. Its state is the cache.
+
+    The embeddings are rows of a table, so that a unit can be changed without becoming NaN: a masked NaN is still one
+    where a probability of zero meets it, and only padding may hold any. Ids beyond the table give it there.
+    """
+
+    model: Decoder
+    table: np.ndarray  # float32 [V, D]
+    capacity: int
+
+    @property
+    def streaming(self) -> Streaming:
+        return Streaming(TOKEN_SECONDS, block=1, look_ahead=0, look_back=None)
+
+    def apply_sequence(self, params: Any, x: Block) -> Block:
+        valid = jnp.asarray(x.valid)
+        embeds, ids = self._inputs(x)
+        mask = Mask(valid.astype(jnp.int32), causal=True)
+        hidden = self.model.apply({"params": params}, jnp.where(valid[..., None], embeds, 0), ids, mask)
+        return Block(hidden, valid)
+
+    def init_state(self, batch: int) -> KVCache:
+        model = self.model
+        return KVCache.init(model.config, batch, self.capacity, model.scan_layers, model.dtype)
+
+    def step(self, params: Any, state: KVCache, block: Block, active: Array | None = None) -> tuple[Block, KVCache]:
+        valid = _active_units(block, active)
+        embeds, ids = self._inputs(block)
+        outputs: Any = self.model.apply({"params": params}, embeds, ids, valid, state, method="extend")
+        hidden, cache = outputs
+        return Block(hidden, valid), cache
+
+    def _inputs(self, x: Block) -> tuple[Any, Any]:
+        tokens, ids = x.values
+        embeds = jnp.take(jnp.asarray(self.table), tokens, axis=0)  # [B, T, D]
+        return embeds, jnp.moveaxis(jnp.asarray(ids), 2, 0)  # [3, B, T]
 
 
-def rows(units: int, lengths: tuple[int, ...]) -> np.ndarray:
+def _active_units(block: Block, active: Array | None) -> Any:
+    valid = jnp.asarray(block.valid)
+    return valid if active is None else valid & jnp.asarray(active)[:, None]
+
+
+def valid_units(units: int, lengths: tuple[int, ...]) -> np.ndarray:
     return np.arange(units) < np.array(lengths)[:, None]
 
 
 def test_audio_encoder(params: Any) -> None:
-    c = CONFIG.thinker_config.audio_config
-    valid = rows(120, (120, 1, 50, 77))
-    mel = np.random.default_rng(0).standard_normal((*valid.shape, 4, c.num_mel_bins), np.float32)
-    part = AudioStream(AudioEncoder(c, scan_layers=False))
-    check_contract(Case(part, params["thinker"]["audio_encoder"], Block(mel, valid), TOLERANCE, trains=True))
+    """With blocks of 4 tokens, of which a stream takes several; no weight depends on their length."""
+    config = dataclasses.replace(CONFIG.audio_config, n_window=8)
+    valid = valid_units(13, (13, 1, 4, 7))
+    mel = np.random.default_rng(0).standard_normal((*valid.shape, 4, config.num_mel_bins), np.float32)
+    case = Case(AudioPart(AudioEncoder(config)), params["audio_encoder"], Block(mel, valid), TOLERANCE, trains=True)
+    check_contract(case)
 
 
-@pytest.mark.parametrize("name", ["thinker", "talker"])
-def test_decoder(params: Any, name: str) -> None:
-    if name == "thinker":
-        part = thinker.decoder_stream(Thinker(CONFIG.thinker_config, scan_layers=False), slots=32)
-    else:
-        part = talker.decoder_stream(Talker(CONFIG.talker_config, scan_layers=False), slots=32)
-    rng, valid = np.random.default_rng(0), rows(24, (24, 1, 17, 9))
-    table = rng.standard_normal((WORDS + 1, part.model.config.hidden_size)).astype(np.float32)
-    words = rng.integers(0, WORDS, valid.shape)
+def test_audio_block_is_two_seconds() -> None:
+    streaming = AudioPart(AudioEncoder(AudioEncoderConfig())).streaming
+    assert (streaming.latency, streaming.receptive_field) == (pytest.approx(2.0), 50)
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "single"])
+def test_decoder(params: Any, scan: bool) -> None:
+    config = CONFIG.text_config
+    rng = np.random.default_rng(0)
+    valid = valid_units(12, (12, 1, 7))
+    table = rng.standard_normal((VOCABULARY + 1, config.hidden_size)).astype(np.float32)
+    tokens = rng.integers(0, VOCABULARY, valid.shape)
     ids = np.cumsum(rng.integers(0, 3, (*valid.shape, 3)), axis=1)  # time, height and width on their own
-    x = Block((words, ids), valid)
-    check_contract(Case(Worded(part, table), params[name]["decoder"], x, TOLERANCE, trains=True))
-
-
-def test_declared_numbers() -> None:
-    ear = AudioStream(AudioEncoder(AudioEncoderConfig())).streaming
-    assert (ear.latency, ear.receptive_field) == (pytest.approx(2.0), 50)
-    config = OmniConfig.tiny()
-    think = thinker.decoder_stream(Thinker(config.thinker_config), slots=1).streaming
-    talk = talker.decoder_stream(Talker(config.talker_config), slots=1).streaming
-    assert (think.latency, talk.latency) == (0.04, 0.02)
-    assert think.receptive_field is None and talk.receptive_field is None
+    part = DecoderPart(Decoder(config, scan_layers=scan), table, capacity=16)
+    leaves = params["decoder"] if scan else unstack_layers(params["decoder"])
+    check_contract(Case(part, leaves, Block((tokens, ids), valid), TOLERANCE, trains=not scan))

@@ -1,10 +1,9 @@
-"""Both encoders and the whole Thinker against PyTorch, float32, random weights, several widths and seeds."""
+"""Both encoders and the whole Thinker against PyTorch, float32, random weights, several widths."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
-import pytest
 import torch
 
 from omni_jax.models.thinker import Thinker
@@ -70,7 +69,8 @@ def test_vision_encoder(pair: Pair) -> None:
 def _mixed(pair: Pair, rng: np.random.Generator):
     """A prompt of text, two sounds, a picture and a silent video, and the reference's arguments for it."""
     c = pair.config.thinker_config
-    audio, vision = sounds(pair, rng)[1:5:3], pictures(pair, rng)[2:4]
+    audio = sounds(pair, rng)[1:5:3]
+    vision = pictures(pair, rng)[2:4]
     text = rng.integers(0, 500, 7).tolist()
     ids = [
         *(c.bos_token_id, *text[:3]),
@@ -97,9 +97,8 @@ def _mixed(pair: Pair, rng: np.random.Generator):
     return prompt, theirs
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_logits(pair: Pair, seed: int) -> None:
-    prompt, arguments = _mixed(pair, np.random.default_rng(seed))
+def test_logits(pair: Pair) -> None:
+    prompt, arguments = _mixed(pair, np.random.default_rng(0))
     with torch.no_grad():
         theirs = pair.torch(**arguments).logits[0].numpy()
     batch = collate([prompt], pair.config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
@@ -16,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
 from omni_jax.checkpoint.name_map import table
-from omni_jax.config import OmniConfig
+from omni_jax.config import BigVGANConfig, OmniConfig
 from omni_jax.models import bigvgan
 from omni_jax.models.dit import Blocks, Conditions, Modulations, block_attention, pack
 from omni_jax.models.flow_matching import EVALUATIONS, POINTS, evaluation_times, integrate, sway_grid
@@ -38,17 +40,17 @@ def test_parameters_are_the_table(size: str) -> None:
 
 def _shapes(config: OmniConfig, blocks: int) -> tuple[Token2Wav, Any, tuple[Any, ...]]:
     """The model, its abstract parameters and the arguments of one evaluation over so many blocks."""
-    model, c = Token2Wav(config.token2wav_config), config.token2wav_config.dit_config
+    model = Token2Wav(config.token2wav_config)
+    c = config.token2wav_config.dit_config
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    width, frames = c.hidden_size, c.block_size
-    conditions = Conditions(array(blocks, frames, width), array(blocks, 1, width))
-    modulations = Modulations(array(c.num_hidden_layers, 6, width), array(2, width))
-    numbers = array(blocks, dtype=jnp.int32)
-    listed = Blocks(numbers, array(blocks, frames, dtype=bool), numbers, numbers)
-    arguments = (array(blocks, frames, c.mel_dim), conditions, modulations, listed)
+    conditions = Conditions(array(blocks, c.block_size, c.hidden_size), array(blocks, 1, c.hidden_size))
+    modulations = Modulations(array(c.num_hidden_layers, 6, c.hidden_size), array(2, c.hidden_size))
+    places = array(blocks, dtype=jnp.int32)
+    listed = Blocks(places, array(blocks, c.block_size, dtype=bool), places, places)
+    arguments = (array(blocks, c.block_size, c.mel_dim), conditions, modulations, listed)
     return model, nn.unbox(abstract_params(model)), arguments
 
 
@@ -68,7 +70,8 @@ def test_products_are_computed_in_float32() -> None:
     """Also where nobody asked for it: a TPU's default would be bfloat16 passes."""
     model, params, arguments = _shapes(SIZES["tiny"], 2)
     zeros = jnp.zeros
-    clip, cond = zeros((1, 30, 80)), zeros((2, 12))
+    clip = zeros((1, 30, 80))
+    cond = zeros((2, 12))
     # a method, its arguments, and how many products there must be for the search to have gone into its loops
     calls = {
         "dit.velocity": (arguments, 12),
@@ -81,13 +84,14 @@ def test_products_are_computed_in_float32() -> None:
         for name, (inputs, least) in calls.items():
             jaxpr = jax.make_jaxpr(_method(model, name))(params, *inputs).jaxpr
             products = [e for e in _equations(jaxpr) if e.primitive.name in ("dot_general", "conv_general_dilated")]
-            found = [equation.params["precision"] for equation in products]
-            assert len(found) >= least and all(p == (jax.lax.Precision.HIGHEST,) * 2 for p in found)
+            precisions = {equation.params["precision"] for equation in products}
+            assert len(products) >= least, name
+            assert precisions == {(jax.lax.Precision.HIGHEST,) * 2}, name
 
 
 def test_cost_is_linear_in_length() -> None:
     """At the published size, eight times the blocks make the largest array of an evaluation eight times larger."""
-    work = []
+    largest = []
     for blocks in (16, 128):
         model, params, arguments = _shapes(SIZES["7B"], blocks)
         jaxpr = jax.make_jaxpr(_method(model, "dit.velocity"))(params, *arguments).jaxpr
@@ -95,9 +99,9 @@ def test_cost_is_linear_in_length() -> None:
         for equation in _equations(jaxpr):
             for out in equation.outvars:
                 assert sorted(out.aval.shape)[-2:] != [frames, frames]
-        largest = max(out.aval.size for e in _equations(jaxpr) for out in e.outvars if out.aval.shape[:1] != (22,))
-        work.append(largest)
-    assert work[1] == 8 * work[0]
+        outputs = [out.aval for equation in _equations(jaxpr) for out in equation.outvars]
+        largest.append(max(aval.size for aval in outputs if aval.shape[:1] != (22,)))  # but the layers' weights
+    assert largest[1] == 8 * largest[0]
 
 
 def test_a_request_sees_nothing_of_its_neighbours_or_of_padding() -> None:
@@ -107,25 +111,21 @@ def test_a_request_sees_nothing_of_its_neighbours_or_of_padding() -> None:
     assert blocks.index.tolist() == [0, 1, 2, 0, 0, 0, 0]
     assert blocks.valid.sum(axis=1).tolist() == [24, 24, 2, 7, 24, 0, 0]
     q, k, v = rng.standard_normal((3, 7, 24, 2, 4)).astype(np.float32)
-    hidden = ~blocks.valid[..., None, None]
-    for behind in (False, True):
-        for ahead in (False, True):
-            out = block_attention(q, k, v, blocks, behind=behind, ahead=ahead)
-            other = [np.where(hidden, np.float32(1e3), a) for a in (k, v)]
-            np.testing.assert_array_equal(
-                np.asarray(out)[blocks.valid],
-                np.asarray(block_attention(q, *other, blocks, behind=behind, ahead=ahead))[blocks.valid],
-            )
-            for part, length in zip(parts, (50, 7, 24), strict=True):
-                alone, _ = pack([length], 24, part.stop - part.start)
-                single = block_attention(q[part], k[part], v[part], alone, behind=behind, ahead=ahead)
-                np.testing.assert_allclose(
-                    np.asarray(single)[alone.valid], np.asarray(out)[part][alone.valid], rtol=1e-6, atol=1e-6
-                )
+    padding = ~blocks.valid[..., None, None]
+    other_k, other_v = (np.where(padding, np.float32(1e3), a) for a in (k, v))
+    for behind, ahead in itertools.product((False, True), repeat=2):
+        attend = functools.partial(block_attention, behind=behind, ahead=ahead)
+        out = np.asarray(attend(q, k, v, blocks))
+        with_other_padding = np.asarray(attend(q, other_k, other_v, blocks))
+        np.testing.assert_array_equal(out[blocks.valid], with_other_padding[blocks.valid])
+        for part, length in zip(parts, (50, 7, 24), strict=True):
+            alone, _ = pack([length], 24, part.stop - part.start)
+            single = np.asarray(attend(q[part], k[part], v[part], alone))
+            np.testing.assert_allclose(single[alone.valid], out[part][alone.valid], rtol=1e-6, atol=1e-6)
 
 
 def test_sway_grid() -> None:
-    """Section 8.8's numbers."""
+    """The numbers of docs/reference.md, 8.8."""
     expected = [0, 0.015192, 0.060307, 0.133975, 0.233956, 0.357212, 0.5, 0.657980, 0.826352, 1]
     np.testing.assert_allclose(sway_grid(), expected, atol=1e-6)
     times = evaluation_times(sway_grid())
@@ -155,7 +155,7 @@ def test_the_solver_uses_each_stage() -> None:
 
 
 def test_low_pass_filter() -> None:
-    """Section 8.9's numbers."""
+    """The numbers of docs/reference.md, 8.9."""
     half = [0.00202896, 0.00938947, -0.02554346, -0.05765738, 0.12857258, 0.44320980]
     np.testing.assert_allclose(bigvgan.low_pass(), half + half[::-1], atol=1e-7)
 
@@ -167,32 +167,44 @@ def test_sine_squared() -> None:
     assert (np.abs(bigvgan.sine_squared(x) - np.sin(x.astype(np.float64)) ** 2) < allowed).all()
 
 
+def _two_stages() -> tuple[BigVGANConfig, Any]:
+    """The sizes of a vocoder of two stages, and it with random parameters, jitted."""
+    config = SIZES["tiny"].token2wav_config.bigvgan_config
+    config = dataclasses.replace(config, upsample_rates=(5, 3), upsample_kernel_sizes=(11, 7))
+    model = bigvgan.BigVGAN(config)
+    rng = np.random.default_rng(0)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 9, 80)), np.array([9]))["params"]
+    params = jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(np.float32) / a.size**0.5, nn.unbox(abstract))
+    return config, jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))
+
+
 def test_vocoder_rows_are_independent_of_padding() -> None:
     """Rows of several lengths, and several in a row, equal themselves alone but for the order of sums; no NaN leaks."""
-    config = dataclasses.replace(SIZES["tiny"].token2wav_config.bigvgan_config, upsample_rates=(5, 3, 2))
-    config = dataclasses.replace(config, upsample_kernel_sizes=(11, 7, 4))
-    model, rng = bigvgan.BigVGAN(config), np.random.default_rng(0)
+    config, vocode = _two_stages()
+    samples = 15  # of a frame
     lengths = np.array([1, 9, 12], np.int32)
-    mel = rng.standard_normal((3, 12, 80)).astype(np.float32)
-    abstract = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), mel, lengths)["params"])
-    params = jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(np.float32) / a.size**0.5, abstract)
+    mel = np.random.default_rng(1).standard_normal((3, 12, 80)).astype(np.float32)
     mel[np.arange(12)[None] >= lengths[:, None]] = np.nan
-    vocode = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))
+
+    def assert_close(ours: np.ndarray, expected: np.ndarray) -> None:
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
     together = np.asarray(vocode(mel, lengths))
-    for row, n in enumerate(lengths[:2]):
-        alone = np.asarray(vocode(mel[row : row + 1, :n], lengths[row : row + 1]))[0]
-        assert np.abs(alone).max() > 0
-        np.testing.assert_allclose(together[row, : 30 * n], alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max())
-        assert not together[row, 30 * n :].any()
     assert np.isfinite(together).all()
-    apart = bigvgan.gap(config)
-    assert apart == 5  # 25 samples on either side of the widest convolution, at 5 samples a frame
-    begins = np.array([[0, 1 + apart, 10 + 2 * apart, bigvgan.NOWHERE]])
-    row = np.full((1, 40, 80), np.nan, np.float32)
-    for begin, n, one in zip(begins[0], lengths, mel, strict=False):
-        row[0, begin : begin + n] = one[:n]
-    in_a_row = np.array(vocode(row, np.array([[*lengths, 0]]), begins))[0]
-    for begin, n, alone in zip(30 * begins[0], 30 * lengths, together, strict=False):
-        np.testing.assert_allclose(in_a_row[begin : begin + n], alone[:n], rtol=1e-5, atol=1e-5 * np.abs(alone).max())
-        in_a_row[begin : begin + n] = 0
+    for row, length in enumerate(lengths[:2]):
+        alone = np.asarray(vocode(mel[row : row + 1, :length], lengths[row : row + 1]))[0]
+        assert np.abs(alone).max() > 0
+        assert_close(together[row, : samples * length], alone)
+        assert not together[row, samples * length :].any()
+
+    gap = bigvgan.gap(config)
+    assert gap == 5  # 25 samples on either side of the widest convolution, at 5 samples a frame
+    begins = np.array([[0, 1 + gap, 10 + 2 * gap, bigvgan.NOWHERE]])
+    packed = np.full((1, 40, 80), np.nan, np.float32)
+    for begin, length, row in zip(begins[0], lengths, mel, strict=False):
+        packed[0, begin : begin + length] = row[:length]
+    in_a_row = np.array(vocode(packed, np.array([[*lengths, 0]]), begins))[0]
+    for begin, length, expected in zip(samples * begins[0], samples * lengths, together, strict=False):
+        assert_close(in_a_row[begin : begin + length], expected[:length])
+        in_a_row[begin : begin + length] = 0
     assert not in_a_row.any()
