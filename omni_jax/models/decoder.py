@@ -230,7 +230,7 @@ class DecoderStream:
     def streaming(self) -> Streaming:
         return Streaming(self.seconds, block=1, look_ahead=0, look_back=None)
 
-    def replicate(self, params: Any, x: Block) -> Block:
+    def whole(self, params: Any, x: Block) -> Block:
         valid = jnp.asarray(x.valid)
         mask = Mask(valid.astype(jnp.int32), causal=True)
         embeddings = jnp.where(valid[..., None], x.values.x, 0)
