@@ -110,7 +110,8 @@ def test_an_example_travels_between_processes(prepare):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        (ask("<image>"), "the messages have 1 <image> tags, but images holds 0"),
+        (ask("a", images=[PICTURE]), "the messages have 0 <image> tags, but images holds 1"),
+        (ask("a", label=False), "it marks the answer as a bad one"),
         (ask("<image>", images=["no.png"]), "(image '/data/no.png'): no such file"),
         ({"messages": [{"role": "user", "content": "a"}]}, "it has no words of the assistant"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "unknown role 'tool'"),
@@ -128,7 +129,6 @@ def test_an_example_travels_between_processes(prepare):
         ),
         (ask(["<image>"]), "messages[0].content[0] must be an object"),
         (ask([{"type": "image", "image": PICTURE}] * 8), "it takes 17 runs of position ids, over the 16 of a row"),
-        (ask([{"type": "image_url", "image_url": {"url": 3}}]), "TypeError"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(prepare, values, reason):
@@ -136,3 +136,11 @@ def test_rows_that_cannot_be_used(prepare, values, reason):
     assert isinstance(found, Reject)
     assert (found.file, found.number) == ("/data/rows.jsonl", 7)
     assert reason in found.reason
+
+
+def test_an_error_of_an_unknown_type_is_a_reject_too(processor):
+    def check(example):
+        raise ZeroDivisionError("by nobody's mistake")
+
+    found = Prepare(processor, CONFIG.tokens, check)(row(ask("a")))
+    assert found == Reject("/data/rows.jsonl", 7, "ZeroDivisionError: by nobody's mistake")
