@@ -93,7 +93,7 @@ def test_equal_seeds_give_equal_batches_of_fixed_shapes(rows, start):
     assert [names for _, names, _ in found] != [names for _, names, _ in others]
     for batch, names, _ in [*found, *others]:
         assert shapes(batch) == shapes(found[0][0])
-        assert fill(batch).examples == len(names) > 0 and 0 < fill(batch).learnt < fill(batch).tokens <= 1
+        assert fill(batch).examples == len(names) > 0 and 0 < fill(batch).target_tokens < fill(batch).tokens <= 1
     assert max(fill(batch).windows for batch, _, _ in found) > 0
     assert max(fill(batch).audio_blocks for batch, _, _ in found) > 0
     assert np.mean([fill(batch).tokens for batch, _, _ in found]) > 0.9
