@@ -285,7 +285,7 @@ class Batches(grain.DatasetIterator[TrainBatch]):
         return batch
 
     def get_state(self) -> State:
-        """What the next batch follows from, of JSON's types; the union of ``streams`` of all processes fits them all."""
+        """What the next batch follows from; the union of ``streams`` of all processes fits each of them."""
         return self._running[0].get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
