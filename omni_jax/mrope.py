@@ -5,9 +5,9 @@ sound. The merged cells of a picture share one time and carry their row and colu
 of their frame, and a video with its sound is interleaved in chunks: two seconds of picture, then two of sound.
 
 Three terms, from the outside in. A *segment* is what a message holds: text, a picture, a video, a video with its sound
-(``Text``, ``Grid``, ``Interleaved``). A *chunk* is the picture or the sound of about two seconds of such a video. A *span*
-is a run of tokens whose ids follow one rule; ``resolve`` turns segments into spans, and ``position_ids``, which is
-jitted, expands a table of spans to ids.
+(``Text``, ``Grid``, ``Interleaved``). A *chunk* is the picture or the sound of about two seconds of such a video. A
+*span* is a run of tokens whose ids follow one rule; ``resolve`` turns segments into spans, and ``position_ids``, which
+is jitted, expands a table of spans to ids.
 
 Every quirk of the reference is kept, since the published weights were trained with them (docs/reference.md, 5):
 

@@ -56,10 +56,10 @@ class DataConfig:
     workers: int = 0
     """Processes that decode for each stream; 0: threads of this process do."""
     use_audio_in_video: VideoSound = "auto"
-    """Whether the sound of videos is used that do not say so themselves. Under always, the sound that a row lists beside
-    a video (`<video><audio>`) is the video's own."""
+    """Whether the sound of videos is used that do not say so themselves. Under always, the sound that a row lists
+    beside a video (`<video><audio>`) is the video's own."""
     max_pixels: int | None = None
-    """Maximum of pixels of a picture; larger ones are made smaller. Without it, what the checkpoint's preprocessor says."""
+    """Maximum of pixels of a picture; larger ones are made smaller. None: what the checkpoint's preprocessor says."""
     video_max_pixels: int | None = None
     """Maximum of pixels of a frame of a video."""
     fps: float | None = None
