@@ -30,9 +30,16 @@ NO_FEATURE = -1  # the media index of a position that takes the embedding of its
 _AXES = "logical_axes"
 
 
-def _array_field(*axes: str | None) -> Any:
-    """A field for an array with these logical axes; None: an axis that lies in full on every device."""
-    return struct.field(metadata={_AXES: axes})
+def _axes(*names: str | None) -> dict[str, Any]:
+    """The metadata of a field: the logical axes of its array; None: an axis that lies in full on every device."""
+    return {_AXES: names}
+
+
+_TEXT = _axes("batch", "sequence")
+_ROWS = _axes("batch")
+_ROWS_2D = _axes("batch", None)
+_ROWS_3D = _axes("batch", None, None)
+_ROWS_4D = _axes("batch", None, None, None)
 
 
 @struct.dataclass
@@ -45,20 +52,20 @@ class Spans:
     Unused rows of the table begin at S.
     """
 
-    begin: Int[Array, "B N"] = _array_field("batch", None)  # first text position
-    start: Int[Array, "B N"] = _array_field("batch", None)  # position id that the ids are counted from
-    height: Int[Array, "B N"] = _array_field("batch", None)  # merged cells in a column of a frame; 0: no picture
-    width: Int[Array, "B N"] = _array_field("batch", None)  # merged cells in a row of a frame
-    skip: Int[Array, "B N"] = _array_field("batch", None)  # cells of the video before this span
-    seconds: Float[Array, "B N"] = _array_field("batch", None)  # from one frame to the next
+    begin: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # first text position
+    start: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # position id that the ids are counted from
+    height: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # merged cells in a column of a frame; 0: no picture
+    width: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # merged cells in a row of a frame
+    skip: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # cells of the video before this span
+    seconds: Float[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # from one frame to the next
 
 
 @struct.dataclass
 class AudioBlocks:
     """Sound, cut into blocks of two seconds. Blocks lie on the devices of the rows that they belong to."""
 
-    mel: Float[Array, "A T M"] = _array_field("batch", None, None)  # log-mel, zero after the block's length
-    length: Int[Array, " A"] = _array_field("batch")  # valid mel frames; 0: padding
+    mel: Float[Array, "A T M"] = struct.field(metadata=_ROWS_3D)  # log-mel, zero after the block's length
+    length: Int[Array, " A"] = struct.field(metadata=_ROWS)  # valid mel frames; 0: padding
 
 
 @struct.dataclass
@@ -70,10 +77,10 @@ class VisionFrames:
     from 1, and patches of equal number attend to each other.
     """
 
-    patches: Float[Array, "F W P C"] = _array_field("batch", None, None, None)
-    row: Int[Array, "F W P"] = _array_field("batch", None, None)  # of the patch in its frame
-    column: Int[Array, "F W P"] = _array_field("batch", None, None)
-    valid: Bool[Array, "F W P"] | Int[Array, "F W P"] = _array_field("batch", None, None)  # False or 0: padding
+    patches: Float[Array, "F W P C"] = struct.field(metadata=_ROWS_4D)
+    row: Int[Array, "F W P"] = struct.field(metadata=_ROWS_3D)  # of the patch in its frame
+    column: Int[Array, "F W P"] = struct.field(metadata=_ROWS_3D)
+    valid: Bool[Array, "F W P"] | Int[Array, "F W P"] = struct.field(metadata=_ROWS_3D)  # False or 0: padding
 
 
 @struct.dataclass
@@ -84,9 +91,9 @@ class OmniBatch:
     cells of each group of frames in order. ``media_index`` says which of them a text position takes.
     """
 
-    tokens: Int[Array, "B S"] = _array_field("batch", "sequence")
-    segment_ids: Int[Array, "B S"] = _array_field("batch", "sequence")  # positions of equal id attend to each other
-    media_index: Int[Array, "B S"] = _array_field("batch", "sequence")  # into the list of features, or NO_FEATURE
+    tokens: Int[Array, "B S"] = struct.field(metadata=_TEXT)
+    segment_ids: Int[Array, "B S"] = struct.field(metadata=_TEXT)  # positions of equal id attend to each other
+    media_index: Int[Array, "B S"] = struct.field(metadata=_TEXT)  # into the list of features, or NO_FEATURE
     spans: Spans
     audio: AudioBlocks | None = None
     vision: tuple[VisionFrames, ...] = ()
@@ -102,8 +109,8 @@ class TrainBatch:
     """What one step trains on. Several examples share a row; each is a segment, and its position ids start at 0."""
 
     inputs: OmniBatch
-    targets: Int[Array, "B S"] = _array_field("batch", "sequence")  # the next token of the example
-    weights: Float[Array, "B S"] = _array_field("batch", "sequence")  # of the loss; 0: not a target
+    targets: Int[Array, "B S"] = struct.field(metadata=_TEXT)  # the next token of the example
+    weights: Float[Array, "B S"] = struct.field(metadata=_TEXT)  # of the loss; 0: not a target
 
 
 def batch_axes(batch: Tree) -> Tree:

@@ -57,7 +57,7 @@ def make_mesh(
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
-def logical_sharding(axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> NamedSharding:
+def logical_sharding(axes: PartitionSpec | Sequence[str | None], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of an array whose axes have these logical names; None: an axis that lies in full on every device."""
     return NamedSharding(mesh, PartitionSpec(*(RULES[name] or None if name else None for name in axes)))
 

@@ -6,7 +6,7 @@ Letters as in ``omni_jax.batch``; T tokens of a prompt, t frames of a medium.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -31,7 +31,7 @@ class CollatedMedia(NamedTuple):
 
     audio: AudioBlocks | None
     vision: tuple[VisionFrames, ...]  # groups of frames, the smallest first
-    features: Mapping[MediaKey, np.ndarray]  # of each medium: indices into the list of all features
+    features: dict[MediaKey, np.ndarray]  # of each medium: indices into the list of all features
 
 
 def collate(prompts: Sequence[Prompt], config: OmniConfig) -> OmniBatch:
