@@ -1,50 +1,71 @@
 """OmniBatch: the one value that crosses from data to model, typed and of fixed, bucketed shapes.
 
-Letters: B rows, S text positions, N spans, A audio blocks, F frames (of pictures and videos), W windows a frame,
-P patches a window, C numbers a patch, T mel frames a block, M mel bins.
+Letters: B rows, S text positions, N spans, A audio blocks, T mel frames of a block, M mel bins, F frames of pictures
+and videos, W windows of a frame, P patches of a window, C values of a patch.
 
-Leaves are numpy arrays when the host has made them and JAX arrays inside a jitted function.
+Leaves are numpy arrays when the host has made them and JAX arrays inside a jitted function. Each field declares the
+logical axes of its array (``omni_jax.sharding.RULES``) where it is defined, as a parameter of a model does: axes are
+never guessed from shapes, since two of them may have equal sizes.
 """
 
 from __future__ import annotations
 
 import bisect
-from typing import TypeAlias
+import dataclasses
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec
+from jax.tree_util import GetAttrKey, KeyPath, SequenceKey
 from jaxtyping import Bool, Float, Int
 
 Array: TypeAlias = jax.Array | np.ndarray
+Tree = TypeVar("Tree")
 
-PADDING = 0  # the segment id of a position that holds nothing
+PADDING = 0  # the segment id of padding
+NO_FEATURE = -1  # the media index of a position that takes the embedding of its own token
+
+_AXES = "logical_axes"
+
+
+def _axes(*names: str | None) -> dict[str, Any]:
+    """The metadata of a field: the logical axes of its array; None: an axis that lies in full on every device."""
+    return {_AXES: names}
+
+
+_TEXT = _axes("batch", "sequence")
+_ROWS = _axes("batch")
+_ROWS_2D = _axes("batch", None)
+_ROWS_3D = _axes("batch", None, None)
+_ROWS_4D = _axes("batch", None, None, None)
 
 
 @struct.dataclass
 class Spans:
     """TMRoPE in a small table: each row's runs of tokens whose position ids follow one rule.
 
-    A run with ``height == 0`` counts up from ``start``. Any other run holds the cells of frames ``height x width``,
-    the first of them the ``skip``-th cell of its picture or video; a cell's ids are ``start`` plus its time, row and
-    column.
+    A span with ``height == 0`` counts up from ``start``. Any other span holds merged cells of frames of
+    ``height x width``, beginning with cell ``skip`` of its picture or video; the ids of a cell are ``start`` plus its
+    time, row and column.
     Unused rows of the table begin at S.
     """
 
-    begin: Int[Array, "B N"]  # first text position of the run
-    start: Int[Array, "B N"]  # position id that the run starts from
-    height: Int[Array, "B N"]  # merged cells in a column of a frame; 0: no picture
-    width: Int[Array, "B N"]  # merged cells in a row of a frame
-    skip: Int[Array, "B N"]  # cells of the video that came before this run
-    seconds: Float[Array, "B N"]  # time from one frame to the next
+    begin: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # first text position
+    start: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # position id that the ids are counted from
+    height: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # merged cells in a column of a frame; 0: no picture
+    width: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # merged cells in a row of a frame
+    skip: Int[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # cells of the video before this span
+    seconds: Float[Array, "B N"] = struct.field(metadata=_ROWS_2D)  # from one frame to the next
 
 
 @struct.dataclass
 class AudioBlocks:
-    """Sound, cut into blocks of two seconds."""
+    """Sound, cut into blocks of two seconds. Blocks lie on the devices of the rows that they belong to."""
 
-    mel: Float[Array, "A T M"]  # log-mel, zero after the block's length
-    length: Int[Array, " A"]  # valid mel frames of each block; 0: the block holds nothing
+    mel: Float[Array, "A T M"] = struct.field(metadata=_ROWS_3D)  # log-mel, zero after the block's length
+    length: Int[Array, " A"] = struct.field(metadata=_ROWS)  # valid mel frames; 0: padding
 
 
 @struct.dataclass
@@ -52,27 +73,27 @@ class VisionFrames:
     """Frames of about one size, each cut into windows; four patches in a row are one merged cell.
 
     A frame here is what the encoder calls one: ``temporal_patch_size`` pictures deep. In training, where shapes are
-    fixed, small frames share a row of windows, a canvas; then ``valid`` numbers the frames of a canvas from 1, and
-    patches of equal number see each other.
+    fixed, several small frames share the windows of one entry, a canvas; then ``valid`` numbers the frames of a canvas
+    from 1, and patches of equal number attend to each other.
     """
 
-    patches: Float[Array, "F W P C"]
-    row: Int[Array, "F W P"]  # of the patch in its frame
-    column: Int[Array, "F W P"]
-    valid: Bool[Array, "F W P"] | Int[Array, "F W P"]  # False or 0: nothing
+    patches: Float[Array, "F W P C"] = struct.field(metadata=_ROWS_4D)
+    row: Int[Array, "F W P"] = struct.field(metadata=_ROWS_3D)  # of the patch in its frame
+    column: Int[Array, "F W P"] = struct.field(metadata=_ROWS_3D)
+    valid: Bool[Array, "F W P"] | Int[Array, "F W P"] = struct.field(metadata=_ROWS_3D)  # False or 0: padding
 
 
 @struct.dataclass
 class OmniBatch:
     """What the Thinker reads.
 
-    The features that the encoders make stand in one list: the audio blocks' tokens in order, then each group of
-    frames' merged cells in order. ``media_index`` says which of them a text position takes.
+    The features that the encoders make stand in one list: the tokens of the audio blocks in order, then the merged
+    cells of each group of frames in order. ``media_index`` says which of them a text position takes.
     """
 
-    tokens: Int[Array, "B S"]
-    segment_ids: Int[Array, "B S"]  # 0: padding; positions of equal id see each other
-    media_index: Int[Array, "B S"]  # into the list of features; -1: the token's own embedding
+    tokens: Int[Array, "B S"] = struct.field(metadata=_TEXT)
+    segment_ids: Int[Array, "B S"] = struct.field(metadata=_TEXT)  # positions of equal id attend to each other
+    media_index: Int[Array, "B S"] = struct.field(metadata=_TEXT)  # into the list of features, or NO_FEATURE
     spans: Spans
     audio: AudioBlocks | None = None
     vision: tuple[VisionFrames, ...] = ()
@@ -85,11 +106,41 @@ class OmniBatch:
 
 @struct.dataclass
 class TrainBatch:
-    """What one step learns from. Several examples share a row; each is a segment, and its position ids start at 0."""
+    """What one step trains on. Several examples share a row; each is a segment, and its position ids start at 0."""
 
     inputs: OmniBatch
-    targets: Int[Array, "B S"]  # the next token of the example
-    weights: Float[Array, "B S"]  # of the loss at a position; 0: nothing is learnt there
+    targets: Int[Array, "B S"] = struct.field(metadata=_TEXT)  # the next token of the example
+    weights: Float[Array, "B S"] = struct.field(metadata=_TEXT)  # of the loss; 0: not a target
+
+
+def batch_axes(batch: Tree) -> Tree:
+    """The logical axes of every array of a batch.
+
+    Args:
+      batch: an instance of a dataclass of this module; its leaves may be abstract.
+
+    Returns:
+      The same structure with a ``PartitionSpec`` of logical names for each leaf
+      (``omni_jax.sharding.logical_sharding`` lays them over a mesh).
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _declared_axes(batch, path), batch)
+
+
+def _declared_axes(batch: Any, path: KeyPath) -> PartitionSpec:
+    node = batch
+    for key in path[:-1]:
+        if isinstance(key, SequenceKey):
+            node = node[key.idx]
+        else:
+            assert isinstance(key, GetAttrKey)
+            node = getattr(node, key.name)
+    assert isinstance(path[-1], GetAttrKey)
+    fields = {field.name: field for field in dataclasses.fields(node)}
+    return PartitionSpec(*fields[path[-1].name].metadata[_AXES])
+
+
+# 1, 2, 3, 4, 6, 8, 12, ...: a length is at most a third shorter than its bucket
+_BUCKET_LADDER = sorted({1, *(k << i for k in (2, 3) for i in range(40))})
 
 
 def bucket(n: int, smallest: int = 1) -> int:
@@ -100,6 +151,5 @@ def bucket(n: int, smallest: int = 1) -> int:
     """
     if n < 0:
         raise ValueError(f"a length cannot be {n}")
-    ladder = sorted({1, *(k << i for k in (2, 3) for i in range(40))})
     units = -(-n // smallest)
-    return smallest * ladder[bisect.bisect_left(ladder, units)]
+    return smallest * _BUCKET_LADDER[bisect.bisect_left(_BUCKET_LADDER, units)]

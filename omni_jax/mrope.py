@@ -1,16 +1,22 @@
 """TMRoPE, the time-aligned position ids of Qwen2.5-Omni (paper section 2.2; reference ``get_rope_index``).
 
-Every token has three ids: time, height and width. Text and sound count up on all three at once, one id each 40 ms
-of sound. A picture's cells share one time and carry their row and column. A video's cells carry the time of their
-frame, and a video with its sound is interleaved, two seconds of picture, then two of sound.
+Every token has three ids: time, height and width. Text and sound count up on all three at once, one id each 40 ms of
+sound. The merged cells of a picture share one time and carry their row and column. The cells of a video carry the time
+of their frame, and a video with its sound is interleaved in chunks: two seconds of picture, then two of sound.
 
-The host describes a row as segments (``Text``, ``Grid``, ``Interleaved``), resolves them to a table of spans, and a
-jitted function expands the table to ids. Every quirk of the reference is kept, since the released weights learnt them:
+Three terms, from the outside in. A *segment* is what a message holds: text, a picture, a video, a video with its sound
+(``Text``, ``Grid``, ``Interleaved``). A *chunk* is the picture or the sound of about two seconds of such a video. A
+*span* is a run of tokens whose ids follow one rule; ``resolve`` turns segments into spans, and ``position_ids``, which
+is jitted, expands a table of spans to ids.
+
+Every quirk of the reference is kept, since the published weights were trained with them (docs/reference.md, 5):
 
 * the id after a segment follows the maximum of *that segment*, not of all that came before;
-* the chunk counter of the interleave moves once a split, so a grid over two seconds long drifts and splits in a frame;
+* the counter of chunks moves once a split, so a grid over two seconds long drifts and splits within a frame;
 * the two begin tokens of a video with sound share one id, and so do its two end tokens;
 * padding has id 1.
+
+Letters: B rows, S text positions, N spans of a row.
 """
 
 from __future__ import annotations
@@ -18,27 +24,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import zip_longest
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from omni_jax.batch import Array, Spans, bucket
+from omni_jax.batch import PADDING, Array, Spans, bucket
 from omni_jax.config import ThinkerConfig
+
+PADDING_ID = 1  # the position id of padding, in the reference too
+
+# tokens around an interleaved video: the begin tokens of picture and sound, and their end tokens
+_NUM_EDGE_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens that count up one by one: text, begin and end marks, sound that stands alone."""
+    """Tokens that count up one by one: text, begin and end tokens of media, sound that stands alone."""
 
     length: int
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A picture (one frame) or a video without sound, in merged cells; its marks are text."""
+    """A picture (one frame) or a video without sound, in merged cells; its begin and end tokens are text."""
 
     frames: int
     height: int
@@ -52,14 +64,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """A video with its sound, and the two begin and two end marks around them."""
+    """A video with its sound, and the two begin and two end tokens around them."""
 
     grid: Grid
     audio: int  # tokens of sound
 
     @property
     def length(self) -> int:
-        return self.grid.length + self.audio + 4
+        return self.grid.length + self.audio + 2 * _NUM_EDGE_TOKENS
 
 
 Segment: TypeAlias = Text | Grid | Interleaved
@@ -67,46 +79,60 @@ Segment: TypeAlias = Text | Grid | Interleaved
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of an interleaved video: tokens ``begin`` to ``end`` of its picture or of its sound."""
+    """A chunk of an interleaved video: tokens ``begin`` to ``end`` of its picture or of its sound."""
 
     is_audio: bool
     begin: int
     end: int
 
 
-def _chunks(times: Sequence[int], step: int) -> list[tuple[int, int]]:
-    """Splits a rising list of times about every ``step`` (reference ``get_chunked_index``)."""
-    out, begin, counter = [], 0, 1
+class _Interval(NamedTuple):
+    begin: int
+    end: int
+
+
+def _split_times(times: Sequence[int], step: int) -> list[_Interval]:
+    """Splits a rising list of times about every ``step`` ids (reference ``get_chunked_index``)."""
+    intervals = []
+    begin = 0
+    num_chunks = 1
     for i, time in enumerate(times):
-        if time >= counter * step:
-            out.append((begin, i))
+        # only one split for each time, however far it is behind the last: the drift of the reference
+        if time >= num_chunks * step:
+            intervals.append(_Interval(begin, i))
             begin = i
-            counter += 1
-    return [*out, (begin, len(times))]
+            num_chunks += 1
+    intervals.append(_Interval(begin, len(times)))
+    return intervals
 
 
 def _frame_times(grid: Grid, ids_per_second: int) -> np.ndarray:
-    """The time id of each frame, rounded as the reference rounds: float32, left to right, cut off. [frames]"""
+    """The time id of each frame. [frames]
+
+    The reference multiplies float32 numbers from left to right and truncates; any other order moves some ids by one.
+    """
     times = np.arange(grid.frames, dtype=np.float32) * np.float32(grid.seconds) * np.float32(ids_per_second)
     return times.astype(np.int32)
 
 
 def interleave(segment: Interleaved, config: ThinkerConfig) -> list[Chunk]:
-    """The order of a video's picture and sound tokens, used for the tokens and for their ids alike."""
-    cells = segment.grid.height * segment.grid.width
-    times = np.repeat(_frame_times(segment.grid, config.position_id_per_seconds), cells)
-    video = _chunks(times.tolist(), config.chunk_ids)
-    audio = _chunks(range(segment.audio), config.chunk_ids)
-    order = []
-    for i in range(max(len(video), len(audio))):
-        order += [Chunk(False, *video[i])] if i < len(video) else []
-        order += [Chunk(True, *audio[i])] if i < len(audio) else []
-    return [chunk for chunk in order if chunk.end > chunk.begin]
+    """The order of a video's picture and sound tokens; the tokens and their ids are both laid out by it."""
+    cells_per_frame = segment.grid.height * segment.grid.width
+    cell_times = np.repeat(_frame_times(segment.grid, config.position_id_per_seconds), cells_per_frame)
+    video = _split_times(cell_times.tolist(), config.chunk_ids)
+    audio = _split_times(range(segment.audio), config.chunk_ids)
+    chunks = []
+    for video_interval, audio_interval in zip_longest(video, audio):
+        if video_interval is not None:
+            chunks.append(Chunk(False, *video_interval))
+        if audio_interval is not None:
+            chunks.append(Chunk(True, *audio_interval))
+    return [chunk for chunk in chunks if chunk.end > chunk.begin]
 
 
 @dataclass(frozen=True)
 class Span:
-    """One row of the table of ``omni_jax.batch.Spans``, before it is padded and stacked."""
+    """One entry of the table ``omni_jax.batch.Spans``, which explains the fields, before it is padded and stacked."""
 
     begin: int
     start: int
@@ -121,7 +147,7 @@ def resolve(segments: Iterable[Segment], config: ThinkerConfig, begin: int = 0, 
 
     Args:
       segments: in the order of their tokens.
-      config: gives the ids a second and the length of a chunk.
+      config: gives the ids of a second and of a chunk.
       begin: text position of the first token.
       start: position id of the first token; a dialogue that goes on passes the next free id.
     """
@@ -133,7 +159,7 @@ def resolve(segments: Iterable[Segment], config: ThinkerConfig, begin: int = 0, 
                 start += segment.length
         elif isinstance(segment, Grid):
             spans.append(_grid_span(segment, begin, start, 0))
-            start = _after(segment, start, 0, segment.length, config)
+            start = _next_id(segment, start, Chunk(False, 0, segment.length), config)
         else:
             inner, start = _resolve_interleaved(segment, config, begin, start)
             spans += inner
@@ -145,78 +171,102 @@ def _grid_span(grid: Grid, begin: int, start: int, skip: int) -> Span:
     return Span(begin, start, grid.height, grid.width, skip, grid.seconds)
 
 
-def _after(grid: Grid, start: int, first: int, end: int, config: ThinkerConfig) -> int:
-    """The id after cells ``first`` to ``end`` of a grid that starts at ``start``: their own maximum and one."""
-    cell = np.arange(first, end)
-    within = cell % (grid.height * grid.width)
-    time = _frame_times(grid, config.position_id_per_seconds)[cell[-1] // (grid.height * grid.width)]
-    return start + 1 + int(max(time, (within // grid.width).max(), (within % grid.width).max()))
+def _next_id(grid: Grid, start: int, chunk: Chunk, config: ThinkerConfig) -> int:
+    """The id after some cells of a grid whose ids are counted from ``start``: one more than the largest of these."""
+    cells = np.arange(chunk.begin, chunk.end)
+    cells_per_frame = grid.height * grid.width
+    row, column = np.divmod(cells % cells_per_frame, grid.width)
+    last_time = _frame_times(grid, config.position_id_per_seconds)[cells[-1] // cells_per_frame]
+    return start + 1 + int(max(last_time, row.max(), column.max()))
 
 
 def _resolve_interleaved(segment: Interleaved, config: ThinkerConfig, begin: int, start: int) -> tuple[list[Span], int]:
+    """The spans of a video with its sound, and the id after it."""
+    # both begin tokens have the same id
     spans = [Span(begin, start), Span(begin + 1, start)]
-    begin, base, after = begin + 2, start + 1, start + 1
+    begin += _NUM_EDGE_TOKENS
+    first_id = start + 1
+    next_id = first_id
     for chunk in interleave(segment, config):
         if chunk.is_audio:
-            spans.append(Span(begin, base + chunk.begin))
-            after = base + chunk.end
+            spans.append(Span(begin, first_id + chunk.begin))
+            next_id = first_id + chunk.end
         else:
-            spans.append(_grid_span(segment.grid, begin, base, chunk.begin))
-            after = _after(segment.grid, base, chunk.begin, chunk.end, config)
+            spans.append(_grid_span(segment.grid, begin, first_id, chunk.begin))
+            next_id = _next_id(segment.grid, first_id, chunk, config)
         begin += chunk.end - chunk.begin
-    return [*spans, Span(begin, after), Span(begin + 1, after)], after + 1
+    # and so have both end tokens
+    spans += [Span(begin, next_id), Span(begin + 1, next_id)]
+    return spans, next_id + 1
 
 
 def cut(spans: Sequence[Span], begin: int, end: int) -> list[Span]:
     """The spans of text positions ``begin`` to ``end``, counted from ``begin``.
 
-    One that goes on from before keeps its true beginning, which is then below 0.
+    A span that goes on from before keeps its true beginning, which is then below 0.
     """
-    ends = [span.begin for span in spans[1:]] + [end]
-    own = [s for s, after in zip(spans, ends, strict=False) if s.begin < end and after > begin]
-    return [dataclasses.replace(span, begin=span.begin - begin) for span in own]
+    inside = []
+    for i, span in enumerate(spans):
+        span_end = spans[i + 1].begin if i + 1 < len(spans) else end
+        if span.begin < end and span_end > begin:
+            inside.append(dataclasses.replace(span, begin=span.begin - begin))
+    return inside
 
 
 def stack(rows: Sequence[Sequence[Span]], length: int, width: int | None = None) -> Spans:
-    """Stacks the spans of each row into a table of ``width``, bucketed if None; unused ones begin at ``length``, S."""
-    width = bucket(max((len(row) for row in rows), default=1), smallest=4) if width is None else width
-    unused = Span(length, 0)
-    padded = [[*row, *[unused] * (width - len(row))] for row in rows]
+    """Stacks the spans of each row into a table of ``width`` columns.
 
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([[getattr(span, name) for span in row] for row in padded], dtype)
+    Args:
+      rows: spans of each row.
+      length: S; unused entries of the table begin there.
+      width: N; the bucketed number of spans of the longest row if None.
+    """
+    if width is None:
+        width = bucket(max((len(row) for row in rows), default=1), smallest=4)
+    shape = (len(rows), width)
+    columns = {}
+    for field in dataclasses.fields(Span):
+        dtype = np.float32 if field.name == "seconds" else np.int32
+        column = np.full(shape, length if field.name == "begin" else 0, dtype)  # [B, N]
+        for i, row in enumerate(rows):
+            column[i, : len(row)] = [getattr(span, field.name) for span in row]
+        columns[field.name] = column
+    return Spans(**columns)
 
-    whole = {name: column(name, np.int32) for name in ("begin", "start", "height", "width", "skip")}
-    return Spans(**whole, seconds=column("seconds", np.float32))
 
-
+@jax.named_scope("position_ids")
 def position_ids(
     spans: Spans, segment_ids: Int[Array, "B S"], ids_per_second: int = 25
 ) -> tuple[Int[jax.Array, "3 B S"], Int[jax.Array, " B"]]:
-    """Expands the table; pure and jittable.
+    """Expands a table of spans (reference ``get_rope_index``; docs/reference.md, 5); pure and jittable.
 
     Returns:
       The ids (time, height, width) of every position, 1 where there is padding, and for each row the delta: the id of a
       token decoded later is its index among the row's real tokens plus the delta.
     """
-    real = segment_ids != 0
-    position = jnp.arange(segment_ids.shape[1])
-    span = jnp.sum(spans.begin[:, None, :] <= position[None, :, None], axis=-1) - 1
-    span = jnp.maximum(span, 0)
+    is_token = segment_ids != PADDING  # [B, S]
+    position = jnp.arange(segment_ids.shape[1])  # [S]
+    # the span of a position is the last that begins at it or before: count those, [B, N, S] summed over N
+    num_started = jnp.sum(spans.begin[:, :, None] <= position[None, None, :], axis=1)  # [B, S]
+    span = jnp.maximum(num_started - 1, 0)
 
-    def of(values: Array) -> jax.Array:
-        return jnp.take_along_axis(jnp.asarray(values), span, axis=1)
+    def at_position(column: Array) -> jax.Array:
+        return jnp.take_along_axis(jnp.asarray(column), span, axis=1)  # [B, N] -> [B, S]
 
-    offset = position[None, :] - of(spans.begin)
-    height, width, start = of(spans.height), of(spans.width), of(spans.start)
+    start = at_position(spans.start)
+    height = at_position(spans.height)
+    width = at_position(spans.width)
+    offset = position[None, :] - at_position(spans.begin)  # [B, S], of a token in its span
+    cell = at_position(spans.skip) + offset  # [B, S], of a token in its picture or video
+    cells_per_frame = jnp.maximum(height * width, 1)
+    frame = (cell // cells_per_frame).astype(jnp.float32)
+    # float32, left to right, truncated: as the reference rounds
+    time = (frame * at_position(spans.seconds) * jnp.float32(ids_per_second)).astype(jnp.int32)
+    row = cell % cells_per_frame // jnp.maximum(width, 1)
+    column = cell % cells_per_frame % jnp.maximum(width, 1)
     is_text = height == 0
-    cell = of(spans.skip) + offset
-    per_frame = jnp.maximum(height * width, 1)
-    frame = (cell // per_frame).astype(jnp.float32)
-    time = (frame * of(spans.seconds) * jnp.float32(ids_per_second)).astype(jnp.int32)
-    row = cell % per_frame // jnp.maximum(width, 1)
-    column = cell % per_frame % jnp.maximum(width, 1)
-    ids = start + jnp.stack([jnp.where(is_text, offset, axis) for axis in (time, row, column)])
-    ids = jnp.where(real, ids, 1).astype(jnp.int32)
-    largest = jnp.max(jnp.where(real, ids, -1), axis=(0, 2))
-    return ids, largest + 1 - jnp.sum(real, axis=1)
+    grid_ids = jnp.stack([time, row, column])  # [3, B, S]
+    ids = start + jnp.where(is_text, offset, grid_ids)
+    ids = jnp.where(is_token, ids, PADDING_ID).astype(jnp.int32)
+    largest = jnp.max(jnp.where(is_token, ids, -1), axis=(0, 2))  # [B]
+    return ids, largest + 1 - jnp.sum(is_token, axis=1)

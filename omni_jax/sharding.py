@@ -1,7 +1,7 @@
-"""Where arrays live: a mesh of four axes, and one table from the names that models use to the axes of the mesh.
+"""Where arrays live: a mesh of four axes, and one table from logical axes to the axes of the mesh.
 
-Models name the axes of a parameter where they make it ("embed", "heads", ...) and of an activation where it matters.
-Only this module knows which mesh axis each name is spread over.
+Models name the axes of a parameter where they make it ("embed", "heads", ...) and of an activation where it matters;
+``omni_jax.batch`` names those of a batch. Only this module knows which mesh axes a name is sharded over.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.tree_util import KeyPath, keystr
 
 from omni_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# A parameter's width is spread over fsdp and gathered where it is used; its heads, hidden units or words over tensor.
+# The width of a parameter is sharded over fsdp and gathered where it is used; its heads, hidden units or vocabulary
+# over tensor.
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),
@@ -30,9 +32,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "patch": (),
     "kernel": (),
-    "channels": (),  # of Token2Wav's convolutions, from 1536 down to 1: too few to share out
+    "channels": (),  # of Token2Wav's convolutions, from 1536 down to 1: too few to shard
     "norm": (),
-    # activations
+    # activations, and the arrays of a batch; blocks of sound and frames lie where the rows are that they belong to
     "batch": ("data", "fsdp"),
     "sequence": ("sequence",),
     "width": (),
@@ -55,8 +57,9 @@ def make_mesh(
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
-def _spec(names: Sequence[str | None]) -> PartitionSpec:
-    return PartitionSpec(*(RULES[name] or None if name else None for name in names))
+def logical_sharding(axes: PartitionSpec | Sequence[str | None], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The sharding of an array whose axes have these logical names; None: an axis that lies in full on every device."""
+    return NamedSharding(mesh, PartitionSpec(*(RULES[name] or None if name else None for name in axes)))
 
 
 def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -72,25 +75,36 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     Raises:
       ConfigError: listing every parameter and axis whose size the mesh does not divide.
     """
-    wrong: list[str] = []
+    undivided: list[str] = []
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
-        shape = leaf.value.shape if isinstance(leaf, nn.LogicallyPartitioned) else leaf.shape
+    def leaf_sharding(path: KeyPath, leaf: Any) -> NamedSharding:
+        boxed_leaf = _is_box(leaf)
+        names = leaf.names if boxed_leaf else (None,) * leaf.ndim
+        shape = leaf.value.shape if boxed_leaf else leaf.shape
         for name, size in zip(names, shape, strict=True):
-            axes = RULES[name] if name else ()
-            parts = math.prod(mesh.shape[axis] for axis in axes)
-            if size % parts:
-                wrong.append(f"{jax.tree_util.keystr(path)}: {name} of {size} over {axes} = {parts}")
-        return NamedSharding(mesh, _spec(names))
+            if not name or _divides(mesh, name, size):
+                continue
+            num_parts = _num_parts(mesh, name)
+            undivided.append(f"{keystr(path)}: {name} of {size} over {RULES[name]} = {num_parts}")
+        return logical_sharding(names, mesh)
 
-    def is_box(x: Any) -> bool:
-        return isinstance(x, nn.LogicallyPartitioned)
-
-    shardings = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
-    if wrong:
-        raise ConfigError("the mesh does not divide these parameters:\n  " + "\n  ".join(wrong))
+    shardings = jax.tree_util.tree_map_with_path(leaf_sharding, boxed, is_leaf=_is_box)
+    if undivided:
+        raise ConfigError("the mesh does not divide these parameters:\n  " + "\n  ".join(undivided))
     return shardings
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)
+
+
+def _num_parts(mesh: Mesh | AbstractMesh, name: str) -> int:
+    """How many parts an axis of this logical name is cut into."""
+    return math.prod(mesh.shape[axis] for axis in RULES[name])
+
+
+def _divides(mesh: Mesh | AbstractMesh, name: str, size: int) -> bool:
+    return size % _num_parts(mesh, name) == 0
 
 
 def replicate(tree: Any) -> Any:
@@ -101,20 +115,22 @@ def replicate(tree: Any) -> Any:
 
 
 def host_sharding(params: Any, mesh: Mesh | None) -> Sharding:
-    """Where such arrays are to be put by the host: beside the parameters.
+    """Where the host puts the arrays that it passes to a program: on the devices of the parameters, in full on each.
 
     A program is compiled once for arrays that lie in one place, and again where they lie in another.
     """
     if mesh is not None:
         return NamedSharding(mesh, PartitionSpec())
     leaf = jax.tree.leaves(params)[0]
-    return SingleDeviceSharding(next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0])
+    if isinstance(leaf, jax.Array):
+        return SingleDeviceSharding(next(iter(leaf.devices())))
+    return SingleDeviceSharding(jax.devices()[0])
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Says how an activation is spread, by the names of its axes; does nothing where no mesh is set.
+    """Constrains the sharding of an activation by the logical names of its axes; does nothing where no mesh is set.
 
-    An axis whose size the mesh does not divide, such as three blocks of sound over eight devices, stays whole.
+    An axis whose size the mesh does not divide, such as three blocks of sound over eight devices, is replicated.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -123,8 +139,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def axes_of(name: str, size: int) -> tuple[str, ...] | None:
-    """The axes of the mesh that is set which an activation's axis is spread over; None if they do not divide it."""
+    """The axes of the current mesh that an axis of an activation is sharded over; None if they do not divide it."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or size % math.prod(mesh.shape[axis] for axis in RULES[name]):
+    if mesh.empty or not _divides(mesh, name, size):
         return None
     return RULES[name] or None

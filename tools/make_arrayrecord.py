@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.data.rows import absolute_place, is_path, place_media, row_values
+from omni_jax.data.rows import is_path, map_media_sources, resolve_source, row_values
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import InputError
-from omni_jax.processing.sources import locate
+from omni_jax.processing.sources import locate_source
 
 Rows = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
@@ -67,7 +67,7 @@ def record(row: Row, folder: Path, embed: bool) -> bytes:
     """The JSON of a row whose media are found from ``folder``, or are in it."""
     try:
         place = partial(_embedded if embed else _linked, from_folder=os.path.dirname(row.file), to_folder=folder)
-        values = place_media(row_values(row), place)
+        values = map_media_sources(row_values(row), place)
         return json.dumps(values, ensure_ascii=False).encode()
     except (InputError, TypeError) as e:
         raise InputError(f"{row.name}: {e}") from e
@@ -77,7 +77,7 @@ def _linked(source: str | bytes, from_folder: str, to_folder: Path) -> str:
     """A relative path, seen from where the new file is; anything else as it is."""
     if isinstance(source, bytes):
         return _data_url(source)
-    place = absolute_place(source, from_folder)
+    place = resolve_source(source, from_folder)
     return os.path.relpath(place, to_folder) if is_path(place) and not os.path.isabs(source) else place
 
 
@@ -85,8 +85,8 @@ def _embedded(source: str | bytes, from_folder: str, to_folder: Path) -> str:
     if isinstance(source, str) and source.startswith("data:"):
         return source
     try:
-        with locate(
-            source if isinstance(source, bytes) else absolute_place(source, from_folder), allow_urls=True
+        with locate_source(
+            source if isinstance(source, bytes) else resolve_source(source, from_folder), allow_urls=True
         ).open() as file:
             return _data_url(file.read())
     except InputError as e:

@@ -1,13 +1,26 @@
-"""What a run learns from, and how much of it goes into a step."""
+"""Which rows a run is trained on, and how much of them goes into a step."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omni_jax.checks import SEED_MAX
 from omni_jax.data.rows import VideoSound
 from omni_jax.errors import ConfigError
+
+_MINIMA = {
+    "rows": 1,
+    "tokens": 2,  # the first is never a target
+    "spans": 1,
+    "audio_blocks": 0,
+    "canvases": 0,
+    "windows": 1,
+    "lookahead": 1,
+    "workers": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,12 @@ class DataConfig:
     rows: int = 1
     """Rows of the batch of a step, over all processes."""
     streams: int = 1
-    """Parts that rows are dealt out to and packed in; a multiple of the processes. Batches depend on it, and not on
+    """Parts that rows are divided among and packed in; a multiple of the processes. Batches depend on it, and not on
     how many processes there are."""
     tokens: int = 8192
     """Positions in a row of the batch."""
     spans: int = 512
-    """Runs of position ids in a row: one for a text, three for a picture, about one for each second of a video."""
+    """Spans of position ids in a row: one for a text, three for a picture, about one for each second of a video."""
     audio_blocks: int = 32
     """Blocks of two seconds of sound; 0: no sound at all."""
     canvases: int = 8
@@ -43,16 +56,16 @@ class DataConfig:
     workers: int = 0
     """Processes that decode for each stream; 0: threads of this process do."""
     use_audio_in_video: VideoSound = "auto"
-    """Whether videos are heard that do not say so themselves. Under always, the sound that a row lists beside a video
-    (`<video><audio>`) is the video's own."""
+    """Whether the sound of videos is used that do not say so themselves. Under always, the sound that a row lists
+    beside a video (`<video><audio>`) is the video's own."""
     max_pixels: int | None = None
-    """Most pixels of a picture; larger ones are made smaller. Without it, what the checkpoint's preprocessor says."""
+    """Maximum of pixels of a picture; larger ones are made smaller. None: what the checkpoint's preprocessor says."""
     video_max_pixels: int | None = None
-    """Most pixels of a frame of a video."""
+    """Maximum of pixels of a frame of a video."""
     fps: float | None = None
     """Frames a second that are taken of a video; 2 if nothing is said."""
     max_frames: int | None = None
-    """Most frames of a video."""
+    """Maximum of frames of a video."""
     max_reject_share: float = 0.01
     """The run stops when more than this share of the rows cannot be used."""
     rejects: Path | None = None
@@ -64,8 +77,10 @@ class DataConfig:
             raise ConfigError("data.train is empty; name at least one file of rows (--data.train ROWS.jsonl)")
         if self.weights and len(self.weights) != len(self.train):
             raise ConfigError(f"data.weights has {len(self.weights)} numbers, but data.train {len(self.train)} files")
-        if any(weight <= 0 for weight in self.weights):
-            raise ConfigError(f"data.weights must be over 0, got {self.weights}; leave out what is not to be drawn")
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ConfigError(
+                f"data.weights must be finite and over 0, got {self.weights}; leave out what is not to be drawn"
+            )
         if self.streams < 1 or self.rows % self.streams:
             raise ConfigError(f"data.rows is {self.rows}, which data.streams, {self.streams}, must divide")
         if self.streams % process_count:
@@ -73,14 +88,13 @@ class DataConfig:
                 f"data.streams is {self.streams}, but must be a multiple of the {process_count} processes; "
                 f"data.streams={self.rows} gives every row of the batch a stream of its own"
             )
-        for name, least in {"rows": 1, "tokens": 2, "spans": 1, "audio_blocks": 0, "canvases": 0, "windows": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
-        if self.lookahead < 1 or self.workers < 0 or not 0 <= self.max_reject_share < 1 or not 0 <= self.seed < 2**32:
-            raise ConfigError(
-                "data.lookahead must be at least 1, workers at least 0, max_reject_share from 0 to below 1 and seed "
-                f"from 0 to below 2**32; got {self.lookahead}, {self.workers}, {self.max_reject_share}, {self.seed}"
-            )
+        for name, minimum in _MINIMA.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"data.{name} must be at least {minimum}, got {getattr(self, name)}")
+        if not 0 <= self.max_reject_share < 1:
+            raise ConfigError(f"data.max_reject_share must be from 0 to below 1, got {self.max_reject_share}")
+        if not 0 <= self.seed <= SEED_MAX:
+            raise ConfigError(f"data.seed must be from 0 to {SEED_MAX}, got {self.seed}")
 
     @property
     def pixels(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ It runs in worker processes; everything large in an example is an array, which g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,19 +13,19 @@ from flax import struct
 from jaxtyping import Float, Int
 
 from omni_jax import mrope
-from omni_jax.batch import AudioBlocks, Spans, VisionFrames
+from omni_jax.batch import NO_FEATURE, AudioBlocks, Spans, VisionFrames
 from omni_jax.config import OmniConfig
 from omni_jax.data.rows import Document, VideoSound, read_row
 from omni_jax.data.sources import Row
 from omni_jax.errors import InputError
-from omni_jax.processing.collate import collate_media, media_index_of
+from omni_jax.processing.collate import CollatedMedia, collate_media, media_index_of
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.processor import Processor
 
 
 @struct.dataclass
 class Example:
-    """What is learnt from one row: T tokens, and the media they take features from.
+    """What one row is trained on: T tokens, and the media they take features from.
 
     A block of sound or a frame is a unit. Units are counted block by block, then frame by frame in the order of
     ``vision``; only the first ``windows`` of a frame hold anything.
@@ -33,8 +33,8 @@ class Example:
 
     tokens: Int[np.ndarray, " T"]
     weights: Float[np.ndarray, " T"]  # of the loss of predicting this token
-    unit: Int[np.ndarray, " T"]  # that the token takes its feature from; -1: none
-    feature: Int[np.ndarray, " T"]  # of the unit's features, which
+    unit: Int[np.ndarray, " T"]  # that the token takes its feature from, or NO_FEATURE
+    feature: Int[np.ndarray, " T"]  # which of the unit's features
     spans: Spans  # of one row, its position ids counted from its first token
     audio: AudioBlocks | None
     vision: tuple[VisionFrames, ...]
@@ -42,8 +42,18 @@ class Example:
     name: str = struct.field(pytree_node=False)  # of the row
 
     @property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         return 0 if self.audio is None else len(self.audio.length)
+
+    @property
+    def num_spans(self) -> int:
+        return self.spans.begin.shape[1]
+
+    def frames(self) -> Iterator[VisionFrames]:
+        """Each frame by itself, its arrays without the leading axis."""
+        for group in self.vision:
+            for f in range(len(group.patches)):
+                yield VisionFrames(group.patches[f], group.row[f], group.column[f], group.valid[f])
 
 
 @dataclass(frozen=True)
@@ -58,17 +68,13 @@ class Reject:
 def make_example(prompt: Prompt, weights: Float[np.ndarray, " T"], name: str, config: OmniConfig) -> Example:
     """Cuts a prompt's media into units and says which of them each token takes its feature from."""
     c = config.thinker_config
-    audio, vision, features = collate_media([prompt], config, blocks=lambda n: n, frames=lambda windows, n: n)
-    index = media_index_of(prompt, [features[0, i] for i in range(len(prompt.media))])
-    # how many features each unit has, with those that stand empty
-    sizes = [c.audio_config.block_tokens] * (0 if audio is None else len(audio.length))
-    for group in vision:
-        frames, windows = group.patches.shape[:2]
-        sizes += [windows * c.vision_config.window_cells**2] * frames
-    begins = np.cumsum([0, *sizes])
-    unit = np.where(index < 0, -1, np.searchsorted(begins, index, side="right") - 1)
-    feature = np.where(index < 0, 0, index - begins[unit])
-    counts = [group.valid.any(-1).sum(-1) for group in vision]
+    media = collate_media([prompt], config, blocks=_exact_blocks, frames=_exact_frames)
+    index = media_index_of(prompt, [media.features[0, i] for i in range(len(prompt.media))])  # [T]
+    has_feature = index != NO_FEATURE
+    unit_starts = np.cumsum([0, *_features_per_unit(media, config)])
+    unit = np.where(has_feature, np.searchsorted(unit_starts, index, side="right") - 1, NO_FEATURE)
+    feature = np.where(has_feature, index - unit_starts[unit], 0)
+    windows_per_frame = [group.valid.any(-1).sum(-1) for group in media.vision]
     spans = mrope.resolve(prompt.segments, c)
     return Example(
         tokens=prompt.tokens,
@@ -76,11 +82,31 @@ def make_example(prompt: Prompt, weights: Float[np.ndarray, " T"], name: str, co
         unit=unit.astype(np.int32),
         feature=feature.astype(np.int32),
         spans=mrope.stack([spans], len(prompt), width=len(spans)),
-        audio=audio,
-        vision=vision,
-        windows=np.concatenate([np.zeros(0, np.int64), *counts]),
+        audio=media.audio,
+        vision=media.vision,
+        windows=np.concatenate([np.zeros(0, np.int64), *windows_per_frame]),
         name=name,
     )
+
+
+def _exact_blocks(num_blocks: int) -> int:
+    return num_blocks
+
+
+def _exact_frames(num_windows: int, num_frames: int) -> int:
+    return num_frames
+
+
+def _features_per_unit(media: CollatedMedia, config: OmniConfig) -> list[int]:
+    """How many features each unit has, with those of padding."""
+    c = config.thinker_config
+    sizes = []
+    if media.audio is not None:
+        sizes += [c.audio_config.block_tokens] * len(media.audio.length)
+    for group in media.vision:
+        num_frames, num_windows = group.patches.shape[:2]
+        sizes += [num_windows * c.vision_config.window_cells**2] * num_frames
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -98,20 +124,22 @@ class Prepare:
             return self.example(row)
         except InputError as e:
             return Reject(row.file, row.number, str(e))
-        except Exception as e:  # a file may be broken in ways that no decoder foresees; the share of rejects is bounded
+        except Exception as e:
+            # A file may be broken in ways that no decoder foresees; the share of rejects is bounded.
             return Reject(row.file, row.number, f"{type(e).__name__}: {e}")
 
     def example(self, row: Row) -> Example:
-        """Raises InputError if nothing can be learnt from the row."""
+        """Raises InputError if the row has no target, or is not what it should be."""
         content = read_row(row, self.use_audio_in_video)
         if isinstance(content, Document):
             prompt = self.processor.document(content.text, max_length=self.max_length)
             weights = np.ones(len(prompt), np.float32)
         else:
             prompt, replies = self.processor.dialogue(content.messages, max_length=self.max_length)
-            weights = np.array([*content.weights, 0.0], np.float32)[replies]  # -1 is the last
+            # a token that belongs to no reply has the number -1, and so the last weight, 0
+            weights = np.array([*content.weights, 0.0], np.float32)[replies]
         if not weights[1:].any():
-            raise InputError("there is nothing to learn in it: it has no words of the assistant")
+            raise InputError("it has no target tokens: no text of the assistant with a loss")
         example = make_example(prompt, weights, row.name, self.processor.config)
         self.check(example)
         return example

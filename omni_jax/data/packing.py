@@ -1,21 +1,33 @@
 """Examples into batches of fixed shapes: rows of text, blocks of sound and canvases of windows, each with its budget.
 
-Nothing is cut and nothing leaks: an example's tokens see each other alone (segment ids), its position ids start at 0,
-and its frames see themselves alone on a canvas. So it has the loss and the gradient that it has alone.
+Nothing is truncated and nothing leaks: an example's tokens attend to each other alone (segment ids), its position ids
+start at 0, and the patches of a frame attend to those of their own frame alone. So an example has the loss and the
+gradient that it has alone.
+
+Letters as in ``omni_jax.batch``: B rows, S text positions, N spans, A audio blocks, F canvases, W windows of a canvas,
+P patches of a window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from omni_jax.batch import PADDING, AudioBlocks, OmniBatch, Spans, TrainBatch, VisionFrames
+from omni_jax.batch import NO_FEATURE, PADDING, AudioBlocks, OmniBatch, Spans, TrainBatch, VisionFrames
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.examples import Example
 from omni_jax.errors import InputError
+
+
+class CanvasPlace(NamedTuple):
+    """Where a frame lies."""
+
+    canvas: int
+    window: int  # the first of its own
 
 
 @dataclass(frozen=True)
@@ -31,68 +43,88 @@ class Budget:
 
     @classmethod
     def of(cls, config: DataConfig) -> Budget:
-        """The share of one stream."""
+        """The budget of one stream."""
         rows = config.rows // config.streams
-        media = rows * config.audio_blocks, rows * config.canvases
-        return cls(rows, config.tokens, config.spans, *media, config.windows)
+        return cls(
+            rows=rows,
+            tokens=config.tokens,
+            spans=config.spans,
+            blocks=rows * config.audio_blocks,
+            canvases=rows * config.canvases,
+            windows=config.windows,
+        )
 
     def check(self, example: Example) -> None:
         """Raises InputError if the example would not even fit alone, saying which budget is too small."""
-        spans, frames = example.spans.begin.shape[1], len(example.windows)
-        for needed, limit, what in (
-            (len(example.tokens), self.tokens, "tokens, over the {} of a row (data.tokens)"),
-            (spans, self.spans, "runs of position ids, over the {} of a row (data.spans)"),
-            (example.blocks, self.blocks, "blocks of two seconds of sound, over the {} of a step (data.audio_blocks)"),
-            (max(example.windows, default=0), self.windows, "windows in a frame, over the {} of a canvas "
-             "(data.windows); make pictures smaller with data.max_pixels, videos with data.video_max_pixels"),
-        ):  # fmt: skip
-            if needed > limit:
-                raise InputError(f"it takes {needed} {what.format(limit)}")
-        if _place_frames(example.windows, [self.windows] * self.canvases) is None:
+        widest_frame = max(example.windows, default=0)
+        _check_budget(len(example.tokens), self.tokens, "tokens", "of a row (data.tokens)")
+        _check_budget(example.num_spans, self.spans, "spans of position ids", "of a row (data.spans)")
+        _check_budget(
+            example.num_blocks, self.blocks, "blocks of two seconds of sound", "of a step (data.audio_blocks)"
+        )
+        _check_budget(
+            widest_frame,
+            self.windows,
+            "windows in a frame",
+            "of a canvas (data.windows); make pictures smaller with data.max_pixels, videos with data.video_max_pixels",
+        )
+        if _place_frames(example.windows, [0] * self.canvases, self.windows) is None:
             raise InputError(
-                f"it takes {frames} frames of up to {max(example.windows)} windows, more than fit on {self.canvases} "
-                f"canvases of {self.windows} (data.canvases, data.windows); see data.fps and data.video_max_pixels too"
+                f"it takes {len(example.windows)} frames of up to {widest_frame} windows, more than fit on "
+                f"{self.canvases} canvases of {self.windows} (data.canvases, data.windows); see data.fps and "
+                "data.video_max_pixels too"
             )
 
 
-def _place_frames(windows: Sequence[int] | np.ndarray, room: list[int]) -> list[tuple[int, int]] | None:
-    """The first canvas with room for each frame, and the room it had; None if one finds none.
+def _check_budget(needed: int, limit: int, what: str, where: str) -> None:
+    if needed > limit:
+        raise InputError(f"it takes {needed} {what}, over the {limit} {where}")
 
-    ``room`` is changed to what is left.
+
+def _place_frames(windows: Sequence[int] | np.ndarray, used: list[int], capacity: int) -> list[CanvasPlace] | None:
+    """The first canvas with enough free windows for each frame; None if a frame finds none.
+
+    Args:
+      windows: of each frame.
+      used: windows of each canvas that are taken; those of the frames are added.
+      capacity: windows of a canvas.
     """
     places = []
     for needed in windows:
-        canvas = next((i for i, left in enumerate(room) if left >= needed), None)
+        canvas = next((i for i, taken in enumerate(used) if taken + needed <= capacity), None)
         if canvas is None:
             return None
-        places.append((canvas, room[canvas]))
-        room[canvas] -= int(needed)
+        places.append(CanvasPlace(canvas, used[canvas]))
+        used[canvas] += int(needed)
     return places
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedExample:
     """An example, and where it stands in its stream's part of a batch."""
 
     example: Example
     row: int
     begin: int  # position in the row
-    span: int  # in the row's table
+    span: int  # first of its own in the row's table
     segment: int  # id
     block: int  # first of its own
-    canvases: Sequence[tuple[int, int]]  # of each frame: the canvas, and its first window there
+    frames: Sequence[CanvasPlace]
 
 
 class Part:
     """A stream's part of a batch in the making."""
 
     def __init__(self, budget: Budget) -> None:
-        self.placed: list[Placed] = []
+        self.placed: list[PlacedExample] = []
         self._budget = budget
-        self._tokens, self._spans = [0] * budget.rows, [0] * budget.rows  # used in each row
+        # used so far, in each row
+        self._tokens = [0] * budget.rows
+        self._spans = [0] * budget.rows
         self._segments = [0] * budget.rows
+        # used so far, in all rows together
         self._blocks = 0
-        self._room = [budget.windows] * budget.canvases
+        self._windows = [0] * budget.canvases
 
     @property
     def full(self) -> bool:
@@ -100,27 +132,36 @@ class Part:
 
     def place(self, example: Example) -> bool:
         """Puts an example into the fullest row that it fits in; False if it fits in none, or its media do not."""
-        budget, length, spans = self._budget, len(example.tokens), example.spans.begin.shape[1]
-        fitting = [
-            i
-            for i in range(budget.rows)
-            if self._tokens[i] + length <= budget.tokens and self._spans[i] + spans <= budget.spans
-        ]
-        room = self._room.copy()
-        canvases = _place_frames(example.windows, room)
-        if not fitting or canvases is None or self._blocks + example.blocks > budget.blocks:
+        windows = self._windows.copy()
+        frames = _place_frames(example.windows, windows, self._budget.windows)
+        row = self._find_row(example)
+        if row is None or frames is None or self._blocks + example.num_blocks > self._budget.blocks:
             return False
-        row = max(fitting, key=lambda i: self._tokens[i])
         self._segments[row] += 1
-        first = [(canvas, budget.windows - left) for canvas, left in canvases]
         self.placed.append(
-            Placed(example, row, self._tokens[row], self._spans[row], self._segments[row], self._blocks, first)
+            PlacedExample(
+                example,
+                row=row,
+                begin=self._tokens[row],
+                span=self._spans[row],
+                segment=self._segments[row],
+                block=self._blocks,
+                frames=frames,
+            )
         )
-        self._tokens[row] += length
-        self._spans[row] += spans
-        self._blocks += example.blocks
-        self._room = room
+        self._tokens[row] += len(example.tokens)
+        self._spans[row] += example.num_spans
+        self._blocks += example.num_blocks
+        self._windows = windows
         return True
+
+    def _find_row(self, example: Example) -> int | None:
+        fitting = []
+        for row, (tokens, spans) in enumerate(zip(self._tokens, self._spans, strict=True)):
+            fits_tokens = tokens + len(example.tokens) <= self._budget.tokens
+            if fits_tokens and spans + example.num_spans <= self._budget.spans:
+                fitting.append(row)
+        return max(fitting, key=lambda row: self._tokens[row], default=None)
 
 
 def assemble(parts: Sequence[Part], budget: Budget, config: OmniConfig, *, first: int, streams: int) -> TrainBatch:
@@ -134,126 +175,167 @@ def assemble(parts: Sequence[Part], budget: Budget, config: OmniConfig, *, first
       streams: of all processes; their batches make up the batch of a step, one after the other on the leading axis,
         and ``media_index`` counts the features of all of them.
     """
-    audio, vision = config.thinker_config.audio_config, config.thinker_config.vision_config
-    per_canvas = budget.windows * vision.window_cells**2
-    sound_of_all = streams * budget.blocks * audio.block_tokens
-    shape = (len(parts) * budget.rows, budget.tokens)
-    text = _Text.empty(shape, budget.spans, config.thinker_config.pad_token_id)
-    blocks = _empty_blocks(len(parts) * budget.blocks, config)
-    canvases = _empty_canvases((len(parts) * budget.canvases, budget.windows), config)
-    frames_on = np.zeros(len(parts) * budget.canvases, np.int32)
+    num_parts = len(parts)
+    text = _TextArrays.create((num_parts * budget.rows, budget.tokens), budget.spans, config)
+    blocks = _empty_blocks(num_parts * budget.blocks, config)
+    canvases = _Canvases.create((num_parts * budget.canvases, budget.windows), config)
+    features = _FeatureCounter(budget, config, streams)
     for i, part in enumerate(parts):
+        stream = first + i
         for placed in part.placed:
-            own = placed.block + i * budget.blocks
-            _copy_blocks(blocks, placed.example, own)
-            on = [(canvas + i * budget.canvases, window) for canvas, window in placed.canvases]
-            _copy_frames(canvases, frames_on, placed.example, on)
-            begins = [(own + first * budget.blocks + k) * audio.block_tokens for k in range(placed.example.blocks)]
-            begins += [
-                sound_of_all + (canvas + first * budget.canvases) * per_canvas + window * vision.window_cells**2
-                for canvas, window in on
-            ]
-            text.write(placed, placed.row + i * budget.rows, np.array([*begins, 0]))
-    return text.batch(blocks if budget.blocks else None, (canvases,) if budget.canvases else ())
+            _copy_blocks(blocks, placed.example, i * budget.blocks + placed.block)
+            canvases.write(placed, i * budget.canvases)
+            text.write(placed, i * budget.rows + placed.row, features.unit_starts(placed, stream))
+    audio = blocks if budget.blocks else None
+    vision = (canvases.frames,) if budget.canvases else ()
+    inputs = OmniBatch(text.tokens, text.segment_ids, text.media_index, text.spans, audio, vision)
+    return TrainBatch(inputs, text.targets, text.weights)
 
 
 @dataclass(frozen=True)
-class _Text:
+class _FeatureCounter:
+    """Counts the features of the batch of a step: first of the blocks of all streams, then of all their canvases."""
+
+    budget: Budget
+    config: OmniConfig
+    streams: int
+
+    def unit_starts(self, placed: PlacedExample, stream: int) -> np.ndarray:
+        """Index of the first feature of each unit of an example: of its blocks, then of its frames. [units]"""
+        c = self.config.thinker_config
+        per_block = c.audio_config.block_tokens
+        per_window = c.vision_config.window_cells**2
+        blocks = np.arange(placed.example.num_blocks) + stream * self.budget.blocks + placed.block
+        windows = np.zeros(len(placed.frames), np.int64)
+        for i, place in enumerate(placed.frames):
+            canvas = stream * self.budget.canvases + place.canvas
+            windows[i] = canvas * self.budget.windows + place.window
+        num_audio_features = self.streams * self.budget.blocks * per_block
+        return np.concatenate([blocks * per_block, num_audio_features + windows * per_window])
+
+
+@dataclass(frozen=True)
+class _TextArrays:
     """The rows of text of a batch in the making."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray  # [B, S], as all but ``spans``
     segment_ids: np.ndarray
     media_index: np.ndarray
-    spans: Spans
     targets: np.ndarray
     weights: np.ndarray
+    spans: Spans  # [B, N]
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], spans: int, pad: int) -> _Text:
-        rows, length = shape
-        table = (rows, spans)
-        zeros = [np.zeros(table, np.int32) for _ in range(4)]
+    def create(cls, shape: tuple[int, int], num_spans: int, config: OmniConfig) -> _TextArrays:
+        """Padding alone."""
+        num_rows, length = shape
+        table = (num_rows, num_spans)
+        pad_token = config.thinker_config.pad_token_id
+        spans = Spans(
+            begin=np.full(table, length, np.int32),
+            start=np.zeros(table, np.int32),
+            height=np.zeros(table, np.int32),
+            width=np.zeros(table, np.int32),
+            skip=np.zeros(table, np.int32),
+            seconds=np.zeros(table, np.float32),
+        )
         return cls(
-            tokens=np.full(shape, pad, np.int32),
+            tokens=np.full(shape, pad_token, np.int32),
             segment_ids=np.full(shape, PADDING, np.int32),
-            media_index=np.full(shape, -1, np.int32),
-            spans=Spans(np.full(table, length, np.int32), *zeros, seconds=np.zeros(table, np.float32)),
-            targets=np.full(shape, pad, np.int32),
+            media_index=np.full(shape, NO_FEATURE, np.int32),
+            targets=np.full(shape, pad_token, np.int32),
             weights=np.zeros(shape, np.float32),
+            spans=spans,
         )
 
-    def write(self, placed: Placed, row: int, begins: np.ndarray) -> None:
-        """Writes an example; ``begins`` says where the features of each of its units begin."""
+    def write(self, placed: PlacedExample, row: int, unit_starts: np.ndarray) -> None:
+        """Writes an example; ``unit_starts`` is the index of the first feature of each of its units."""
         example = placed.example
         end = placed.begin + len(example.tokens)
-        own, before = (row, slice(placed.begin, end)), (row, slice(placed.begin, end - 1))
+        own = (row, slice(placed.begin, end))
         self.tokens[own] = example.tokens
         self.segment_ids[own] = placed.segment
-        self.media_index[own] = np.where(example.unit < 0, -1, begins[example.unit] + example.feature)
-        self.targets[before], self.weights[before] = example.tokens[1:], example.weights[1:]
-        runs = (row, slice(placed.span, placed.span + example.spans.begin.shape[1]))
+        has_feature = example.unit != NO_FEATURE
+        self.media_index[own][has_feature] = unit_starts[example.unit[has_feature]] + example.feature[has_feature]
+        # a position predicts the token after it; the last token of an example predicts nothing
+        predicting = (row, slice(placed.begin, end - 1))
+        self.targets[predicting] = example.tokens[1:]
+        self.weights[predicting] = example.weights[1:]
+        table = (row, slice(placed.span, placed.span + example.num_spans))
         for name in ("start", "height", "width", "skip", "seconds"):
-            getattr(self.spans, name)[runs] = getattr(example.spans, name)[0]
-        np.asarray(self.spans.begin)[runs] = example.spans.begin[0] + placed.begin
-
-    def batch(self, audio: AudioBlocks | None, vision: tuple[VisionFrames, ...]) -> TrainBatch:
-        inputs = OmniBatch(self.tokens, self.segment_ids, self.media_index, self.spans, audio, vision)
-        return TrainBatch(inputs, self.targets, self.weights)
+            getattr(self.spans, name)[table] = getattr(example.spans, name)[0]
+        np.asarray(self.spans.begin)[table] = example.spans.begin[0] + placed.begin
 
 
-def _empty_blocks(count: int, config: OmniConfig) -> AudioBlocks:
+def _empty_blocks(num_blocks: int, config: OmniConfig) -> AudioBlocks:
     sizes = config.thinker_config.audio_config
-    mel = np.zeros((count, sizes.block_frames, sizes.num_mel_bins), np.float32)
-    return AudioBlocks(mel, np.zeros(count, np.int32))
-
-
-def _empty_canvases(shape: tuple[int, int], config: OmniConfig) -> VisionFrames:
-    sizes = config.thinker_config.vision_config
-    flat = (*shape, (sizes.window_cells * sizes.spatial_merge_size) ** 2)
-    row, column, valid = (np.zeros(flat, np.int32) for _ in range(3))
-    return VisionFrames(np.zeros((*flat, sizes.patch_dim), np.float32), row, column, valid)
+    mel = np.zeros((num_blocks, sizes.block_frames, sizes.num_mel_bins), np.float32)
+    return AudioBlocks(mel, np.zeros(num_blocks, np.int32))
 
 
 def _copy_blocks(blocks: AudioBlocks, example: Example, begin: int) -> None:
-    if example.audio is not None:
-        own = slice(begin, begin + example.blocks)
-        np.asarray(blocks.mel)[own], np.asarray(blocks.length)[own] = example.audio.mel, example.audio.length
+    if example.audio is None:
+        return
+    own = slice(begin, begin + example.num_blocks)
+    np.asarray(blocks.mel)[own] = example.audio.mel
+    np.asarray(blocks.length)[own] = example.audio.length
 
 
-def _copy_frames(
-    canvases: VisionFrames, frames_on: np.ndarray, example: Example, places: Sequence[tuple[int, int]]
-) -> None:
-    """Copies each frame to its canvas and its first window there, numbering the frames of a canvas from 1."""
-    frames = ((group, f) for group in example.vision for f in range(len(group.patches)))
-    for (group, f), (canvas, window), count in zip(frames, places, example.windows, strict=True):
-        frames_on[canvas] += 1
-        own = (canvas, slice(window, window + count))
-        for name in ("patches", "row", "column"):
-            getattr(canvases, name)[own] = getattr(group, name)[f, :count]
-        np.asarray(canvases.valid)[own] = group.valid[f, :count] * frames_on[canvas]
+@dataclass(frozen=True)
+class _Canvases:
+    """The canvases of a batch in the making."""
+
+    frames: VisionFrames
+    num_frames: np.ndarray  # on each canvas so far
+
+    @classmethod
+    def create(cls, shape: tuple[int, int], config: OmniConfig) -> _Canvases:
+        """Canvases of ``shape`` (canvases, windows) without frames."""
+        sizes = config.thinker_config.vision_config
+        flat = (*shape, (sizes.window_cells * sizes.spatial_merge_size) ** 2)  # [F, W, P]
+        frames = VisionFrames(
+            patches=np.zeros((*flat, sizes.patch_dim), np.float32),
+            row=np.zeros(flat, np.int32),
+            column=np.zeros(flat, np.int32),
+            valid=np.zeros(flat, np.int32),
+        )
+        return cls(frames, np.zeros(shape[0], np.int32))
+
+    def write(self, placed: PlacedExample, first_canvas: int) -> None:
+        """Copies each frame to its place, numbering the frames of a canvas from 1."""
+        sources = placed.example.frames()
+        for source, place, num_windows in zip(sources, placed.frames, placed.example.windows, strict=True):
+            canvas = first_canvas + place.canvas
+            self.num_frames[canvas] += 1
+            own = (canvas, slice(place.window, place.window + num_windows))
+            for name in ("patches", "row", "column"):
+                getattr(self.frames, name)[own] = getattr(source, name)[:num_windows]
+            np.asarray(self.frames.valid)[own] = source.valid[:num_windows] * self.num_frames[canvas]
 
 
 @dataclass(frozen=True)
 class Fill:
-    """How much of a batch is real: how many examples, and shares from 0 to 1."""
+    """How much of a batch is real: how many examples, and of everything else a share from 0 to 1."""
 
     examples: int
     tokens: float
-    learnt: float  # positions with a loss
+    target_tokens: float  # positions with a loss
     audio_blocks: float
     windows: float
     patches: float
 
 
 def fill(batch: TrainBatch) -> Fill:
-    """Counts what a batch of numpy arrays holds."""
-    segments, audio, vision = np.asarray(batch.inputs.segment_ids), batch.inputs.audio, batch.inputs.vision
-    valid = np.asarray(vision[0].valid) > 0 if vision else np.zeros((1, 1, 1), bool)
+    """Measures a batch of numpy arrays."""
+    segment_ids = np.asarray(batch.inputs.segment_ids)
+    audio = batch.inputs.audio
+    vision = batch.inputs.vision
+    has_patch = np.asarray(vision[0].valid) > 0 if vision else np.zeros((1, 1, 1), bool)  # [F, W, P]
     return Fill(
-        examples=int(segments.max(axis=1).sum()),
-        tokens=float((segments != PADDING).mean()),
-        learnt=float((np.asarray(batch.weights) > 0).mean()),
+        examples=int(segment_ids.max(axis=1).sum()),
+        tokens=float((segment_ids != PADDING).mean()),
+        target_tokens=float((np.asarray(batch.weights) > 0).mean()),
         audio_blocks=0.0 if audio is None else float((np.asarray(audio.length) > 0).mean()),
-        windows=float(valid.any(-1).mean()),
-        patches=float(valid.mean()),
+        windows=float(has_patch.any(-1).mean()),
+        patches=float(has_patch.mean()),
     )

@@ -1,4 +1,4 @@
-"""Rows to batches without end: mixed, shuffled, dealt out to processes, decoded by workers, packed.
+"""Rows to batches without end: mixed, shuffled, divided among processes, decoded by workers, packed.
 
 Everything follows from the configuration and a number: which row comes as the n-th of a stream is a pure function, and
 so is what a row becomes. A state is therefore small: of each stream the number of the next row, and those of the few
@@ -12,7 +12,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import grain
 import numpy as np
@@ -28,18 +28,21 @@ from omni_jax.data.sources import Files, open_rows
 from omni_jax.errors import ConfigError, InputError
 from omni_jax.processing.processor import Processor
 
-AHEAD = 2  # batches that are ready before they are asked for
-_THREADS = 2  # that decode where there are no workers
-_EXAMPLES_AHEAD = 4  # of each worker, or of the threads together
-_FEWEST_ROWS = 100  # that the share of rejects is a share of; one bad row among the first few is no reason to stop
-_REASONS = 5  # that the error names
+PREFETCHED_BATCHES = 2
+_DECODING_THREADS = 2  # where there are no workers
+_PREFETCHED_EXAMPLES = 4  # of each worker, or of the threads together
+# The share of rejects is taken of at least so many rows: one bad row among the first few is no reason to stop.
+_MIN_ROWS_FOR_SHARE = 100
+_MAX_REASONS = 5  # that the error names
+
+State: TypeAlias = dict[str, Any]  # of JSON's types
 
 
 def batches(config: DataConfig, processor: Processor, *, process_index: int = 0, process_count: int = 1) -> Batches:
     """The batches of a process.
 
     Args:
-      config: what to learn from, and the budgets.
+      config: which rows, and the budgets.
       processor: reads the rows; load it with ``allow_urls=True`` for media in buckets or on the web.
       process_index: of this process, from 0.
       process_count: how many processes make up a batch.
@@ -52,15 +55,15 @@ def batches(config: DataConfig, processor: Processor, *, process_index: int = 0,
     sources = [open_rows(path) for path in config.train]
     budget = Budget.of(config)
     prepare = Prepare(processor.with_pixels(**config.pixels), config.tokens, budget.check, config.use_audio_in_video)
-    rejects = RejectsFile(_of_process(config.rejects, process_index, process_count))
+    rejects = RejectsFile(_rejects_path(config.rejects, process_index, process_count))
     rows = mixture(sources, config.weights, config.seed)
-    each = config.streams // process_count
-    first = process_index * each
-    streams = [
-        _Stream(rows.slice(slice(i, None, config.streams)).map(prepare), budget, config, rejects)
-        for i in range(first, first + each)
-    ]
-    return Batches(_Packing(streams, first, config, processor.config, _identity(config, sources)))
+    streams_per_process = config.streams // process_count
+    first = process_index * streams_per_process
+    streams = []
+    for i in range(first, first + streams_per_process):
+        examples = rows.slice(slice(i, None, config.streams)).map(prepare)
+        streams.append(_Stream(examples, budget, config, rejects))
+    return Batches(_PackedBatches(streams, first, config, processor.config, _identity(config, sources)))
 
 
 def mixture(sources: Sequence[Files], weights: Sequence[float], seed: int) -> grain.MapDataset:
@@ -75,136 +78,180 @@ def mixture(sources: Sequence[Files], weights: Sequence[float], seed: int) -> gr
     if not weights:
         return grain.MapDataset.source(Files(sources)).shuffle(seed=seed).repeat()
     seeds = np.random.SeedSequence(seed).generate_state(len(sources))
-    shuffled = [
-        grain.MapDataset.source(rows).shuffle(seed=int(s)).repeat() for rows, s in zip(sources, seeds, strict=True)
-    ]
+    shuffled = []
+    for rows, own_seed in zip(sources, seeds, strict=True):
+        shuffled.append(grain.MapDataset.source(rows).shuffle(seed=int(own_seed)).repeat())
     return grain.MapDataset.mix(shuffled, weights)
 
 
-def _of_process(path: Path | None, index: int, count: int) -> Path | None:
+def _rejects_path(path: Path | None, index: int, count: int) -> Path | None:
     """Each process writes a file of its own."""
-    return path if path is None or count == 1 else path.with_stem(f"{path.stem}-{index}")
+    if path is None or count == 1:
+        return path
+    return path.with_stem(f"{path.stem}-{index}")
 
 
 def _identity(config: DataConfig, sources: Sequence[Files]) -> dict[str, Any]:
     """What must not change when a run goes on, or its batches would be others. Files may have moved."""
-    free = {"train", "workers", "rejects", "max_reject_share"}
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-    return {**fields, "weights": list(config.weights), "rows of data.train": [len(rows) for rows in sources]}
+    identity: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        if name not in ("train", "workers", "rejects", "max_reject_share"):
+            identity[name] = value
+    identity["weights"] = list(config.weights)
+    identity["rows of data.train"] = [len(rows) for rows in sources]
+    return identity
+
+
+class _WaitingExample(NamedTuple):
+    number: int  # of its row in the stream
+    example: Example
 
 
 class _Stream:
-    """Packs its share of the rows. The state is that between two parts."""
+    """Packs the examples of a stream. The state is that between two parts."""
 
-    def __init__(self, rows: grain.MapDataset, budget: Budget, config: DataConfig, rejects: RejectsFile) -> None:
-        self._rows, self._budget, self._config, self._rejects = rows, budget, config, rejects
+    def __init__(self, examples: grain.MapDataset, budget: Budget, config: DataConfig, rejects: RejectsFile) -> None:
+        self._examples = examples
+        self._budget = budget
+        self._config = config
+        self._rejects = rejects
         self._next = 0
-        self._waiting: list[tuple[int, Example]] = []  # with their numbers
-        self._rejected = 0
+        self._waiting: list[_WaitingExample] = []
+        self._num_rejected = 0
         self._reasons: list[str] = []  # of the last rejects
-        self._elements: Iterator[Example | Reject] | None = None
+        self._iterator: Iterator[Example | Reject] | None = None
 
-    def part(self) -> Part:
+    def fill_part(self) -> Part:
         """Fills the next part: first with those that wait, the oldest first, then with what comes.
 
         Raises:
           InputError: if too many rows cannot be used.
         """
-        part, waiting = Part(self._budget), []
-        for number, example in self._waiting:
-            if not part.place(example):
-                waiting.append((number, example))
+        part = Part(self._budget)
+        waiting = []
+        for waiter in self._waiting:
+            if not part.place(waiter.example):
+                waiting.append(waiter)
         while len(waiting) < self._config.lookahead and not part.full:
-            number, element = self._read()
+            number = self._next
+            element = self._read()
             if isinstance(element, Reject):
                 self._reject(element)
             elif not part.place(element):
-                waiting.append((number, element))
+                waiting.append(_WaitingExample(number, element))
         self._waiting = waiting
         return part
 
-    def get_state(self) -> dict[str, Any]:
-        waiting = [number for number, _ in self._waiting]
-        return {"next": self._next, "waiting": waiting, "rejected": self._rejected, "reasons": list(self._reasons)}
+    def get_state(self) -> State:
+        return {
+            "next": self._next,
+            "waiting": [number for number, _ in self._waiting],
+            "rejected": self._num_rejected,
+            "reasons": list(self._reasons),
+        }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         self.close()
-        self._next, self._rejected, self._reasons = state["next"], state["rejected"], list(state["reasons"])
-        self._waiting = [(number, self._rows[number]) for number in state["waiting"]]
-        lost = [element for _, element in self._waiting if isinstance(element, Reject)]
-        if lost:
-            raise InputError(f"a row that could be used before cannot be used now: {_line(lost[0])}")
+        self._next = state["next"]
+        self._num_rejected = state["rejected"]
+        self._reasons = list(state["reasons"])
+        self._waiting = []
+        for number in state["waiting"]:
+            element = self._examples[number]
+            if isinstance(element, Reject):
+                raise InputError(f"a row that could be used before cannot be used now: {_describe_reject(element)}")
+            self._waiting.append(_WaitingExample(number, element))
 
     def close(self) -> None:
         """Stops the workers; they start again when they are needed."""
-        if isinstance(self._elements, grain.DatasetIterator):
-            self._elements.close()
-        self._elements = None
+        if isinstance(self._iterator, grain.DatasetIterator):
+            self._iterator.close()
+        self._iterator = None
 
-    def _read(self) -> tuple[int, Example | Reject]:
-        self._elements = self._elements or self._start()
-        number, element = self._next, next(self._elements)
+    def _read(self) -> Example | Reject:
+        if self._iterator is None:
+            self._iterator = self._start()
+        element = next(self._iterator)
         self._next += 1
-        return number, element
+        return element
 
     def _start(self) -> Iterator[Example | Reject]:
         workers = self._config.workers
-        threads = grain.ReadOptions(
-            num_threads=0 if workers else _THREADS, prefetch_buffer_size=0 if workers else _EXAMPLES_AHEAD
-        )
-        rows = self._rows.slice(slice(self._next, None)).to_iter_dataset(threads)
-        if workers:
-            if not flags.FLAGS.is_parsed():  # grain 0.2.18 reads one, whoever started the program (google/grain #1355)
-                flags.FLAGS.mark_as_parsed()
-            rows = rows.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=_EXAMPLES_AHEAD))
-        return iter(rows)
+        rest = self._examples.slice(slice(self._next, None))
+        if not workers:
+            options = grain.ReadOptions(num_threads=_DECODING_THREADS, prefetch_buffer_size=_PREFETCHED_EXAMPLES)
+            return iter(rest.to_iter_dataset(options))
+        # grain 0.2.18 reads a flag of absl's, whoever started the program (google/grain #1355)
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        in_worker = rest.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_PREFETCHED_EXAMPLES)
+        return iter(in_worker.mp_prefetch(options))
 
     def _reject(self, reject: Reject) -> None:
         self._rejects.add(reject)
-        self._rejected += 1
-        self._reasons = [*self._reasons, _line(reject)][-_REASONS:]
+        self._num_rejected += 1
+        self._reasons = [*self._reasons, _describe_reject(reject)][-_MAX_REASONS:]
         limit = self._config.max_reject_share
-        if self._rejected <= limit * max(self._next, _FEWEST_ROWS):
+        if self._num_rejected <= limit * max(self._next, _MIN_ROWS_FOR_SHARE):
             return
         where = "" if self._config.rejects is None else f"; all are in {self._config.rejects}"
         raise InputError(
-            f"{self._rejected} of {self._next} rows cannot be used, over the share of {limit:g} that "
-            f"data.max_reject_share allows (of at least {_FEWEST_ROWS} rows). The last of them{where}:\n"
+            f"{self._num_rejected} of {self._next} rows cannot be used, over the share of {limit:g} that "
+            f"data.max_reject_share allows (of at least {_MIN_ROWS_FOR_SHARE} rows). The last of them{where}:\n"
             + "\n".join(self._reasons)
         )
 
 
-def _line(reject: Reject) -> str:
+def _describe_reject(reject: Reject) -> str:
     return f"{reject.file}:{reject.number}: {reject.reason}"
 
 
-class _Packing:
-    """The batches of a process and the names of the rows in them, made when they are asked for."""
+class _NamedBatch(NamedTuple):
+    batch: TrainBatch
+    rows: tuple[str, ...]  # names of the rows in it
+
+
+class _PackedBatches:
+    """The batches of a process, each made when it is asked for."""
 
     def __init__(
         self, streams: Sequence[_Stream], first: int, config: DataConfig, model: OmniConfig, identity: dict[str, Any]
     ) -> None:
-        self._streams, self._first, self._config, self._model = streams, first, config, model
+        self._streams = streams
+        self._first = first
+        self._config = config
+        self._model = model
         self._identity = identity
 
-    def __iter__(self) -> Iterator[tuple[TrainBatch, tuple[str, ...]]]:
+    def __iter__(self) -> Iterator[_NamedBatch]:
         return self
 
-    def __next__(self) -> tuple[TrainBatch, tuple[str, ...]]:
-        parts = [stream.part() for stream in self._streams]
-        budget, streams = Budget.of(self._config), self._config.streams
-        batch = assemble(parts, budget, self._model, first=self._first, streams=streams)
-        return batch, tuple(placed.example.name for part in parts for placed in part.placed)
+    def __next__(self) -> _NamedBatch:
+        parts = [stream.fill_part() for stream in self._streams]
+        budget = Budget.of(self._config)
+        batch = assemble(parts, budget, self._model, first=self._first, streams=self._config.streams)
+        names: list[str] = []
+        for part in parts:
+            names += [placed.example.name for placed in part.placed]
+        return _NamedBatch(batch, tuple(names))
 
-    def get_state(self) -> dict[str, Any]:
-        states = {str(self._first + i): stream.get_state() for i, stream in enumerate(self._streams)}
+    def get_state(self) -> State:
+        states = {}
+        for i, stream in enumerate(self._streams):
+            states[str(self._first + i)] = stream.get_state()
         return {"data": self._identity, "streams": states}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        changed = [key for key, value in self._identity.items() if state["data"].get(key) != value]
-        if changed:
-            was = ", ".join(f"{key} was {state['data'].get(key)!r} and is {self._identity[key]!r}" for key in changed)
-            raise ConfigError(f"the data cannot go on where the checkpoint left it: {was}; start a new run from it")
+        changes = []
+        for key, value in self._identity.items():
+            before = state["data"].get(key)
+            if before != value:
+                changes.append(f"{key} was {before!r} and is {value!r}")
+        if changes:
+            raise ConfigError(
+                f"the data cannot go on where the checkpoint left it: {', '.join(changes)}; start a new run from it"
+            )
         for i, stream in enumerate(self._streams):
             stream.set_state(state["streams"][str(self._first + i)])
 
@@ -223,9 +270,11 @@ class Batches(grain.DatasetIterator[TrainBatch]):
       rows: file and number of each row in the batch that came last.
     """
 
-    def __init__(self, packing: _Packing) -> None:
+    def __init__(self, packing: _PackedBatches) -> None:
         super().__init__()
-        self._running: list[grain.DatasetIterator] = [grain.experimental.ThreadPrefetchDatasetIterator(packing, AHEAD)]
+        self._running: list[grain.DatasetIterator] = [
+            grain.experimental.ThreadPrefetchDatasetIterator(packing, PREFETCHED_BATCHES)
+        ]
         # also at the end of the program, before the modules that it takes are gone
         self._stop = weakref.finalize(self, _stop, self._running, packing)
         self.rows: tuple[str, ...] = ()
@@ -235,8 +284,8 @@ class Batches(grain.DatasetIterator[TrainBatch]):
         batch, self.rows = next(self._running[0])
         return batch
 
-    def get_state(self) -> dict[str, Any]:
-        """What the next batch follows from, of JSON's types; a union of ``streams`` of all processes fits them all."""
+    def get_state(self) -> State:
+        """What the next batch follows from; the union of ``streams`` of all processes fits each of them."""
         return self._running[0].get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -257,6 +306,6 @@ class Batches(grain.DatasetIterator[TrainBatch]):
         self._stop()
 
 
-def _stop(running: list[grain.DatasetIterator], packing: _Packing) -> None:
+def _stop(running: list[grain.DatasetIterator], packing: _PackedBatches) -> None:
     running.pop().close()
     packing.close()

@@ -16,24 +16,28 @@ class RejectsFile:
         self._path = path
         self._known: set[tuple[str, int]] = set()
         if path is not None and path.exists():
-            self._read(path)
+            self._known = _read_known(path)
 
     def add(self, reject: Reject) -> None:
         """Writes a row's reason, unless it is there."""
-        if self._path is None or (reject.file, reject.number) in self._known:
+        row = (reject.file, reject.number)
+        if self._path is None or row in self._known:
             return
-        self._known.add((reject.file, reject.number))
+        self._known.add(row)
         line = json.dumps({"file": reject.file, "row": reject.number, "reason": reject.reason}, ensure_ascii=False)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
+        # a name of a file need not be UTF-8; what is not must not end the run
+        with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
-    def _read(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):  # a run was killed while it wrote
-            lines.pop()
-            path.write_text("".join(lines), encoding="utf-8")
-        try:
-            self._known = {(line["file"], line["row"]) for line in map(json.loads, lines)}
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{path} is not a file of rejected rows ({e}); name another as data.rejects") from e
+
+def _read_known(path: Path) -> set[tuple[str, int]]:
+    # not splitlines: a name may hold other characters that end a line for it
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    if rest:  # a run was killed while it wrote
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    try:
+        values = [json.loads(line) for line in lines]
+        return {(value["file"], value["row"]) for value in values}
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is not a file of rejected rows ({e}); name another as data.rejects") from e

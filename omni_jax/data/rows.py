@@ -4,10 +4,11 @@ A row is one of these:
 
 * a dialogue, ``{"messages": [{"role", "content"}, ...]}``, as OpenAI, Hugging Face and ms-swift write it;
 * a dialogue, ``{"conversations": [{"from", "value"}, ...]}``, as sharegpt and LLaMA-Factory write it;
-* a document to learn whole, ``{"text": ...}``.
+* a document, ``{"text": ...}``, every token of which is a target.
 
 Media of a dialogue stand in its content parts; or a tag ``<image>``, ``<audio>`` or ``<video>`` in a text, or a part
-without a source, takes the next of the row's list ``images``, ``audios`` or ``videos``.
+without a source, takes the next of the row's list ``images``, ``audios`` or ``videos``. A tag for which no medium is
+left is text: HTML has tags of the same names.
 """
 
 from __future__ import annotations
@@ -15,28 +16,41 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from omni_jax.checks import check_float, shown
 from omni_jax.data.sources import Row
 from omni_jax.errors import InputError
-from omni_jax.processing.files import joined
+from omni_jax.processing.files import join_path
 
 VideoSound: TypeAlias = Literal["auto", "always", "never"]
-Place: TypeAlias = Callable[[str | bytes], Any]
+MapSource: TypeAlias = Callable[[str | bytes], Any]
+Part: TypeAlias = Mapping[str, Any]
+
+MAX_LOSS_SCALE = 1e4
 
 _KINDS = ("image", "audio", "video")
+_SHAPES = ("messages", "conversations", "text")
 _TAG = re.compile(r"<(image|audio|video)>")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# keys that say what a model should read, and that are not understood here; passing over them would teach nonsense
-_NOT_SUPPORTED = ("objects", "tools", "chat_template_kwargs")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+# A colon alone makes no URL: recordings are named after times, call-12:30.wav.
+_URL = re.compile(r"(data|file):|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# keys of a message that say how much of it is a target
+_WEIGHT_KEYS = ("loss", "loss_scale", "weight")
+# keys that change what a model should read; a row that needs them would be read wrongly without
+_UNSUPPORTED_KEYS = ("objects", "tools", "chat_template_kwargs")
+# keys that mark the answer of a dialogue as a good or a bad one (KTO)
+_LABEL_KEYS = ("label", "kto_tag")
+_BAD_LABELS = (False, 0, "false", "0")
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What ``Processor.dialogue`` takes, and how much is learnt from each of the assistant's messages."""
+    """What ``Processor.dialogue`` takes, and the weight of the loss on each of the assistant's messages."""
 
     messages: Sequence[Mapping[str, Any]]
     weights: Sequence[float]
@@ -44,7 +58,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Document:
-    """A text to learn whole."""
+    """A text of which every token is a target."""
 
     text: str
 
@@ -54,30 +68,26 @@ def read_row(row: Row, sound: VideoSound = "auto") -> Dialogue | Document:
 
     Args:
       row: paths of media in it are taken from the folder of its file.
-      sound: whether videos are heard that do not say so themselves: where they have sound, always, or never. Under
-        "always" an ``<audio>`` tag right behind a ``<video>`` tag names the sound of that video, which is heard once.
+      sound: whether the sound of videos is used that do not say so themselves: where they have any, always, or never.
+        Under "always" an ``<audio>`` tag right behind a ``<video>`` tag names the sound of that video, which is read
+        once.
 
     Raises:
-      InputError: if it has none of the known shapes, or its tags and its lists differ in number.
+      InputError: if it has none of the known shapes, holds more media than places for them, or says itself that its
+        answer is a bad one.
     """
     folder = os.path.dirname(row.file)
-    values = place_media(row_values(row), lambda s: s if isinstance(s, bytes) else absolute_place(s, folder))
-    shapes = [key for key in ("messages", "conversations", "text") if values.get(key) is not None]
-    if len(shapes) != 1:
-        raise InputError(f"a row has messages, conversations or text, and one of them; this has {shapes or 'none'}")
-    for key in _NOT_SUPPORTED:
-        if values.get(key):
-            raise InputError(f"{key} is not supported; leave it out if the text is right without it")
-    media = {kind: _listed(values, kind) for kind in _KINDS}
-    if shapes == ["text"]:
-        return _document(values["text"], media)
-    messages = _messages(values, shapes[0])
-    takers = {kind: _Taker(kind, media[kind]) for kind in _KINDS}
-    filled = [{**message, "content": _content(message["content"], takers, sound)} for message in messages]
-    for taker in takers.values():
-        taker.finish()
-    weights = [_weight(message, i) for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return Dialogue([{key: m[key] for key in m if key not in ("loss", "loss_scale")} for m in filled], weights)
+
+    def resolve(source: str | bytes) -> str | bytes:
+        return source if isinstance(source, bytes) else resolve_source(source, folder)
+
+    values = map_media_sources(row_values(row), resolve)
+    shape = _find_shape(values)
+    _check_keys(values)
+    media = {kind: _media_list(values, kind) for kind in _KINDS}
+    if shape == "text":
+        return _read_document(values["text"], media)
+    return _read_dialogue(_read_messages(values, shape), media, sound)
 
 
 def row_values(row: Row) -> dict[str, Any]:
@@ -88,174 +98,271 @@ def row_values(row: Row) -> dict[str, Any]:
     """
     try:
         values = row.contents if isinstance(row.contents, Mapping) else json.loads(row.contents)
+        if isinstance(values, Mapping):
+            return _drop_nulls(values)
+    except RecursionError:
+        raise InputError("its lists and objects are nested too deeply") from None
     except ValueError as e:
         raise InputError(f"not JSON: {e}") from e
-    if not isinstance(values, Mapping):
-        raise InputError(f"a row must be an object, got {type(values).__name__}")
-    return _without_nulls(values)
+    raise InputError(f"a row must be an object, got {type(values).__name__}")
 
 
-def _without_nulls(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_drop_nulls(inner) for inner in value]
+    return value
 
 
-def place_media(values: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """The row with ``place`` of every medium in it: of its path or URL, or of its bytes."""
+# --- media ---
+
+
+def is_path(source: str) -> bool:
+    """Whether it is a path on this machine, not a URL: ``data:``, ``file:``, or a scheme with ``://``."""
+    return not _URL.match(source)
+
+
+def resolve_source(source: str, folder: str) -> str:
+    """A path as seen from the folder of the row's file; a URL as it is."""
+    return join_path(folder, source) if is_path(source) else source
+
+
+def map_media_sources(values: Mapping[str, Any], map_source: MapSource) -> dict[str, Any]:
+    """The row with ``map_source`` of every medium in place of the medium: of its path or URL, or of its bytes.
+
+    Raises:
+      InputError: for a medium that is none of these.
+    """
     out = dict(values)
     for kind in _KINDS:
         for key in (kind, f"{kind}s"):
-            if key in out:
-                out[key] = _placed(out[key], place)
+            if out.get(key):
+                out[key] = _map_source(out[key], map_source)
     if isinstance(out.get("messages"), list):
-        out["messages"] = [_placed_message(message, place) for message in out["messages"]]
+        out["messages"] = [_map_message(message, map_source) for message in out["messages"]]
     return out
 
 
-def _placed(source: Any, place: Place) -> Any:
-    """A source, or a list of them. Hugging Face's are objects with bytes or a path."""
+def _map_source(source: Any, map_source: MapSource) -> Any:
+    """A source, or a list of them. Those of Hugging Face are objects with bytes or a path."""
     if isinstance(source, list):
-        return [_placed(one, place) for one in source]
+        return [_map_source(inner, map_source) for inner in source]
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
     if not isinstance(source, str | bytes):
-        raise InputError(f"a medium must be a path, a URL or an object with bytes or a path, got {source!r:.80}")
-    return place(source)
+        raise InputError(f"a medium must be a path, a URL or an object with bytes or a path, got {shown(source)}")
+    return map_source(source)
 
 
-def _placed_message(message: Any, place: Place) -> Any:
+def _map_message(message: Any, map_source: MapSource) -> Any:
     if not (isinstance(message, Mapping) and isinstance(message.get("content"), list)):
         return message
-    return {**message, "content": [_placed_part(part, place) for part in message["content"]]}
+    return {**message, "content": [_map_part(part, map_source) for part in message["content"]]}
 
 
-def _placed_part(part: Any, place: Place) -> Any:
+def _map_part(part: Any, map_source: MapSource) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str) or kind.removesuffix("_url") not in _KINDS:
         return part
     out = dict(part)
     for key in (kind, "url", "path"):
         if isinstance(out.get(key), Mapping) and "url" in out[key]:
-            out[key] = {**out[key], "url": place(out[key]["url"])}
+            out[key] = {**out[key], "url": _map_source(out[key]["url"], map_source)}
         elif key in out:
-            out[key] = _placed(out[key], place)
+            out[key] = _map_source(out[key], map_source)
     return out
 
 
-def is_path(source: str) -> bool:
-    """Whether it is a path on this machine, not a URL."""
-    return not _SCHEME.match(source)
-
-
-def absolute_place(source: str, folder: str) -> str:
-    """A path as seen from the folder of the row's file; a URL as it is."""
-    return joined(folder, source) if is_path(source) else source
-
-
-def _listed(values: Mapping[str, Any], kind: str) -> list[Any]:
-    """The row's media of one kind."""
-    names = [key for key in (kind, f"{kind}s") if key in values]
+def _media_list(values: Mapping[str, Any], kind: str) -> list[Any]:
+    """The row's media of one kind; an empty string or list is none."""
+    names = [key for key in (kind, f"{kind}s") if values.get(key)]
     if len(names) > 1:
         raise InputError(f"a row has {kind} or {kind}s, not both")
-    value = values[names[0]] if names else []
+    if not names:
+        return []
+    value = values[names[0]]
     return value if isinstance(value, list) else [value]
 
 
-def _document(text: Any, media: Mapping[str, Sequence[Any]]) -> Document:
+# --- what a row says about itself ---
+
+
+def _find_shape(values: Mapping[str, Any]) -> str:
+    """Which of the shapes a row has; an empty value counts only where there is no other."""
+    present = [key for key in _SHAPES if key in values]
+    shapes = [key for key in present if values[key]] or present
+    if len(shapes) != 1:
+        raise InputError(f"a row has messages, conversations or text, and one of them; this has {shapes or 'none'}")
+    return shapes[0]
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    """Refuses a row which, without keys that are not understood here, would teach something else."""
+    for key in _UNSUPPORTED_KEYS:
+        if not _is_empty(values.get(key)):
+            raise InputError(f"{key} is not supported; leave it out if the text is right without it")
+    for key in _LABEL_KEYS:
+        label = values.get(key)
+        if isinstance(label, str):
+            label = label.strip().lower()
+        if key in values and label in _BAD_LABELS:
+            raise InputError(
+                f"{key} is {shown(values[key])}: it marks the answer as a bad one, which training would teach; leave "
+                f"out such rows, or the key {key} if it means something else"
+            )
+    if isinstance(values.get("chosen"), str | Mapping | list) and values["chosen"]:
+        raise InputError(
+            "chosen is not supported: there is no training on preferences; put the chosen answer at the end of the "
+            "dialogue, and leave out chosen and rejected"
+        )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, "", "[]", or an object or list of such."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text[:1] not in ("[", "{", "n"):
+            return not text
+        try:
+            return _is_empty(json.loads(text))
+        except (ValueError, RecursionError):
+            return False
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_empty, value))
+    return value is None
+
+
+# --- documents and dialogues ---
+
+
+def _read_document(text: Any, media: Mapping[str, Sequence[Any]]) -> Document:
     if not isinstance(text, str):
         raise InputError(f"text must be a string, got {type(text).__name__}")
-    given = [f"{kind}s" for kind in _KINDS if media[kind]]
-    if given:
-        raise InputError(f"a row of text has no {', '.join(given)}; media belong in messages")
-    return Document(text)
+    unused = [f"{kind}s" for kind in _KINDS if media[kind]]
+    if unused:
+        raise InputError(f"a row of text has no {', '.join(unused)}; media belong in messages")
+    return Document(_clean_text(text))
 
 
-def _messages(values: Mapping[str, Any], shape: str) -> list[dict[str, Any]]:
+def _clean_text(text: str) -> str:
+    """Half a surrogate pair, which no token can hold, becomes U+FFFD."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _read_messages(values: Mapping[str, Any], shape: str) -> list[dict[str, Any]]:
     """The row's messages with role and content, the system prompt beside them put first."""
     found = values[shape]
     if not isinstance(found, list) or not all(isinstance(message, Mapping) for message in found):
-        raise InputError(f"{shape} must be a list of objects, got {found!r:.80}")
-    messages = (
-        [_from_sharegpt(m, i) for i, m in enumerate(found)] if shape == "conversations" else list(map(dict, found))
-    )
-    for i, message in enumerate(messages):
+        raise InputError(f"{shape} must be a list of objects, got {shown(found)}")
+    messages = []
+    for i, message in enumerate(found):
+        if shape == "conversations":
+            messages.append(_from_sharegpt(message, i))
+            continue
         if not {"role", "content"} <= message.keys():
             raise InputError(f"messages[{i}] needs a role and a content, got the keys {sorted(message)}")
+        messages.append(dict(message))
     if values.get("system"):
         messages.insert(0, {"role": "system", "content": values["system"]})
     return messages
 
 
-def _from_sharegpt(turn: Mapping[str, Any], i: int) -> dict[str, Any]:
-    who, value = turn.get("from"), turn.get("value")
-    if who not in _ROLES or not isinstance(value, str):
+def _from_sharegpt(message: Mapping[str, Any], i: int) -> dict[str, Any]:
+    sender = message.get("from")
+    value = message.get("value")
+    if not isinstance(sender, str) or sender not in _ROLES or not isinstance(value, str):
         known = ", ".join(_ROLES)
-        raise InputError(f"conversations[{i}] must be from one of {known} and have a value, got from {who!r}")
-    return {"role": _ROLES[who], "content": value}
+        raise InputError(f"conversations[{i}] must be from one of {known} and have a value, got from {shown(sender)}")
+    weights = {key: message[key] for key in _WEIGHT_KEYS if key in message}
+    return {"role": _ROLES[sender], "content": value, **weights}
 
 
-def _weight(message: Mapping[str, Any], i: int) -> float:
-    """ms-swift's keys: ``loss`` turns the learning of a message on and off, ``loss_scale`` weighs it."""
-    loss, scale = message.get("loss", True), message.get("loss_scale", 1.0)
-    if not isinstance(loss, bool) or not isinstance(scale, int | float) or scale < 0:
-        raise InputError(
-            f"messages[{i}]: loss must be true or false and loss_scale at least 0, got {loss!r}, {scale!r}"
-        )
-    return float(scale) if loss else 0.0
+def _read_dialogue(
+    messages: Sequence[Mapping[str, Any]], media: Mapping[str, Sequence[Any]], sound: VideoSound
+) -> Dialogue:
+    queues = {kind: deque(media[kind]) for kind in _KINDS}
+    filled = []
+    weights = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            weights.append(_loss_weight(message, i))
+        plain = {key: value for key, value in message.items() if key not in _WEIGHT_KEYS}
+        plain["content"] = _fill_content(message["content"], queues, sound)
+        filled.append(plain)
+    for kind, queue in queues.items():
+        if queue:
+            num_media = len(media[kind])
+            raise InputError(f"the messages have {num_media - len(queue)} <{kind}> tags, but {kind}s holds {num_media}")
+    return Dialogue(filled, weights)
 
 
-class _Taker:
-    """Deals out a row's media of one kind, and counts who asked."""
+def _loss_weight(message: Mapping[str, Any], i: int) -> float:
+    """The weight of the loss on a message.
 
-    def __init__(self, kind: str, media: Sequence[Any]) -> None:
-        self._kind, self._media, self._asked = kind, media, 0
-
-    def take(self) -> dict[str, Any]:
-        self._asked += 1
-        if self._asked > len(self._media):
-            return {}  # the count in ``finish`` says it better
-        return {"type": self._kind, self._kind: self._media[self._asked - 1]}
-
-    def finish(self) -> None:
-        if self._asked != len(self._media):
-            raise InputError(
-                f"the messages have {self._asked} <{self._kind}> tags, but {self._kind}s holds {len(self._media)}"
-            )
+    ``loss`` (ms-swift) makes it a target or not, ``loss_scale`` (ms-swift) and ``weight`` (OpenAI) multiply the loss.
+    """
+    loss = message.get("loss", True)
+    if not isinstance(loss, bool):
+        raise InputError(f"messages[{i}]: loss must be true or false, got {shown(loss)}")
+    product = float(loss)
+    for key in ("loss_scale", "weight"):
+        product *= check_float(f"messages[{i}].{key}", message.get(key, 1.0), 0.0, MAX_LOSS_SCALE)
+    return product
 
 
-def _content(content: Any, takers: Mapping[str, _Taker], sound: VideoSound) -> Any:
-    """A message's content with its tags and its parts without a source filled in."""
+def _fill_content(content: Any, queues: Mapping[str, deque[Any]], sound: VideoSound) -> Any:
+    """A message's content; tags in a text, and parts without a source, take the next medium of their kind."""
     if isinstance(content, str):
-        if not _TAG.search(content):
-            return content
-        return [_heard(part, sound) for part in _tagged(content, takers, sound)]
-    if not isinstance(content, list):
+        parts = _split_at_tags(content, queues, sound)
+        if all(part["type"] == "text" for part in parts):
+            return _clean_text(content)
+    elif isinstance(content, list):
+        parts = [_fill_part(part, queues) for part in content]
+    else:
         return content  # the processor says what is wrong with it
-    return [_heard(_filled(part, takers), sound) for part in content]
+    return [_set_video_sound(part, sound) for part in parts]
 
 
-def _tagged(text: str, takers: Mapping[str, _Taker], sound: VideoSound) -> Iterator[dict[str, Any]]:
-    before = ""
-    for i, piece in enumerate(_TAG.split(text)):
-        if i % 2:
-            part = takers[piece].take()
-            if not (piece == "audio" and before == "video" and sound == "always"):
-                yield part
-            before = piece
-        elif piece:
-            yield {"type": "text", "text": piece}
-            before = ""
+def _split_at_tags(text: str, queues: Mapping[str, deque[Any]], sound: VideoSound) -> list[Part]:
+    """Parts of a text: a tag is a medium where one is left of its kind, and text where none is."""
+    parts: list[Part] = []
+    begin = 0
+    end_of_video = -1
+    for tag in _TAG.finditer(text):
+        kind = tag[1]
+        if not queues[kind]:
+            continue
+        _append_text(parts, text[begin : tag.start()])
+        source = queues[kind].popleft()
+        is_sound_of_video = kind == "audio" and end_of_video == tag.start() and sound == "always"
+        if not is_sound_of_video:
+            parts.append({"type": kind, kind: source})
+        begin = tag.end()
+        end_of_video = begin if kind == "video" else -1
+    _append_text(parts, text[begin:])
+    return parts
 
 
-def _filled(part: Any, takers: Mapping[str, _Taker]) -> Any:
+def _append_text(parts: list[Part], text: str) -> None:
+    if text:
+        parts.append({"type": "text", "text": _clean_text(text)})
+
+
+def _fill_part(part: Any, queues: Mapping[str, deque[Any]]) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in _KINDS or any(key in part for key in (kind, "url", "path")):
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {**part, "text": _clean_text(part["text"])}
+    if not isinstance(kind, str) or kind not in _KINDS or any(key in part for key in (kind, "url", "path")):
         return part
-    return {**part, **takers[kind].take()}
+    if not queues[kind]:
+        raise InputError(f'a part {{"type": "{kind}"}} without a source takes one of {kind}s, but none is left')
+    return {**part, kind: queues[kind].popleft()}
 
 
-def _heard(part: Any, sound: VideoSound) -> Any:
+def _set_video_sound(part: Any, sound: VideoSound) -> Any:
     is_video = isinstance(part, Mapping) and part.get("type") in ("video", "video_url")
     if sound == "auto" or not is_video or "use_audio_in_video" in part:
         return part

@@ -1,4 +1,7 @@
-"""Prompts to an ``OmniBatch``: rows, blocks of sound and windows of frames, all of bucketed shapes."""
+"""Prompts to an ``OmniBatch``: rows, blocks of sound and windows of frames, all of bucketed shapes.
+
+Letters as in ``omni_jax.batch``; T tokens of a prompt, t frames of a medium.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +9,56 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from omni_jax import mrope
-from omni_jax.batch import AudioBlocks, OmniBatch, VisionFrames, bucket
+from omni_jax.batch import NO_FEATURE, PADDING, AudioBlocks, OmniBatch, VisionFrames, bucket
 from omni_jax.config import OmniConfig, VisionEncoderConfig
-from omni_jax.errors import InputError
 from omni_jax.processing.layout import AudioInput, Prompt, VisionInput
 
 SMALLEST_ROW = 64  # text positions
 
+_Media = TypeVar("_Media", AudioInput, VisionInput)
 
-def collate(prompts: Sequence[Prompt], config: OmniConfig, *, length: int | None = None) -> OmniBatch:
-    """Stacks prompts, one a row, padded at the end.
+# a medium by its place: number of the prompt, number in the prompt
+MediaKey: TypeAlias = tuple[int, int]
+
+
+class CollatedMedia(NamedTuple):
+    """What the encoders are given, and where their features stand."""
+
+    audio: AudioBlocks | None
+    vision: tuple[VisionFrames, ...]  # groups of frames, the smallest first
+    features: dict[MediaKey, np.ndarray]  # of each medium: indices into the list of all features
+
+
+def collate(prompts: Sequence[Prompt], config: OmniConfig) -> OmniBatch:
+    """Stacks prompts, one a row, padded at the end to the bucketed length of the longest.
 
     Args:
       prompts: at least one.
       config: gives the sizes of blocks and windows.
-      length: S; the bucketed length of the longest prompt if None.
-
-    Raises:
-      InputError: if a prompt is longer than ``length``.
     """
-    longest = max(map(len, prompts))
-    length = bucket(longest, SMALLEST_ROW) if length is None else length
-    if longest > length:
-        raise InputError(f"a prompt has {longest} tokens, but the batch was asked to be {length} long")
-    audio, vision, features = collate_media(prompts, config)
-
+    length = bucket(max(map(len, prompts)), SMALLEST_ROW)
+    media = collate_media(prompts, config)
     shape = (len(prompts), length)
     tokens = np.full(shape, config.thinker_config.pad_token_id, np.int32)
-    segment_ids, media_index = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    segment_ids = np.full(shape, PADDING, np.int32)
+    media_index = np.full(shape, NO_FEATURE, np.int32)
     spans = []
     for i, prompt in enumerate(prompts):
         real = slice(len(prompt))
-        tokens[i, real], segment_ids[i, real] = prompt.tokens, 1
-        media_index[i, real] = media_index_of(prompt, [features[i, j] for j in range(len(prompt.media))])
+        tokens[i, real] = prompt.tokens
+        segment_ids[i, real] = 1
+        media_index[i, real] = media_index_of(prompt, [media.features[i, j] for j in range(len(prompt.media))])
         spans.append(mrope.resolve(prompt.segments, config.thinker_config))
-    return OmniBatch(tokens, segment_ids, media_index, mrope.stack(spans, length), audio, vision)
+    return OmniBatch(tokens, segment_ids, media_index, mrope.stack(spans, length), media.audio, media.vision)
+
+
+def _bucket_frames(num_windows: int, num_frames: int) -> int:
+    return bucket(num_frames)
 
 
 def collate_media(
@@ -52,66 +66,71 @@ def collate_media(
     config: OmniConfig,
     *,
     blocks: Callable[[int], int] = bucket,
-    frames: Callable[[int, int], int] = lambda windows, frames: bucket(frames),
-) -> tuple[AudioBlocks | None, tuple[VisionFrames, ...], dict[tuple[int, int], np.ndarray]]:
-    """What the encoders are given.
+    frames: Callable[[int, int], int] = _bucket_frames,
+) -> CollatedMedia:
+    """Cuts the media of prompts into the inputs of the encoders.
 
     Args:
       prompts: whose media it is.
       config: gives the sizes of blocks and windows.
-      blocks: how many blocks there are to be, for so many real ones.
-      frames: how many frames there are to be in a group, for windows a frame and real frames.
-
-    Returns:
-      The sound, the groups of frames, and of each item, by its row and its place there, where its features stand
-      in the list of all features.
+      blocks: from the number of real blocks to that of all, padding included.
+      frames: from windows a frame and the number of real frames in a group to that of all, padding included.
     """
-    audio, features, n_audio = _collate_audio(prompts, config, blocks)
-    vision, places = _collate_vision(prompts, config.thinker_config.vision_config, n_audio, frames)
-    return audio, vision, features | places
+    audio, audio_features = _collate_audio(prompts, config, blocks)
+    block_tokens = config.thinker_config.audio_config.block_tokens
+    num_audio_features = 0 if audio is None else len(audio.length) * block_tokens
+    vision, vision_features = _collate_vision(prompts, config.thinker_config.vision_config, num_audio_features, frames)
+    return CollatedMedia(audio, vision, audio_features | vision_features)
 
 
-def media_index_of(prompt: Prompt, features: list[np.ndarray]) -> np.ndarray:
-    """Where the feature of each token stands, given where those of each item stand. [T]"""
-    index = np.full(len(prompt), -1, np.int32)
-    for item, places in enumerate(features):
+def media_index_of(prompt: Prompt, features: Sequence[np.ndarray]) -> np.ndarray:
+    """Where the feature of each token stands, given where those of each medium of the prompt stand. [T]"""
+    index = np.full(len(prompt), NO_FEATURE, np.int32)
+    for item, item_features in enumerate(features):
         own = prompt.media_item == item
-        index[own] = places[prompt.media_token[own]]
+        index[own] = item_features[prompt.media_token[own]]
     return index
 
 
-def _items(prompts: Sequence[Prompt], kind: type) -> list[tuple[tuple[int, int], AudioInput | VisionInput]]:
-    """The media of one kind, with their row and their place in it."""
-    return [((i, j), m) for i, p in enumerate(prompts) for j, m in enumerate(p.media) if isinstance(m, kind)]
+def _find_media(prompts: Sequence[Prompt], kind: type[_Media]) -> list[tuple[MediaKey, _Media]]:
+    """The media of one kind, each with its key."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        for j, medium in enumerate(prompt.media):
+            if isinstance(medium, kind):
+                found.append(((i, j), medium))
+    return found
 
 
 def _collate_audio(
-    prompts: Sequence[Prompt], config: OmniConfig, rounded: Callable[[int], int]
-) -> tuple[AudioBlocks | None, dict[tuple[int, int], np.ndarray], int]:
-    """The blocks, the place of each item's features, and the number of features (with those of padding)."""
+    prompts: Sequence[Prompt], config: OmniConfig, round_blocks: Callable[[int], int]
+) -> tuple[AudioBlocks | None, dict[MediaKey, np.ndarray]]:
+    """The blocks, and the indices of each medium's features."""
     sizes = config.thinker_config.audio_config
-    frames = sizes.block_frames
-    items = [(key, item.mel) for key, item in _items(prompts, AudioInput) if isinstance(item, AudioInput)]
-    if not items:
-        return None, {}, 0
-    count = sum(-(-len(mel) // frames) for _, mel in items)
-    blocks = np.zeros((rounded(count), frames, sizes.num_mel_bins), np.float32)
-    lengths = np.zeros(len(blocks), np.int32)
-    features, block = {}, 0
-    for key, mel in items:
-        features[key] = np.arange(-(-len(mel) // frames) * sizes.block_tokens) + block * sizes.block_tokens
-        for begin in range(0, len(mel), frames):
-            piece = mel[begin : begin + frames]
-            blocks[block, : len(piece)], lengths[block] = piece, len(piece)
+    media = _find_media(prompts, AudioInput)
+    if not media:
+        return None, {}
+    num_blocks = sum(-(-len(medium.mel) // sizes.block_frames) for _, medium in media)
+    mel = np.zeros((round_blocks(num_blocks), sizes.block_frames, sizes.num_mel_bins), np.float32)  # [A, T, M]
+    lengths = np.zeros(len(mel), np.int32)
+    features = {}
+    block = 0
+    for key, medium in media:
+        first = block
+        for begin in range(0, len(medium.mel), sizes.block_frames):
+            piece = medium.mel[begin : begin + sizes.block_frames]
+            mel[block, : len(piece)] = piece
+            lengths[block] = len(piece)
             block += 1
-    return AudioBlocks(blocks, lengths), features, len(blocks) * sizes.block_tokens
+        features[key] = np.arange(first * sizes.block_tokens, block * sizes.block_tokens)
+    return AudioBlocks(mel, lengths), features
 
 
 @dataclass(frozen=True)
-class _Windows:
-    """How the merged cells of a frame are dealt out to windows."""
+class _WindowLayout:
+    """Where the merged cells of a frame stand in its windows."""
 
-    count: int
+    num_windows: int
     window: np.ndarray  # [cells], natural order: the window of a cell
     slot: np.ndarray  # [cells]: its place in the window
     row: np.ndarray  # [cells, patches a cell]: of its patches in the frame
@@ -119,62 +138,87 @@ class _Windows:
 
 
 @lru_cache(maxsize=256)
-def _windows(height: int, width: int, side: int, merge: int) -> _Windows:
-    """Windows of ``side x side`` cells row by row, the cells of a window row by row (spec 4.4).
+def _lay_out_windows(height: int, width: int, side: int, merge: int) -> _WindowLayout:
+    """Windows of ``side x side`` cells row by row, the cells of a window row by row (docs/reference.md, 4.4).
 
     A window at the edge holds fewer cells; they take its first slots.
     """
     row, column = np.divmod(np.arange(height * width), width)
-    across = -(-width // side)
-    window = row // side * across + column // side
+    windows_in_a_row = -(-width // side)
+    window = row // side * windows_in_a_row + column // side
     order = np.lexsort((column, row, window))
     counts = np.bincount(window)
+    first_of_window = np.repeat(np.cumsum(counts) - counts, counts)
     slot = np.empty_like(order)
-    slot[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    slot[order] = np.arange(len(order)) - first_of_window
+    # the patches of a cell stand side by side, row by row
     inner_row, inner_column = np.divmod(np.arange(merge * merge), merge)
-    return _Windows(len(counts), window, slot, row[:, None] * merge + inner_row, column[:, None] * merge + inner_column)
+    return _WindowLayout(
+        num_windows=len(counts),
+        window=window,
+        slot=slot,
+        row=row[:, None] * merge + inner_row,
+        column=column[:, None] * merge + inner_column,
+    )
+
+
+class _LaidOutMedium(NamedTuple):
+    key: MediaKey
+    medium: VisionInput
+    layout: _WindowLayout
 
 
 def _collate_vision(
-    prompts: Sequence[Prompt], sizes: VisionEncoderConfig, first_feature: int, rounded: Callable[[int, int], int]
-) -> tuple[tuple[VisionFrames, ...], dict[tuple[int, int], np.ndarray]]:
-    """Groups of frames of about one size, and the place of each item's features."""
-    groups: dict[int, list[tuple[tuple[int, int], VisionInput, _Windows]]] = defaultdict(list)
-    for key, item in _items(prompts, VisionInput):
-        assert isinstance(item, VisionInput)
-        cells = item.cells(sizes.spatial_merge_size)
-        windows = _windows(cells.height, cells.width, sizes.window_cells, sizes.spatial_merge_size)
-        groups[bucket(windows.count)].append((key, item, windows))
-    vision, features = [], {}
-    for width in sorted(groups):
-        slots = rounded(width, sum(item.grid[0] for _, item, _ in groups[width]))
-        frames, places = _collate_group(groups[width], slots, width, sizes)
-        features.update({key: first_feature + place for key, place in places.items()})
-        first_feature += frames.patches.shape[0] * width * sizes.window_cells**2
+    prompts: Sequence[Prompt],
+    sizes: VisionEncoderConfig,
+    first_feature: int,
+    round_frames: Callable[[int, int], int],
+) -> tuple[tuple[VisionFrames, ...], dict[MediaKey, np.ndarray]]:
+    """Groups of frames of about one size, and the indices of each medium's features."""
+    groups: dict[int, list[_LaidOutMedium]] = defaultdict(list)
+    for key, medium in _find_media(prompts, VisionInput):
+        cells = medium.cells(sizes.spatial_merge_size)
+        layout = _lay_out_windows(cells.height, cells.width, sizes.window_cells, sizes.spatial_merge_size)
+        groups[bucket(layout.num_windows)].append(_LaidOutMedium(key, medium, layout))
+    vision = []
+    features = {}
+    for num_windows in sorted(groups):
+        group = groups[num_windows]
+        num_frames = round_frames(num_windows, sum(item.medium.grid[0] for item in group))
+        frames, places = _collate_group(group, num_frames, num_windows, sizes)
+        for key, place in places.items():
+            features[key] = first_feature + place
+        first_feature += num_frames * num_windows * sizes.window_cells**2
         vision.append(frames)
     return tuple(vision), features
 
 
 def _collate_group(
-    group: Sequence[tuple[tuple[int, int], VisionInput, _Windows]],
-    frames: int,
-    width: int,
-    sizes: VisionEncoderConfig,
-) -> tuple[VisionFrames, dict[tuple[int, int], np.ndarray]]:
-    """One group of ``width`` windows a frame."""
-    cells, merged = sizes.window_cells**2, sizes.spatial_merge_size**2
-    shape = (frames, width, cells, merged)
+    group: Sequence[_LaidOutMedium], num_frames: int, num_windows: int, sizes: VisionEncoderConfig
+) -> tuple[VisionFrames, dict[MediaKey, np.ndarray]]:
+    """One group of ``num_windows`` a frame, and where each medium's features stand among the group's."""
+    cells = sizes.window_cells**2
+    merged = sizes.spatial_merge_size**2
+    shape = (num_frames, num_windows, cells, merged)
     patches = np.zeros((*shape, sizes.patch_dim), np.float32)
-    row, column, valid = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-    places, frame = {}, 0
-    for key, item, windows in group:
-        t = item.grid[0]
-        own = (slice(frame, frame + t), windows.window, windows.slot)
-        patches[own] = item.patches.reshape(t, len(windows.window), merged, -1)
-        row[own], column[own], valid[own] = windows.row, windows.column, True
-        within = windows.window * cells + windows.slot
-        places[key] = ((np.arange(frame, frame + t) * width * cells)[:, None] + within).reshape(-1)
+    row = np.zeros(shape, np.int32)
+    column = np.zeros(shape, np.int32)
+    valid = np.zeros(shape, bool)
+    places = {}
+    frame = 0
+    for key, medium, layout in group:
+        t = medium.grid[0]
+        own = (slice(frame, frame + t), layout.window, layout.slot)
+        patches[own] = medium.patches.reshape(t, len(layout.window), merged, -1)
+        row[own] = layout.row
+        column[own] = layout.column
+        valid[own] = True
+        within_frame = layout.window * cells + layout.slot  # [cells]
+        frame_starts = np.arange(frame, frame + t) * num_windows * cells  # [t]
+        places[key] = (frame_starts[:, None] + within_frame).reshape(-1)
         frame += t
-    flat = (frames, width, cells * merged)
-    patches = patches.reshape(*flat, sizes.patch_dim)
-    return VisionFrames(patches, row.reshape(flat), column.reshape(flat), valid.reshape(flat)), places
+    flat = (num_frames, num_windows, cells * merged)  # [F, W, P]
+    frames = VisionFrames(
+        patches.reshape(*flat, sizes.patch_dim), row.reshape(flat), column.reshape(flat), valid.reshape(flat)
+    )
+    return frames, places

@@ -16,12 +16,12 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from omni_jax.batch import PADDING, Array, TrainBatch
+from omni_jax.batch import PADDING, Array, TrainBatch, batch_axes
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.packing import Budget, Part, assemble
 from omni_jax.models.thinker import Thinker, abstract_params
-from omni_jax.sharding import RULES, param_shardings
+from omni_jax.sharding import logical_sharding, param_shardings
 from omni_jax.training.losses import next_token_loss
 from omni_jax.training.optimizer import adam, flat, merge, rates, split, update
 from omni_jax.training.recipe import Optimizer, Phase, Recipe
@@ -183,16 +183,14 @@ def abstract_batch(data: DataConfig, model: OmniConfig, mesh: AnyMesh, accumulat
     budget = Budget.of(dataclasses.replace(data, rows=1, streams=1))
     one = assemble([Part(budget)], budget, model, first=0, streams=1)
 
-    def leaf(x: Array) -> jax.ShapeDtypeStruct:
+    def leaf(x: Array, axes: PartitionSpec) -> jax.ShapeDtypeStruct:
         shape = (x.shape[0] * data.rows, *x.shape[1:])
-        names: list[tuple[str, ...] | None] = [RULES["batch"]]
-        if shape == (data.rows, data.tokens):
-            names.append(RULES["sequence"])
         if accumulate > 1:
-            shape, names = (accumulate, *shape), [None, *names]
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*names)))
+            shape = (accumulate, *shape)
+            axes = PartitionSpec(None, *axes)
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=logical_sharding(axes, mesh))
 
-    return jax.tree.map(leaf, one)
+    return jax.tree.map(leaf, one, batch_axes(one))
 
 
 def compiled(

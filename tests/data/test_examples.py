@@ -30,8 +30,8 @@ def ask(content, answer="A disc.", **rest):
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], **rest}
 
 
-def learnt(prepare, example):
-    """The text that is learnt, special tokens included."""
+def target_text(prepare, example):
+    """The text of the target tokens, special tokens included."""
     tokens = example.tokens[example.weights > 0]
     return b"".join(prepare.processor.tokenizer.token_bytes(int(t)) or f"<{t}>".encode() for t in tokens).decode()
 
@@ -41,7 +41,7 @@ def end(processor):
     return f"<{processor.tokenizer.special_id('<|im_end|>')}>"
 
 
-def test_the_words_of_the_assistant_are_learnt(prepare, end):
+def test_the_words_of_the_assistant_are_target_text(prepare, end):
     messages = [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "assistant\nhello"},
@@ -52,13 +52,13 @@ def test_the_words_of_the_assistant_are_learnt(prepare, end):
         {"role": "assistant", "content": ""},
     ]
     example = prepare(row({"messages": messages, "images": [PICTURE]}))
-    assert learnt(prepare, example).replace(end, "|").startswith("\n\nhello world|")
-    assert learnt(prepare, example).endswith(f" no{end}{end}")
+    assert target_text(prepare, example).replace(end, "|").startswith("\n\nhello world|")
+    assert target_text(prepare, example).endswith(f" no{end}{end}")
     assert set(np.unique(example.weights)) == {0.0, 0.5, 1.0}
     assert (example.weights[example.unit >= 0] == 0).all() and (example.unit >= 0).any()
 
 
-def test_a_reply_is_learnt_as_it_would_be_generated(prepare):
+def test_a_target_is_tokenised_as_it_would_be_generated(prepare):
     """The prompt of the example is the prompt of inference to the last token, even before a line break."""
     for answer in ("\nA disc.", "  A disc.", "A disc."):
         values = ask("What?", answer)
@@ -68,23 +68,25 @@ def test_a_reply_is_learnt_as_it_would_be_generated(prepare):
         np.testing.assert_array_equal(example.tokens[: len(prompt)], prompt.tokens)
 
 
-def test_all_of_a_document_is_learnt(prepare):
+def test_all_of_a_document_is_target_text(prepare):
     text = "Once <|im_start|>\nupon"
     example = prepare(row({"text": text}))
     eos = prepare.processor.tokenizer.special_id("<|endoftext|>")
-    assert learnt(prepare, example) == f"{text}<{eos}>" and (example.weights == 1).all()
+    assert target_text(prepare, example) == f"{text}<{eos}>" and (example.weights == 1).all()
     assert example.audio is None and example.vision == () and (example.unit == -1).all()
 
 
 def test_media_become_units(prepare, config):
     example = prepare(row(ask("<image><video><audio>?", images=[PICTURE], videos=[VIDEO], audios=[WAV])))
-    assert isinstance(example.audio, AudioBlocks) and example.blocks == 2 + 2  # 3 s of sound each, the video's first
+    assert (
+        isinstance(example.audio, AudioBlocks) and example.num_blocks == 2 + 2
+    )  # 3 s of sound each, the video's first
     assert len(example.windows) == 1 + 3  # a picture, and six frames in pairs
     frames = [group for group in example.vision for _ in range(len(group.patches))]
     assert [int(f.valid.any(-1).sum(-1).max()) for f in frames] == example.windows.tolist()
     used = example.unit[example.unit >= 0]
-    assert set(used) == set(range(example.blocks + len(frames)))
-    per_unit = [config.thinker_config.audio_config.block_tokens] * example.blocks
+    assert set(used) == set(range(example.num_blocks + len(frames)))
+    per_unit = [config.thinker_config.audio_config.block_tokens] * example.num_blocks
     per_unit += [16 * int(n) for n in example.windows]
     assert (example.feature[example.unit >= 0] < np.array(per_unit)[used]).all()
     prompt, _ = prepare.processor.dialogue(ask([{"type": "image", "image": PICTURE}])["messages"])
@@ -110,9 +112,10 @@ def test_an_example_travels_between_processes(prepare):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        (ask("<image>"), "the messages have 1 <image> tags, but images holds 0"),
+        (ask("a", images=[PICTURE]), "the messages have 0 <image> tags, but images holds 1"),
+        (ask("a", label=False), "it marks the answer as a bad one"),
         (ask("<image>", images=["no.png"]), "(image '/data/no.png'): no such file"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "it has no words of the assistant"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "it has no target tokens: no text of the assistant"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "unknown role 'tool'"),
         ({"text": ""}, "the text is empty"),
         ({"text": "a b " * 400}, "tokens, over the limit of 600"),
@@ -127,8 +130,7 @@ def test_an_example_travels_between_processes(prepare):
             "it takes 12 frames of up to 2 windows, more than fit on 1 canvases of 8 (data.canvases, data.windows)",
         ),
         (ask(["<image>"]), "messages[0].content[0] must be an object"),
-        (ask([{"type": "image", "image": PICTURE}] * 8), "it takes 17 runs of position ids, over the 16 of a row"),
-        (ask([{"type": "image_url", "image_url": {"url": 3}}]), "TypeError"),
+        (ask([{"type": "image", "image": PICTURE}] * 8), "it takes 17 spans of position ids, over the 16 of a row"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(prepare, values, reason):
@@ -136,3 +138,11 @@ def test_rows_that_cannot_be_used(prepare, values, reason):
     assert isinstance(found, Reject)
     assert (found.file, found.number) == ("/data/rows.jsonl", 7)
     assert reason in found.reason
+
+
+def test_an_error_of_an_unknown_type_is_a_reject_too(processor):
+    def check(example):
+        raise ZeroDivisionError("by nobody's mistake")
+
+    found = Prepare(processor, CONFIG.tokens, check)(row(ask("a")))
+    assert found == Reject("/data/rows.jsonl", 7, "ZeroDivisionError: by nobody's mistake")

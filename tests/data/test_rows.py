@@ -26,6 +26,13 @@ def text(words):
     return {"type": "text", "text": words}
 
 
+def answer(**keys):
+    return {"role": "assistant", "content": "a", **keys}
+
+
+SHAREGPT = {"conversations": [{"from": "human", "value": "a"}]}
+
+
 def test_tags_take_from_the_lists_in_order():
     row = talk(
         "<image><image>Which is <audio>?", "The first.", "And <video>now", "<image>",
@@ -99,35 +106,135 @@ def test_sound_of_videos():
 
 
 def test_weights_of_messages():
-    messages = talk("a", "b", "c", "d", "e", "f")["messages"]
-    messages[1]["loss"], messages[3]["loss_scale"] = False, 0.5
-    dialogue = read({"messages": messages})
-    assert dialogue.weights == [0.0, 0.5, 1.0] and all(m.keys() == {"role", "content"} for m in dialogue.messages)
+    keys = [{}, dict(loss=False), dict(loss_scale=0.5), dict(weight=0), dict(weight=1, loss_scale=2), dict(loss=True)]
+    expected = [1.0, 0.0, 0.5, 0.0, 2.0, 1.0]
+    dialogue = read({"messages": [answer(**some) for some in keys]})
+    assert dialogue.weights == expected
+    assert all(message.keys() == {"role", "content"} for message in dialogue.messages)
+    sharegpt = [{"from": "gpt", "value": "a", **some} for some in keys]
+    assert read({"conversations": sharegpt}).weights == expected
 
 
 def test_documents():
     assert read({"text": "Once <image>", "source": "a book", "images": []}) == Document("Once <image>")
 
 
+HTML = "Write a page with <video> and <audio>."
+
+
+@pytest.mark.parametrize(
+    ("content", "lists", "expected"),
+    [
+        (HTML, {}, HTML),
+        (HTML, dict(videos=[], audios=""), HTML),
+        ("<image>" + HTML, dict(images=["a.png"]), [part("image", "/data/a.png"), text(HTML)]),
+        ("<image>a<image>", dict(images=["a.png"]), [part("image", "/data/a.png"), text("a<image>")]),
+        ("<video><audio>", dict(videos=["a.mp4"]), [part("video", "/data/a.mp4"), text("<audio>")]),
+        ("<Image> </image> <image/>", {}, "<Image> </image> <image/>"),
+        ([text("<image>"), {"type": "image"}], dict(images=["a"]), [text("<image>"), part("image", "/data/a")]),
+    ],
+)
+def test_a_tag_without_a_medium_is_text(content, lists, expected):
+    assert read(talk(content, "Yes.", **lists)).messages[0]["content"] == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("call-12:30.wav", "/data/call-12:30.wav"),
+        ("a:b.png", "/data/a:b.png"),
+        ("12:30.wav", "/data/12:30.wav"),
+        ("C:\\media\\a.png", "/data/C:\\media\\a.png"),
+        ("C:/media/a.png", "/data/C:/media/a.png"),
+        ("../a.png", "/data/../a.png"),
+        ("file:///media/a.png", "file:///media/a.png"),
+        ("FILE:/media/a.png", "FILE:/media/a.png"),
+        ("data:image/png;base64,AA==", "data:image/png;base64,AA=="),
+        ("https://a/b.png", "https://a/b.png"),
+        ("gs://a/b.png", "gs://a/b.png"),
+        ("s3://a/b.png", "s3://a/b.png"),  # an unknown kind of URL is an error of the processor, not a path
+    ],
+)
+def test_paths_and_urls(source, expected):
+    assert read(talk("<image>", "x", images=[source])).messages[0]["content"] == [part("image", expected)]
+    url = {"type": "image_url", "image_url": {"url": source}}
+    assert read(talk([url], "x")).messages[0]["content"][0]["image_url"]["url"] == expected
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(tools="[]"),
+        dict(tools=" null "),
+        dict(tools="", objects={}),
+        dict(tools=[], objects={"ref": [], "bbox": [[]]}),
+        dict(objects=[{"bbox": None}], chat_template_kwargs={}),
+        dict(image="", videos=None, audios=[]),
+        dict(images=[], image=""),
+        dict(text="", conversations=[]),
+        dict(system=""),
+        dict(label=True),
+        dict(label="cat", kto_tag=True),
+        dict(label=None, kto_tag=None),
+        dict(rejected_response="No.", chosen=None),  # the messages hold the better answer
+        dict(chosen=True, channel="a", margin=0.5),
+    ],
+)
+def test_keys_that_say_nothing_are_passed_over(keys):
+    assert read({**talk("a", "b"), **keys}) == read(talk("a", "b"))
+
+
+def test_null_fields_of_messages():
+    messages = [{**message, "name": None, "tool_calls": None, "loss": None} for message in talk("a", "b")["messages"]]
+    assert read({"messages": messages}) == read(talk("a", "b"))
+    with pytest.raises(InputError, match=re.escape("messages[0] needs a role and a content, got the keys ['role']")):
+        read({"messages": [{"role": "assistant", "content": None}]})
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character():
+    expected = [{"role": "user", "content": [part("image", "/data/a.png"), text("a\ufffdb")]}]
+    expected.append({"role": "assistant", "content": "\ufffd \U0001f600"})
+    assert read(talk("<image>a\ud83db", "\ude00 \ud83d\ude00", images=["a.png"])).messages == expected
+    assert read(talk([text("\ud83d")], "b")).messages[0]["content"] == [text("\ufffd")]
+    assert read({"text": "\ud83d"}) == Document("\ufffd")
+
+
+def test_a_byte_order_mark():
+    line = b"\xef\xbb\xbf" + json.dumps(talk("a", "b")).encode()
+    assert read_row(Row("rows.jsonl", 1, line)) == read(talk("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (talk("<image>", "x"), "the messages have 1 <image> tags, but images holds 0"),
         (talk("<audio>", "x", audios=["a", "b"]), "the messages have 1 <audio> tags, but audios holds 2"),
         (talk("a", "x", video="a.mp4"), "the messages have 0 <video> tags, but videos holds 1"),
-        (talk([{"type": "image"}], "x"), "the messages have 1 <image> tags, but images holds 0"),
+        (talk([{"type": "image"}], "x"), 'a part {"type": "image"} without a source takes one of images, but none'),
+        (talk("a", "x", images=["a", None]), "or an object with bytes or a path, got None"),
+        (talk("<image>", "x", images=[{"bytes": None, "path": None}]), "with bytes or a path, got None"),
+        (talk([{"type": "image_url", "image_url": {"url": 3}}], "x"), "a medium must be a path, a URL or an object"),
         (talk("<image>", "x", image="a", images=["a"]), "a row has image or images, not both"),
         (talk("<image>", "x", images=[3]), "a medium must be a path, a URL or an object with bytes or a path, got 3"),
         ({"text": "a", "images": ["b"]}, "a row of text has no images; media belong in messages"),
         ({"text": 3}, "text must be a string, got int"),
         ({"prompt": "a"}, "a row has messages, conversations or text, and one of them; this has none"),
-        ({"text": "a", "messages": []}, "and one of them; this has ['messages', 'text']"),
+        ({"text": "a", **talk("a", "b")}, "and one of them; this has ['messages', 'text']"),
         ({"messages": "a"}, "messages must be a list of objects, got 'a'"),
         ({"messages": [{"role": "user"}]}, "messages[0] needs a role and a content, got the keys ['role']"),
         ({"conversations": [{"from": "tool", "value": "a"}]}, "conversations[0] must be from one of human, user, gpt"),
-        (talk("a", "b", tools="[{}]"), "tools is not supported"),
+        (talk("a", "b", tools='[{"name": "f"}]'), "tools is not supported"),
+        (talk("a", "b", tools="f(x)"), "tools is not supported"),
+        (talk("a", "b", chat_template_kwargs={"enable_thinking": False}), "chat_template_kwargs is not supported"),
+        (talk("a", "b", label=False), "label is False: it marks the answer as a bad one, which training would teach"),
+        (talk("a", "b", label=0), "leave out such rows, or the key label if it means something else"),
+        (talk("a", "b", label=" False"), "label is ' False': it marks the answer as a bad one"),
+        (talk("a", "b", kto_tag=False), "kto_tag is False: it marks the answer as a bad one"),
+        ({**SHAREGPT, "chosen": {"from": "gpt", "value": "b"}, "rejected": {}}, "chosen is not supported"),
         (talk("a", "b", objects={"bbox": [1]}), "objects is not supported"),
-        ({"messages": [{"role": "assistant", "content": "a", "loss": 1}]}, "loss must be true or false"),
+        ({"messages": [answer(loss=1)]}, "messages[0]: loss must be true or false, got 1"),
+        ({"messages": [answer(loss_scale=float("nan"))]}, "messages[0].loss_scale is nan; it must be at least 0"),
+        ({"messages": [answer(loss_scale=float("inf"))]}, "messages[0].loss_scale is inf; it must be at least 0"),
+        ({"messages": [answer(weight=-1)]}, "messages[0].weight is -1; it must be at least 0 and at most 10000"),
         ([1], "a row must be an object, got list"),
     ],
 )  # fmt: skip
@@ -136,6 +243,15 @@ def test_rows_that_are_refused(row, message):
         read(row)
 
 
-def test_a_line_that_is_not_json():
-    with pytest.raises(InputError, match="not JSON: "):
-        read_row(Row("rows.jsonl", 1, b'{"text": '))
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": ', "not JSON: "),
+        (b'{"text": "\xff"}', "not JSON: "),
+        (b'{"id": ' + b"9" * 5000 + b"}", "not JSON: "),
+        (b'{"text": ' + b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_line_that_is_not_json(line, message):
+    with pytest.raises(InputError, match=message):
+        read_row(Row("rows.jsonl", 1, line))

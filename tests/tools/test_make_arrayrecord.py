@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tyro
 
 from omni_jax.config import OmniConfig
 from omni_jax.data.examples import Example, Prepare
@@ -18,7 +20,7 @@ from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
 from omni_jax.processing.processor import Processor
 from tools import make_arrayrecord
-from tools.make_arrayrecord import write
+from tools.make_arrayrecord import record, write
 from tools.tokenizer_files import write_tokenizer
 
 MEDIA = Path(__file__).parents[1] / "media"
@@ -87,12 +89,31 @@ def test_nothing_is_left_of_what_failed(rows: Path, tmp_path: Path) -> None:
         write(str(rows), path, progress=lambda n, of: None)
 
 
-def test_the_command_line(rows: Path, tmp_path: Path) -> None:
-    tool = [sys.executable, make_arrayrecord.__file__]
+def test_the_command_line(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.arrayrecord"
-    done = subprocess.run([*tool, rows, path], capture_output=True, text=True, check=True)
+    # once as a file that runs by itself; the rest in this process, for it is the same code
+    tool = [sys.executable, make_arrayrecord.__file__, rows, path]
+    done = subprocess.run(tool, capture_output=True, text=True, check=True)
     assert f"{path}: 3 rows" in done.stdout.replace("\n", "")
-    shown = subprocess.run([*tool, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "--embed" in shown and "--data.train" in shown
-    again = subprocess.run([*tool, rows, path], capture_output=True, text=True)
-    assert again.returncode == 1 and "exists already" in again.stderr
+    with pytest.raises(SystemExit, match=r"error: .*rows.arrayrecord exists already"):
+        tyro.cli(make_arrayrecord.main, args=[str(rows), str(path)])
+    with pytest.raises(SystemExit) as shown:
+        tyro.cli(make_arrayrecord.main, args=["--help"])
+    assert shown.value.code == 0
+    text = capsys.readouterr().out
+    assert "--embed" in text
+    assert "--data.train" in text
+
+
+def test_names_with_colons_are_paths(rows: Path, tmp_path: Path) -> None:
+    """They stay so when they are rewritten, and are found when they are embedded."""
+    sound = rows.parent / "call-12:30.wav"
+    (rows.parent / "media" / "speech.wav").rename(sound)
+    rows.write_text(json.dumps(talk("<audio>?", audios=[sound.name])))
+    (row,) = open_rows(str(rows))
+    moved = json.loads(record(row, rows.parent, embed=False))
+    assert moved["audios"] == ["call-12:30.wav"]
+    moved = json.loads(record(row, tmp_path, embed=False))
+    assert moved["audios"] == ["in/call-12:30.wav"]
+    (embedded,) = json.loads(record(row, tmp_path, embed=True))["audios"]
+    assert base64.b64decode(embedded.partition(",")[2]) == sound.read_bytes()

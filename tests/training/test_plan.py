@@ -77,7 +77,7 @@ def test_phases_follow_each_other() -> None:
 
 def test_how_full_batches_are(make_recipe) -> None:
     found = composition(make_recipe())
-    assert found["examples"] > 2 and 0 < found["learnt"] < found["tokens"] <= 1
+    assert found["examples"] > 2 and 0 < found["target_tokens"] < found["tokens"] <= 1
 
 
 def test_the_command() -> None:

@@ -94,7 +94,7 @@ def test_counts() -> None:
         "tokens": sum(lengths),
         "learnt": sum((e.weights > 0).sum() for e in examples),
         "pairs": sum(n * (n + 1) / 2 for n in lengths),
-        "blocks": examples[2].blocks,
+        "blocks": examples[2].num_blocks,
         "patches": frames.sum(),
         "frame_pairs": (frames.astype(float) ** 2).sum(),
     }
