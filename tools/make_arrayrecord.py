@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 from omni_jax.data.rows import absolute_place, is_path, place_media, row_values
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import InputError
-from omni_jax.processing.sources import locate
+from omni_jax.processing.sources import locate_source
 
 Rows = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
@@ -85,7 +85,7 @@ def _embedded(source: str | bytes, from_folder: str, to_folder: Path) -> str:
     if isinstance(source, str) and source.startswith("data:"):
         return source
     try:
-        with locate(
+        with locate_source(
             source if isinstance(source, bytes) else absolute_place(source, from_folder), allow_urls=True
         ).open() as file:
             return _data_url(file.read())

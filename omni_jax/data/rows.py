@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 
 from omni_jax.data.sources import Row
 from omni_jax.errors import InputError
-from omni_jax.processing.files import joined
+from omni_jax.processing.files import join_path
 
 VideoSound: TypeAlias = Literal["auto", "always", "never"]
 Place: TypeAlias = Callable[[str | bytes], Any]
@@ -150,7 +150,7 @@ def is_path(source: str) -> bool:
 
 def absolute_place(source: str, folder: str) -> str:
     """A path as seen from the folder of the row's file; a URL as it is."""
-    return joined(folder, source) if is_path(source) else source
+    return join_path(folder, source) if is_path(source) else source
 
 
 def _listed(values: Mapping[str, Any], kind: str) -> list[Any]:

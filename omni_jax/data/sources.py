@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from omni_jax.errors import InputError
-from omni_jax.processing.files import bucket, is_remote, open_file
+from omni_jax.processing.files import is_remote, open_bucket, open_file
 
 _SCAN = 1 << 24  # bytes looked through at a time for the ends of lines
 _ROW_GROUPS = 4  # of a Parquet file that are kept in memory
@@ -66,7 +66,7 @@ class JsonLines:
 
     def _read(self, begin: int, end: int) -> bytes:
         if is_remote(self._path):
-            files, path = bucket(self._path)
+            files, path = open_bucket(self._path)
             return files.cat_file(path, start=begin, end=end)
         self._file = file = self._file or open(self._path, "rb")  # noqa: SIM115, it stays open for the next row
         return os.pread(file.fileno(), end - begin, begin)
@@ -190,7 +190,7 @@ def open_rows(pattern: str) -> Files:
 
 def _expand(pattern: str) -> list[str]:
     if is_remote(pattern):
-        files, path = bucket(pattern)
+        files, path = open_bucket(pattern)
         try:
             paths = [f"gs://{found.lstrip('/')}" for found in sorted(files.glob(path))]
         except (OSError, ValueError) as e:

@@ -17,7 +17,7 @@ def is_remote(name: str) -> bool:
     return name.startswith(_BUCKET)
 
 
-def bucket(url: str) -> tuple[Any, str]:
+def open_bucket(url: str) -> tuple[Any, str]:
     """The file system of a ``gs://`` URL, as fsspec has it, and the path in it.
 
     Raises:
@@ -42,28 +42,28 @@ def open_file(name: str) -> BinaryIO:
     """
     if not is_remote(name):
         return open(name, "rb")
-    files, path = bucket(name)
+    files, path = open_bucket(name)
     return files.open(path, "rb")
 
 
 def is_file(name: str) -> bool:
     if not is_remote(name):
         return os.path.isfile(name)
-    files, path = bucket(name)
+    files, path = open_bucket(name)
     return files.isfile(path)
 
 
 def folder_of(name: str) -> str:
     """The folder that a file is in."""
-    return resolved(posixpath.dirname(name) if is_remote(name) else os.path.dirname(name) or ".")
+    return resolve_path(posixpath.dirname(name) if is_remote(name) else os.path.dirname(name) or ".")
 
 
-def joined(folder: str, name: str) -> str:
+def join_path(folder: str, name: str) -> str:
     """A path as seen from a folder."""
     return posixpath.join(folder, name) if is_remote(folder) else os.path.join(folder, name)
 
 
-def resolved(name: str) -> str:
+def resolve_path(name: str) -> str:
     """A path without ``..``, and on a disk from its root on and without links.
 
     Raises:
@@ -81,14 +81,14 @@ def is_within(name: str, folder: str) -> bool:
     return not is_remote(name) and Path(name).is_relative_to(folder)
 
 
-def write_whole(name: str, data: bytes) -> None:
+def write_atomically(name: str, data: bytes) -> None:
     """Writes a file that is there as a whole or not at all.
 
     Raises:
       OSError: if it cannot be written.
     """
     if is_remote(name):
-        files, path = bucket(name)
+        files, path = open_bucket(name)
         files.pipe_file(path, data)  # an object is there once it is uploaded
         return
     folder, base = os.path.split(name)

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from omni_jax.errors import InputError
 from omni_jax.processing import audio, vision
 from omni_jax.processing.audio import MelSettings
-from omni_jax.processing.sources import Source, is_located, locate
+from omni_jax.processing.sources import Source, is_located, locate_source
 from omni_jax.processing.vision import PixelSettings
 
 MOST_IMAGE_PIXELS = 80_000_000  # of a picture, before it is made smaller
@@ -54,7 +54,8 @@ def read_image(source: Any, *, allow_urls: bool = False) -> Image.Image:
     """A picture in RGB, upright; what is transparent becomes white. Of an animation, the first frame.
 
     Args:
-      source: what ``sources.locate`` takes, a Pillow image, or uint8 [height, width] or [height, width, 1, 3 or 4].
+      source: what ``sources.locate_source`` takes, a Pillow image, or uint8 [height, width] or [height, width, 1, 3 or
+        4].
       allow_urls: whether to fetch from the web.
 
     Raises:
@@ -64,7 +65,7 @@ def read_image(source: Any, *, allow_urls: bool = False) -> Image.Image:
         return _rgb(source)
     if isinstance(source, np.ndarray):
         return _rgb(_image_of_array(source))
-    with locate(source, allow_urls=allow_urls).open() as file:
+    with locate_source(source, allow_urls=allow_urls).open() as file:
         try:
             picture = Image.open(file)
             _check_pixels(*picture.size, MOST_IMAGE_PIXELS)
@@ -228,7 +229,7 @@ def read_audio(
     """Sound, mixed to one channel and resampled.
 
     Args:
-      source: what ``sources.locate`` takes; of a video, its sound.
+      source: what ``sources.locate_source`` takes; of a video, its sound.
       settings: the sampling rate, and the longest sound that is taken.
       begin: seconds from the start of the file.
       end: seconds from the start of the file; what comes later is not read.
@@ -240,7 +241,7 @@ def read_audio(
     Raises:
       InputError: if there is no sound, it cannot be read whole, or the range is too long.
     """
-    source = locate(source, allow_urls=allow_urls)
+    source = locate_source(source, allow_urls=allow_urls)
     tracks = probe(source)
     if "audio" not in tracks:
         raise InputError("it has no sound")
@@ -334,7 +335,7 @@ def read_video(source: Any, settings: PixelSettings, options: Mapping[str, Any],
     """Chooses the frames of a video.
 
     Args:
-      source: what ``sources.locate`` takes; or a list of frames, each what ``read_image`` takes; or uint8
+      source: what ``sources.locate_source`` takes; or a list of frames, each what ``read_image`` takes; or uint8
         [frames, height, width, 3]. Frames in a list are all taken, at ``fps`` or two a second.
       settings: how many frames to take.
       options: may carry ``fps`` or ``nframes``, and ``video_start`` and ``video_end`` in seconds.
@@ -345,7 +346,7 @@ def read_video(source: Any, settings: PixelSettings, options: Mapping[str, Any],
     """
     if not is_located(source):
         return _listed_video(source, settings, options, allow_urls)
-    source = locate(source, allow_urls=allow_urls)
+    source = locate_source(source, allow_urls=allow_urls)
     tracks = probe(source)
     if "video" not in tracks:
         raise InputError("it holds no frames of video")

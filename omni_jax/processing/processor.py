@@ -35,7 +35,7 @@ from omni_jax.processing.layout import (
     lay_out,
     media_tokens,
 )
-from omni_jax.processing.sources import describe, is_located, locate
+from omni_jax.processing.sources import describe_source, is_located, locate_source
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
 from omni_jax.processing.vision import PixelSettings, image_input, video_input
 
@@ -318,7 +318,7 @@ class Processor:
 
     def _video(self, part: MediaPart, assume_fps: float | None) -> Item:
         options, pixels = part.options, self.settings.pixels
-        source = locate(part.source, allow_urls=self._allow_urls) if is_located(part.source) else part.source
+        source = locate_source(part.source, allow_urls=self._allow_urls) if is_located(part.source) else part.source
         video = media.read_video(source, pixels, options, allow_urls=self._allow_urls)
         wants_sound = options.get("use_audio_in_video", "auto")
         if wants_sound is True and not video.has_audio:
@@ -351,7 +351,7 @@ class Processor:
 
 
 def _place(part: MediaPart) -> str:
-    return f"{part.where} ({part.kind} {describe(part.source)})"
+    return f"{part.where} ({part.kind} {describe_source(part.source)})"
 
 
 def _check_special_tokens(tokenizer: TextTokenizer, config: OmniConfig, folder: Path) -> None:

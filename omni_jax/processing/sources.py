@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from omni_jax.errors import InputError
-from omni_jax.processing.files import bucket
+from omni_jax.processing.files import open_bucket
 
 MOST_BYTES = 2 << 30  # fetched from the web
 _TIMEOUT = 30.0  # seconds without an answer
@@ -36,7 +36,7 @@ class Source:
             raise InputError(f"cannot read it: {e.strerror}") from e
 
 
-def describe(value: Any) -> str:
+def describe_source(value: Any) -> str:
     """How an error names a source: short, and without its data."""
     if isinstance(value, str) and value.startswith("data:"):
         return f"{value[:30].split(',')[0]},..."
@@ -55,7 +55,7 @@ def is_located(value: Any) -> bool:
     return isinstance(value, Source | str | os.PathLike | bytes | bytearray | memoryview)
 
 
-def locate(value: Any, *, allow_urls: bool = False) -> Source:
+def locate_source(value: Any, *, allow_urls: bool = False) -> Source:
     """Finds out what a value names.
 
     Args:
@@ -126,7 +126,7 @@ def _data_url(url: str) -> bytes:
 
 def _fetch_from_bucket(url: str, allowed: bool) -> bytes:
     _check_allowed(allowed)
-    files, path = bucket(url)
+    files, path = open_bucket(url)
     try:
         return files.cat_file(path)
     except FileNotFoundError as e:

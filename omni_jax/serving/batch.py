@@ -26,7 +26,7 @@ from omni_jax.engine.request import SchedulerConfig, Utilization
 from omni_jax.engine.warmup import Compilations
 from omni_jax.errors import ConfigError, InputError
 from omni_jax.generation.model import OmniModel, load
-from omni_jax.processing.files import folder_of, is_file, is_remote, open_file, resolved
+from omni_jax.processing.files import folder_of, is_file, is_remote, open_file, resolve_path
 from omni_jax.serving.batch_lines import Line, Seen, read_lines
 from omni_jax.serving.batch_ray import RayOptions, answer
 from omni_jax.serving.batch_results import NoResults, Results, open_results
@@ -144,7 +144,7 @@ class Batch:
             raise InputError(f"-i {self.input}: no such file")
         if self.distributed and (self.engine == "ray" or not self.mesh):
             raise InputError("--distributed is of one model over several hosts: give --mesh, and not --engine ray")
-        if resolved(self.input) == resolved(self.output):
+        if resolve_path(self.input) == resolve_path(self.output):
             raise InputError(f"-o {self.output} is the file of requests; name another")
         for name, folder in (("-o", folder_of(self.output)), ("--media-root", self.media_root)):
             if folder is not None and not is_remote(folder) and not Path(folder).is_dir():

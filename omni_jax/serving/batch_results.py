@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.errors import InputError
-from omni_jax.processing.files import bucket, is_remote
+from omni_jax.processing.files import is_remote, open_bucket
 from omni_jax.serving.batch_lines import PREFIX
 
 PART_LINES = 1000  # at most, in an object
@@ -118,7 +118,7 @@ class BucketResults(Results):
     def __init__(self, url: str):
         super().__init__()
         self._url = url
-        self._files, self._path = bucket(url)
+        self._files, self._path = open_bucket(url)
         self._folder = f"{self._path}.parts"
         self._waiting: list[bytes] = []
         self._written = time.monotonic()

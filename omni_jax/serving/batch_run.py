@@ -16,7 +16,7 @@ from omni_jax.engine.warmup import Compilations
 from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
-from omni_jax.processing.files import joined, write_whole
+from omni_jax.processing.files import join_path, write_atomically
 from omni_jax.processing.layout import AudioInput, Prompt
 from omni_jax.serving.batch_lines import Line, LineError, parse_line, result_line
 from omni_jax.serving.media_workers import MediaWorkers
@@ -189,10 +189,10 @@ class Runner:
         if reply.audio is not None:
             seconds = len(reply.audio) / reply.sample_rate
             if self._places.audio is not None:
-                name = joined(self._places.audio, f"{job.line.name}.{job.request.audio_format}")
+                name = join_path(self._places.audio, f"{job.line.name}.{job.request.audio_format}")
                 sound = sound_bytes(reply.audio, reply.sample_rate, job.request.audio_format)
                 try:
-                    write_whole(name, sound)
+                    write_atomically(name, sound)
                 except OSError as e:  # not the line's fault, and as likely to hit the next one
                     raise InputError(
                         f"cannot write {name}: {e.strerror or e}; the same command goes on from what is written"

@@ -19,8 +19,8 @@ from omni_jax.engine.outputs import Options, Reply
 from omni_jax.engine.talker_engine import TalkerParams
 from omni_jax.errors import InputError
 from omni_jax.processing.chat import MediaPart, Message, parse_messages
-from omni_jax.processing.files import is_within, joined, resolved
-from omni_jax.processing.sources import describe
+from omni_jax.processing.files import is_within, join_path, resolve_path
+from omni_jax.processing.sources import describe_source
 from omni_jax.serving.wav import pcm16
 
 AUDIO_FORMATS = ("wav", "pcm16")
@@ -230,7 +230,7 @@ def confine(messages: Sequence[Message], folder: str, root: str) -> tuple[Messag
     Raises:
       InputError: for a file outside of it.
     """
-    root = resolved(root)
+    root = resolve_path(root)
 
     def placed(source: Any, where: str) -> Any:
         if isinstance(source, list | tuple):
@@ -239,11 +239,13 @@ def confine(messages: Sequence[Message], folder: str, root: str) -> tuple[Messag
             return source
         name = urllib.request.url2pathname(urllib.parse.urlsplit(source).path) if source.startswith("file:") else source
         try:
-            path = resolved(joined(folder, name))
+            path = resolve_path(join_path(folder, name))
         except (OSError, ValueError) as e:
-            raise InputError(f"{where}: {describe(source)} is not a path that can be read: {e}") from e
+            raise InputError(f"{where}: {describe_source(source)} is not a path that can be read: {e}") from e
         if not is_within(path, root):
-            raise InputError(f"{where}: {describe(source)} is not within {root}; --media-root names another folder")
+            raise InputError(
+                f"{where}: {describe_source(source)} is not within {root}; --media-root names another folder"
+            )
         return path
 
     return _each(messages, lambda part: dataclasses.replace(part, source=placed(part.source, part.where)))

@@ -10,7 +10,7 @@ from PIL import Image
 from omni_jax.errors import InputError
 from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings
-from omni_jax.processing.sources import locate
+from omni_jax.processing.sources import locate_source
 from omni_jax.processing.vision import PixelSettings
 from tests.processing.conftest import MEDIA
 
@@ -292,7 +292,7 @@ def test_pictures_that_are_refused(value, message):
 
 
 def test_what_a_file_holds():
-    tracks = media.probe(locate(MEDIA / "video.mp4"))
+    tracks = media.probe(locate_source(MEDIA / "video.mp4"))
     assert sorted(tracks) == ["audio", "video"]
     assert len(tracks["video"].times) == 30 and tracks["video"].end == pytest.approx(3.0)
-    assert list(media.probe(locate(MEDIA / "silent.mp4"))) == ["video"]
+    assert list(media.probe(locate_source(MEDIA / "silent.mp4"))) == ["video"]

@@ -8,11 +8,11 @@ import pytest
 
 from omni_jax.errors import InputError
 from omni_jax.processing import sources
-from omni_jax.processing.sources import describe, locate
+from omni_jax.processing.sources import describe_source, locate_source
 
 
 def contents(value, **options):
-    with locate(value, **options).open() as file:
+    with locate_source(value, **options).open() as file:
         return file.read()
 
 
@@ -22,7 +22,7 @@ def test_every_kind_of_source(tmp_path):
     data = base64.b64encode(b"data").decode()
     kinds = [path, str(path), path.as_uri(), f"file://localhost{path}".replace(" ", "%20"), b"data", bytearray(b"data")]
     kinds += [memoryview(b"data"), f"data:;base64,{data}", f"data:audio/wav;base64,{data[:4]}\n{data[4:]}"]
-    kinds += [locate(b"data"), f"data:audio/wav;base64,{data.replace('=', '%3D')}"]
+    kinds += [locate_source(b"data"), f"data:audio/wav;base64,{data.replace('=', '%3D')}"]
     assert [contents(kind) for kind in kinds] == [b"data"] * len(kinds)
 
 
@@ -46,13 +46,13 @@ def test_every_kind_of_source(tmp_path):
 )
 def test_sources_that_are_refused(value, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        locate(value)
+        locate_source(value)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "a.wav").touch()
     with pytest.raises(InputError, match=re.escape("the file is empty (0 bytes)")):
-        locate(tmp_path / "a.wav")
+        locate_source(tmp_path / "a.wav")
 
 
 @contextlib.contextmanager
@@ -77,17 +77,17 @@ def test_the_web_where_it_is_allowed(monkeypatch):
     with served(b"data") as address:
         assert contents(f"{address}/a", allow_urls=True) == b"data"
         with pytest.raises(InputError, match="cannot fetch it: HTTP Error 404"):
-            locate(f"{address}/b", allow_urls=True)
+            locate_source(f"{address}/b", allow_urls=True)
         monkeypatch.setattr(sources, "MOST_BYTES", 3)
         with pytest.raises(InputError, match="it is over the limit of 3 bytes"):
-            locate(f"{address}/a", allow_urls=True)
+            locate_source(f"{address}/a", allow_urls=True)
     with pytest.raises(InputError, match="cannot fetch it"):
-        locate(f"{address}/a", allow_urls=True)
+        locate_source(f"{address}/a", allow_urls=True)
 
 
 def test_names_for_messages():
-    assert describe("a.mp4") == "'a.mp4'"
-    assert describe("data:audio/wav;base64,AAAA") == "data:audio/wav;base64,..."
-    assert describe(b"abc") == "3 bytes"
-    assert describe(["a", "b"]) == "a list of 2 frames"
-    assert len(describe("/very" * 100)) < 110
+    assert describe_source("a.mp4") == "'a.mp4'"
+    assert describe_source("data:audio/wav;base64,AAAA") == "data:audio/wav;base64,..."
+    assert describe_source(b"abc") == "3 bytes"
+    assert describe_source(["a", "b"]) == "a list of 2 frames"
+    assert len(describe_source("/very" * 100)) < 110
