@@ -14,7 +14,7 @@ import numpy as np
 import soxr
 
 from omni_jax.errors import InputError
-from omni_jax.processing.layout import AudioInput, audio_tokens
+from omni_jax.processing.layout import AudioInput
 
 # frames whose spectra are taken at a time: a block of the encoder's, since products of matrices of other heights may
 # round otherwise, and a sound that is heard block by block is to have the very same numbers
@@ -199,12 +199,13 @@ class Resampler:
         return np.pad(rest, (0, left - len(rest)))
 
 
-def audio_input(samples: np.ndarray, settings: MelSettings) -> AudioInput:
+def audio_input(samples: np.ndarray, settings: MelSettings, num_bad_packets: int = 0) -> AudioInput:
     """A clip as the model takes it.
 
     Args:
       samples: float32 [n], mono, at ``settings.sampling_rate``.
       settings: gives the longest clip that is taken.
+      num_bad_packets: of its file, that do not decode and are left out.
 
     Raises:
       InputError: if the clip is too short for a single token, or too long.
@@ -212,9 +213,14 @@ def audio_input(samples: np.ndarray, settings: MelSettings) -> AudioInput:
     seconds = len(samples) / settings.sampling_rate
     if seconds > settings.max_seconds:
         raise too_long(seconds, settings)
-    if audio_tokens(-(-len(samples) // settings.hop_length)) < 1:
+    if len(samples) < min_samples(settings):
         raise InputError(f"the sound lasts {seconds:.4f} s; the model hears nothing under 0.025 s")
-    return AudioInput(log_mel(samples, settings))
+    return AudioInput(log_mel(samples, settings), num_bad_packets)
+
+
+def min_samples(settings: MelSettings) -> int:
+    """The shortest clip that gives a token: one sample of its third frame."""
+    return 2 * settings.hop_length + 1
 
 
 def too_long(seconds: float, settings: MelSettings) -> InputError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.processing import media
-from omni_jax.processing.audio import MelSettings, audio_input
+from omni_jax.processing.audio import MelSettings, audio_input, min_samples
 from omni_jax.processing.chat import (
     REPLY_HEADER,
     ChatTemplate,
@@ -26,6 +27,7 @@ from omni_jax.processing.chat import (
     parse_messages,
     split_at_replies,
 )
+from omni_jax.processing.images import read_image
 from omni_jax.processing.layout import (
     FRAMES_PER_SECOND,
     AudioInput,
@@ -35,9 +37,9 @@ from omni_jax.processing.layout import (
     lay_out,
     media_tokens,
 )
-from omni_jax.processing.sources import describe_source, is_located, locate_source
+from omni_jax.processing.sources import describe_source, is_located
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
-from omni_jax.processing.vision import PixelSettings, image_input, video_input
+from omni_jax.processing.vision import FrameResizer, PixelSettings, image_input, pack_frames
 
 LiveKind: TypeAlias = Literal["audio", "video"]  # media that may come while a prompt is read
 
@@ -274,7 +276,7 @@ class Processor:
     ) -> Prompt:
         """Reads the media of messages, and puts them in the places that the template has left."""
         parts = [part for message in messages for part in message.media]
-        items = [self._item(part, assume_fps) for part in parts]
+        items = [self._read_item(part, assume_fps) for part in parts]
         prompt = lay_out(ids, items, self.config.thinker_config)
         self._check_length(prompt, parts, items, max_length)
         return prompt
@@ -293,41 +295,63 @@ class Processor:
             replies[begin + len(header) : after[0] + 1] = number
         return np.where(prompt.media_item < 0, replies, -1).astype(np.int32)
 
-    def _item(self, part: MediaPart, assume_fps: float | None) -> Item:
+    def _read_item(self, part: MediaPart, assume_fps: float | None) -> Item:
+        """Reads one item of media.
+
+        Raises:
+          InputError: if it cannot be read, naming its place and the file.
+        """
         try:
             if part.kind == "image":
-                picture = media.read_image(part.source, allow_urls=self._allow_urls)
+                picture = read_image(part.source, allow_urls=self._allow_urls)
                 return image_input(picture, self.settings.pixels, part.options)
-            return self._sound(part) if part.kind == "audio" else self._video(part, assume_fps)
+            if part.kind == "audio":
+                return self._read_audio(part)
+            return self._read_video(part, assume_fps)
         except InputError as e:
-            raise InputError(f"{_place(part)}: {e}") from e
+            raise InputError(f"{_describe_part(part)}: {e}") from e
 
-    def _sound(self, part: MediaPart) -> AudioInput:
-        mel, options = self.settings.mel, part.options
-        begin, end = options.get("audio_start", 0.0), options.get("audio_end", float("inf"))
+    def _read_audio(self, part: MediaPart) -> AudioInput:
+        mel = self.settings.mel
+        options = part.options
+        begin = options.get("audio_start", 0.0)
+        end = options.get("audio_end", math.inf)
         if is_located(part.source):
             if "sampling_rate" in options:
                 raise InputError("sampling_rate is for an array of samples; a file knows its own")
-            samples = media.read_audio(part.source, mel, begin=begin, end=end, allow_urls=self._allow_urls)
-            return audio_input(samples, mel)
+            sound = media.read_sound(part.source, mel, begin=begin, end=end, allow_urls=self._allow_urls)
+            return audio_input(sound.samples, mel, sound.num_bad_packets)
         if not isinstance(part.source, np.ndarray):
             raise InputError(f"a sound must be a path, a URL, bytes or an array, got {type(part.source).__name__}")
         if "sampling_rate" not in options:
             raise InputError("an array of samples needs its sampling_rate beside it")
-        return audio_input(media.array_audio(part.source, options["sampling_rate"], mel, begin=begin, end=end), mel)
+        samples = media.array_audio(part.source, options["sampling_rate"], mel, begin=begin, end=end)
+        return audio_input(samples, mel)
 
-    def _video(self, part: MediaPart, assume_fps: float | None) -> Item:
-        options, pixels = part.options, self.settings.pixels
-        source = locate_source(part.source, allow_urls=self._allow_urls) if is_located(part.source) else part.source
-        video = media.read_video(source, pixels, options, allow_urls=self._allow_urls)
+    def _read_video(self, part: MediaPart, assume_fps: float | None) -> Item:
+        options = part.options
+        pixels = self.settings.pixels
         wants_sound = options.get("use_audio_in_video", "auto")
+        video = media.read_video(
+            part.source,
+            pixels,
+            options,
+            mel=self.settings.mel if wants_sound else None,
+            resize=FrameResizer(pixels, options),
+            allow_urls=self._allow_urls,
+        )
+        frames = list(video.frames)
+        vision = pack_frames(frames, assume_fps or video.fps, pixels, video.num_bad_packets)
         if wants_sound is True and not video.has_audio:
             raise InputError('use_audio_in_video is true, but it has no sound; "auto" hears a video only if it has')
-        seen = video_input(video.frames, video.count, assume_fps or video.fps, pixels, options)
-        if not (wants_sound and video.has_audio):
-            return seen
-        span = {"begin": options.get("video_start", 0.0), "end": options.get("video_end", float("inf"))}
-        return seen, audio_input(media.read_audio(source, self.settings.mel, **span), self.settings.mel)
+        sound = video.sound
+        if not wants_sound or not video.has_audio:
+            return vision
+        if sound is None or len(sound.samples) < min_samples(self.settings.mel):
+            if wants_sound is True:
+                raise InputError('use_audio_in_video is true, but its sound is not in this range; "auto" allows it')
+            return vision
+        return vision, audio_input(sound.samples, self.settings.mel, sound.num_bad_packets)
 
     def _check_length(
         self, prompt: Prompt, parts: Sequence[MediaPart], items: Sequence[Item], max_length: int | None
@@ -341,8 +365,8 @@ class Processor:
         message = f"the prompt has {len(prompt)} tokens, over the limit of {limit} ({kinds})"
         sizes = [self._tokens(item) for item in items]
         if sizes:
-            most = int(np.argmax(sizes))
-            message += f"; the largest item is {_place(parts[most])} with {sizes[most]}"
+            largest = int(np.argmax(sizes))
+            message += f"; the largest item is {_describe_part(parts[largest])} with {sizes[largest]}"
         raise InputError(f"{message}; shorten it, or give media less room (max_pixels, fps, nframes, a time range)")
 
     def _tokens(self, item: Item) -> int:
@@ -350,7 +374,7 @@ class Processor:
         return sum(media_tokens(part, self.config.thinker_config) for part in whole)
 
 
-def _place(part: MediaPart) -> str:
+def _describe_part(part: MediaPart) -> str:
     return f"{part.where} ({part.kind} {describe_source(part.source)})"
 
 

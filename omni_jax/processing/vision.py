@@ -4,7 +4,7 @@ utilities' choice of frames and of their size)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from PIL import Image
 from omni_jax.errors import InputError
 from omni_jax.processing.layout import VisionInput
 
-MOST_ELONGATED = 200  # longer side over shorter side
+MAX_ASPECT_RATIO = 200  # longer side over shorter side
+MAX_NATIVE_FPS = 1000.0
+_MAX_LATE_SECONDS = 0.5  # by which pictures may begin after their file, and still count as beginning with it
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
     """
     if min(height, width) < 1:
         raise InputError(f"a picture of {width} x {height} pixels has nothing to see")
-    if max(height, width) / min(height, width) > MOST_ELONGATED:
-        raise InputError(f"{width} x {height} pixels: one side is over {MOST_ELONGATED} times the other; crop it")
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise InputError(f"{width} x {height} pixels: one side is over {MAX_ASPECT_RATIO} times the other; crop it")
     rows, columns = round(height / factor), round(width / factor)
     if rows * columns * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -109,6 +111,105 @@ def frame_indices(total: int, frames: int) -> np.ndarray:
     return points.round().astype(int)
 
 
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a video are looked at.
+
+    Attributes:
+      indices: of the frames, in order; at a variable rate one may be looked at more than once. int [n]
+      fps: frames a second among those that were chosen.
+    """
+
+    indices: np.ndarray
+    fps: float
+
+
+def choose_frames(
+    times: np.ndarray, stated_fps: float, settings: PixelSettings, options: Mapping[str, Any]
+) -> FrameChoice:
+    """Chooses frames by their time stamps.
+
+    At a constant rate the choice, and the rate that ids are made of, are the official utilities': published weights
+    have learnt them. At a variable rate, and where the pictures begin later than the file, frames are those nearest to
+    an even grid of times, and the rate is the grid's.
+
+    Args:
+      times: seconds since the file's beginning at which each frame shows, in order; float64 [frames].
+      stated_fps: frames a second as the file's header says; 0 if it does not.
+      settings: gives bounds and the default rate.
+      options: may carry ``fps`` or ``nframes``, ``video_start`` and ``video_end`` (seconds since the file's beginning).
+
+    Raises:
+      InputError: if no frame, or too few, lie in the range.
+    """
+    begin = options.get("video_start", 0.0)
+    end = options.get("video_end", math.inf)
+    inside = np.flatnonzero((times >= begin) & (times <= end))
+    if not len(inside):
+        raise InputError(f"no frame lies in the range {begin:g} to {end:g} s; the last is at {times[-1]:.2f} s")
+    shown = times[inside]
+    is_late = times[0] > _MAX_LATE_SECONDS and begin < times[0]
+    rate = None if is_late else _constant_rate(times, stated_fps) or _constant_rate(shown, 0.0)
+    if rate is not None:
+        count = smart_nframes(len(inside), _check_rate(rate), settings, options)
+        return FrameChoice(inside[frame_indices(len(inside), count)], count / len(inside) * rate)
+    first = begin if is_late else float(shown[0])
+    mean_rate = max(len(inside) - 1, 1) / (float(shown[-1]) - first)
+    count = smart_nframes(len(inside), _check_rate(mean_rate), settings, options)
+    grid = np.linspace(first, shown[-1], count)
+    nearest = _nearest_indices(shown, grid)
+    return FrameChoice(inside[nearest], (count - 1) / float(grid[-1] - grid[0]))
+
+
+def _constant_rate(times: np.ndarray, stated_fps: float) -> float | None:
+    """Frames a second; None if some frame is over half a frame from where an even rate would have it.
+
+    It is what the header states, unless the times are against that by over two frames.
+    """
+    span = float(times[-1] - times[0])
+    intervals = len(times) - 1
+    if span <= 0:
+        return stated_fps or 1.0
+    measured = intervals / span
+    deviation = np.abs(times - times[0] - np.arange(len(times)) / measured)
+    if deviation.max() > 0.5 / measured:
+        return None
+    agrees = stated_fps > 0 and abs(intervals / stated_fps - span) <= 2 / stated_fps + 0.001 * span
+    return stated_fps if agrees else measured
+
+
+def _check_rate(fps: float) -> float:
+    if not 0 < fps < MAX_NATIVE_FPS:
+        raise InputError(f"its frames come at {fps:g} a second, which cannot be; re-encode it")
+    return fps
+
+
+def _nearest_indices(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Of each wanted time the nearest of ``times``, which are in order; the earlier one of two as near; int [n]."""
+    after = np.searchsorted(times, wanted).clip(1, len(times) - 1)
+    is_nearer = times[after] - wanted < wanted - times[after - 1]
+    return np.where(is_nearer, after, after - 1)
+
+
+class FrameResizer:
+    """Brings the frames of a video to the size that the encoder takes, one by one."""
+
+    def __init__(self, settings: PixelSettings, options: Mapping[str, Any]) -> None:
+        """``options`` may carry ``min_pixels`` and ``max_pixels`` of a frame."""
+        self._settings = settings
+        self._options = options
+        self._size: tuple[int, int] | None = None
+
+    def __call__(self, frame: Image.Image, count: int) -> Image.Image:
+        """Resizes one of ``count`` frames in RGB; all get the size that follows from the first."""
+        if self._size is None:
+            factor = self._settings.temporal_patch_size
+            even_count = -(-count // factor) * factor
+            self._size = video_size(frame.height, frame.width, even_count, self._settings, self._options)
+        height, width = self._size
+        return frame.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def image_input(picture: Image.Image, settings: PixelSettings, options: Mapping[str, Any]) -> VisionInput:
     """A picture as the model takes it: the encoder sees it twice, as a video that does not move.
 
@@ -137,15 +238,26 @@ def video_input(
       settings: the sizes and budgets.
       options: may carry ``min_pixels`` and ``max_pixels`` of a frame.
     """
+    resize = FrameResizer(settings, options)
+    return pack_frames([resize(frame, count) for frame in frames], fps, settings)
+
+
+def pack_frames(
+    frames: Sequence[Image.Image], fps: float, settings: PixelSettings, num_bad_packets: int = 0
+) -> VisionInput:
+    """Frames of a video that have their size already; if their number is odd, the last is shown twice.
+
+    Args:
+      frames: in RGB, as ``FrameResizer`` gives them.
+      fps: frames a second among these frames.
+      settings: the sizes.
+      num_bad_packets: of the file, that do not decode and are left out.
+    """
     factor = settings.temporal_patch_size
-    resized, size = [], (0, 0)
-    for frame in frames:
-        if not resized:
-            size = video_size(frame.height, frame.width, -(-count // factor) * factor, settings, options)
-        resized.append(_resize(frame, *size))
-    resized += [resized[-1]] * (-len(resized) % factor)
-    patches, grid = patchify(np.stack(resized), settings)
-    return VisionInput(patches, grid, "video", factor / fps)
+    pixels = [np.asarray(frame) for frame in frames]
+    pixels += [pixels[-1]] * (-len(pixels) % factor)
+    patches, grid = patchify(np.stack(pixels), settings)
+    return VisionInput(patches, grid, "video", factor / fps, num_bad_packets)
 
 
 def video_size(
