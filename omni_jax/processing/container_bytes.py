@@ -218,7 +218,28 @@ def _check_mp3_end(file: BinaryIO) -> None:
 
 
 def _check_gif_end(file: BinaryIO) -> None:
-    """A GIF ends with a semicolon; some writers put more behind it."""
-    size = file.seek(0, os.SEEK_END)
-    if b";" not in _read_at(file, max(0, size - 1024), 1024):
-        raise InputError("it is cut off: the mark that ends a GIF is missing")
+    """A GIF is a list of blocks, the last of which is a semicolon."""
+    # signature and size of the screen; flags of the table of colours, two bytes more
+    position = 13 + _colour_table_bytes(_read_at(file, 10, 1))
+    while True:
+        kind = _read_at(file, position, 1)
+        if kind == b";":
+            return
+        if kind == b"!":  # an extension, and its label
+            position += 2
+        elif kind == b",":  # a picture: its place and size, its table of colours, the width of its codes
+            position += 11 + _colour_table_bytes(_read_at(file, position + 9, 1))
+        else:
+            raise InputError(f"it is cut off or damaged: the block at byte {position} of the GIF is missing")
+        # pieces of up to 255 bytes, up to an empty one
+        while num_bytes := _read_at(file, position, 1):
+            position += 1 + num_bytes[0]
+            if not num_bytes[0]:
+                break
+
+
+def _colour_table_bytes(flags: bytes) -> int:
+    """The size of a table of colours: three bytes each, if there is one."""
+    if not flags or not flags[0] & 0x80:
+        return 0
+    return 3 * 2 ** ((flags[0] & 7) + 1)

@@ -11,7 +11,8 @@ These are no signs of it: a clock that is a little off, a DURATION tag outside M
 file that does not begin at time 0, another track that is longer than those that are taken. Formats that are made to be
 cut anywhere (MPEG-TS, raw AAC, MP3 without a Xing header) promise nothing.
 
-A packet amid a track that does not decode is skipped and counted. Over one in a hundred, the file is damaged.
+A packet amid a track that does not decode is skipped and counted. Over two, and over one in a hundred, the file is
+damaged.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ MAX_FRAME_PIXELS = 8192 * 4320
 EXACT_SLACK = 0.1  # seconds that a header may be wrong by
 _CLOCK_SLACK = 1.0
 _CLOCK_SLACK_SHARE = 0.01
-_MAX_BAD_SHARE = 0.01  # of the packets of a track
+# of the packets of a track; the larger of both
+_MAX_BAD_PACKETS = 2
+_MAX_BAD_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Track:
       start: seconds at which its first frame shows or sounds, on the file's clock.
       times: seconds at which its packets show or sound, each time once, in order; float64 [packets].
       end: seconds at which the last of them ends.
+      interval: seconds from one packet to the next, the median.
       num_packets: how many there are.
       frame_rate: frames a second as the header says; 0 if it does not, and for sound.
     """
@@ -72,6 +76,7 @@ class Track:
     start: float
     times: np.ndarray
     end: float
+    interval: float
     num_packets: int
     frame_rate: float = 0.0
 
@@ -145,20 +150,17 @@ def read_info(file: BinaryIO) -> ContainerInfo:
             _check_length(stream, track, format_names)
             tracks[track.kind] = track
         _check_file_length(container, tracks.values(), format_names)
+        if not tracks:
+            kinds = " and ".join(stream.type for stream in streams)
+            raise InputError(f"it is cut off: its header promises {kinds}, but no packet of it is there")
         check_tail(file, container.format.name)
-    if not tracks:
-        raise InputError(f"it is cut off: its header promises {_count_kinds(streams)}, but no packet of it is there")
     return ContainerInfo(tracks, min(track.start for track in tracks.values()), ends_anywhere)
 
 
 def check_bad_packets(num_bad: int, num_packets: int, kind: TrackKind) -> None:
     """Raises InputError if more packets than a slip do not decode."""
-    if num_bad > max(1, _MAX_BAD_SHARE * num_packets):
+    if num_bad > max(_MAX_BAD_PACKETS, _MAX_BAD_SHARE * num_packets):
         raise InputError(f"its {kind} is damaged: {num_bad} of {num_packets} packets do not decode")
-
-
-def _count_kinds(streams: Sequence[Any]) -> str:
-    return " and ".join(stream.type for stream in streams)
 
 
 def _pick_stream(container: InputContainer, kind: str) -> Any:
@@ -197,9 +199,12 @@ class _PacketLog:
         if packet.is_discard:
             return
         base = packet.time_base or Fraction(0)
-        ticks = packet.pts if packet.pts is not None else packet.dts or 0
-        self.begins.append(float(ticks * base))
-        self.ends.append(float((ticks + (packet.duration or 0)) * base))
+        ticks = packet.dts if packet.pts is None else packet.pts
+        # raw streams have no clock: packets follow each other
+        after_last = self.ends[-1] if self.ends else 0.0
+        begin = after_last if ticks is None else float(ticks * base)
+        self.begins.append(begin)
+        self.ends.append(begin + float((packet.duration or 0) * base))
 
     def find_start(self, packet: av.Packet) -> None:
         """Decodes until the first frame has come: its time may differ from the packet's."""
@@ -221,11 +226,11 @@ class _PacketLog:
     def track(self, stream: Any) -> Track:
         times = np.unique(self.begins)
         # a packet may not say how long it lasts; then the next would have come after about the usual time
-        usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-        ends = [end if end > begin else begin + usual for begin, end in zip(self.begins, self.ends, strict=True)]
+        interval = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        ends = [end if end > begin else begin + interval for begin, end in zip(self.begins, self.ends, strict=True)]
         start = float(times[0]) if self.start is None else self.start
         frame_rate = float(stream.average_rate or 0) if self.kind == "video" else 0.0
-        return Track(stream.index, self.kind, start, times, max(ends), len(self.begins), frame_rate)
+        return Track(stream.index, self.kind, start, times, max(ends), interval, len(self.begins), frame_rate)
 
 
 def _read_packets(container: InputContainer, streams: Sequence[Any]) -> dict[int, _PacketLog]:

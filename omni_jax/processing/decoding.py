@@ -83,9 +83,7 @@ class FrameCollector:
 
     def _next_time(self) -> float:
         """Where a frame without a time stamp shows."""
-        if not self.times:
-            return self.track.start
-        return self.times[-1] + (1 / self.track.frame_rate if self.track.frame_rate > 0 else 0.0)
+        return self.times[-1] + self.track.interval if self.times else self.track.start
 
 
 @dataclass

@@ -16,6 +16,7 @@ from omni_jax.processing.layout import VisionInput
 
 MAX_ASPECT_RATIO = 200  # longer side over shorter side
 MAX_NATIVE_FPS = 1000.0
+_MAX_JITTER_SECONDS = 0.1  # and half a frame, by which frames of a constant rate may be off
 _MAX_LATE_SECONDS = 0.5  # by which pictures may begin after their file, and still count as beginning with it
 
 
@@ -162,7 +163,7 @@ def choose_frames(
 
 
 def _constant_rate(times: np.ndarray, stated_fps: float) -> float | None:
-    """Frames a second; None if some frame is over half a frame from where an even rate would have it.
+    """Frames a second; None if some frame is far from where an even rate would have it.
 
     It is what the header states, unless the times are against that by over two frames.
     """
@@ -172,7 +173,7 @@ def _constant_rate(times: np.ndarray, stated_fps: float) -> float | None:
         return stated_fps or 1.0
     measured = intervals / span
     deviation = np.abs(times - times[0] - np.arange(len(times)) / measured)
-    if deviation.max() > 0.5 / measured:
+    if deviation.max() > max(0.5 / measured, _MAX_JITTER_SECONDS):
         return None
     agrees = stated_fps > 0 and abs(intervals / stated_fps - span) <= 2 / stated_fps + 0.001 * span
     return stated_fps if agrees else measured
