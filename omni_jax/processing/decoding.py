@@ -153,8 +153,8 @@ class SoundCollector:
             out.append(samples)
             num_samples += len(samples)
         sound = np.concatenate(out)[max(-lead, 0) :]
-        if math.isfinite(self.end):
-            sound = sound[: round((self.end - self.begin) * self.rate)]
+        num_wanted = min((self.end - self.begin) * self.rate, len(sound))
+        sound = sound[: round(num_wanted)]
         self._check_length(len(sound))
         return sound
 

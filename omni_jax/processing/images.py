@@ -10,7 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from omni_jax.errors import InputError
 from omni_jax.processing.sources import is_located, locate_source
 
-# Pillow tries these (MPO as JPEG) and no others: some of its formats start other programs (EPS), and none but these is tested here
+# Pillow tries these, MPO as JPEG, and no others: some of its formats start other programs (EPS), and only these are
+# tested
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
 MAX_IMAGE_PIXELS = 80_000_000
 # decoders that hold several copies of the picture: WebP's needs 16 bytes a pixel

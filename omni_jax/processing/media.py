@@ -86,7 +86,7 @@ def read_video(
       InputError: if it holds no video, is cut off or damaged, or is too large.
     """
     if not is_located(source):
-        return _list_video(source, settings, options, allow_urls)
+        return _list_video(source, settings, options, resize, allow_urls)
     with open_media(locate_source(source, allow_urls=allow_urls)) as file:
         info = read_info(file)
         if not info.has("video"):
@@ -218,10 +218,13 @@ def array_audio(
     """
     kind = samples.dtype
     if samples.ndim == 2 and min(samples.shape) <= MAX_CHANNELS:
-        samples = scale_samples(samples).mean(axis=int(np.argmin(samples.shape)))
+        channel_axis = int(np.argmin(samples.shape))
+        samples = scale_samples(samples).mean(axis=channel_axis)
     if samples.ndim != 1 or not np.issubdtype(kind, np.number) or np.issubdtype(kind, np.complexfloating):
         raise InputError(f"an array of sound must be numbers [n] or [n, channels], got {kind} {list(samples.shape)}")
-    samples = scale_samples(samples)[round(begin * rate) : round(min(end, 1e9) * rate)]
+    first = round(min(begin * rate, len(samples)))
+    last = round(min(end * rate, len(samples)))
+    samples = scale_samples(samples)[first:last]
     if not len(samples):
         raise InputError("the array holds no samples in this range")
     if not np.isfinite(samples).all():
@@ -229,7 +232,9 @@ def array_audio(
     return audio.resample(samples, rate, settings.sampling_rate)
 
 
-def _list_video(frames: Any, settings: PixelSettings, options: Mapping[str, Any], allow_urls: bool) -> Video:
+def _list_video(
+    frames: Any, settings: PixelSettings, options: Mapping[str, Any], resize: Resize | None, allow_urls: bool
+) -> Video:
     if isinstance(frames, np.ndarray) and frames.ndim == 4:
         frames = list(frames)
     if not isinstance(frames, Sequence):
@@ -239,8 +244,11 @@ def _list_video(frames: Any, settings: PixelSettings, options: Mapping[str, Any]
     for name in ("nframes", "video_start", "video_end"):
         if name in options:
             raise InputError(f"{name} chooses among the frames of a file; of a list of frames all are taken")
+    count = len(frames)
     pictures = _read_pictures(frames, allow_urls)
-    return Video(pictures, len(frames), options.get("fps", settings.fps), False)
+    if resize is not None:
+        pictures = (resize(picture, count) for picture in pictures)
+    return Video(pictures, count, options.get("fps", settings.fps), False)
 
 
 def _read_pictures(frames: Sequence[Any], allow_urls: bool) -> Iterator[Image.Image]:

@@ -243,7 +243,7 @@ from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.images import read_image
 
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), -1))
+resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20), -1))
 for name in sys.argv[1:]:
     try:
         read_image(name) if not name.endswith("mp4") else media.read_audio(name, MelSettings())
