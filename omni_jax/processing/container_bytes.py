@@ -123,7 +123,10 @@ def _num_records(file: BinaryIO, box: Box) -> int:
         return int.from_bytes(_read_at(file, box.begin, 8)[4:8])
     if box.kind != b"mdia":
         return 0
-    sizes, times, offsets, is_sound = 0, _NO_ENTRIES, _NO_ENTRIES, False
+    sizes = 0
+    times = _NO_ENTRIES
+    offsets = _NO_ENTRIES
+    is_sound = False
     for child in _mp4_boxes(file, box.begin, box.end):
         if child.kind == b"hdlr":
             is_sound = _read_at(file, child.begin, 12)[8:12] == b"soun"

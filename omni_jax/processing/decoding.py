@@ -142,6 +142,7 @@ class SoundCollector:
         first = self.pieces[0][0]
         lead = round((first - self.begin) * self.rate)
         self._check_length(min(lead, round(wanted)))
+        # by its own count of samples sound is exact; time stamps may be rounded to milliseconds
         out: list[np.ndarray] = [np.zeros(max(lead, 0), np.float32)]
         num_samples = 0  # since ``first``
         for time, samples in self.pieces:
@@ -176,14 +177,14 @@ def decode_tracks(file: BinaryIO, info: ContainerInfo, collectors: Sequence[Coll
     with open_container(file) as container:
         by_stream = {collector.track.index: collector for collector in collectors}
         streams = [container.streams[index] for index in by_stream]
-        for stream in streams:
-            if stream.type == "video":
-                stream.thread_type = "AUTO"
+        for video in container.streams.video:
+            video.thread_type = "AUTO"
         last_is_bad = dict.fromkeys(by_stream, False)
         for packet in container.demux(streams):
             collector = by_stream[packet.stream.index]
             if collector.finished:
                 continue
+            # a bad packet is left out; whether the track goes on shows later
             try:
                 for frame in packet.decode():
                     collector.add(frame)
@@ -228,7 +229,7 @@ def _orientation(matrix: bytes) -> tuple[int, int, int, int]:
 
 def mix_frame(frame: Any) -> np.ndarray:
     """The mean over the channels of a frame of sound; float32 [n]."""
-    samples = frame.to_ndarray()
+    samples = frame.to_ndarray()  # [channels, n] if planar, else [1, n * channels]
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
     return scale_samples(samples).mean(axis=0, dtype=np.float32)

@@ -91,11 +91,14 @@ def read_video(
         info = read_info(file)
         if not info.has("video"):
             raise InputError("it holds no frames of video")
-        begin, end = options.get("video_start", 0.0), options.get("video_end", math.inf)
+        begin = options.get("video_start", 0.0)
+        end = options.get("video_end", math.inf)
         sound = None
+        # one pass decodes both tracks
         if mel is not None and info.has("audio"):
             sound = _sound_collector(info, begin, end, mel)
         frames, choice = _decode_video(file, info, sound, settings, options, resize)
+        # at a variable rate a frame may be looked at more than once
         kept = [frames.kept[i] for i in choice.indices.tolist()]
     samples = None if sound is None else _finish_sound(sound)
     return Video(kept, len(kept), choice.fps, info.has("audio"), samples, frames.num_bad)
@@ -177,12 +180,13 @@ def _decode_video(
     frames = _frame_collector(info, choice, options, resize)
     decode_tracks(file, info, [frames] if sound is None else [frames, sound])
     decoded = np.array(frames.times)
-    if frames.finished:  # at the end of the range; what comes later was not decoded
+    if frames.finished:  # the range ends before the file, and what comes later was not decoded
         decoded = np.concatenate([decoded, times[times > frames.end]])
     if len(decoded) == len(times) and np.abs(decoded - times).max(initial=0.0) < 1e-6:
         return frames, choice
     if not frames.times:
         raise InputError("it holds no frames of video that decode in this range")
+    # decoders give frames in order, but damaged files may have stamps that go back
     choice = choose_frames(np.sort(decoded) - info.start, track.frame_rate, settings, options)
     frames = _frame_collector(info, choice, options, resize)
     decode_tracks(file, info, [frames])
