@@ -73,8 +73,8 @@ def segments_from_tokens(
 ) -> tuple[mrope.Segment, ...]:
     """Reads the segments of a row whose placeholders are expanded, as the reference's ``get_rope_index`` does.
 
-    Its quirk is kept: under ``use_audio_in_video`` a video without sound is not counted, and is laid out as text (docs/reference.md,
-    5.6c); without any grid the whole batch is text.
+    Its quirk is kept: under ``use_audio_in_video`` a video without sound is not counted, and is laid out as text
+    (docs/reference.md, 5.6c); without any grid the whole batch is text.
 
     Args:
       tokens: the real tokens of one row, without padding.
