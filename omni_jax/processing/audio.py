@@ -1,4 +1,5 @@
-"""Sound to log-mel frames, as the Whisper feature extractor of the reference makes them (spec 2.3).
+"""Sound to log-mel frames, as the Whisper feature extractor of the reference makes them (docs/reference.md,
+2.3).
 
 The reference pads every clip to five minutes first. Two hops of silence after the clip give the same frames, so that is
 all the padding there is here. ``MelStream`` and ``Resampler`` take a sound in pieces, while it goes on.
@@ -14,13 +15,13 @@ import numpy as np
 import soxr
 
 from omni_jax.errors import InputError
-from omni_jax.processing.layout import AudioInput, audio_tokens
+from omni_jax.processing.layout import AudioInput
 
 # frames whose spectra are taken at a time: a block of the encoder's, since products of matrices of other heights may
-# round otherwise, and a sound that is heard block by block is to have the very same numbers
-_SLAB = 200
-_LEAST = -10.0  # decades; the least that is told apart
-_RANGE = 8.0  # decades that are kept under the loudest bin
+# round otherwise, and a sound that comes block by block is to have the very same features
+_FRAMES_PER_FFT = 200
+_MIN_LOG_POWER = -10.0  # decades; the least that is told apart
+_DYNAMIC_RANGE = 8.0  # decades that are kept under the loudest bin
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def log_mel(samples: np.ndarray, settings: MelSettings) -> np.ndarray:
     """
     hop = settings.hop_length
     frames = -(-len(samples) // hop)
-    computed = _computed(frames, settings)
+    computed = _num_computed(frames, settings)
     padded = np.zeros(computed * hop, np.float64)
     padded[: len(samples)] = samples
-    logs = _logs(_mel_power(np.pad(padded, settings.n_fft // 2, mode="reflect"), computed, settings))
-    return _features(logs, logs.max(initial=_LEAST))[:frames]
+    logs = _log_power(_mel_power(np.pad(padded, settings.n_fft // 2, mode="reflect"), computed, settings))
+    return _scale_logs(logs, logs.max(initial=_MIN_LOG_POWER))[:frames]
 
 
 class MelStream:
@@ -63,58 +64,61 @@ class MelStream:
     A frame sees half a window (200 samples) on both sides of its first sample; so a block is there 40 samples, 2.5 ms,
     after its end. The beginning is reflected and the end padded as ``log_mel`` does it.
 
-    The floor of a block lies eight decades under the loudest bin of all that was heard up to the block's end; of the
+    The floor of a block lies eight decades under the loudest bin of all that has come up to the block's end; of the
     last frames, under the loudest of the whole. So the frames do not depend on the pieces that the sound comes in. From
     the block with the loudest bin on they are those of ``log_mel``; before it, only bins that lie under the clip's own
     floor differ, and they are lower.
 
     Attributes:
-      samples: how many were heard.
+      samples: how many have come.
     """
 
     def __init__(self, settings: MelSettings, block: int):
         """``block`` is how many frames come out at a time."""
         self.samples = 0
-        self._settings, self._block = settings, block
-        self._held = np.zeros(0, np.float32)  # from the first sample that the next frame sees
-        self._done = 0  # frames
-        self._loudest = _LEAST
+        self._settings = settings
+        self._block = block
+        self._buffer = np.zeros(0, np.float32)  # from the first sample that the next frame sees
+        self._num_frames = 0  # frames
+        self._loudest = _MIN_LOG_POWER
 
     def push(self, samples: np.ndarray) -> list[np.ndarray]:
-        """Takes more of the sound, float [n]; returns the blocks that are whole now, each float32 [block, mel bins]."""
-        hop, n_fft = self._settings.hop_length, self._settings.n_fft
+        """Takes more of the sound, float [n]; returns the blocks that are complete, each float32 [block, mel bins]."""
+        hop = self._settings.hop_length
+        n_fft = self._settings.n_fft
         self.samples += len(samples)
-        self._held = np.concatenate([self._held, samples])
+        self._buffer = np.concatenate([self._buffer, samples])
         out = []
-        while len(self._held) + self._unseen >= (self._block - 1) * hop + n_fft:
-            seen = np.pad(self._held, (self._unseen, 0), mode="reflect")
-            out.append(self._floored(seen, self._block))
-            self._held = seen[self._block * hop :]
-            self._done += self._block
+        while len(self._buffer) + self._num_reflected >= (self._block - 1) * hop + n_fft:
+            seen = np.pad(self._buffer, (self._num_reflected, 0), mode="reflect")
+            out.append(self._floored_frames(seen, self._block))
+            self._buffer = seen[self._block * hop :]
+            self._num_frames += self._block
         return out
 
     def finish(self) -> np.ndarray:
         """Says that the sound has ended; returns the frames that are left, float32 [frames, mel bins]."""
-        hop, half = self._settings.hop_length, self._settings.n_fft // 2
+        hop = self._settings.hop_length
+        half = self._settings.n_fft // 2
         frames = -(-self.samples // hop)
-        computed = _computed(frames, self._settings) - self._done
-        rest = np.zeros(computed * hop + half - self._unseen)
-        rest[: len(self._held)] = self._held
-        seen = np.pad(rest, (self._unseen, half), mode="reflect")
-        return self._floored(seen, computed)[: frames - self._done]
+        computed = _num_computed(frames, self._settings) - self._num_frames
+        rest = np.zeros(computed * hop + half - self._num_reflected)
+        rest[: len(self._buffer)] = self._buffer
+        seen = np.pad(rest, (self._num_reflected, half), mode="reflect")
+        return self._floored_frames(seen, computed)[: frames - self._num_frames]
 
     @property
-    def _unseen(self) -> int:
+    def _num_reflected(self) -> int:
         """Samples that the next frame sees before the beginning of the sound."""
-        return 0 if self._done else self._settings.n_fft // 2
+        return 0 if self._num_frames else self._settings.n_fft // 2
 
-    def _floored(self, seen: np.ndarray, frames: int) -> np.ndarray:
-        logs = _logs(_mel_power(seen, frames, self._settings))
-        self._loudest = max(self._loudest, logs.max(initial=_LEAST))
-        return _features(logs, self._loudest)
+    def _floored_frames(self, seen: np.ndarray, frames: int) -> np.ndarray:
+        logs = _log_power(_mel_power(seen, frames, self._settings))
+        self._loudest = max(self._loudest, logs.max(initial=_MIN_LOG_POWER))
+        return _scale_logs(logs, self._loudest)
 
 
-def _computed(frames: int, settings: MelSettings) -> int:
+def _num_computed(frames: int, settings: MelSettings) -> int:
     """How many frames are computed of a clip of so many.
 
     Those that begin after the clip still reach into it and count for the maximum; at the end of the reference's five
@@ -124,24 +128,29 @@ def _computed(frames: int, settings: MelSettings) -> int:
     return min(frames + math.ceil(settings.n_fft / 2 / settings.hop_length), room)
 
 
-def _logs(power: np.ndarray) -> np.ndarray:
-    return np.log10(np.maximum(power, 10**_LEAST))
+def _log_power(power: np.ndarray) -> np.ndarray:
+    """Decades. [frames, mel bins]"""
+    return np.log10(np.maximum(power, 10**_MIN_LOG_POWER))
 
 
-def _features(logs: np.ndarray, loudest: float) -> np.ndarray:
-    return ((np.maximum(logs, loudest - _RANGE) + 4.0) / 4.0).astype(np.float32)
+def _scale_logs(logs: np.ndarray, loudest: float) -> np.ndarray:
+    """What the encoder takes: the floor applied, and about -1 to 1. [frames, mel bins]"""
+    return ((np.maximum(logs, loudest - _DYNAMIC_RANGE) + 4.0) / 4.0).astype(np.float32)
 
 
 def _mel_power(padded: np.ndarray, frames: int, settings: MelSettings) -> np.ndarray:
     """Power in each mel bin. [frames, mel bins]"""
-    n_fft, hop = settings.n_fft, settings.hop_length
+    n_fft = settings.n_fft
+    hop = settings.hop_length
+    # Hann, periodic as in the reference
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
     filters = mel_filters(settings.feature_size, n_fft, settings.sampling_rate)
+    # [frames, n_fft], without copies
     views = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop][:frames]
     out = np.empty((frames, settings.feature_size))
-    for begin in range(0, frames, _SLAB):
-        spectrum = np.fft.rfft(views[begin : begin + _SLAB] * window)
-        out[begin : begin + _SLAB] = (spectrum.real**2 + spectrum.imag**2) @ filters
+    for begin in range(0, frames, _FRAMES_PER_FFT):
+        spectrum = np.fft.rfft(views[begin : begin + _FRAMES_PER_FFT] * window)
+        out[begin : begin + _FRAMES_PER_FFT] = (spectrum.real**2 + spectrum.imag**2) @ filters
     return out
 
 
@@ -159,8 +168,13 @@ def mel_filters(bins: int, n_fft: int, sampling_rate: int) -> np.ndarray:
     mels = np.linspace(0, top, bins + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(step * (mels - 15)))
     frequencies = np.linspace(0, sampling_rate / 2, n_fft // 2 + 1)[:, None]
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    rising, falling = (frequencies - left) / (centre - left), (right - frequencies) / (right - centre)
+    # of each filter [bins]
+    left = edges[:-2]
+    centre = edges[1:-1]
+    right = edges[2:]
+    # [n_fft // 2 + 1, bins]
+    rising = (frequencies - left) / (centre - left)
+    falling = (right - frequencies) / (right - centre)
     return np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left)
 
 
@@ -177,34 +191,37 @@ class Resampler:
     """``resample`` of a sound that goes on; the pieces add up to the same samples. At 48 kHz they come 34 ms late."""
 
     def __init__(self, rate: int, target: int):
-        self._rate, self._target = rate, target
+        self._rate = rate
+        self._target = target
         self._stream = None if rate == target else soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
-        self._taken = self._given = 0
+        self._num_in = 0
+        self._num_out = 0
 
     def push(self, samples: np.ndarray) -> np.ndarray:
         """Takes more of the sound, float [n]; returns what is certain now, float32 [m]."""
         samples = samples.astype(np.float32)
-        self._taken += len(samples)
+        self._num_in += len(samples)
         if self._stream is not None:
             samples = self._stream.resample_chunk(samples)
-        self._given += len(samples)
+        self._num_out += len(samples)
         return samples
 
     def finish(self) -> np.ndarray:
         """Says that the sound has ended; returns the rest of it."""
         if self._stream is None:
             return np.zeros(0, np.float32)
-        left = -(-self._taken * self._target // self._rate) - self._given
-        rest = self._stream.resample_chunk(np.zeros(0, np.float32), last=True)[:left]
-        return np.pad(rest, (0, left - len(rest)))
+        num_remaining = -(-self._num_in * self._target // self._rate) - self._num_out
+        rest = self._stream.resample_chunk(np.zeros(0, np.float32), last=True)[:num_remaining]
+        return np.pad(rest, (0, num_remaining - len(rest)))
 
 
-def audio_input(samples: np.ndarray, settings: MelSettings) -> AudioInput:
+def audio_input(samples: np.ndarray, settings: MelSettings, num_bad_packets: int = 0) -> AudioInput:
     """A clip as the model takes it.
 
     Args:
       samples: float32 [n], mono, at ``settings.sampling_rate``.
       settings: gives the longest clip that is taken.
+      num_bad_packets: of its file, that do not decode and are left out.
 
     Raises:
       InputError: if the clip is too short for a single token, or too long.
@@ -212,9 +229,14 @@ def audio_input(samples: np.ndarray, settings: MelSettings) -> AudioInput:
     seconds = len(samples) / settings.sampling_rate
     if seconds > settings.max_seconds:
         raise too_long(seconds, settings)
-    if audio_tokens(-(-len(samples) // settings.hop_length)) < 1:
-        raise InputError(f"the sound lasts {seconds:.4f} s; the model hears nothing under 0.025 s")
-    return AudioInput(log_mel(samples, settings))
+    if len(samples) < min_samples(settings):
+        raise InputError(f"the sound lasts {seconds:.4f} s; the model takes nothing under 0.025 s")
+    return AudioInput(log_mel(samples, settings), num_bad_packets)
+
+
+def min_samples(settings: MelSettings) -> int:
+    """The shortest clip that gives a token: one sample of its third frame."""
+    return 2 * settings.hop_length + 1
 
 
 def too_long(seconds: float, settings: MelSettings) -> InputError:

@@ -24,7 +24,7 @@ def open_bucket(url: str) -> tuple[Any, str]:
       InputError: if the libraries that read buckets are not installed, or there is no access.
     """
     try:
-        import fsspec
+        import fsspec  # only who reads buckets needs it
 
         return fsspec.core.url_to_fs(url)
     except ImportError as e:
@@ -47,6 +47,7 @@ def open_file(name: str) -> BinaryIO:
 
 
 def is_file(name: str) -> bool:
+    """Whether it is there, and a file."""
     if not is_remote(name):
         return os.path.isfile(name)
     files, path = open_bucket(name)
@@ -92,6 +93,7 @@ def write_atomically(name: str, data: bytes) -> None:
         files.pipe_file(path, data)  # an object is there once it is uploaded
         return
     folder, base = os.path.split(name)
+    # in the same folder, for only within a file system is a rename one step
     part = os.path.join(folder, f".{base}.part")
     Path(part).write_bytes(data)
     os.replace(part, name)

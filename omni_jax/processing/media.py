@@ -1,232 +1,113 @@
-"""Decoding: sound and video with PyAV, pictures with Pillow.
+"""Sound and video as the model takes them: a file is opened once and gives its tracks.
 
-A file is read whole or refused: one that ends before what its header promises, or within a packet, is an error. Formats
-that are made to be cut anywhere promise nothing (MPEG-TS, MP3 without a Xing header). Every limit is checked on what
-the header says before anything large is decoded.
+Times count from the beginning of the file, which is where the first of its tracks begins. What is read, and when a file
+counts as cut off, is in docs/media.md.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO, TypeAlias
 
-import av
-import av.error
 import numpy as np
-from av.container import InputContainer
-from av.stream import Disposition
-from PIL import Image, ImageOps
+from PIL import Image
 
 from omni_jax.errors import InputError
-from omni_jax.processing import audio, vision
+from omni_jax.processing import audio
 from omni_jax.processing.audio import MelSettings
-from omni_jax.processing.sources import Source, is_located, locate_source
-from omni_jax.processing.vision import PixelSettings
+from omni_jax.processing.containers import EXACT_SLACK, ContainerInfo, open_media, read_info
+from omni_jax.processing.decoding import FrameCollector, SoundCollector, decode_tracks, scale_samples
+from omni_jax.processing.images import read_image
+from omni_jax.processing.sources import is_located, locate_source
+from omni_jax.processing.vision import FrameChoice, PixelSettings, choose_frames
 
-MOST_IMAGE_PIXELS = 80_000_000  # of a picture, before it is made smaller
-MOST_FRAME_PIXELS = 8192 * 4320  # of a video's frame
-MOST_CHANNELS = 8  # of an array of sound
+MAX_CHANNELS = 8  # of an array of sound
 
-# what ffmpeg may take a file for; playlists, which make it open other files, are not among them
-_FORMATS = (
-    "3g2,3gp,aac,ac3,aiff,amr,asf,au,avi,caf,eac3,flac,flv,gif,h264,hevc,ivf,m4a,m4v,matroska,mj2,mov,mp3,mp4,mpeg,"
-    "mpegts,mpegvideo,ogg,w64,wav,webm,wv"
-)
-# formats whose header says how long the file is, so that a missing end shows
-_KNOW_THEIR_LENGTH = {"wav", "w64", "aiff", "flac", "mov", "matroska", "avi", "au", "caf"}
-_SLACK = 0.1  # seconds that a header may be wrong by
-_MP3_SLACK = 512  # bytes that one may be wrong by; about a frame
+Resize: TypeAlias = Callable[[Image.Image, int], Image.Image]  # of one frame of so many
 
 
 @dataclass(frozen=True)
-class Track:
-    """What demuxing tells of a stream, without decoding it."""
+class Sound:
+    """The sound of a file.
 
-    times: np.ndarray  # seconds at which its packets show or sound, in order; float64 [packets]
-    end: float  # seconds at which the last of them ends
+    Attributes:
+      samples: float32 [n], mono.
+      num_bad_packets: how many were damaged and are left out.
+    """
+
+    samples: np.ndarray
+    num_bad_packets: int = 0
 
 
-def read_image(source: Any, *, allow_urls: bool = False) -> Image.Image:
-    """A picture in RGB, upright; what is transparent becomes white. Of an animation, the first frame.
+@dataclass(frozen=True)
+class Video:
+    """The frames of a video that are looked at, and its sound.
+
+    Attributes:
+      frames: in RGB, upright; of a list of pictures they are read as they are asked for.
+      count: how many they are.
+      fps: of these frames.
+      has_audio: whether the file has sound, whether or not it was asked for.
+      sound: None if it was not asked for, or there is none in the range.
+      num_bad_packets: how many packets of pictures were damaged and are left out.
+    """
+
+    frames: Iterable[Image.Image]
+    count: int
+    fps: float
+    has_audio: bool
+    sound: Sound | None = None
+    num_bad_packets: int = 0
+
+
+def read_video(
+    source: Any,
+    settings: PixelSettings,
+    options: Mapping[str, Any],
+    *,
+    mel: MelSettings | None = None,
+    resize: Resize | None = None,
+    allow_urls: bool = False,
+) -> Video:
+    """Reads the frames of a video that are looked at, and its sound.
 
     Args:
-      source: what ``sources.locate_source`` takes, a Pillow image, or uint8 [height, width] or [height, width, 1, 3 or
-        4].
+      source: what ``sources.locate_source`` takes; or a list of frames, each what ``read_image`` takes; or uint8
+        [frames, height, width, 3]. Frames in a list are all taken, at ``fps`` or two a second.
+      settings: how many frames to take.
+      options: may carry ``fps`` or ``nframes``, and ``video_start`` and ``video_end`` in seconds.
+      mel: to read the sound too; its sampling rate, and the longest sound that is taken.
+      resize: what is done with each frame as it is decoded, given how many there will be; None: they are kept in full.
       allow_urls: whether to fetch from the web.
 
     Raises:
-      InputError: if it is not a picture, is cut off, or is too large to be decoded safely.
+      InputError: if it holds no video, is cut off or damaged, or is too large.
     """
-    if isinstance(source, Image.Image):
-        return _rgb(source)
-    if isinstance(source, np.ndarray):
-        return _rgb(_image_of_array(source))
-    with locate_source(source, allow_urls=allow_urls).open() as file:
-        try:
-            picture = Image.open(file)
-            _check_pixels(*picture.size, MOST_IMAGE_PIXELS)
-            picture.load()
-        except Image.DecompressionBombError as e:
-            raise InputError(f"it has more pixels than the limit of {MOST_IMAGE_PIXELS}: {e}") from e
-        except InputError:
-            raise
-        except (OSError, SyntaxError, ValueError) as e:
-            raise InputError(f"not a picture that can be read: {e}") from e
-    return _rgb(picture)
+    if not is_located(source):
+        return _list_video(source, settings, options, resize, allow_urls)
+    with open_media(locate_source(source, allow_urls=allow_urls)) as file:
+        info = read_info(file)
+        if not info.has("video"):
+            raise InputError("it holds no frames of video")
+        begin = options.get("video_start", 0.0)
+        end = options.get("video_end", math.inf)
+        sound = None
+        # one pass decodes both tracks
+        if mel is not None and info.has("audio"):
+            sound = _sound_collector(info, begin, end, mel)
+        frames, choice = _decode_video(file, info, sound, settings, options, resize)
+        # at a variable rate a frame may be looked at more than once
+        kept = [frames.kept[i] for i in choice.indices.tolist()]
+    samples = None if sound is None else _finish_sound(sound)
+    return Video(kept, len(kept), choice.fps, info.has("audio"), samples, frames.num_bad)
 
 
-def _check_pixels(width: int, height: int, limit: int) -> None:
-    if width * height > limit:
-        raise InputError(f"{width} x {height} pixels are over the limit of {limit}; make it smaller")
-
-
-def _image_of_array(pixels: np.ndarray) -> Image.Image:
-    shape = pixels.shape[2:] if pixels.ndim == 3 else (1,)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or shape[0] not in (1, 3, 4):
-        given = f"{pixels.dtype} {list(pixels.shape)}"
-        raise InputError(f"an array must be uint8 [height, width] or [height, width, 1, 3 or 4], got {given}")
-    _check_pixels(pixels.shape[1], pixels.shape[0], MOST_IMAGE_PIXELS)
-    return Image.fromarray(pixels[..., 0] if shape == (1,) and pixels.ndim == 3 else pixels)
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        raise InputError(f"a picture of mode {picture.mode} has no fixed range of brightness; save it as 8 or 16 bits")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGB", picture.size, (255, 255, 255))
-        white.paste(picture, mask=picture.getchannel("A"))
-        return white
-    return picture.convert("RGB")
-
-
-@contextmanager
-def _opened(source: Source) -> Iterator[InputContainer]:
-    """An open file; whatever goes wrong inside while it is read is an InputError."""
-    with source.open() as file:
-        try:
-            with av.open(file, "r", options={"format_whitelist": _FORMATS}) as container:
-                yield container
-        except av.error.FFmpegError as e:
-            raise InputError(f"cannot decode it: {e.strerror} (is it cut off, or not sound or video at all?)") from e
-
-
-def probe(source: Source) -> dict[str, Track]:
-    """Demuxes a file and tells of its first video and audio streams, those of them that hold anything.
-
-    Raises:
-      InputError: if the file cannot be read to the end that its header promises.
-    """
-    with _opened(source) as container:
-        streams = [stream for kind in ("video", "audio") if (stream := _first(container, kind)) is not None]
-        if not streams:
-            raise InputError(f"it holds neither sound nor video (format {container.format.name})")
-        times: dict[int, list[tuple[float, float]]] = {stream.index: [] for stream in streams}
-        for packet in container.demux(streams):
-            if packet.is_corrupt and not _is_streamed_wav(source):
-                raise InputError("it is cut off or damaged: a packet is incomplete")
-            if packet.size and not packet.is_discard:
-                base = packet.time_base or 0
-                begin = float((packet.pts if packet.pts is not None else packet.dts or 0) * base)
-                times[packet.stream_index].append((begin, begin + float((packet.duration or 0) * base)))
-        tracks = {s.type: _track(times[s.index]) for s in streams if times[s.index]}
-        _check_end(container, tracks)
-        for stream in streams:
-            _check_length_tag(stream, tracks)
-        if container.format.name in _TAILS:
-            _TAILS[container.format.name](source)
-    return tracks
-
-
-def _first(container: InputContainer, kind: str) -> Any:
-    """The first stream of a kind; a cover picture is not a video."""
-    streams = [s for s in container.streams if s.type == kind]
-    if kind == "video":
-        streams = [s for s in streams if not s.disposition & Disposition.attached_pic]
-    return streams[0] if streams else None
-
-
-def _track(packets: list[tuple[float, float]]) -> Track:
-    times = np.sort([begin for begin, _ in packets])
-    # a packet may not say how long it lasts; then the next would have come after about the usual time
-    usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    return Track(times, max(end if end > begin else begin + usual for begin, end in packets))
-
-
-def _check_end(container: InputContainer, tracks: Mapping[str, Track]) -> None:
-    if container.duration is None or not _KNOW_THEIR_LENGTH & set(container.format.name.split(",")):
-        return
-    promised = (container.duration + (container.start_time or 0)) / av.time_base
-    _check_seconds(max((track.end for track in tracks.values()), default=0.0), promised)
-
-
-def _check_length_tag(stream: Any, tracks: Mapping[str, Track]) -> None:
-    """Matroska has a tag for each of its streams, as hours:minutes:seconds."""
-    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
-    if tag and stream.type in tracks:
-        hours, minutes, seconds = map(float, tag.groups())
-        _check_seconds(tracks[stream.type].end, hours * 3600 + minutes * 60 + seconds)
-
-
-def _check_seconds(found: float, promised: float) -> None:
-    if found + _SLACK < promised:
-        raise InputError(f"it is cut off: its header promises {promised:.2f} s, but it ends after {found:.2f} s")
-
-
-def _check_ogg_end(source: Source) -> None:
-    """The last page of an Ogg file must be whole: 27 bytes, a table of the sizes of its pieces, and the pieces."""
-    with source.open() as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - (1 << 17)))  # a page is under 64 KiB
-        tail = file.read()
-    page = tail.rfind(b"OggS")
-    table = tail[page + 27 : page + 27 + tail[page + 26]] if page + 26 < len(tail) else b""
-    if page + 26 >= len(tail) or page + 27 + tail[page + 26] + sum(table) > len(tail):
-        raise InputError("it is cut off: its last page is incomplete")
-
-
-def _is_streamed_wav(source: Source) -> bool:
-    """Whether a WAV file was written without knowing its length: its size is nought, or as large as can be."""
-    with source.open() as file:
-        head = file.read(8)
-    size = int.from_bytes(head[4:], "little")
-    return head[:4] == b"RIFF" and (size == 0 or size >= (1 << 31) - 64)
-
-
-def _check_mp3_end(source: Source) -> None:
-    """Compares the bytes that a Xing or Info header promises with those that are there; many files have no such header.
-
-    The header stands in the first frame: its name, four bytes of flags, then each number that a flag announces.
-    """
-    with source.open() as file:
-        head = file.read(10)
-        begin = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=False))
-        begin = begin if head[:3] == b"ID3" else 0
-        file.seek(begin)
-        frame, size = file.read(200), file.seek(0, 2) - begin
-    place = max(frame.find(b"Xing"), frame.find(b"Info"))
-    flags = int.from_bytes(frame[place + 4 : place + 8]) if place >= 0 else 0
-    if flags & 2:
-        number = place + 8 + 4 * (flags & 1)
-        promised = int.from_bytes(frame[number : number + 4])
-        if size + _MP3_SLACK < promised:
-            raise InputError(f"it is cut off: its header promises {promised} bytes of sound, but it holds {size}")
-
-
-_TAILS = {"mp3": _check_mp3_end, "ogg": _check_ogg_end}
-
-
-def read_audio(
+def read_sound(
     source: Any, settings: MelSettings, *, begin: float = 0.0, end: float = math.inf, allow_urls: bool = False
-) -> np.ndarray:
-    """Sound, mixed to one channel and resampled.
+) -> Sound:
+    """Sound, mixed to one channel and resampled, where its time stamps say: with silence before it and in gaps.
 
     Args:
       source: what ``sources.locate_source`` takes; of a video, its sound.
@@ -236,61 +117,92 @@ def read_audio(
       allow_urls: whether to fetch from the web.
 
     Returns:
-      float32 [n], at ``settings.sampling_rate``.
+      At ``settings.sampling_rate``.
 
     Raises:
-      InputError: if there is no sound, it cannot be read whole, or the range is too long.
+      InputError: if there is no sound, it is cut off or damaged, or the range is too long or holds none.
     """
-    source = locate_source(source, allow_urls=allow_urls)
-    tracks = probe(source)
-    if "audio" not in tracks:
-        raise InputError("it has no sound")
-    length = tracks["audio"].end - tracks["audio"].times[0]
-    if begin >= length > 0:
-        raise InputError(f"the range begins at {begin:g} s, but the sound ends after {length:.2f} s")
-    if min(length, end) - begin > settings.max_seconds + _SLACK:  # the exact length is only known once it is decoded
-        raise audio.too_long(min(length, end) - begin, settings)
-    samples, rate = _decode_audio(source, begin, end, settings)
-    return audio.resample(samples, rate, settings.sampling_rate)
-
-
-def _decode_audio(source: Source, begin: float, end: float, settings: MelSettings) -> tuple[np.ndarray, int]:
-    """Mono float32 [n] of a range, and its rate."""
-    pieces, rate, position, taken = [], 0, 0, 0
-    with _opened(source) as container:
-        for frame in container.decode(_first(container, "audio")):
-            if frame.is_corrupt or rate not in (0, frame.sample_rate):
-                raise InputError("its sound is damaged" if frame.is_corrupt else "its sampling rate changes midway")
-            rate = frame.sample_rate
-            mono = _mono(frame)
-            first = max(0, round(begin * rate) - position)
-            last = max(0, round(min(end, 1e9) * rate) - position)
-            pieces.append(mono[first:last])
-            position, taken = position + len(mono), taken + len(pieces[-1])
-            if taken > (settings.max_seconds + _SLACK) * rate:  # its header did not tell
-                raise audio.too_long(taken / rate, settings)
-            if last < len(mono):
-                break
-    if not taken:
+    with open_media(locate_source(source, allow_urls=allow_urls)) as file:
+        info = read_info(file)
+        if not info.has("audio"):
+            raise InputError("it has no sound")
+        seconds = info.tracks["audio"].end - info.start
+        if begin >= seconds > 0:
+            raise InputError(f"the range begins at {begin:g} s, but the sound ends after {seconds:.2f} s")
+        collector = _sound_collector(info, begin, end, settings)
+        decode_tracks(file, info, [collector])
+    sound = _finish_sound(collector)
+    if sound is None:
         raise InputError("it holds no samples of sound in this range")
-    return np.concatenate(pieces), rate
+    return sound
 
 
-def _mono(frame: av.AudioFrame) -> np.ndarray:
-    """The mean over the channels of a frame; float32 [n]."""
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    return _unit(samples).mean(axis=0, dtype=np.float32)
+def read_audio(
+    source: Any, settings: MelSettings, *, begin: float = 0.0, end: float = math.inf, allow_urls: bool = False
+) -> np.ndarray:
+    """The samples of ``read_sound``, float32 [n]."""
+    return read_sound(source, settings, begin=begin, end=end, allow_urls=allow_urls).samples
 
 
-def _unit(samples: np.ndarray) -> np.ndarray:
-    """Whole numbers of any width to float32 in -1 to 1."""
-    if samples.dtype == np.uint8:
-        return (samples.astype(np.float32) - 128) / 128
-    if np.issubdtype(samples.dtype, np.signedinteger):
-        return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
-    return samples.astype(np.float32)
+def _sound_collector(info: ContainerInfo, begin: float, end: float, settings: MelSettings) -> SoundCollector:
+    """Refuses a range that is too long before anything is decoded; the exact length is only known after it."""
+    track = info.tracks["audio"]
+    seconds = min(track.end - info.start, end) - begin
+    if seconds > settings.max_seconds + EXACT_SLACK:
+        raise audio.too_long(seconds, settings)
+    return SoundCollector(track, info.start + begin, info.start + end, settings)
+
+
+def _finish_sound(collector: SoundCollector) -> Sound | None:
+    samples = collector.assemble()
+    if not len(samples):
+        return None
+    resampled = audio.resample(samples, collector.rate, collector.settings.sampling_rate)
+    return Sound(resampled, collector.num_bad)
+
+
+def _decode_video(
+    file: BinaryIO,
+    info: ContainerInfo,
+    sound: SoundCollector | None,
+    settings: PixelSettings,
+    options: Mapping[str, Any],
+    resize: Resize | None,
+) -> tuple[FrameCollector, FrameChoice]:
+    """Decodes the frames that are chosen, and the sound beside them.
+
+    Frames are chosen by the time stamps of packets first. Where the decoder gives other frames than there are packets
+    (hidden frames of VP8, leading frames without a reference), they are chosen again by the decoder's and decoded anew.
+    """
+    track = info.tracks["video"]
+    times = track.times[track.times >= track.start - 1e-6]
+    choice = choose_frames(times - info.start, track.frame_rate, settings, options)
+    frames = _frame_collector(info, choice, options, resize)
+    decode_tracks(file, info, [frames] if sound is None else [frames, sound])
+    decoded = np.array(frames.times)
+    if frames.finished:  # the range ends before the file, and what comes later was not decoded
+        decoded = np.concatenate([decoded, times[times > frames.end]])
+    if len(decoded) == len(times) and np.abs(decoded - times).max(initial=0.0) < 1e-6:
+        return frames, choice
+    if not frames.times:
+        raise InputError("it holds no frames of video that decode in this range")
+    # decoders give frames in order, but damaged files may have stamps that go back
+    choice = choose_frames(np.sort(decoded) - info.start, track.frame_rate, settings, options)
+    frames = _frame_collector(info, choice, options, resize)
+    decode_tracks(file, info, [frames])
+    return frames, choice
+
+
+def _frame_collector(
+    info: ContainerInfo, choice: FrameChoice, options: Mapping[str, Any], resize: Resize | None
+) -> FrameCollector:
+    count = len(choice.indices)
+
+    def convert(frame: Image.Image) -> Image.Image:
+        return frame if resize is None else resize(frame, count)
+
+    end = info.start + options.get("video_end", math.inf)
+    return FrameCollector(info.tracks["video"], set(choice.indices.tolist()), convert, end)
 
 
 def array_audio(
@@ -309,11 +221,14 @@ def array_audio(
       InputError: if it is not sound, or nothing of it lies in the range.
     """
     kind = samples.dtype
-    if samples.ndim == 2 and min(samples.shape) <= MOST_CHANNELS:
-        samples = _unit(samples).mean(axis=int(np.argmin(samples.shape)))
+    if samples.ndim == 2 and min(samples.shape) <= MAX_CHANNELS:
+        channel_axis = int(np.argmin(samples.shape))
+        samples = scale_samples(samples).mean(axis=channel_axis)
     if samples.ndim != 1 or not np.issubdtype(kind, np.number) or np.issubdtype(kind, np.complexfloating):
         raise InputError(f"an array of sound must be numbers [n] or [n, channels], got {kind} {list(samples.shape)}")
-    samples = _unit(samples)[round(begin * rate) : round(min(end, 1e9) * rate)]
+    first = round(min(begin * rate, len(samples)))
+    last = round(min(end * rate, len(samples)))
+    samples = scale_samples(samples)[first:last]
     if not len(samples):
         raise InputError("the array holds no samples in this range")
     if not np.isfinite(samples).all():
@@ -321,81 +236,9 @@ def array_audio(
     return audio.resample(samples, rate, settings.sampling_rate)
 
 
-@dataclass(frozen=True)
-class Video:
-    """The frames of a video that are looked at; they are decoded one by one as they are asked for."""
-
-    frames: Iterator[Image.Image]
-    count: int
-    fps: float  # of these frames
-    has_audio: bool
-
-
-def read_video(source: Any, settings: PixelSettings, options: Mapping[str, Any], *, allow_urls: bool = False) -> Video:
-    """Chooses the frames of a video.
-
-    Args:
-      source: what ``sources.locate_source`` takes; or a list of frames, each what ``read_image`` takes; or uint8
-        [frames, height, width, 3]. Frames in a list are all taken, at ``fps`` or two a second.
-      settings: how many frames to take.
-      options: may carry ``fps`` or ``nframes``, and ``video_start`` and ``video_end`` in seconds.
-      allow_urls: whether to fetch from the web.
-
-    Raises:
-      InputError: if it holds no video, cannot be read whole, or is too large; partly only as frames are asked for.
-    """
-    if not is_located(source):
-        return _listed_video(source, settings, options, allow_urls)
-    source = locate_source(source, allow_urls=allow_urls)
-    tracks = probe(source)
-    if "video" not in tracks:
-        raise InputError("it holds no frames of video")
-    times = tracks["video"].times - tracks["video"].times[0]
-    with _opened(source) as container:
-        stream = _first(container, "video")
-        _check_pixels(stream.codec_context.width, stream.codec_context.height, MOST_FRAME_PIXELS)
-        native = _native_fps(times, float(stream.average_rate or 0))
-    begin, end = options.get("video_start", 0.0), options.get("video_end", math.inf)
-    inside = np.flatnonzero((times >= begin) & (times <= end))
-    if not len(inside):
-        raise InputError(f"no frame lies in the range {begin:g} to {end:g} s; the last is at {times[-1]:.2f} s")
-    count = vision.smart_nframes(len(inside), native, settings, options)
-    chosen = inside[vision.frame_indices(len(inside), count)]
-    frames = _decode_frames(source, chosen)
-    return Video(frames, count, count / len(inside) * native, "audio" in tracks)
-
-
-def _native_fps(times: np.ndarray, stated: float) -> float:
-    """Frames a second: what the header states, unless the times of the frames are against it by over two frames."""
-    span = float(times[-1] - times[0])
-    measured = (len(times) - 1) / span if span > 0 else 0.0
-    agrees = stated > 0 and abs((len(times) - 1) / stated - span) <= 2 / stated + 0.001 * span
-    fps = stated if agrees or not measured else measured
-    if not 0 < fps < 1000:
-        raise InputError(f"its frames come at {fps:g} a second, which cannot be; re-encode it")
-    return fps
-
-
-def _decode_frames(source: Source, chosen: np.ndarray) -> Iterator[Image.Image]:
-    """Decodes up to the last frame that is chosen, and gives the chosen ones."""
-    wanted, done = chosen.tolist(), 0
-    with _opened(source) as container:
-        stream = _first(container, "video")
-        stream.thread_type = "AUTO"
-        for i, frame in enumerate(container.decode(stream)):
-            if i == wanted[done]:
-                if frame.is_corrupt:
-                    raise InputError(f"frame {i} is damaged")
-                picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                # the file says how far the picture is to be turned, counted against the clock as Pillow does
-                yield picture.rotate(frame.rotation, expand=True) if frame.rotation % 360 else picture
-                done += 1
-            if done == len(wanted):
-                return
-    raise InputError(f"it is cut off or damaged: frame {wanted[done]} of {wanted[-1] + 1} does not decode")
-
-
-def _listed_video(frames: Any, settings: PixelSettings, options: Mapping[str, Any], allow_urls: bool) -> Video:
+def _list_video(
+    frames: Any, settings: PixelSettings, options: Mapping[str, Any], resize: Resize | None, allow_urls: bool
+) -> Video:
     if isinstance(frames, np.ndarray) and frames.ndim == 4:
         frames = list(frames)
     if not isinstance(frames, Sequence):
@@ -405,11 +248,14 @@ def _listed_video(frames: Any, settings: PixelSettings, options: Mapping[str, An
     for name in ("nframes", "video_start", "video_end"):
         if name in options:
             raise InputError(f"{name} chooses among the frames of a file; of a list of frames all are taken")
-    pictures = _pictures(frames, allow_urls)
-    return Video(pictures, len(frames), options.get("fps", settings.fps), False)
+    count = len(frames)
+    pictures = _read_pictures(frames, allow_urls)
+    if resize is not None:
+        pictures = (resize(picture, count) for picture in pictures)
+    return Video(pictures, count, options.get("fps", settings.fps), False)
 
 
-def _pictures(frames: Sequence[Any], allow_urls: bool) -> Iterator[Image.Image]:
+def _read_pictures(frames: Sequence[Any], allow_urls: bool) -> Iterator[Image.Image]:
     size = None
     for i, frame in enumerate(frames):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.processing import media
-from omni_jax.processing.audio import MelSettings, audio_input
+from omni_jax.processing.audio import MelSettings, audio_input, min_samples
 from omni_jax.processing.chat import (
     REPLY_HEADER,
     ChatTemplate,
@@ -26,6 +27,7 @@ from omni_jax.processing.chat import (
     parse_messages,
     split_at_replies,
 )
+from omni_jax.processing.images import read_image
 from omni_jax.processing.layout import (
     FRAMES_PER_SECOND,
     AudioInput,
@@ -35,9 +37,9 @@ from omni_jax.processing.layout import (
     lay_out,
     media_tokens,
 )
-from omni_jax.processing.sources import describe_source, is_located, locate_source
+from omni_jax.processing.sources import describe_source, is_located
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
-from omni_jax.processing.vision import PixelSettings, image_input, video_input
+from omni_jax.processing.vision import FrameResizer, PixelSettings, image_input, pack_frames
 
 LiveKind: TypeAlias = Literal["audio", "video"]  # media that may come while a prompt is read
 
@@ -81,8 +83,10 @@ class ProcessorConfig:
         names |= {f.name: "pixels" for f in dataclasses.fields(PixelSettings)}
         size = values.get("size") or {}
         edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-        given = [*edges.items(), *values.items()]
-        for key, value in [pair for pair in given if pair[1] is not None]:
+        # a key of its own outweighs the edges of later releases
+        for key, value in (*edges.items(), *values.items()):
+            if value is None:
+                continue
             if key in names:
                 parts[names[key]][key] = tuple(value) if isinstance(value, list) else value
             elif key in _FIXED:
@@ -99,17 +103,18 @@ class ProcessorConfig:
 
     def check(self, config: OmniConfig) -> None:
         """Raises ConfigError if the model's encoders are not made for these sizes."""
-        sound, sight = config.thinker_config.audio_config, config.thinker_config.vision_config
+        audio = config.thinker_config.audio_config
+        vision = config.thinker_config.vision_config
         pairs = {
-            "feature_size": (self.mel.feature_size, sound.num_mel_bins),
+            "feature_size": (self.mel.feature_size, audio.num_mel_bins),
             "sampling_rate / hop_length": (self.mel.sampling_rate / self.mel.hop_length, FRAMES_PER_SECOND),
-            "patch_size": (self.pixels.patch_size, sight.patch_size),
-            "temporal_patch_size": (self.pixels.temporal_patch_size, sight.temporal_patch_size),
-            "merge_size": (self.pixels.merge_size, sight.spatial_merge_size),
+            "patch_size": (self.pixels.patch_size, vision.patch_size),
+            "temporal_patch_size": (self.pixels.temporal_patch_size, vision.temporal_patch_size),
+            "merge_size": (self.pixels.merge_size, vision.spatial_merge_size),
         }
-        for name, (ours, models) in pairs.items():
-            if ours != models:
-                raise ConfigError(f"preprocessor_config.json: {name} is {ours}, but the model takes {models}")
+        for name, (value, expected) in pairs.items():
+            if value != expected:
+                raise ConfigError(f"preprocessor_config.json: {name} is {value}, but the model takes {expected}")
 
 
 class Processor:
@@ -130,9 +135,12 @@ class Processor:
         allow_urls: bool = False,
     ) -> None:
         settings.check(config)
-        self.config, self.settings, self.tokenizer = config, settings, tokenizer
+        self.config = config
+        self.settings = settings
+        self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)
-        self._template, self._allow_urls = template, allow_urls
+        self._template = template
+        self._allow_urls = allow_urls
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, allow_urls: bool = False) -> Self:
@@ -147,10 +155,12 @@ class Processor:
           ConfigError: if a file says what the model is not made for.
         """
         path = Path(folder)
-        config, tokenizer = OmniConfig.load(path), TextTokenizer.load(path)
+        config = OmniConfig.load(path)
+        tokenizer = TextTokenizer.load(path)
         _check_special_tokens(tokenizer, config, path)
-        template, settings = ChatTemplate.load(path), ProcessorConfig.load(path)
-        stop_ids = _stop_ids(path, config)
+        template = ChatTemplate.load(path)
+        settings = ProcessorConfig.load(path)
+        stop_ids = _load_stop_ids(path, config)
         return cls(config, tokenizer, template, settings, stop_ids=stop_ids, allow_urls=allow_urls)
 
     def __call__(
@@ -168,45 +178,49 @@ class Processor:
           assume_fps: the rate that videos are taken to be sampled at, as the reference's processor has it (2 by default
             there); None: the rate that they are in truth.
           add_generation_prompt: whether to end with the beginning of a reply.
-          max_length: most tokens; the model's context if None.
+          max_length: how many tokens are allowed; the model's context if None.
 
         Raises:
           InputError: for anything in the request that cannot be served, naming its place.
         """
         parsed = parse_messages(messages)
         pieces = self._template.render(parsed, add_generation_prompt=add_generation_prompt)
-        return self._prompt(parsed, self.tokenizer.encode(pieces), assume_fps, max_length)
+        return self._build_prompt(parsed, self.tokenizer.encode(pieces), assume_fps, max_length)
 
     def dialogue(
         self, messages: Sequence[Mapping[str, Any]], *, max_length: int | None = None
     ) -> tuple[Prompt, np.ndarray]:
-        """Reads a whole dialogue to learn from.
+        """Reads a dialogue for training.
 
         Args:
           messages: see ``omni_jax.processing.chat``.
-          max_length: most tokens; the model's context if None.
+          max_length: how many tokens are allowed; the model's context if None.
 
         Returns:
-          The dialogue, and of each token which of the assistant's messages it is a word of, the mark that ends the
-          message among them; -1 for headers, other messages and placeholders. int32 [T]
+          The dialogue, and of each token which of the assistant's messages it is of, the token that ends the message
+          among them; -1 for headers, other messages and placeholders. int32 [T]
 
         Raises:
           InputError: for anything in it that cannot be used, naming its place.
         """
         parsed = parse_messages(messages)
         parts = split_at_replies(self._template.render(parsed, add_generation_prompt=False))
-        prompt = self._prompt(parsed, [i for part in parts for i in self.tokenizer.encode(part)], None, max_length)
-        replies = self._replies(prompt)
-        written = sum(message.role == "assistant" for message in parsed)
-        if replies.max(initial=-1) + 1 != written:
+        ids: list[int] = []
+        for part in parts:
+            ids += self.tokenizer.encode(part)
+        prompt = self._build_prompt(parsed, ids, None, max_length)
+        replies = self._find_replies(prompt)
+        num_found = replies.max(initial=-1) + 1
+        num_replies = sum(message.role == "assistant" for message in parsed)
+        if num_found != num_replies:
             raise InputError(
-                f"the chat template wrote {replies.max(initial=-1) + 1} replies as ChatML has them "
-                f"({REPLY_HEADER!r} to '<|im_end|>'), but the messages hold {written}"
+                f"the chat template wrote {num_found} replies as ChatML has them "
+                f"({REPLY_HEADER!r} to '<|im_end|>'), but the messages hold {num_replies}"
             )
         return prompt, replies
 
     def document(self, text: str, *, max_length: int | None = None) -> Prompt:
-        """A text without roles, and the mark that ends it; names of special tokens in it are plain letters.
+        """A text without roles, and the token that ends it; names of special tokens in it are plain letters.
 
         Raises:
           InputError: if it is empty or too long.
@@ -223,21 +237,22 @@ class Processor:
 
         Args:
           messages: that come before, see ``parse_messages``; maybe none.
-          kind: of the media. Their begin mark is not part of the result.
+          kind: of the media. Their begin token is not part of the result.
           assume_fps: see ``__call__``.
 
         Raises:
           InputError: for anything in the messages that cannot be served, naming its place.
         """
-        return self._prompt(messages, self._around_media(messages, kind, "")[0], assume_fps, None)
+        return self._build_prompt(messages, self._around_media(messages, kind, "")[0], assume_fps, None)
 
     def after_media(self, messages: Sequence[Message], kind: LiveKind, text: str) -> list[int]:
-        """The ids that follow the end mark of these media: more text of the user's, and the beginning of a reply."""
+        """The ids that follow the end token of these media: more text of the user's, and the beginning of a reply."""
         return self._around_media(messages, kind, text)[1]
 
     def with_pixels(self, **changes: float) -> Self:
-        """The same processor with other settings of ``PixelSettings``; a new most takes a higher least down with it."""
-        other, pixels = copy.copy(self), dataclasses.replace(self.settings.pixels, **changes)
+        """The same processor with other ``PixelSettings``; a new maximum takes a higher minimum down with it."""
+        other = copy.copy(self)
+        pixels = dataclasses.replace(self.settings.pixels, **changes)
         pixels = dataclasses.replace(
             pixels,
             min_pixels=min(pixels.min_pixels, pixels.max_pixels),
@@ -252,11 +267,11 @@ class Processor:
         return self.tokenizer.decode(ids)
 
     def text_stream(self) -> TextStream:
-        """Takes a reply's tokens one by one and gives its text in whole characters."""
+        """Takes a reply's tokens one by one and gives its text in complete characters."""
         return TextStream(self.tokenizer)
 
     def _around_media(self, messages: Sequence[Message], kind: LiveKind, text: str) -> tuple[list[int], list[int]]:
-        """The ids before the begin mark and after the end mark of media in a last message."""
+        """The ids before the begin token and after the end token of media in a last message."""
         c = self.config.thinker_config
         begin, placeholder, end = {
             "audio": (c.audio_start_token_id, c.audio_token_index, c.audio_end_token_id),
@@ -266,68 +281,90 @@ class Processor:
         ids = self.tokenizer.encode(self._template.render((*messages, Message("user", content))))
         place = max((i for i, token in enumerate(ids) if token == placeholder), default=0)
         if ids[max(place - 1, 0) : place + 2] != [begin, placeholder, end]:
-            raise InputError(f"the chat template must put {kind} of a user between a begin and an end mark")
+            raise InputError(f"the chat template must put {kind} of a user between a begin and an end token")
         return ids[: place - 1], ids[place + 2 :]
 
-    def _prompt(
+    def _build_prompt(
         self, messages: Sequence[Message], ids: Sequence[int], assume_fps: float | None, max_length: int | None
     ) -> Prompt:
         """Reads the media of messages, and puts them in the places that the template has left."""
         parts = [part for message in messages for part in message.media]
-        items = [self._item(part, assume_fps) for part in parts]
+        items = [self._read_item(part, assume_fps) for part in parts]
         prompt = lay_out(ids, items, self.config.thinker_config)
         self._check_length(prompt, parts, items, max_length)
         return prompt
 
-    def _replies(self, prompt: Prompt) -> np.ndarray:
-        """Which reply each token is a word of, see ``dialogue``. Users cannot write the marks that are looked for."""
+    def _find_replies(self, prompt: Prompt) -> np.ndarray:
+        """Which reply each token is of, see ``dialogue``. Users cannot write the tokens that are looked for."""
         header = np.asarray(self.tokenizer.encode([(REPLY_HEADER, True)]))
         replies = np.full(len(prompt), -1, np.int32)
         ends = np.flatnonzero(prompt.tokens == self.tokenizer.special_id("<|im_end|>"))
         places = np.flatnonzero(prompt.tokens == header[0]).tolist()
         begins = [i for i in places if np.array_equal(prompt.tokens[i : i + len(header)], header)]
         for number, begin in enumerate(begins):
-            after = ends[ends > begin]
-            if not len(after):
+            ends_after = ends[ends > begin]
+            if not len(ends_after):
                 break
-            replies[begin + len(header) : after[0] + 1] = number
+            replies[begin + len(header) : ends_after[0] + 1] = number
         return np.where(prompt.media_item < 0, replies, -1).astype(np.int32)
 
-    def _item(self, part: MediaPart, assume_fps: float | None) -> Item:
+    def _read_item(self, part: MediaPart, assume_fps: float | None) -> Item:
+        """Reads one item of media.
+
+        Raises:
+          InputError: if it cannot be read, naming its place and the file.
+        """
         try:
             if part.kind == "image":
-                picture = media.read_image(part.source, allow_urls=self._allow_urls)
+                picture = read_image(part.source, allow_urls=self._allow_urls)
                 return image_input(picture, self.settings.pixels, part.options)
-            return self._sound(part) if part.kind == "audio" else self._video(part, assume_fps)
+            if part.kind == "audio":
+                return self._read_audio(part)
+            return self._read_video(part, assume_fps)
         except InputError as e:
-            raise InputError(f"{_place(part)}: {e}") from e
+            raise InputError(f"{_describe_part(part)}: {e}") from e
 
-    def _sound(self, part: MediaPart) -> AudioInput:
-        mel, options = self.settings.mel, part.options
-        begin, end = options.get("audio_start", 0.0), options.get("audio_end", float("inf"))
+    def _read_audio(self, part: MediaPart) -> AudioInput:
+        mel = self.settings.mel
+        options = part.options
+        begin = options.get("audio_start", 0.0)
+        end = options.get("audio_end", math.inf)
         if is_located(part.source):
             if "sampling_rate" in options:
                 raise InputError("sampling_rate is for an array of samples; a file knows its own")
-            samples = media.read_audio(part.source, mel, begin=begin, end=end, allow_urls=self._allow_urls)
-            return audio_input(samples, mel)
+            sound = media.read_sound(part.source, mel, begin=begin, end=end, allow_urls=self._allow_urls)
+            return audio_input(sound.samples, mel, sound.num_bad_packets)
         if not isinstance(part.source, np.ndarray):
             raise InputError(f"a sound must be a path, a URL, bytes or an array, got {type(part.source).__name__}")
         if "sampling_rate" not in options:
             raise InputError("an array of samples needs its sampling_rate beside it")
-        return audio_input(media.array_audio(part.source, options["sampling_rate"], mel, begin=begin, end=end), mel)
+        samples = media.array_audio(part.source, options["sampling_rate"], mel, begin=begin, end=end)
+        return audio_input(samples, mel)
 
-    def _video(self, part: MediaPart, assume_fps: float | None) -> Item:
-        options, pixels = part.options, self.settings.pixels
-        source = locate_source(part.source, allow_urls=self._allow_urls) if is_located(part.source) else part.source
-        video = media.read_video(source, pixels, options, allow_urls=self._allow_urls)
+    def _read_video(self, part: MediaPart, assume_fps: float | None) -> Item:
+        options = part.options
+        pixels = self.settings.pixels
         wants_sound = options.get("use_audio_in_video", "auto")
+        video = media.read_video(
+            part.source,
+            pixels,
+            options,
+            mel=self.settings.mel if wants_sound else None,
+            resize=FrameResizer(pixels, options),
+            allow_urls=self._allow_urls,
+        )
+        frames = list(video.frames)
+        vision = pack_frames(frames, assume_fps or video.fps, pixels, video.num_bad_packets)
         if wants_sound is True and not video.has_audio:
             raise InputError('use_audio_in_video is true, but it has no sound; "auto" hears a video only if it has')
-        seen = video_input(video.frames, video.count, assume_fps or video.fps, pixels, options)
-        if not (wants_sound and video.has_audio):
-            return seen
-        span = {"begin": options.get("video_start", 0.0), "end": options.get("video_end", float("inf"))}
-        return seen, audio_input(media.read_audio(source, self.settings.mel, **span), self.settings.mel)
+        sound = video.sound
+        if not wants_sound or not video.has_audio:
+            return vision
+        if sound is None or len(sound.samples) < min_samples(self.settings.mel):
+            if wants_sound is True:
+                raise InputError('use_audio_in_video is true, but its sound is not in this range; "auto" allows it')
+            return vision
+        return vision, audio_input(sound.samples, self.settings.mel, sound.num_bad_packets)
 
     def _check_length(
         self, prompt: Prompt, parts: Sequence[MediaPart], items: Sequence[Item], max_length: int | None
@@ -339,18 +376,20 @@ class Processor:
         usage = prompt.usage
         kinds = ", ".join(f"{getattr(usage, kind)} {kind}" for kind in ("text", "image", "video", "audio"))
         message = f"the prompt has {len(prompt)} tokens, over the limit of {limit} ({kinds})"
-        sizes = [self._tokens(item) for item in items]
+        sizes = [self._count_tokens(item) for item in items]
         if sizes:
-            most = int(np.argmax(sizes))
-            message += f"; the largest item is {_place(parts[most])} with {sizes[most]}"
-        raise InputError(f"{message}; shorten it, or give media less room (max_pixels, fps, nframes, a time range)")
+            largest = int(np.argmax(sizes))
+            message += f"; the largest item is {_describe_part(parts[largest])} with {sizes[largest]}"
+        raise InputError(
+            f"{message}; shorten it, or let media take fewer tokens (max_pixels, fps, nframes, a time range)"
+        )
 
-    def _tokens(self, item: Item) -> int:
-        whole: tuple[AudioInput | VisionInput, ...] = item if isinstance(item, tuple) else (item,)
-        return sum(media_tokens(part, self.config.thinker_config) for part in whole)
+    def _count_tokens(self, item: Item) -> int:
+        parts: tuple[AudioInput | VisionInput, ...] = item if isinstance(item, tuple) else (item,)
+        return sum(media_tokens(part, self.config.thinker_config) for part in parts)
 
 
-def _place(part: MediaPart) -> str:
+def _describe_part(part: MediaPart) -> str:
     return f"{part.where} ({part.kind} {describe_source(part.source)})"
 
 
@@ -375,7 +414,7 @@ def _check_special_tokens(tokenizer: TextTokenizer, config: OmniConfig, folder: 
             )
 
 
-def _stop_ids(folder: Path, config: OmniConfig) -> tuple[int, ...]:
+def _load_stop_ids(folder: Path, config: OmniConfig) -> tuple[int, ...]:
     """What ends a reply: the generation config's end tokens, else the model config's."""
     path = folder / "generation_config.json"
     stop = _read_json(path).get("eos_token_id") if path.exists() else None

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from omni_jax.errors import InputError
 from omni_jax.processing.files import open_bucket
 
-MOST_BYTES = 2 << 30  # fetched from the web
+MAX_FETCHED_BYTES = 2 << 30  # fetched from the web
 _TIMEOUT = 30.0  # seconds without an answer
 
 
@@ -69,32 +69,32 @@ def locate_source(value: Any, *, allow_urls: bool = False) -> Source:
     if isinstance(value, Source):
         return value
     if isinstance(value, bytes | bytearray | memoryview):
-        return _filled(Source(bytes(value)))
+        return _check_not_empty(Source(bytes(value)))
     if not isinstance(value, str | os.PathLike):
         raise InputError(f"expected a path, a URL or bytes, got {type(value).__name__}")
     text = os.fspath(value)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
     name = scheme.group(1).lower() if scheme else ""
     if name == "data":
-        return _filled(Source(_data_url(text)))
+        return _check_not_empty(Source(_data_url(text)))
     if name in ("http", "https"):
-        return _filled(Source(_fetch(text, allow_urls)))
+        return _check_not_empty(Source(_fetch_url(text, allow_urls)))
     if name == "gs":
-        return _filled(Source(_fetch_from_bucket(text, allow_urls)))
+        return _check_not_empty(Source(_fetch_from_bucket(text, allow_urls)))
     if name == "file":
-        return _file(_file_url(text))
+        return _find_file(_file_url(text))
     if "://" in text:
         raise InputError(f"unknown kind of URL {name!r}; known: file, data, http, https, gs")
-    return _file(text)
+    return _find_file(text)
 
 
-def _filled(source: Source) -> Source:
+def _check_not_empty(source: Source) -> Source:
     if isinstance(source.contents, bytes) and not source.contents:
         raise InputError("it is empty (0 bytes)")
     return source
 
 
-def _file(name: str) -> Source:
+def _find_file(name: str) -> Source:
     path = Path(name)
     try:
         if not path.exists():
@@ -142,15 +142,15 @@ def _check_allowed(allowed: bool) -> None:
         )
 
 
-def _fetch(url: str, allowed: bool) -> bytes:
+def _fetch_url(url: str, allowed: bool) -> bytes:
     _check_allowed(allowed)
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
-            data = answer.read(MOST_BYTES + 1)
+            data = answer.read(MAX_FETCHED_BYTES + 1)
     except (urllib.error.URLError, OSError, ValueError) as e:
         raise InputError(f"cannot fetch it: {e}") from e
-    if len(data) > MOST_BYTES:
-        raise InputError(f"it is over the limit of {MOST_BYTES} bytes")
+    if len(data) > MAX_FETCHED_BYTES:
+        raise InputError(f"it is over the limit of {MAX_FETCHED_BYTES} bytes")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: Qwen2's byte-level BPE, with a wall between special tokens and what users type."""
+"""Text to token ids and back: Qwen2's byte-level BPE, where what users type never becomes a special token."""
 
 from __future__ import annotations
 
@@ -66,12 +66,13 @@ class TextTokenizer:
             for match in self._special_name.finditer(text):
                 ids += self._encode_plain([*waiting, text[done : match.start()]])
                 ids.append(self._special[match.group()])
-                waiting, done = [], match.end()
+                waiting = []
+                done = match.end()
             waiting.append(text[done:])
         return ids + self._encode_plain(waiting)
 
     def _encode_plain(self, texts: Sequence[str]) -> list[int]:
-        text = "".join(texts)
+        text = replace_surrogates("".join(texts))
         return self._plain.encode(text, add_special_tokens=False).ids if text else []
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -91,11 +92,16 @@ class TextTokenizer:
 
     @cached_property
     def _names(self) -> dict[int, str]:
-        return {i: name for name, i in self._special.items()}
+        return {token: name for name, token in self._special.items()}
+
+
+def replace_surrogates(text: str) -> str:
+    """A text that can be encoded: both halves of a surrogate pair become their character, one alone U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class TextStream:
-    """The text of a reply as its tokens come: whole characters, never a part of one."""
+    """The text of a reply as its tokens come: complete characters, never a part of one."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer

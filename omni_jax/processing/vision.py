@@ -1,10 +1,12 @@
-"""Pictures and videos to rows of patches (spec 2.4 and 2.5; reference ``Qwen2VLImageProcessor`` and the official
-utilities' choice of frames and of their size)."""
+"""Pictures and videos to patches (docs/reference.md, 2.4 and 2.5).
+
+The references are ``Qwen2VLImageProcessor``, and the official utilities for the choice of frames and of their size.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,10 @@ from PIL import Image
 from omni_jax.errors import InputError
 from omni_jax.processing.layout import VisionInput
 
-MOST_ELONGATED = 200  # longer side over shorter side
+MAX_ASPECT_RATIO = 200  # longer side over shorter side
+MAX_NATIVE_FPS = 1000.0
+_MAX_JITTER_SECONDS = 0.1  # and half a frame, by which frames of a constant rate may be off
+_MAX_LATE_SECONDS = 0.5  # by which pictures may begin after their file, and still count as beginning with it
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class PixelSettings:
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
-    """The size nearest to a picture's, in whole cells and within a budget of pixels, that about keeps its shape.
+    """The size nearest to a picture's, a multiple of a cell and within a budget of pixels, that about keeps its shape.
 
     Sides are rounded half to even, as the reference does.
 
@@ -53,17 +58,19 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
       InputError: if the picture has no pixels, or is more than 200 times as long as wide.
     """
     if min(height, width) < 1:
-        raise InputError(f"a picture of {width} x {height} pixels has nothing to see")
-    if max(height, width) / min(height, width) > MOST_ELONGATED:
-        raise InputError(f"{width} x {height} pixels: one side is over {MOST_ELONGATED} times the other; crop it")
-    rows, columns = round(height / factor), round(width / factor)
+        raise InputError(f"a picture of {width} x {height} pixels is empty")
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise InputError(f"{width} x {height} pixels: one side is over {MAX_ASPECT_RATIO} times the other; crop it")
+    rows = round(height / factor)
+    columns = round(width / factor)
     if rows * columns * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         rows = max(1, math.floor(height / shrink / factor))
         columns = max(1, math.floor(width / shrink / factor))
     elif rows * columns * factor**2 < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+        rows = math.ceil(height * grow / factor)
+        columns = math.ceil(width * grow / factor)
     return rows * factor, columns * factor
 
 
@@ -80,7 +87,10 @@ def smart_nframes(total: int, native_fps: float, settings: PixelSettings, option
       InputError: if there are too few frames.
     """
     if total < settings.temporal_patch_size:
-        raise InputError(f"the video has {total} frames to look at; at least {settings.temporal_patch_size} are needed")
+        raise InputError(
+            f"the video has {total} frames to look at; at least {settings.temporal_patch_size} are needed "
+            "(send a single one as a picture)"
+        )
     factor = settings.temporal_patch_size
     if "nframes" in options:
         frames = round(options["nframes"] / factor) * factor
@@ -89,10 +99,10 @@ def smart_nframes(total: int, native_fps: float, settings: PixelSettings, option
                 f"nframes is {options['nframes']}; this video allows {factor} to {total // factor * factor}"
             )
         return frames
-    fewest = math.ceil(settings.min_frames / factor) * factor
-    most = min(settings.max_frames, total) // factor * factor
+    min_frames = math.ceil(settings.min_frames / factor) * factor
+    max_frames = min(settings.max_frames, total) // factor * factor
     wanted = total / native_fps * options.get("fps", settings.fps)
-    return int(min(max(wanted, fewest), most, total) // factor * factor)
+    return int(min(max(wanted, min_frames), max_frames, total) // factor * factor)
 
 
 def frame_indices(total: int, frames: int) -> np.ndarray:
@@ -109,6 +119,106 @@ def frame_indices(total: int, frames: int) -> np.ndarray:
     return points.round().astype(int)
 
 
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a video are looked at.
+
+    Attributes:
+      indices: of the frames, in order; at a variable rate one may be looked at more than once. int [n]
+      fps: frames a second among those that were chosen.
+    """
+
+    indices: np.ndarray
+    fps: float
+
+
+def choose_frames(
+    times: np.ndarray, stated_fps: float, settings: PixelSettings, options: Mapping[str, Any]
+) -> FrameChoice:
+    """Chooses frames by their time stamps.
+
+    At a constant rate the choice, and the rate that ids are made of, are the official utilities': published weights
+    were trained on them. At a variable rate, and where the pictures begin later than the file, frames are those nearest
+    to an even grid of times, and the rate is the grid's.
+
+    Args:
+      times: seconds since the file's beginning at which each frame shows, in order; float64 [frames].
+      stated_fps: frames a second as the file's header says; 0 if it does not.
+      settings: gives bounds and the default rate.
+      options: may carry ``fps`` or ``nframes``, ``video_start`` and ``video_end`` (seconds since the file's beginning).
+
+    Raises:
+      InputError: if no frame, or too few, lie in the range.
+    """
+    begin = options.get("video_start", 0.0)
+    end = options.get("video_end", math.inf)
+    inside = np.flatnonzero((times >= begin) & (times <= end))
+    if not len(inside):
+        raise InputError(f"no frame lies in the range {begin:g} to {end:g} s; the last is at {times[-1]:.2f} s")
+    shown = times[inside]
+    is_late = times[0] > _MAX_LATE_SECONDS and begin < times[0]
+    # the whole file decides first: a range of it has the same frames and ids as it has there
+    rate = None if is_late else _constant_rate(times, stated_fps) or _constant_rate(shown, 0.0)
+    if rate is not None:
+        count = smart_nframes(len(inside), _check_rate(rate), settings, options)
+        return FrameChoice(inside[frame_indices(len(inside), count)], count / len(inside) * rate)
+    first = begin if is_late else float(shown[0])
+    mean_rate = max(len(inside) - 1, 1) / (float(shown[-1]) - first)
+    count = smart_nframes(len(inside), _check_rate(mean_rate), settings, options)
+    grid = np.linspace(first, shown[-1], count)
+    nearest = _nearest_indices(shown, grid)
+    return FrameChoice(inside[nearest], (count - 1) / float(grid[-1] - grid[0]))
+
+
+def _constant_rate(times: np.ndarray, stated_fps: float) -> float | None:
+    """Frames a second; None if some frame is far from where an even rate would have it.
+
+    It is what the header states, unless the times are against that by over two frames.
+    """
+    span = float(times[-1] - times[0])
+    intervals = len(times) - 1
+    if span <= 0:
+        return stated_fps or 1.0
+    measured = intervals / span
+    deviation = np.abs(times - times[0] - np.arange(len(times)) / measured)
+    if deviation.max() > max(0.5 / measured, _MAX_JITTER_SECONDS):
+        return None
+    agrees = stated_fps > 0 and abs(intervals / stated_fps - span) <= 2 / stated_fps + 0.001 * span
+    return stated_fps if agrees else measured
+
+
+def _check_rate(fps: float) -> float:
+    if not 0 < fps < MAX_NATIVE_FPS:
+        raise InputError(f"its frames come at {fps:g} a second, which cannot be; re-encode it")
+    return fps
+
+
+def _nearest_indices(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Of each wanted time the nearest of ``times``, which are in order; the earlier one of two as near; int [n]."""
+    after = np.searchsorted(times, wanted).clip(1, len(times) - 1)
+    is_nearer = times[after] - wanted < wanted - times[after - 1]
+    return np.where(is_nearer, after, after - 1)
+
+
+class FrameResizer:
+    """Brings the frames of a video to the size that the encoder takes, one by one."""
+
+    def __init__(self, settings: PixelSettings, options: Mapping[str, Any]) -> None:
+        """``options`` may carry ``min_pixels`` and ``max_pixels`` of a frame."""
+        self._settings = settings
+        self._options = options
+        self._size: tuple[int, int] | None = None
+
+    def __call__(self, frame: Image.Image, count: int) -> Image.Image:
+        """Resizes one of ``count`` frames in RGB; all get the size that follows from the first."""
+        if self._size is None:
+            factor = self._settings.temporal_patch_size
+            even_count = -(-count // factor) * factor
+            self._size = video_size(frame.height, frame.width, even_count, self._settings, self._options)
+        height, width = self._size
+        return frame.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def image_input(picture: Image.Image, settings: PixelSettings, options: Mapping[str, Any]) -> VisionInput:
     """A picture as the model takes it: the encoder sees it twice, as a video that does not move.
 
@@ -117,7 +227,7 @@ def image_input(picture: Image.Image, settings: PixelSettings, options: Mapping[
       settings: the sizes.
       options: may carry ``min_pixels`` and ``max_pixels``.
     """
-    low, high = _budget(options, settings.min_pixels, settings.max_pixels)
+    low, high = _pixel_budget(options, settings.min_pixels, settings.max_pixels)
     height, width = smart_resize(picture.height, picture.width, settings.cell, low, high)
     resized = _resize(picture, height, width)
     frames = np.repeat(resized[None], settings.temporal_patch_size, axis=0)
@@ -137,15 +247,26 @@ def video_input(
       settings: the sizes and budgets.
       options: may carry ``min_pixels`` and ``max_pixels`` of a frame.
     """
+    resize = FrameResizer(settings, options)
+    return pack_frames([resize(frame, count) for frame in frames], fps, settings)
+
+
+def pack_frames(
+    frames: Sequence[Image.Image], fps: float, settings: PixelSettings, num_bad_packets: int = 0
+) -> VisionInput:
+    """Frames of a video that have their size already; if their number is odd, the last is shown twice.
+
+    Args:
+      frames: in RGB, as ``FrameResizer`` gives them.
+      fps: frames a second among these frames.
+      settings: the sizes.
+      num_bad_packets: of the file, that do not decode and are left out.
+    """
     factor = settings.temporal_patch_size
-    resized, size = [], (0, 0)
-    for frame in frames:
-        if not resized:
-            size = video_size(frame.height, frame.width, -(-count // factor) * factor, settings, options)
-        resized.append(_resize(frame, *size))
-    resized += [resized[-1]] * (-len(resized) % factor)
-    patches, grid = patchify(np.stack(resized), settings)
-    return VisionInput(patches, grid, "video", factor / fps)
+    pixels = [np.asarray(frame) for frame in frames]
+    pixels += [pixels[-1]] * (-len(pixels) % factor)
+    patches, grid = patchify(np.stack(pixels), settings)
+    return VisionInput(patches, grid, "video", factor / fps, num_bad_packets)
 
 
 def video_size(
@@ -154,13 +275,14 @@ def video_size(
     """The size of a video's frames: a frame's budget shrinks as there are more of them."""
     shared = settings.video_total_pixels / frames * settings.temporal_patch_size
     low = options.get("min_pixels", settings.video_min_pixels)
-    most = max(min(settings.video_max_pixels, shared), int(low * 1.05))
-    low, high = _budget({**options, "max_pixels": min(options.get("max_pixels", most), most)}, low, most)
+    max_pixels = max(min(settings.video_max_pixels, shared), int(low * 1.05))
+    bounded = {**options, "max_pixels": min(options.get("max_pixels", max_pixels), max_pixels)}
+    low, high = _pixel_budget(bounded, low, max_pixels)
     return smart_resize(height, width, settings.cell, low, high)
 
 
-def _budget(options: Mapping[str, Any], low: float, high: float) -> tuple[float, float]:
-    """The fewest and most pixels; a bound that the user gives moves the default of the other out of its way."""
+def _pixel_budget(options: Mapping[str, Any], low: float, high: float) -> tuple[float, float]:
+    """Least and largest number of pixels; a bound that the user sets moves the default of the other out of its way."""
     if "min_pixels" in options and "max_pixels" in options and options["min_pixels"] > options["max_pixels"]:
         raise InputError(f"min_pixels {options['min_pixels']} is over max_pixels {options['max_pixels']}")
     if "max_pixels" in options:
@@ -179,28 +301,34 @@ def patchify(frames: np.ndarray, settings: PixelSettings) -> tuple[np.ndarray, t
     """Cuts frames into patches, the four patches of a merged cell side by side.
 
     Args:
-      frames: uint8 [n, height, width, 3], n even and the sides in whole cells.
+      frames: uint8 [n, height, width, 3], n even and the sides multiples of a cell.
       settings: the sizes, and what pixels are normalised by.
 
     Returns:
-      float32 [t * rows * columns, 3 * 2 * 14 * 14] with a patch's numbers in the order channel, frame, row, column; and
+      float32 [t * rows * columns, 3 * 2 * 14 * 14] with a patch's values in the order channel, frame, row, column; and
       the grid (t, rows, columns) in patches.
     """
     n, height, width, _ = frames.shape
-    deep, patch, merge = settings.temporal_patch_size, settings.patch_size, settings.merge_size
+    deep = settings.temporal_patch_size
+    patch = settings.patch_size
+    merge = settings.merge_size
     grid = n // deep, height // patch, width // patch
+    # [t, deep, cell rows, merge, patch, cell columns, merge, patch, 3]
     split = frames.reshape(grid[0], deep, grid[1] // merge, merge, patch, grid[2] // merge, merge, patch, 3)
     ordered = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # t, cell row, cell column, row, column; channel, frame, y, x
+    # [patches, 3, deep * patch * patch]
     ordered = ordered.reshape(math.prod(grid), 3, deep * patch**2)
-    values = _normalised(settings)
+    # one look-up a pixel is exact, and faster than arithmetic
+    values = _normalized_levels(settings)
     out = np.empty(ordered.shape, np.float32)
     for channel in range(3):
         out[:, channel] = values[channel][ordered[:, channel]]
     return out.reshape(len(out), -1), grid
 
 
-def _normalised(settings: PixelSettings) -> np.ndarray:
+def _normalized_levels(settings: PixelSettings) -> np.ndarray:
     """What each level of a channel becomes, rounded where the reference rounds; float32 [3, 256]."""
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)
-    mean, std = np.array(settings.image_mean, np.float32), np.array(settings.image_std, np.float32)
+    mean = np.array(settings.image_mean, np.float32)
+    std = np.array(settings.image_std, np.float32)
     return (levels - mean[:, None]) / std[:, None]

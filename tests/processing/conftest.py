@@ -9,6 +9,7 @@ from omni_jax.processing.processor import Processor
 from tools.tokenizer_files import write_tokenizer
 
 MEDIA = Path(__file__).parents[1] / "media"
+CASES = Path(__file__).parents[1] / "cases"
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def test_filters_have_equal_area():
 
 
 def test_what_is_too_short_or_too_long_is_refused():
-    with pytest.raises(InputError, match=r"lasts 0\.0199 s; the model hears nothing under 0\.025 s"):
+    with pytest.raises(InputError, match=r"lasts 0\.0199 s; the model takes nothing under 0\.025 s"):
         audio_input(np.zeros(319, np.float32), MEL)
     with pytest.raises(InputError, match=r"lasts 300\.00 s, over the limit of 300 s"):
         audio_input(np.zeros(300 * 16000 + 1, np.float32), MEL)

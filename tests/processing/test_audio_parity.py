@@ -17,7 +17,6 @@ SETTINGS = [
     MelSettings(feature_size=40, chunk_length=60, n_fft=512),
     MelSettings(chunk_length=20, hop_length=200, n_fft=480),
 ]
-SETTING_IDS = ["published", "80-bins", "512-points", "long-hops"]
 
 
 def reference(samples, settings):
@@ -49,8 +48,8 @@ def clips(rate, seed):
     }
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+# the reference pads every clip to five minutes in the published setting, so that one seed of it takes seconds
+@pytest.mark.parametrize(("settings", "seed"), [*zip(SETTINGS, (0, 1, 2, 3), strict=True), (SETTINGS[3], 4)])
 def test_random_clips(settings, seed):
     for name, samples in clips(settings.sampling_rate, seed).items():
         ours, theirs = log_mel(samples, settings), reference(samples, settings)

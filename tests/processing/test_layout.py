@@ -11,12 +11,11 @@ from omni_jax.errors import InputError
 from omni_jax.mrope import Grid, Interleaved, Text
 from omni_jax.processing.layout import (
     AudioInput,
-    MediaLengths,
     VisionInput,
     lay_out,
     media_tokens,
-    segments_from_tokens,
 )
+from tests.rope_index import MediaLengths, segments_from_tokens
 
 TINY = ThinkerConfig.tiny()
 V, E, A, Z = (
@@ -74,7 +73,7 @@ def test_placeholders_and_media_must_pair_up():
         lay_out([A, AUDIO, Z], [sight(1, 1, 1)], TINY)
     with pytest.raises(InputError, match=re.escape("placeholders for [], but the messages carry ['video']")):
         lay_out([1], [(sight(1, 1, 1, "video"), sound(9))], TINY)
-    with pytest.raises(InputError, match="must put a video with sound between a begin and an end mark"):
+    with pytest.raises(InputError, match="must put a video with sound between a begin and an end token"):
         lay_out([VIDEO], [(sight(1, 1, 1, "video"), sound(9))], TINY)
 
 

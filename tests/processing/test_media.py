@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from omni_jax.errors import InputError
-from omni_jax.processing import media
+from omni_jax.processing import containers, media
 from omni_jax.processing.audio import MelSettings
-from omni_jax.processing.sources import locate_source
 from omni_jax.processing.vision import PixelSettings
 from tests.processing.conftest import MEDIA
 
@@ -188,9 +187,15 @@ def test_the_times_of_frames_outweigh_a_wrong_rate():
     assert video.fps == pytest.approx(2.5, rel=0.1)
 
 
-def test_frames_are_decoded_as_they_are_asked_for():
-    video = media.read_video(make_video(2.0), PIXELS, {})
-    assert next(video.frames).size == (64, 48)
+def test_frames_are_resized_as_they_are_decoded():
+    counts = []
+
+    def halve(frame, count):
+        counts.append(count)
+        return frame.reduce(2)
+
+    video = media.read_video(make_video(2.0), PIXELS, {}, resize=halve)
+    assert [frame.size for frame in video.frames] == [(32, 24)] * 4 and counts == [4] * 4
 
 
 @pytest.mark.parametrize(
@@ -215,7 +220,7 @@ def test_videos_that_are_refused(value, options, message):
 
 
 def test_a_video_of_huge_frames_is_refused(monkeypatch):
-    monkeypatch.setattr(media, "MOST_FRAME_PIXELS", 1000)
+    monkeypatch.setattr(containers, "MAX_FRAME_PIXELS", 1000)
     with pytest.raises(InputError, match="64 x 48 pixels are over the limit of 1000"):
         media.read_video(make_video(), PIXELS, {})
 
@@ -292,7 +297,8 @@ def test_pictures_that_are_refused(value, message):
 
 
 def test_what_a_file_holds():
-    tracks = media.probe(locate_source(MEDIA / "video.mp4"))
-    assert sorted(tracks) == ["audio", "video"]
-    assert len(tracks["video"].times) == 30 and tracks["video"].end == pytest.approx(3.0)
-    assert list(media.probe(locate_source(MEDIA / "silent.mp4"))) == ["video"]
+    info = containers.read_info(io.BytesIO((MEDIA / "video.mp4").read_bytes()))
+    assert sorted(info.tracks) == ["audio", "video"]
+    video = info.tracks["video"]
+    assert video.num_packets == len(video.times) == 30 and video.end == pytest.approx(3.0)
+    assert list(containers.read_info(io.BytesIO((MEDIA / "silent.mp4").read_bytes())).tracks) == ["video"]

@@ -78,7 +78,7 @@ def test_the_web_where_it_is_allowed(monkeypatch):
         assert contents(f"{address}/a", allow_urls=True) == b"data"
         with pytest.raises(InputError, match="cannot fetch it: HTTP Error 404"):
             locate_source(f"{address}/b", allow_urls=True)
-        monkeypatch.setattr(sources, "MOST_BYTES", 3)
+        monkeypatch.setattr(sources, "MAX_FETCHED_BYTES", 3)
         with pytest.raises(InputError, match="it is over the limit of 3 bytes"):
             locate_source(f"{address}/a", allow_urls=True)
     with pytest.raises(InputError, match="cannot fetch it"):

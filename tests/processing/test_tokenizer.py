@@ -26,14 +26,14 @@ def test_special_names_mean_tokens_only_where_they_are_trusted(tokenizer):
 texts = st.one_of(st.text(max_size=12), st.sampled_from([*ADDED_TOKENS, "<|", "|>", "\n", " ", "hello world", "the"]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(pieces=st.lists(texts, max_size=8))
 def test_no_typed_text_becomes_a_special_token(tokenizer, pieces):
     ids = tokenizer.encode([(piece, False) for piece in pieces])
     assert not {tokenizer.special_id(name) for name in ADDED_TOKENS} & set(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ids=st.lists(st.integers(0, 700), max_size=40))
 def test_the_pieces_of_a_stream_add_up(tokenizer, ids):
     stream = TextStream(tokenizer)

@@ -1,0 +1,277 @@
+"""Files of sound and video: which of their tracks are taken, when these begin, and whether a file is cut off.
+
+A file is cut off if something that it says it has is missing:
+
+* its container is not closed: a box, a segment or a page ends after the file does;
+* the last packet of a track is torn, or does not decode;
+* a track ends before its own header says so. Headers that are counted in samples (WAV, FLAC, MP4 and their like) may be
+  off by 0.1 s; those that a clock may have written (Matroska and WebM, FLV, ASF) by a second and a hundredth.
+
+These are no signs of it: a clock that is a little off, a DURATION tag outside Matroska (a copy of another file's), a
+file that does not begin at time 0, another track that is longer than those that are taken. Formats that are made to be
+cut anywhere (MPEG-TS, raw AAC, MP3 without a Xing header) promise nothing.
+
+A packet amid a track that does not decode is skipped and counted. Over two, and over one in a hundred, the file is
+damaged.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import av
+import av.error
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+
+from omni_jax.errors import InputError
+from omni_jax.processing.container_bytes import check_header, check_tail, is_streamed_wav
+from omni_jax.processing.images import check_pixels
+from omni_jax.processing.sources import Source
+
+TrackKind: TypeAlias = Literal["video", "audio"]
+
+# what ffmpeg may take a file for; playlists, which make it open other files, are not among them
+CONTAINER_FORMATS = (
+    "3g2,3gp,aac,ac3,aiff,amr,apng,asf,au,avi,caf,eac3,flac,flv,gif,h264,hevc,ivf,m4a,m4v,matroska,mj2,mov,mp3,mp4,"
+    "mpeg,mpegts,mpegvideo,ogg,w64,wav,webm,webp_anim,wv"
+)
+# formats whose headers count samples or frames
+_EXACT_LENGTH = {"wav", "w64", "aiff", "flac", "mov", "avi", "au", "caf", "gif"}
+_CLOCK_LENGTH = {"matroska", "flv", "asf"}  # whose headers may come from a clock
+_CUT_ANYWHERE = {"mpegts", "mpeg", "mpegvideo", "mp3", "aac", "ac3", "eac3", "amr", "h264", "hevc", "m4v"}
+MAX_FRAME_PIXELS = 8192 * 4320
+EXACT_SLACK = 0.1  # seconds that a header may be wrong by
+_CLOCK_SLACK = 1.0
+_CLOCK_SLACK_SHARE = 0.01
+# of the packets of a track; the larger of both
+_MAX_BAD_PACKETS = 2
+_MAX_BAD_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Track:
+    """One track of a file, as demuxing shows it.
+
+    Attributes:
+      index: of its stream in the file.
+      kind: "video" or "audio".
+      start: seconds at which its first frame shows or sounds, on the file's clock.
+      times: seconds at which its packets show or sound, each time once, in order; float64 [packets].
+      end: seconds at which the last of them ends.
+      interval: seconds from one packet to the next, the median.
+      num_packets: how many there are.
+      frame_rate: frames a second as the header says; 0 if it does not, and for sound.
+    """
+
+    index: int
+    kind: TrackKind
+    start: float
+    times: np.ndarray
+    end: float
+    interval: float
+    num_packets: int
+    frame_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class ContainerInfo:
+    """What is known of a file before its tracks are decoded.
+
+    Attributes:
+      tracks: at most one of a kind.
+      start: seconds at which the first of them begins; times that callers give and get count from it.
+      ends_anywhere: whether its last packet may be torn.
+    """
+
+    tracks: dict[TrackKind, Track]
+    start: float
+    ends_anywhere: bool
+
+    def has(self, kind: TrackKind) -> bool:
+        return kind in self.tracks
+
+
+@contextmanager
+def open_media(source: Source) -> Iterator[BinaryIO]:
+    """Opens a file and checks its header; whatever a decoder raises inside is an InputError.
+
+    Raises:
+      InputError: if it is cut off, too large to be opened safely, or anything goes wrong while it is read.
+    """
+    with source.open() as file:
+        try:
+            check_header(file)
+            yield file
+        except InputError:
+            raise
+        except av.error.FFmpegError as e:
+            raise InputError(f"cannot decode it: {e.strerror} (is it cut off, or not sound or video at all?)") from e
+        except Exception as e:  # decoders raise whatever they like
+            raise InputError(f"cannot decode it: {type(e).__name__}: {e}") from e
+
+
+def open_container(file: BinaryIO) -> InputContainer:
+    """A demuxer at the beginning of an open file."""
+    file.seek(0)
+    return av.open(file, "r", options={"format_whitelist": CONTAINER_FORMATS})
+
+
+def read_info(file: BinaryIO) -> ContainerInfo:
+    """Demuxes an open file to its end, and tells of the tracks that are taken of it.
+
+    Raises:
+      InputError: if the file is cut off, damaged, or holds neither sound nor video.
+    """
+    is_unending = is_streamed_wav(file)
+    with open_container(file) as container:
+        format_names = set(container.format.name.split(","))
+        streams = [stream for kind in ("video", "audio") if (stream := _pick_stream(container, kind)) is not None]
+        if not streams:
+            raise InputError(f"it holds neither sound nor video (format {container.format.name})")
+        for stream in streams:
+            _check_stream(stream)
+        ends_anywhere = bool(format_names & _CUT_ANYWHERE) or is_unending
+        packets = _read_packets(container, streams)
+        tracks: dict[TrackKind, Track] = {}
+        for stream in streams:
+            log = packets[stream.index]
+            if not log.begins:
+                continue
+            log.check(ends_anywhere)
+            track = log.track(stream)
+            _check_length(stream, track, format_names)
+            tracks[track.kind] = track
+        _check_file_length(container, tracks.values(), format_names)
+        if not tracks:
+            kinds = " and ".join(stream.type for stream in streams)
+            raise InputError(f"it is cut off: its header promises {kinds}, but no packet of it is there")
+        check_tail(file, container.format.name)
+    return ContainerInfo(tracks, min(track.start for track in tracks.values()), ends_anywhere)
+
+
+def check_bad_packets(num_bad: int, num_packets: int, kind: TrackKind) -> None:
+    """Raises InputError if more packets than a slip do not decode."""
+    if num_bad > max(_MAX_BAD_PACKETS, _MAX_BAD_SHARE * num_packets):
+        raise InputError(f"its {kind} is damaged: {num_bad} of {num_packets} packets do not decode")
+
+
+def _pick_stream(container: InputContainer, kind: str) -> Any:
+    """The stream of a kind that is marked as the default, else the first; a cover picture is not a video."""
+    streams = [s for s in container.streams if s.type == kind and not s.disposition & Disposition.attached_pic]
+    for stream in streams:
+        if stream.disposition & Disposition.default:
+            return stream
+    return streams[0] if streams else None
+
+
+def _check_stream(stream: Any) -> None:
+    """Checks before anything is decoded that there is a decoder, and that pictures are not too large for it."""
+    if stream.codec_context is None:
+        raise InputError(f"its {stream.type} is in a format that cannot be decoded")
+    if stream.type == "video":
+        check_pixels(stream.codec_context.width, stream.codec_context.height, MAX_FRAME_PIXELS)
+
+
+@dataclass
+class _PacketLog:
+    """The packets of a stream as they pass; times are in seconds."""
+
+    kind: TrackKind
+    begins: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    start: float | None = None  # of the first frame that decodes
+    num_corrupt: int = 0
+    last_is_corrupt: bool = False
+
+    def add(self, packet: av.Packet) -> None:
+        if not packet.size:
+            return
+        self.last_is_corrupt = packet.is_corrupt
+        self.num_corrupt += packet.is_corrupt
+        if packet.is_discard:
+            return
+        base = packet.time_base or Fraction(0)
+        ticks = packet.dts if packet.pts is None else packet.pts
+        # raw streams have no clock: packets follow each other
+        after_last = self.ends[-1] if self.ends else 0.0
+        begin = after_last if ticks is None else float(ticks * base)
+        self.begins.append(begin)
+        self.ends.append(begin + float((packet.duration or 0) * base))
+
+    def find_start(self, packet: av.Packet) -> None:
+        """Decodes until the first frame has come: its time may differ from the packet's."""
+        if self.start is not None:
+            return
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            return
+        times = [frame.time for frame in frames if frame.time is not None]
+        if times:
+            self.start = times[0]
+
+    def check(self, ends_anywhere: bool) -> None:
+        if self.last_is_corrupt and not ends_anywhere:
+            raise InputError(f"it is cut off: the last packet of its {self.kind} is incomplete")
+        check_bad_packets(self.num_corrupt, len(self.begins), self.kind)
+
+    def track(self, stream: Any) -> Track:
+        times = np.unique(self.begins)
+        # a packet may not say how long it lasts; then the next would have come after about the usual time
+        interval = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        ends = [end if end > begin else begin + interval for begin, end in zip(self.begins, self.ends, strict=True)]
+        start = float(times[0]) if self.start is None else self.start
+        frame_rate = float(stream.average_rate or 0) if self.kind == "video" else 0.0
+        return Track(stream.index, self.kind, start, times, max(ends), interval, len(self.begins), frame_rate)
+
+
+def _read_packets(container: InputContainer, streams: Sequence[Any]) -> dict[int, _PacketLog]:
+    logs = {stream.index: _PacketLog(stream.type) for stream in streams}
+    for packet in container.demux(streams):
+        log = logs[packet.stream.index]
+        log.add(packet)
+        log.find_start(packet)
+    return logs
+
+
+def _check_length(stream: Any, track: Track, format_names: set[str]) -> None:
+    """Compares the end of a track with what its own header says, see the top of the module."""
+    if "matroska" in format_names:  # an end on the file's clock
+        _check_end(track.end, _parse_duration_tag(stream.metadata.get("DURATION", "")), clock=True)
+    elif format_names & _EXACT_LENGTH and stream.duration is not None and stream.time_base is not None:
+        _check_end(track.end - track.times[0], float(stream.duration * stream.time_base), clock=False)
+
+
+def _check_file_length(container: InputContainer, tracks: Collection[Track], format_names: set[str]) -> None:
+    """Compares the end of the last track with what the file's header says, where no other track can be meant."""
+    if container.duration is None or not format_names & _CLOCK_LENGTH or len(tracks) < len(container.streams):
+        return
+    end = max(track.end for track in tracks)
+    if "matroska" not in format_names:  # whose header has an end, and no length
+        end -= min(track.times[0] for track in tracks)
+    _check_end(end, container.duration / av.time_base, clock=True)
+
+
+def _check_end(found: float, promised: float | None, *, clock: bool) -> None:
+    if promised is None:
+        return
+    slack = _CLOCK_SLACK + _CLOCK_SLACK_SHARE * promised if clock else EXACT_SLACK
+    if math.isfinite(promised) and found + slack < promised:
+        raise InputError(f"it is cut off: its header promises {promised:.2f} s, but it ends after {found:.2f} s")
+
+
+def _parse_duration_tag(text: str) -> float | None:
+    """Seconds of Matroska's ``hours:minutes:seconds``; None if it is no such tag."""
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", text)
+    if tag is None:
+        return None
+    hours, minutes, seconds = map(float, tag.groups())
+    return hours * 3600 + minutes * 60 + seconds
