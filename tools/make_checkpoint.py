@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from omni_jax.checkpoint import voices
 from omni_jax.checkpoint.export import SHARD_BYTES
-from omni_jax.checkpoint.name_map import Entry, optional_constants, table
+from omni_jax.checkpoint.name_map import Entry, make_name_table, optional_constants
 from omni_jax.checkpoint.pytorch import write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor
 from omni_jax.config import AudioEncoderConfig, OmniConfig, TalkerConfig, ThinkerConfig, VisionEncoderConfig
@@ -110,7 +110,7 @@ def write_checkpoint(
 
 
 def _tensors(config: OmniConfig, seed: int, dtype: np.dtype) -> Iterator[NewTensor]:
-    for entry in table(config):
+    for entry in make_name_table(config):
         kind = np.dtype(np.float32) if entry.component == "token2wav" else dtype
         for name in entry.names:
             yield NewTensor(name, entry.shape, kind, lambda e=entry, n=name, k=kind: _random(e, n, seed).astype(k))

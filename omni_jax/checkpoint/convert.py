@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from omni_jax.checkpoint import store, voices
-from omni_jax.checkpoint.name_map import Entry, optional_constants, table
+from omni_jax.checkpoint.name_map import Entry, make_name_table, optional_constants
 from omni_jax.checkpoint.pytorch import check, read_headers
 from omni_jax.checkpoint.pytorch import pieces as read
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, write_file
@@ -35,7 +35,7 @@ OTHER_FILES = (
     "LICENSE",
     "README.md",
 )
-# tensors of the source that are no parameters (table.optional_constants); without them PyTorch misses something
+# tensors of the source that are no parameters (name_map.optional_constants); without them PyTorch misses something
 CONSTANTS_FILE = "constants.safetensors"
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
@@ -86,7 +86,7 @@ def to_jax(
     tensors = read_headers(source)
     here = check(source, tensors, config, components)
     speakers = _speakers(source, config) if {"talker", "token2wav"} & set(here) else {}
-    entries = table(config, here)
+    entries = make_name_table(config, here)
     count, done = sum(len(e.names) for e in entries), 0
 
     def pieces(entry: Entry) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from omni_jax.checkpoint import store, voices
 from omni_jax.checkpoint.convert import CONSTANTS_FILE, Conversion, Progress, side_files
-from omni_jax.checkpoint.name_map import COMPONENTS, Entry, differences, optional_constants, table
+from omni_jax.checkpoint.name_map import COMPONENTS, Entry, differences, make_name_table, optional_constants
 from omni_jax.checkpoint.pytorch import write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, read_header
 from omni_jax.config import OmniConfig
@@ -51,7 +51,7 @@ def to_hf(
     config, files, constants = OmniConfig.load(source), side_files(source), _constants(source)
     speakers = voices.load_voices(source)
     voices.check(speakers, config, source / voices.VOICES_FILE)
-    entries = table(config)
+    entries = make_name_table(config)
     count, done = sum(len(entry.names) for entry in entries), 0
     # the tensors of one leaf are written one after the other
     opened = functools.lru_cache(maxsize=1)(functools.partial(store.open_leaf, source))

@@ -103,7 +103,7 @@ class Entry:
         return leaf.transpose(np.argsort(self.order)).reshape(self.shape)
 
 
-def table(config: OmniConfig, components: Iterable[str] = COMPONENTS) -> tuple[Entry, ...]:
+def make_name_table(config: OmniConfig, components: Iterable[str] = COMPONENTS) -> tuple[Entry, ...]:
     """The entries of ``components``, in the order of the published files' modules."""
     parts = {
         "thinker": lambda: _thinker(config.thinker_config),
@@ -129,7 +129,7 @@ def published_name(name: str) -> str:
 
 def parameter_count(config: OmniConfig, under: tuple[str, ...] = ()) -> int:
     """Parameters of the model, or of the leaves whose path begins with ``under``, from the shapes alone."""
-    return sum(entry.size for entry in table(config) if entry.path[: len(under)] == under)
+    return sum(entry.size for entry in make_name_table(config) if entry.path[: len(under)] == under)
 
 
 def differences(

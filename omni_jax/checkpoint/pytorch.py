@@ -17,9 +17,9 @@ from omni_jax.checkpoint.name_map import (
     Entry,
     differences,
     listed,
+    make_name_table,
     optional_constants,
     published_name,
-    table,
 )
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, read_header, write_file
 from omni_jax.config import OmniConfig
@@ -94,12 +94,12 @@ def check(
         here = ", ".join(c for c in COMPONENTS if c in present)
         raise CheckpointError(f"{folder} holds no {' and no '.join(absent)}; it has {here}")
     wanted = tuple(c for c in COMPONENTS if c in (present if components is None else components))
-    everything = {name: entry.shape for entry in table(config) for name in entry.names}
+    everything = {name: entry.shape for entry in make_name_table(config) for name in entry.names}
     expected = {n: shape for n, shape in everything.items() if n.split(".")[0] in wanted or n in tensors}
     constants = optional_constants(config)
     expected.update({n: shape for n, shape in constants.items() if n in tensors})
     trouble = differences(expected, {name: tensor.shape for name, tensor in tensors.items()})
-    trouble += listed("stacks whose layers differ in dtype", _mixed(tensors, table(config, wanted)))
+    trouble += listed("stacks whose layers differ in dtype", _mixed(tensors, make_name_table(config, wanted)))
     if trouble:
         raise CheckpointError(f"{folder} does not hold the model that its config.json describes:{trouble}")
     return wanted

@@ -37,7 +37,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from omni_jax.checkpoint.name_map import differences, table
+from omni_jax.checkpoint.name_map import differences, make_name_table
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
 
@@ -246,7 +246,7 @@ def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike
 def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
     path = str((folder / "params" / component).absolute())
     found: dict[str, Any] = flatten_dict(tree_shapes(Path(path)), sep="/")
-    expected = {"/".join(e.path[1:]): e.leaf_shape for e in table(config, [component])}
+    expected = {"/".join(e.path[1:]): e.leaf_shape for e in make_name_table(config, [component])}
     if trouble := differences(expected, {name: tuple(leaf.shape) for name, leaf in found.items()}):
         raise CheckpointError(f"{path} does not hold the {component} that config.json describes:{trouble}")
     keeps = component == "token2wav" or dtype is None

@@ -15,7 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from omni_jax.checkpoint import convert, store
-from omni_jax.checkpoint.name_map import parameter_count, table
+from omni_jax.checkpoint.name_map import make_name_table, parameter_count
 from omni_jax.checkpoint.pytorch import pieces, read_headers
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
@@ -33,7 +33,7 @@ def assert_equals_files(params, source: Path) -> None:
     """Every leaf has the bits of the published tensors it is made of."""
     tensors = read_headers(source)
     leaves = flatten_dict(params)
-    entries = table(TINY, params)
+    entries = make_name_table(TINY, params)
     assert set(leaves) == {e.path for e in entries}
     for entry in entries:
         expected = np.stack(list(pieces(entry, tensors)))
@@ -87,7 +87,7 @@ def test_progress_counts_every_tensor(tiny_checkpoint: Path, tmp_path: Path) -> 
     seen: list[tuple[int, int]] = []
     done = convert.to_jax(tiny_checkpoint, tmp_path / "out", progress=lambda *n: seen.append(n))
     assert seen == [(i + 1, done.tensors) for i in range(done.tensors)]
-    assert done.tensors == sum(len(e.names) for e in table(TINY))
+    assert done.tensors == sum(len(e.names) for e in make_name_table(TINY))
 
 
 def test_an_existing_target_is_refused_and_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     config = OmniConfig.tiny(thinker_config=thinker, talker_config=talker)
     write_checkpoint(tmp_path / "torch", config)
     size = (tmp_path / "torch" / "model.safetensors").stat().st_size
-    largest = max(e.size for e in table(config)) * 2
+    largest = max(e.size for e in make_name_table(config)) * 2
     assert size > 300e6 and largest > 90e6
     for command in (("to-jax", tmp_path / "torch", tmp_path / "jax"), ("to-hf", tmp_path / "jax", tmp_path / "back")):
         done = run(*command)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from omni_jax.checkpoint import convert, export, store, voices
-from omni_jax.checkpoint.name_map import optional_constants, table
+from omni_jax.checkpoint.name_map import make_name_table, optional_constants
 from omni_jax.checkpoint.pytorch import INDEX_FILE, SINGLE_FILE, read_headers
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
@@ -104,7 +104,7 @@ def test_the_figures(tiny_model: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     done = export.to_hf(tiny_model, tmp_path / "back", progress=lambda *n: seen.append(n))
     assert seen == [(i + 1, done.tensors) for i in range(done.tensors)]
-    entries = table(TINY)
+    entries = make_name_table(TINY)
     assert done.tensors == sum(len(e.names) for e in entries)
     assert (done.nbytes, done.largest) == (4 * sum(e.size for e in entries), 4 * max(e.size for e in entries))
 

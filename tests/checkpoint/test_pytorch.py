@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from omni_jax.checkpoint.name_map import table
+from omni_jax.checkpoint.name_map import make_name_table
 from omni_jax.checkpoint.pytorch import INDEX_FILE, SINGLE_FILE, check, pieces, read_headers, write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor, read_header, write_file
 from omni_jax.config import OmniConfig
@@ -151,7 +151,7 @@ def test_both_naming_schemes_give_equal_leaves(tiny_checkpoint: Path, folder: Pa
     )
     published, in_memory = read_headers(tiny_checkpoint), read_headers(folder)
     assert check(folder, in_memory, TINY) == ("thinker", "talker", "token2wav")
-    for entry in table(TINY, ["thinker"]):
+    for entry in make_name_table(TINY, ["thinker"]):
         for a, b in zip(pieces(entry, published), pieces(entry, in_memory), strict=True):
             np.testing.assert_array_equal(a, b)
 

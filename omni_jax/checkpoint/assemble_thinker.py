@@ -19,7 +19,7 @@ import numpy as np
 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.convert import CONSTANTS_FILE, side_files
-from omni_jax.checkpoint.name_map import Entry, differences, listed, table
+from omni_jax.checkpoint.name_map import Entry, differences, listed, make_name_table
 from omni_jax.checkpoint.pytorch import read_headers
 from omni_jax.checkpoint.tensor_file import StoredTensor, write_file
 from omni_jax.config import OmniConfig
@@ -58,7 +58,7 @@ class _Source:
         return whole if self.third is None else np.split(whole, 3)[self.third]
 
 
-def from_parts(files: Path, target: Path, parts: Mapping[str, Path], seed: int = 0) -> list[str]:
+def assemble_thinker(files: Path, target: Path, parts: Mapping[str, Path], seed: int = 0) -> list[str]:
     """Writes a checkpoint with a Thinker alone. All is checked before the first number is read.
 
     Args:
@@ -74,7 +74,7 @@ def from_parts(files: Path, target: Path, parts: Mapping[str, Path], seed: int =
       CheckpointError: if a part lacks a tensor of the Thinker, or has it in another shape.
       ConfigError: if config.json is not the model's.
     """
-    entries = table(OmniConfig.load(files), ["thinker"])
+    entries = make_name_table(OmniConfig.load(files), ["thinker"])
     tensors = {part: read_headers(folder) for part, folder in parts.items()}
     found = {name: source for entry in entries for name in entry.names if (source := _find(name, tensors))}
     expected = {name: entry.shape for entry in entries for name in entry.names if _part(name) in parts}
