@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from omni_jax.checkpoint import convert, store
+from omni_jax.checkpoint import convert, model_files, pytorch, store
 from omni_jax.checkpoint.name_map import make_name_table, parameter_count
-from omni_jax.checkpoint.pytorch import pieces, read_headers
+from omni_jax.checkpoint.pytorch import read_headers, read_layers
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
 from tools.make_checkpoint import write_checkpoint
@@ -36,7 +36,7 @@ def assert_equals_files(params, source: Path) -> None:
     entries = make_name_table(TINY, params)
     assert set(leaves) == {e.path for e in entries}
     for entry in entries:
-        expected = np.stack(list(pieces(entry, tensors)))
+        expected = np.stack(list(read_layers(entry, tensors)))
         np.testing.assert_array_equal(bits(leaves[entry.path]), bits(expected if entry.stacked else expected[0]))
 
 
@@ -98,7 +98,7 @@ def test_an_existing_target_is_refused_and_kept(tiny_checkpoint: Path, tmp_path:
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
-@pytest.mark.parametrize("name", convert.REQUIRED_FILES)
+@pytest.mark.parametrize("name", model_files.REQUIRED_FILES)
 def test_a_missing_file_is_told_before_work_begins(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
     (source / name).unlink()
@@ -118,9 +118,9 @@ def test_a_failure_in_the_middle_leaves_nothing(
         if calls == 40:
             assert any(tmp_path.iterdir())  # it was under way
             raise OSError("no space left on device")
-        return pieces(entry, tensors)
+        return read_layers(entry, tensors)
 
-    monkeypatch.setattr(convert, "read", fails)
+    monkeypatch.setattr(pytorch, "read_layers", fails)
     with pytest.raises(OSError, match="no space"):
         convert.to_jax(tiny_checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

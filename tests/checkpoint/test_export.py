@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from omni_jax.checkpoint import convert, export, store, voices
+from omni_jax.checkpoint import convert, export, model_files, store, voices
 from omni_jax.checkpoint.name_map import make_name_table, optional_constants
 from omni_jax.checkpoint.pytorch import INDEX_FILE, SINGLE_FILE, read_headers
 from omni_jax.config import OmniConfig
@@ -145,10 +145,10 @@ class TestBadInput:
         with pytest.raises(CheckpointError, match="is no checkpoint of omni_jax"):
             export.to_hf(tiny_checkpoint, tmp_path / "out")
 
-    def test_text_alone(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
-        convert.to_jax(tiny_checkpoint, tmp_path / "jax", components=["thinker"])
+    def test_a_model_without_token2wav(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        convert.to_jax(tiny_checkpoint, tmp_path / "jax", components=["thinker", "talker"])
         told = self.complaint(tmp_path / "jax")
-        assert "has no talker and no token2wav, and PyTorch does not load the model without" in told
+        assert "has no token2wav, and PyTorch loads all three components or a Thinker alone" in told
         assert "Convert the PyTorch folder again without --components" in told
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "constants.safetensors", "voices.npz"])
@@ -157,7 +157,7 @@ class TestBadInput:
         assert name in self.complaint(source)
 
     def test_constants_of_another_model(self, source: Path) -> None:
-        save_file({CONSTANT: np.ones(3, np.float32), "x": np.ones(1, np.float32)}, source / export.CONSTANTS_FILE)
+        save_file({CONSTANT: np.ones(3, np.float32), "x": np.ones(1, np.float32)}, source / model_files.CONSTANTS_FILE)
         told = self.complaint(source)
         assert "1 unexpected:\n    x" in told and f"{CONSTANT}: config.json makes it [8], found [3]" in told
 
@@ -201,7 +201,7 @@ def test_conversion_asks_for_voices(tiny_checkpoint: Path, tmp_path: Path) -> No
 def test_constants_are_kept_for_their_component_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for parts, kept in ((["thinker"], set()), (["token2wav"], set(optional_constants(TINY)))):
         convert.to_jax(tiny_checkpoint, tmp_path / parts[0], components=parts)
-        assert load_file(tmp_path / parts[0] / convert.CONSTANTS_FILE).keys() == kept
+        assert load_file(tmp_path / parts[0] / model_files.CONSTANTS_FILE).keys() == kept
 
 
 def test_the_command(tiny_checkpoint: Path, tiny_model: Path, tmp_path: Path) -> None:

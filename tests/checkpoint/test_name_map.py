@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from omni_jax.checkpoint.name_map import (
     COMPONENTS,
-    differences,
+    describe_differences,
     make_name_table,
     optional_constants,
     parameter_count,
@@ -133,10 +133,10 @@ def test_both_naming_schemes(in_memory: str, published: str) -> None:
     assert published_name(published) == published
 
 
-def test_differences_lists_twenty_and_counts_the_rest() -> None:
+def test_describe_differences_lists_twenty_and_counts_the_rest() -> None:
     expected = {f"n{i:02}": (2,) for i in range(30)} | {"shape": (2, 3)}
-    text = differences(expected, {"shape": (3, 2), "other": (1,), "known": (1,)}, known=["known"])
+    text = describe_differences(expected, {"shape": (3, 2), "other": (1,)})
     assert "30 missing" in text and "n19" in text and "n20" not in text and "and 10 more" in text
-    assert "1 unexpected" in text and "other" in text and "known" not in text
+    assert "1 unexpected" in text and "other" in text
     assert "shape: config.json makes it [2, 3], found [3, 2]" in text
-    assert differences({"a": (1,)}, {"a": (1,)}) == ""
+    assert describe_differences({"a": (1,)}, {"a": (1,)}) == ""
