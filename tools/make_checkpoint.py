@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from omni_jax.checkpoint import voices
 from omni_jax.checkpoint.export import SHARD_BYTES
-from omni_jax.checkpoint.name_map import Entry, make_name_table, optional_constants
+from omni_jax.checkpoint.name_map import Entry, make_constants, make_name_table
 from omni_jax.checkpoint.pytorch import write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor
 from omni_jax.config import AudioEncoderConfig, OmniConfig, TalkerConfig, ThinkerConfig, VisionEncoderConfig
@@ -114,10 +114,8 @@ def _tensors(config: OmniConfig, seed: int, dtype: np.dtype) -> Iterator[NewTens
         kind = np.dtype(np.float32) if entry.component == "token2wav" else dtype
         for name in entry.names:
             yield NewTensor(name, entry.shape, kind, lambda e=entry, n=name, k=kind: _random(e, n, seed).astype(k))
-    theta = config.token2wav_config.dit_config.rope_theta
-    for name, shape in optional_constants(config).items():
-        frequencies = theta ** -(np.arange(*shape, dtype=np.float32) / shape[0])
-        yield NewTensor(name, shape, np.dtype(np.float32), lambda f=frequencies: f.astype(np.float32))
+    for name, values in make_constants(config).items():
+        yield NewTensor(name, values.shape, values.dtype, lambda values=values: values)
 
 
 def _voices(config: OmniConfig, seed: int) -> dict[str, voices.Voice]:

@@ -22,11 +22,12 @@ from omni_jax.checkpoint.name_map import (
     COMPONENTS,
     Entry,
     describe_differences,
+    make_constants,
     make_name_table,
     optional_constants,
 )
 from omni_jax.checkpoint.pytorch import write_tensors
-from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, read_header
+from omni_jax.checkpoint.tensor_file import NewTensor, read_header
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 
@@ -61,13 +62,13 @@ def to_hf(
     dtypes = {path: np.dtype(leaf.dtype) for path, leaf in shapes.items()}
     config = OmniConfig.load(source)
     files = side_files(source)
-    constants = _read_constants(source, config)
+    constants = _make_constants(source, config, components)
     speakers = {} if is_thinker_alone else voices.load_voices(source)
     voices.check(speakers, config, source / voices.VOICES_FILE)
     entries = make_name_table(config, components)
     counter = ProgressCounter(entries, progress)
     tensors = list(_make_tensors(source, entries, dtypes, counter, is_thinker_alone))
-    tensors += [NewTensor.of(name, constant) for name, constant in constants.items()]
+    tensors += constants
     with store.new_folder(target) as unfinished:
         for file in files:
             shutil.copyfile(file, unfinished / file.name)
@@ -115,15 +116,22 @@ def _check_components(source: Path) -> tuple[str, ...]:
     )
 
 
-def _read_constants(source: Path, config: OmniConfig) -> dict[str, StoredTensor]:
+def _make_constants(source: Path, config: OmniConfig, components: Sequence[str]) -> list[NewTensor]:
+    """The tensors that are no parameters: as they came, or computed where the converted files had none."""
     path = source / CONSTANTS_FILE
     if not path.is_file():
         raise CheckpointError(f"{source} has no {CONSTANTS_FILE}: an older release made it; convert it again")
-    constants = read_header(path)
-    expected = {name: shape for name, shape in optional_constants(config).items() if name in constants}
-    trouble = describe_differences(expected, {name: tensor.shape for name, tensor in constants.items()})
+    stored = read_header(path)
+    expected = {name: shape for name, shape in optional_constants(config).items() if name in stored}
+    trouble = describe_differences(expected, {name: tensor.shape for name, tensor in stored.items()})
     if trouble:
         raise CheckpointError(f"{path} does not hold the constants of the model in config.json:{trouble}")
+    constants = []
+    for name, values in make_constants(config).items():
+        if name in stored:
+            constants.append(NewTensor.of(name, stored[name]))
+        elif name.split(".")[0] in components:
+            constants.append(NewTensor(name, values.shape, values.dtype, lambda values=values: values))
     return constants
 
 

@@ -130,10 +130,21 @@ def make_name_table(config: OmniConfig, components: Iterable[str] = COMPONENTS) 
 def optional_constants(config: OmniConfig) -> dict[str, tuple[int, ...]]:
     """Tensors that a file may carry and that are no parameters: name to shape.
 
-    The published files and transformers 4 hold the frequencies of the DiT's rotary embedding, transformers 5 does not.
+    The published files hold the frequencies of the DiT's rotary embedding. Transformers 4 reads them from the files,
+    transformers 5 computes them and does not save them.
     """
     dit = config.token2wav_config.dit_config
     return {"token2wav.code2wav_dit_model.rotary_embed.inv_freq": (dit.head_dim // 2,)}
+
+
+def make_constants(config: OmniConfig) -> dict[str, np.ndarray]:
+    """The values of ``optional_constants`` in float32, as PyTorch computes them (docs/reference.md, 8.4)."""
+    base = config.token2wav_config.dit_config.rope_theta
+    constants = {}
+    for name, (count,) in optional_constants(config).items():
+        exponents = np.arange(count, dtype=np.float64) / count
+        constants[name] = (base**-exponents).astype(np.float32)
+    return constants
 
 
 def published_name(name: str, component: str | None = None) -> str:

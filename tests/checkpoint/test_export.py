@@ -71,14 +71,13 @@ def test_any_bits_come_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert_same_tensors(source, round_trip(source, tmp_path))
 
 
-def test_a_constant_that_was_not_there_does_not_come(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_constant_that_was_not_there_is_computed(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """transformers 5 does not save it, and transformers 4 misses it."""
     source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "torch"))
     tensors = load_file(source / SINGLE_FILE)
     del tensors[CONSTANT]
     save_file(tensors, source / SINGLE_FILE)
-    back = round_trip(source, tmp_path)
-    assert_same_tensors(source, back)
-    assert CONSTANT not in read_headers(back)
+    assert_same_tensors(tiny_checkpoint, round_trip(source, tmp_path))
 
 
 def test_names_in_memory_become_published_ones(tiny_checkpoint: Path, tmp_path: Path) -> None:
