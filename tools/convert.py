@@ -43,7 +43,7 @@ def to_jax(
     converts too; ``save_pretrained`` of its processor writes the files that are missing beside it. (No release of
     transformers saves spk_dict.pt: copy it out of the published folder.)
 
-    Text alone, in half the memory: ``to-jax SRC DST --components thinker --dtype bfloat16``.
+    For text alone: ``to-jax SRC DST --components thinker``.
 
     Args:
       src: the folder to read.
@@ -69,8 +69,8 @@ def to_hf(src: Source, dst: Target) -> None:
     """Writes the Hugging Face folder of a checkpoint that runs here.
 
     DST is what PyTorch's Qwen2_5OmniForConditionalGeneration loads, in transformers 4 and 5. Tensors that were neither
-    cast nor trained have the bits that they came with. A checkpoint with a Thinker and nothing else becomes a folder for
-    Qwen2_5OmniThinkerForConditionalGeneration.
+    cast nor trained have the bits that they came with. A checkpoint with a Thinker and nothing else becomes a folder
+    for Qwen2_5OmniThinkerForConditionalGeneration.
 
     Args:
       src: the checkpoint: what to-jax wrote, or a checkpoint of a training run.

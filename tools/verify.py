@@ -41,7 +41,7 @@ def verify(source: Path, converted: Path) -> None:
     for name in prompts:
         difference = float(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max())
         agreement = float((found[name].argmax(-1) == expected[name].argmax(-1)).mean())
-        print(f"{name}: logits differ by {difference:.1e} of the largest; the best token is the same at {agreement:.1%}")
+        print(f"{name}: logits differ by {difference:.1e} of the largest; the best tokens agree at {agreement:.1%}")
         largest_difference = max(largest_difference, difference)
     if not largest_difference <= TOLERANCE:  # NaN is no agreement either
         raise SystemExit(
@@ -52,12 +52,14 @@ def verify(source: Path, converted: Path) -> None:
 
 def _make_requests() -> dict[str, list[dict[str, Any]]]:
     rng = np.random.default_rng(0)
-    time = np.arange(5 * 16000) / 16000
-    chirp = 0.3 * np.sin(2 * np.pi * (200 + 150 * time) * time) + 0.01 * rng.standard_normal(len(time))
+    rate = 16_000  # Hz
+    time = np.arange(5 * rate) / rate
+    chirp = 0.3 * np.sin(2 * np.pi * (200 + 150 * time) * time)
+    chirp += 0.01 * rng.standard_normal(len(time))
     picture = rng.integers(0, 256, (7, 9, 3), dtype=np.uint8).repeat(28, 0).repeat(28, 1)
     parts = {
         "text": {"type": "text", "text": "Why is the sky blue?"},
-        "sound": {"type": "audio", "audio": chirp.astype(np.float32), "sampling_rate": 16000},
+        "sound": {"type": "audio", "audio": chirp.astype(np.float32), "sampling_rate": rate},
         "picture": {"type": "image", "image": picture},
     }
     question = {"type": "text", "text": "What is this?"}

@@ -15,7 +15,8 @@ from omni_jax.checkpoint.name_map import make_name_table, optional_constants
 from omni_jax.checkpoint.pytorch import INDEX_FILE, SINGLE_FILE, read_headers
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
-from tests.checkpoint.test_convert import run
+from tests.checkpoint.test_convert import fail_command
+from tools import convert as command
 from tools.make_checkpoint import write_checkpoint
 
 TINY = OmniConfig.tiny()
@@ -86,9 +87,8 @@ def test_names_in_memory_become_published_ones(tiny_checkpoint: Path, tmp_path: 
         n.replace("thinker.visual.", "thinker.model.visual."): x for n, x in load_file(source / SINGLE_FILE).items()
     }
     save_file(tensors, source / SINGLE_FILE)
-    assert (
-        load_file(round_trip(source, tmp_path) / SINGLE_FILE).keys() == load_file(tiny_checkpoint / SINGLE_FILE).keys()
-    )
+    back = round_trip(source, tmp_path)
+    assert load_file(back / SINGLE_FILE).keys() == load_file(tiny_checkpoint / SINGLE_FILE).keys()
 
 
 def test_layers_that_share_a_chunk_and_chunks_of_a_layer(
@@ -203,13 +203,14 @@ def test_constants_are_kept_for_their_component_only(tiny_checkpoint: Path, tmp_
         assert load_file(tmp_path / parts[0] / model_files.CONSTANTS_FILE).keys() == kept
 
 
-def test_the_command(tiny_checkpoint: Path, tiny_model: Path, tmp_path: Path) -> None:
-    done = run("to-hf", tiny_model, tmp_path / "back")
-    assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'back'}: thinker, talker, token2wav; 691 tensors" in done.stdout
-    assert "peak host memory" in done.stdout
+def test_the_command(
+    tiny_checkpoint: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.main(["to-hf", str(tiny_model), str(tmp_path / "back")])
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'back'}: thinker, talker, token2wav; 691 tensors" in printed
+    assert "peak host memory" in printed
     assert_same_tensors(tiny_checkpoint, tmp_path / "back")
-    done = run("to-hf", tiny_checkpoint, tmp_path / "out")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"error: {tiny_checkpoint} is no checkpoint of omni_jax")
-    assert run("to-hf", tiny_model, tmp_path / "out", "--dtype", "bfloat16").returncode == 2
+    told = str(fail_command("to-hf", tiny_checkpoint, tmp_path / "out"))
+    assert told.startswith(f"error: {tiny_checkpoint} is no checkpoint of omni_jax") and len(told.splitlines()) == 1
+    assert fail_command("to-hf", tiny_model, tmp_path / "out", "--dtype", "bfloat16") == 2
