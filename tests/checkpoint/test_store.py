@@ -65,7 +65,7 @@ class TestDamage:
 
     def test_no_config(self, folder: Path) -> None:
         (folder / "config.json").unlink()
-        with pytest.raises(CheckpointError, match=r"not whole[\s\S]*config.json"):
+        with pytest.raises(CheckpointError, match=r"is incomplete[\s\S]*config.json"):
             store.load(folder)
 
     def test_no_component(self, folder: Path) -> None:
