@@ -42,9 +42,9 @@ class AudioEncoderConfig(ConfigSection):
     encoder_attention_heads: int = 20
     encoder_ffn_dim: int = 5120
     num_mel_bins: int = 128
-    max_source_positions: int = 1500
-    n_window: int = 100
-    output_dim: int = 3584
+    max_source_positions: int = 1500  # rows of the sinusoidal position table; a block uses the first n_window
+    n_window: int = 100  # half a block, in mel frames of 10 ms
+    output_dim: int = 3584  # the Thinker's hidden_size
 
     def __post_init__(self) -> None:
         check_divides("audio_config", "encoder_attention_heads", self.encoder_attention_heads, "d_model", self.d_model)
@@ -82,12 +82,12 @@ class VisionEncoderConfig(ConfigSection):
     num_heads: int = 16
     intermediate_size: int = 3420
     in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112
+    patch_size: int = 14  # pixels
+    temporal_patch_size: int = 2  # frames
+    spatial_merge_size: int = 2  # patches a side that become one token
+    window_size: int = 112  # pixels a side
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    out_hidden_size: int = 3584
+    out_hidden_size: int = 3584  # the Thinker's hidden_size
 
     def __post_init__(self) -> None:
         where = "vision_config"
@@ -120,7 +120,7 @@ class RopeScaling(ConfigSection):
     IGNORED = frozenset({"mrope_interleaved", "rope_theta"})
     FIXED = {"type": "default", "rope_type": "default"}
 
-    mrope_section: tuple[int, ...] = (16, 24, 24)
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # pairs of a head's channels for time, height, width
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "rope_scaling") -> Self:
@@ -194,8 +194,8 @@ class _MediaIds(ConfigSection):
     audio_end_token_id: int = 151648
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
-    position_id_per_seconds: int = 25
-    seconds_per_chunk: int = 2
+    position_id_per_seconds: int = 25  # position ids along the time axis in a second
+    seconds_per_chunk: int = 2  # sound and frames of a video alternate in chunks of this length
 
 
 _TINY_MEDIA_IDS = dict(audio_token_index=515, audio_start_token_id=516, audio_end_token_id=517)
@@ -214,7 +214,7 @@ class ThinkerConfig(_MediaIds):
     IGNORED = frozenset({"ignore_index"})  # the training loss's -100
 
     vision_token_id: int = 151654
-    user_token_id: int = 872
+    user_token_id: int = 872  # the token "user" in a message's header
     bos_token_id: int = 151644
     eos_token_id: int = 151645
     pad_token_id: int = 151643
@@ -250,11 +250,13 @@ class TalkerConfig(_MediaIds, DecoderConfig):
     MODEL_TYPE = "qwen2_5_omni_talker"
     ALIASES = _MEDIA_ALIASES
 
-    embedding_size: int = field(kw_only=True)
+    embedding_size: int = field(kw_only=True)  # width of its inputs, the Thinker's hidden_size
     spatial_merge_size: int = 2
+    # ids of the Thinker's vocabulary: what the Talker is conditioned on where there is no text
     tts_text_start_token_id: int = 151860
     tts_text_end_token_id: int = 151861
     tts_text_pad_token_id: int = 151859
+    # ids of the Talker's own vocabulary, after the codes
     tts_codec_start_token_id: int = 8293
     tts_codec_end_token_id: int = 8294
     tts_codec_pad_token_id: int = 8292
@@ -287,17 +289,17 @@ class DiTConfig(ConfigSection):
     num_attention_heads: int = 16
     head_dim: int = 64
     ff_mult: int = 2
-    emb_dim: int = 512
+    emb_dim: int = 512  # of a code
     num_embeds: int = 8193
-    repeats: int = 2
+    repeats: int = 2  # mel frames of a code
     mel_dim: int = 80
-    block_size: int = 24
-    look_ahead_layers: tuple[int, ...] = (10,)
-    look_backward_layers: tuple[int, ...] = (0, 20)
+    block_size: int = 24  # mel frames; attention reaches whole blocks
+    look_ahead_layers: tuple[int, ...] = (10,)  # that also attend to the block after
+    look_backward_layers: tuple[int, ...] = (0, 20)  # that also attend to the block before
     rope_theta: float = 10_000.0
     max_position_embeddings: int = 32768
-    enc_emb_dim: int = 192
-    enc_dim: int = 128
+    enc_emb_dim: int = 192  # of a voice's speaker vector
+    enc_dim: int = 128  # of the speaker encoder's output
     enc_channels: tuple[int, ...] = (256, 256, 256, 256, 768)
     enc_kernel_sizes: tuple[int, ...] = (5, 3, 3, 3, 1)
     enc_dilations: tuple[int, ...] = (1, 2, 3, 4, 1)
@@ -324,7 +326,7 @@ class BigVGANConfig(ConfigSection):
 
     mel_dim: int = 80
     upsample_initial_channel: int = 1536
-    upsample_rates: tuple[int, ...] = (5, 3, 2, 2, 2, 2)
+    upsample_rates: tuple[int, ...] = (5, 3, 2, 2, 2, 2)  # their product is the samples of a mel frame
     upsample_kernel_sizes: tuple[int, ...] = (11, 7, 4, 4, 4, 4)
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))

@@ -100,7 +100,7 @@ def assemble_thinker(files: Path, target: Path, models: Mapping[str, Path], seed
                 found[name] = tensor
             if _source_model(name) in models:
                 expected[name] = entry.shape
-    trouble = describe_differences(expected, {name: tensor.shape for name, tensor in found.items()})
+    trouble = describe_differences(expected, found)
     if trouble:
         folders = ", ".join(f"{model} {folder}" for model, folder in models.items())
         raise CheckpointError(f"{folders}: not the Thinker that {files / 'config.json'} describes:{trouble}")

@@ -74,11 +74,13 @@ def to_jax(
         or Token2Wav are converted and the voices are missing or wrong.
       ConfigError: if config.json is not the model's.
     """
+    # everything that can be wrong is found before the target is begun, for a conversion takes minutes
     store.refuse_existing(target)
     side_files(source)
     config_values = read_config_file(source)
     config = OmniConfig.from_dict(config_values, str(source / CONFIG_FILE))
     is_thinker_alone = config_values.get("model_type") == ThinkerConfig.MODEL_TYPE
+    # a Thinker saved alone has names without "thinker." in transformers 4, and with it in some folders of 5
     tensors = pytorch.read_headers(source, "thinker" if is_thinker_alone else None)
     found = pytorch.check_tensors(source, tensors, config, components)
     speakers = _read_voices(source, config) if {"talker", "token2wav"} & set(found) else {}

@@ -11,6 +11,7 @@ import functools
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -58,11 +59,12 @@ def to_hf(
     store.refuse_existing(target)
     components = _check_components(source)
     is_thinker_alone = components == ("thinker",)
-    shapes = flatten_dict(store.abstract(source))
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(store.abstract(source))
     dtypes = {path: np.dtype(leaf.dtype) for path, leaf in shapes.items()}
     config = OmniConfig.load(source)
     files = side_files(source)
     constants = _make_constants(source, config, components)
+    # a Thinker has no voices; whatever else is exported must have those of its config.json's sizes
     speakers = {} if is_thinker_alone else voices.load_voices(source)
     voices.check(speakers, config, source / voices.VOICES_FILE)
     entries = make_name_table(config, components)
@@ -123,7 +125,7 @@ def _make_constants(source: Path, config: OmniConfig, components: Sequence[str])
         raise CheckpointError(f"{source} has no {CONSTANTS_FILE}: an older release made it; convert it again")
     stored = read_header(path)
     expected = {name: shape for name, shape in optional_constants(config).items() if name in stored}
-    trouble = describe_differences(expected, {name: tensor.shape for name, tensor in stored.items()})
+    trouble = describe_differences(expected, stored)
     if trouble:
         raise CheckpointError(f"{path} does not hold the constants of the model in config.json:{trouble}")
     constants = []

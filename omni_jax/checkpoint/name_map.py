@@ -33,6 +33,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -165,19 +166,26 @@ def parameter_count(config: OmniConfig, under: tuple[str, ...] = ()) -> int:
     return sum(entry.size for entry in make_name_table(config) if entry.path[: len(under)] == under)
 
 
-def describe_differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+class Shaped(Protocol):
+    """Anything with a shape: a tensor of a file, an array, an abstract array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def describe_differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Shaped]) -> str:
     """What is missing in ``found``, what is unexpected and what has another shape, in one text; empty if nothing is.
 
     Args:
       expected: name to shape, for every tensor that must be there.
-      found: the same, for every tensor that is.
+      found: name to tensor, for every tensor that is.
     """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     reshaped = []
     for name, shape in expected.items():
-        if name in found and found[name] != shape:
-            reshaped.append(f"{name}: config.json makes it {list(shape)}, found {list(found[name])}")
+        if name in found and tuple(found[name].shape) != shape:
+            reshaped.append(f"{name}: config.json makes it {list(shape)}, found {list(found[name].shape)}")
     text = describe_list("missing", missing)
     text += describe_list("unexpected", unexpected)
     return text + describe_list("of another shape", reshaped)
@@ -241,30 +249,34 @@ def _map_embedding(path: str, name: str, rows: int, width: int) -> list[Entry]:
 
 
 def _map_linear(path: str, name: str, inputs: int, outputs: int, bias: bool = True) -> list[Entry]:
-    kernel = _make_entry(f"{path}/kernel", f"{name}.weight", (outputs, inputs), (1, 0))
+    kernel = _make_entry(f"{path}/kernel", f"{name}.weight", (outputs, inputs), (1, 0))  # [in, out]
     return [kernel, _map_bias(path, name, outputs)] if bias else [kernel]
 
 
 def _map_to_heads(path: str, name: str, width: int, heads: tuple[int, int], bias: bool = True) -> list[Entry]:
     """A projection from ``width`` to ``heads`` = (number of heads N, width of one H)."""
     n, h = heads
+    # [N*H, D] -> [N, H, D] -> [D, N, H]: the heads lie one after the other along PyTorch's first axis
     kernel = _make_entry(f"{path}/kernel", f"{name}.weight", (n * h, width), (2, 0, 1), (n, h, width))
     return [kernel, _make_entry(f"{path}/bias", f"{name}.bias", (n * h,), split=heads)] if bias else [kernel]
 
 
 def _map_from_heads(path: str, name: str, heads: tuple[int, int], width: int, bias: bool = True) -> list[Entry]:
     n, h = heads
+    # [D, N*H] -> [D, N, H] -> [N, H, D]
     kernel = _make_entry(f"{path}/kernel", f"{name}.weight", (width, n * h), (1, 2, 0), (width, n, h))
     return [kernel, _map_bias(path, name, width)] if bias else [kernel]
 
 
 def _map_conv(path: str, name: str, inputs: int, outputs: int, width: int, bias: bool = True) -> list[Entry]:
+    # [out, in, k] -> [k, in, out]
     kernel = _make_entry(f"{path}/kernel", f"{name}.weight", (outputs, inputs, width), (2, 1, 0))
     return [kernel, _map_bias(path, name, outputs)] if bias else [kernel]
 
 
 def _map_transposed_conv(path: str, name: str, inputs: int, outputs: int, width: int) -> list[Entry]:
     return [
+        # [in, out, k] -> [k, in, out]
         _make_entry(f"{path}/kernel", f"{name}.weight", (inputs, outputs, width), (2, 0, 1)),
         _map_bias(path, name, outputs),
     ]
@@ -354,6 +366,7 @@ def _map_vision_encoder(config: VisionEncoderConfig) -> list[Entry]:
         *_map_linear("mlp/up", "mlp.up_proj", width, hidden),
         *_map_linear("mlp/down", "mlp.down_proj", hidden, width),
     ]
+    # the merger concatenates a square of patches, which becomes one token
     cell = width * config.spatial_merge_size**2
     merger = [
         *_map_norm("norm", "ln_q", width),
@@ -362,6 +375,7 @@ def _map_vision_encoder(config: VisionEncoderConfig) -> list[Entry]:
     ]
     patch = (width, config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
     return [
+        # [D, C, t, h, w] -> [D, C*t*h*w] -> [C*t*h*w, D]: patches come flattened, so the convolution is a product
         _make_entry("patch_embed/kernel", "patch_embed.proj.weight", patch, (1, 0), (width, config.patch_dim)),
         *_stack_layers("layers", "blocks", config.depth, layer),
         *_move_under("merger", "merger", merger),
@@ -388,6 +402,7 @@ def _map_dit(config: DiTConfig) -> list[Entry]:
         *_map_linear("mlp/up", "ff.ff.0", width, config.ff_mult * width),
         *_map_linear("mlp/down", "ff.ff.3", config.ff_mult * width, width),
     ]
+    # the DiT's input: noisy mel, encoding of the reference clip, codec embedding, speaker vector
     conditions = config.mel_dim + config.enc_dim + config.emb_dim + config.enc_emb_dim
     return [
         *_map_linear("time_embed/up", "time_embed.time_mlp.0", _TIME_FREQUENCIES, width),
@@ -415,6 +430,7 @@ def _map_speaker_encoder(config: DiTConfig) -> list[Entry]:
     return [
         *entries,
         *_map_conv("aggregate", "mfa.conv", pooled, pooled, kernels[-1]),
+        # attentive pooling sees each frame beside the mean and the deviation over time, and gives the latter two
         *_map_conv("pool/up", "asp.tdnn.conv", 3 * pooled, hidden, 1),
         *_map_conv("pool/down", "asp.conv", hidden, pooled, 1),
         *_map_conv("proj", "fc", 2 * pooled, config.enc_dim, 1),
@@ -423,6 +439,7 @@ def _map_speaker_encoder(config: DiTConfig) -> list[Entry]:
 
 def _map_speaker_block(config: DiTConfig, inputs: int, outputs: int, kernel: int) -> list[Entry]:
     """In, one convolution for each group of channels but the first, out, and squeeze-excitation of the channels."""
+    # Res2Net: the channels are split into groups, of which the first passes through without a convolution
     group = outputs // config.enc_res2net_scale
     entries = _map_conv("in", "tdnn1.conv", inputs, outputs, 1)
     for g in range(config.enc_res2net_scale - 1):

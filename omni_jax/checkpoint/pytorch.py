@@ -70,6 +70,7 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"cannot read {index}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{index} is no index: it must be JSON with a weight_map ({e})") from e
+    # an index from a stranger reads no file but those beside it
     if outside:
         raise CheckpointError(f"{index} names files outside its folder:{describe_list('of them', outside)}")
     absent = [file for file in files if not (folder / file).is_file()]
@@ -79,9 +80,10 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     unlisted: list[str] = []
     for file in files:
-        header = read_header(folder / file)
-        unlisted += [f"{name} (in {file})" for name in header if files_of_tensors.get(name) != file]
-        found.update(header)
+        for name, tensor in read_header(folder / file).items():
+            found[name] = tensor
+            if files_of_tensors.get(name) != file:
+                unlisted.append(f"{name} (in {file})")
     lost = [f"{name} (should be in {file})" for name, file in files_of_tensors.items() if name not in found]
     if unlisted or lost:
         trouble = describe_list("in a file where the index does not have them", unlisted)
@@ -120,6 +122,7 @@ def check_tensors(
         held = ", ".join(component for component in COMPONENTS if component in present)
         raise CheckpointError(f"{folder} holds no {' and no '.join(absent)}; it has {held}")
     wanted = tuple(c for c in COMPONENTS if c in (present if components is None else components))
+    # a component that was not asked for may lack tensors, but those that are there must be right
     expected: dict[str, tuple[int, ...]] = {}
     for entry in make_name_table(config):
         for name in entry.names:
@@ -128,7 +131,7 @@ def check_tensors(
     for name, shape in optional_constants(config).items():
         if name in tensors:
             expected[name] = shape
-    trouble = describe_differences(expected, {name: tensor.shape for name, tensor in tensors.items()})
+    trouble = describe_differences(expected, tensors)
     mixed = _mixed_stacks(tensors, make_name_table(config, wanted))
     trouble += describe_list("stacks whose layers differ in dtype", mixed)
     if trouble:

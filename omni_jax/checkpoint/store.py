@@ -261,7 +261,7 @@ def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype:
     path = folder / "params" / component
     found: dict[str, Any] = flatten_dict(tree_shapes(path), sep="/")
     expected = {"/".join(entry.path[1:]): entry.leaf_shape for entry in make_name_table(config, [component])}
-    trouble = describe_differences(expected, {name: tuple(leaf.shape) for name, leaf in found.items()})
+    trouble = describe_differences(expected, found)
     if trouble:
         raise CheckpointError(f"{path} does not hold the {component} that config.json describes:{trouble}")
     keeps_dtype = component == "token2wav" or dtype is None

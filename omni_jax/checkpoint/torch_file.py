@@ -129,7 +129,7 @@ class _PickleMachine:
         for instruction, argument, _ in pickletools.genops(self.read_entry("data.pkl")):
             match name := instruction.name:
                 case "PROTO":
-                    pass
+                    pass  # the version of the format, which changes no instruction known here
                 case "MARK":
                     self.mark_positions.append(len(stack))
                 case "BINPUT" | "LONG_BINPUT":
@@ -143,11 +143,11 @@ class _PickleMachine:
                     self._set_items(items)
                 case "TUPLE":
                     stack.append(tuple(self._pop_to_mark()))
-                case "GLOBAL":
+                case "GLOBAL":  # a name, which Python would import
                     stack.append(self._check_name(argument))
-                case "BINPERSID":
+                case "BINPERSID":  # a reference out of the pickle: torch.save's storages
                     stack.append(self._load_storage(stack.pop()))
-                case "REDUCE":
+                case "REDUCE":  # a call, of a function with its arguments
                     stack.append(self._call_function(*self._pop_values(2)))
                 case "STOP":
                     return stack.pop()
@@ -223,13 +223,15 @@ class _PickleMachine:
         values = storage.values
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         size = math.prod(shape)
+        # the last value that strides reach must lie in the storage. A tensor no larger than its storage cannot claim
+        # memory that the file does not have, which strides of 0 could otherwise do
         if size == 0 or last >= values.size or size > values.size:
             raise CheckpointError(f"{self.path} has a tensor {list(shape)} that {values.size} values do not fill")
         self.nbytes += size * values.itemsize
         if self.nbytes > LARGEST_FILE:
             raise CheckpointError(f"{self.path} makes more than {LARGEST_FILE:,} bytes of tensors of its storages")
-        steps = [s * values.itemsize for s in strides]
-        return np.lib.stride_tricks.as_strided(values[offset:], shape, steps, writeable=False)
+        byte_strides = [stride * values.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(values[offset:], shape, byte_strides, writeable=False)
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
@@ -260,6 +262,7 @@ def _encode(value: Any, arrays: list[np.ndarray]) -> bytes:
         return b"c" + value.text.replace(" ", "\n").encode() + b"\n"
     if not isinstance(value, np.ndarray) or value.dtype not in _STORAGES:
         raise TypeError(f"cannot write {value!r}")
+    # _rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, backward_hooks), as torch.save writes it
     arrays.append(value)
     kind = _Name(f"torch {_STORAGES[value.dtype]}")
     storage = _encode(("storage", kind, str(len(arrays) - 1), "cpu", value.size), arrays) + b"Q"

@@ -21,7 +21,7 @@ PUBLISHED_FILE = "spk_dict.pt"
 VOICES_FILE = "voices.npz"
 DEFAULT = "Chelsie"
 
-_LONGEST_NAME = 100
+_LONGEST_NAME = 100  # characters; names come in requests and are printed in errors
 _KEYS = {"bos_token", "cond", "ref_mel"}
 
 
@@ -164,7 +164,7 @@ def write_spk_dict(path: Path, voices: Mapping[str, Voice]) -> None:
 
 def save_voices(folder: Path, voices: Mapping[str, Voice]) -> None:
     """Writes the voices beside a checkpoint of ours, over those that are there."""
-    arrays = {"names": np.array(list(voices))}
+    arrays: dict[str, Any] = {"names": np.array(list(voices))}
     arrays["bos_tokens"] = np.array([voice.bos_token for voice in voices.values()], np.int64)
     for i, voice in enumerate(voices.values()):
         arrays[f"cond.{i}"] = voice.cond
