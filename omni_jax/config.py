@@ -1,120 +1,37 @@
-"""Every number that shapes the model, as frozen dataclasses, from and to the published ``config.json``.
+"""Every size and id that shapes the model, as frozen dataclasses, from and to the published ``config.json``.
 
-Field names are the published keys, so that a reader can hold the two side by side. Reading is strict: each key of the
-file is known here, or listed as deliberately ignored with the reason, or an error that names it. Writing gives back
-a file that PyTorch's ``transformers`` builds the equal model from.
+Field names are the published keys, so that a reader can hold the two side by side. ``config_file`` reads and writes
+them; what is written, PyTorch's ``transformers`` builds the equal model from.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, get_type_hints
+from pathlib import Path
+from typing import Any, Self
 
+from omni_jax.checks import shown
+from omni_jax.config_file import (
+    CONFIG_FILE,
+    ConfigSection,
+    check_divides,
+    read_config_file,
+    to_transformers_4,
+    write_config_file,
+)
 from omni_jax.errors import ConfigError
 
-# What every Hugging Face config may carry and, unless a section names it as a field, no part of this model reads:
-# bookkeeping of the library that wrote the file, and text-generation defaults, which live in generation_config.json.
-_LIBRARY_KEYS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures
-    attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length min_length
-    model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
-    temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype
-    torchscript transformers_version typical_p use_bfloat16 use_cache
-    """.split()
-)
-_TRAINING_KEYS = frozenset({"initializer_range", "init_std", "dropout", "attention_dropout", "activation_dropout"})
-
-
-class _Section:
-    """One section of ``config.json``: how its keys become fields and its fields keys."""
-
-    MODEL_TYPE: ClassVar[str | None] = None
-    ALIASES: ClassVar[Mapping[str, str]] = {}  # another spelling -> the field
-    IGNORED: ClassVar[frozenset[str]] = frozenset()  # read by no part of the model
-    FIXED: ClassVar[Mapping[str, Any]] = {}  # the model is only defined for this value
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> Self:
-        """Builds the section from its part of the file.
-
-        Raises:
-          ConfigError: for an unknown key, a missing one, two spellings that disagree, or a value that is not supported.
-        """
-        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        types = get_type_hints(cls)
-        given: dict[str, Any] = {}
-        for key, value in values.items():
-            name = cls.ALIASES.get(key, key)
-            if key in cls.FIXED:
-                if value not in (None, cls.FIXED[key]):
-                    raise ConfigError(f"{where}: {key} is {value!r}; only {cls.FIXED[key]!r} is supported")
-            elif name in known:
-                value = _decode(types[name], value, f"{where}: {key}")
-                if name in given and given[name] != value:
-                    raise ConfigError(f"{where}: {key} is {value!r}, but its other spelling gives {given[name]!r}")
-                given[name] = value
-            elif key not in cls.IGNORED | _LIBRARY_KEYS | _TRAINING_KEYS:
-                raise ConfigError(f"{where}: unknown key {key!r} (value {value!r}); known: {', '.join(sorted(known))}")
-        missing = [
-            n
-            for n, f in known.items()
-            if n not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise ConfigError(f"{where}: missing {', '.join(missing)}")
-        return cls(**given)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The section as the published file spells it."""
-        out: dict[str, Any] = {"model_type": self.MODEL_TYPE} if self.MODEL_TYPE else {}
-        out.update(self.FIXED)
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            out[f.name] = _encode(getattr(self, f.name))
-        return out
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    if isinstance(kind, type) and issubclass(kind, _Section):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a section, got {value!r}")
-        return kind.from_dict(value, where)
-    if isinstance(value, list):
-        return tuple(_decode(None, v, where) for v in value)
-    if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ConfigError(f"{where} must be a number, got {value!r}")
-    if kind is float:
-        return float(value)
-    if kind is int and value != int(value):
-        raise ConfigError(f"{where} must be a whole number, got {value!r}")
-    return int(value) if kind is int else value
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, _Section):
-        return value.to_dict()
-    return [_encode(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _divides(where: str, **sizes: int) -> None:
-    """Raises ConfigError unless the second size divides the first."""
-    (whole, n), (part, d) = sizes.items()
-    if d <= 0 or n % d:
-        raise ConfigError(f"{where}: {part} {d} does not divide {whole} {n}")
+# what transformers calls the whole model and the Thinker alone, the "architectures" of config.json
+MODEL_CLASS = "Qwen2_5OmniForConditionalGeneration"
+THINKER_CLASS = "Qwen2_5OmniThinkerForConditionalGeneration"
 
 
 @dataclass(frozen=True)
-class AudioEncoderConfig(_Section):
-    """The audio tower (``Qwen2_5OmniAudioEncoder``): 2-second blocks of ``2 * n_window`` mel frames."""
+class AudioEncoderConfig(ConfigSection):
+    """The audio encoder (``Qwen2_5OmniAudioEncoder``): attention in 2-second blocks, ``2 * n_window`` frames."""
 
     MODEL_TYPE = "qwen2_5_omni_audio_encoder"
     IGNORED = frozenset({"num_hidden_layers"})
@@ -125,12 +42,12 @@ class AudioEncoderConfig(_Section):
     encoder_attention_heads: int = 20
     encoder_ffn_dim: int = 5120
     num_mel_bins: int = 128
-    max_source_positions: int = 1500
-    n_window: int = 100
-    output_dim: int = 3584
+    max_source_positions: int = 1500  # rows of the sinusoidal position table; a block uses the first n_window
+    n_window: int = 100  # half a block, in mel frames of 10 ms
+    output_dim: int = 3584  # the Thinker's hidden_size
 
     def __post_init__(self) -> None:
-        _divides("audio_config", d_model=self.d_model, encoder_attention_heads=self.encoder_attention_heads)
+        check_divides("audio_config", "encoder_attention_heads", self.encoder_attention_heads, "d_model", self.d_model)
 
     @property
     def block_frames(self) -> int:
@@ -149,35 +66,40 @@ class AudioEncoderConfig(_Section):
 
 
 @dataclass(frozen=True)
-class VisionEncoderConfig(_Section):
-    """The picture tower (``Qwen2_5OmniVisionEncoder``): windows of ``window_size`` pixels, some layers whole frames."""
+class VisionEncoderConfig(ConfigSection):
+    """The vision encoder (``Qwen2_5OmniVisionEncoder``): attention in windows of ``window_size`` pixels; in the layers
+    ``fullatt_block_indexes`` it spans whole frames."""
 
     MODEL_TYPE = "qwen2_5_omni_vision_encoder"
     ALIASES = {"embed_dim": "hidden_size", "in_chans": "in_channels", "spatial_patch_size": "patch_size"}
     # tokens_per_second is the text side's position_id_per_seconds; the encoder does not read it
     IGNORED = frozenset({"tokens_per_second"})
-    FIXED = {"hidden_act": "silu"}
+    # the base of its rotary embedding: transformers 5 writes it, 4 has it in code
+    FIXED = {"hidden_act": "silu", "rope_theta": 10_000.0}
 
     depth: int = 32
     hidden_size: int = 1280
     num_heads: int = 16
     intermediate_size: int = 3420
     in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112
+    patch_size: int = 14  # pixels
+    temporal_patch_size: int = 2  # frames
+    spatial_merge_size: int = 2  # patches a side that become one token
+    window_size: int = 112  # pixels a side
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    out_hidden_size: int = 3584
+    out_hidden_size: int = 3584  # the Thinker's hidden_size
 
     def __post_init__(self) -> None:
-        _divides("vision_config", hidden_size=self.hidden_size, num_heads=self.num_heads)
-        _divides("vision_config", head_dim=self.hidden_size // self.num_heads, pairs_of_two_axes=4)
-        _divides("vision_config", window_size=self.window_size, merged_patch=self.patch_size * self.spatial_merge_size)
+        where = "vision_config"
+        check_divides(where, "num_heads", self.num_heads, "hidden_size", self.hidden_size)
+        # rotary pairs for two axes, height and width
+        check_divides(where, "2 axes x 2 =", 4, "the width of a head,", self.hidden_size // self.num_heads)
+        merged_patch = self.patch_size * self.spatial_merge_size
+        check_divides(where, "patch_size x spatial_merge_size =", merged_patch, "window_size", self.window_size)
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one patch: channels x frames x height x width."""
+        """Values in one patch: channels x frames x height x width."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -192,23 +114,26 @@ class VisionEncoderConfig(_Section):
 
 
 @dataclass(frozen=True)
-class RopeScaling(_Section):
-    """``rope_scaling``: how the frequencies are shared out between time, height and width."""
+class RopeScaling(ConfigSection):
+    """``rope_scaling``: how many rotary frequencies rotate by time, by height and by width (docs/reference.md, 6)."""
 
     IGNORED = frozenset({"mrope_interleaved", "rope_theta"})
     FIXED = {"type": "default", "rope_type": "default"}
 
-    mrope_section: tuple[int, ...] = (16, 24, 24)
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # pairs of a head's channels for time, height, width
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "rope_scaling") -> RopeScaling:
-        # transformers before 4.46 wrote "mrope" where later releases write "default"
-        plain = {k: "default" if v == "mrope" and k in ("type", "rope_type") else v for k, v in values.items()}
-        return super().from_dict(plain, where)
+    def from_dict(cls, values: Mapping[str, Any], where: str = "rope_scaling") -> Self:
+        renamed = dict(values)
+        for key in ("type", "rope_type"):
+            # transformers before 4.46 wrote "mrope" where later releases write "default"
+            if renamed.get(key) == "mrope":
+                renamed[key] = "default"
+        return super().from_dict(renamed, where)
 
 
 @dataclass(frozen=True)
-class DecoderConfig(_Section):
+class DecoderConfig(ConfigSection):
     """What the Thinker's language model and the Talker share: a Qwen2 decoder with grouped queries and TMRoPE."""
 
     # use_sliding_window is false in every published file; the other keys of the window are inert then
@@ -227,12 +152,19 @@ class DecoderConfig(_Section):
     rope_theta: float = 1_000_000.0
     rope_scaling: RopeScaling = RopeScaling()
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = CONFIG_FILE) -> Self:
+        # null, as Hugging Face configurations have it where the width follows from hidden_size
+        without_null = {key: value for key, value in values.items() if key != "head_dim" or value is not None}
+        return super().from_dict(without_null, where)
+
     def __post_init__(self) -> None:
         where = type(self).__name__
         if not self.head_dim:
-            _divides(where, hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
+            check_divides(where, "num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        _divides(where, num_attention_heads=self.num_attention_heads, num_key_value_heads=self.num_key_value_heads)
+        queries = self.num_attention_heads
+        check_divides(where, "num_key_value_heads", self.num_key_value_heads, "num_attention_heads", queries)
         if 2 * sum(self.rope_scaling.mrope_section) != self.head_dim:
             sections = self.rope_scaling.mrope_section
             raise ConfigError(f"{where}: mrope_section {sections} must add up to half of head_dim {self.head_dim}")
@@ -252,7 +184,7 @@ class TextConfig(DecoderConfig):
 
 
 @dataclass(frozen=True)
-class _MediaIds(_Section):
+class _MediaIds(ConfigSection):
     """Token ids and times that the Thinker and the Talker both carry."""
 
     audio_token_index: int = 151646
@@ -262,8 +194,8 @@ class _MediaIds(_Section):
     audio_end_token_id: int = 151648
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
-    position_id_per_seconds: int = 25
-    seconds_per_chunk: int = 2
+    position_id_per_seconds: int = 25  # position ids along the time axis in a second
+    seconds_per_chunk: int = 2  # sound and frames of a video alternate in chunks of this length
 
 
 _TINY_MEDIA_IDS = dict(audio_token_index=515, audio_start_token_id=516, audio_end_token_id=517)
@@ -275,14 +207,14 @@ _MEDIA_ALIASES = {f"{m}_token_id": f"{m}_token_index" for m in ("audio", "image"
 
 @dataclass(frozen=True)
 class ThinkerConfig(_MediaIds):
-    """The part that hears, sees, reads and writes (``Qwen2_5OmniThinkerForConditionalGeneration``)."""
+    """The Thinker (``Qwen2_5OmniThinkerForConditionalGeneration``): text, sound and pictures in, text out."""
 
     MODEL_TYPE = "qwen2_5_omni_thinker"
     ALIASES = _MEDIA_ALIASES
     IGNORED = frozenset({"ignore_index"})  # the training loss's -100
 
     vision_token_id: int = 151654
-    user_token_id: int = 872
+    user_token_id: int = 872  # the token "user" in a message's header
     bos_token_id: int = 151644
     eos_token_id: int = 151645
     pad_token_id: int = 151643
@@ -313,16 +245,18 @@ class ThinkerConfig(_MediaIds):
 
 @dataclass(frozen=True)
 class TalkerConfig(_MediaIds, DecoderConfig):
-    """The part that speaks codes (``Qwen2_5OmniTalkerForConditionalGeneration``)."""
+    """The Talker (``Qwen2_5OmniTalkerForConditionalGeneration``): the Thinker's reply in, codec tokens out."""
 
     MODEL_TYPE = "qwen2_5_omni_talker"
     ALIASES = _MEDIA_ALIASES
 
-    embedding_size: int = field(kw_only=True)
+    embedding_size: int = field(kw_only=True)  # width of its inputs, the Thinker's hidden_size
     spatial_merge_size: int = 2
+    # ids of the Thinker's vocabulary: what the Talker is conditioned on where there is no text
     tts_text_start_token_id: int = 151860
     tts_text_end_token_id: int = 151861
     tts_text_pad_token_id: int = 151859
+    # ids of the Talker's own vocabulary, after the codes
     tts_codec_start_token_id: int = 8293
     tts_codec_end_token_id: int = 8294
     tts_codec_pad_token_id: int = 8292
@@ -338,7 +272,7 @@ class TalkerConfig(_MediaIds, DecoderConfig):
 
 
 @dataclass(frozen=True)
-class DiTConfig(_Section):
+class DiTConfig(ConfigSection):
     """The flow-matching transformer of Token2Wav with its speaker encoder (``Qwen2_5OmniToken2WavDiTModel``).
 
     The published file says ``dim``, ``depth`` and ``heads`` where transformers' class says ``hidden_size`` and so on
@@ -355,17 +289,17 @@ class DiTConfig(_Section):
     num_attention_heads: int = 16
     head_dim: int = 64
     ff_mult: int = 2
-    emb_dim: int = 512
+    emb_dim: int = 512  # of a code
     num_embeds: int = 8193
-    repeats: int = 2
+    repeats: int = 2  # mel frames of a code
     mel_dim: int = 80
-    block_size: int = 24
-    look_ahead_layers: tuple[int, ...] = (10,)
-    look_backward_layers: tuple[int, ...] = (0, 20)
+    block_size: int = 24  # mel frames; attention reaches whole blocks
+    look_ahead_layers: tuple[int, ...] = (10,)  # that also attend to the block after
+    look_backward_layers: tuple[int, ...] = (0, 20)  # that also attend to the block before
     rope_theta: float = 10_000.0
     max_position_embeddings: int = 32768
-    enc_emb_dim: int = 192
-    enc_dim: int = 128
+    enc_emb_dim: int = 192  # of a voice's speaker vector
+    enc_dim: int = 128  # of the speaker encoder's output
     enc_channels: tuple[int, ...] = (256, 256, 256, 256, 768)
     enc_kernel_sizes: tuple[int, ...] = (5, 3, 3, 3, 1)
     enc_dilations: tuple[int, ...] = (1, 2, 3, 4, 1)
@@ -384,7 +318,7 @@ class DiTConfig(_Section):
 
 
 @dataclass(frozen=True)
-class BigVGANConfig(_Section):
+class BigVGANConfig(ConfigSection):
     """The vocoder (``Qwen2_5OmniToken2WavBigVGANModel``): mel at 100 frames a second to samples at 24 kHz."""
 
     MODEL_TYPE = "qwen2_5_omni_bigvgan"
@@ -392,7 +326,7 @@ class BigVGANConfig(_Section):
 
     mel_dim: int = 80
     upsample_initial_channel: int = 1536
-    upsample_rates: tuple[int, ...] = (5, 3, 2, 2, 2, 2)
+    upsample_rates: tuple[int, ...] = (5, 3, 2, 2, 2, 2)  # their product is the samples of a mel frame
     upsample_kernel_sizes: tuple[int, ...] = (11, 7, 4, 4, 4, 4)
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
@@ -403,8 +337,8 @@ class BigVGANConfig(_Section):
 
 
 @dataclass(frozen=True)
-class Token2WavConfig(_Section):
-    """Codes to sound (``Qwen2_5OmniToken2WavModel``)."""
+class Token2WavConfig(ConfigSection):
+    """Token2Wav (``Qwen2_5OmniToken2WavModel``): codec tokens in, sound out."""
 
     MODEL_TYPE = "qwen2_5_omni_token2wav"
 
@@ -417,7 +351,7 @@ class Token2WavConfig(_Section):
 
 
 @dataclass(frozen=True)
-class OmniConfig(_Section):
+class OmniConfig(ConfigSection):
     """The whole model (``Qwen2_5OmniForConditionalGeneration``)."""
 
     MODEL_TYPE = "qwen2_5_omni"
@@ -429,28 +363,54 @@ class OmniConfig(_Section):
     enable_audio_output: bool = True
 
     def __post_init__(self) -> None:
-        width, text = self.talker_config.embedding_size, self.thinker_config.text_config.hidden_size
-        if width != text:
-            raise ConfigError(f"talker_config.embedding_size is {width}, but the Thinker's hidden_size is {text}")
+        talker_width = self.talker_config.embedding_size
+        thinker_width = self.thinker_config.text_config.hidden_size
+        if talker_width != thinker_width:
+            raise ConfigError(
+                f"talker_config.embedding_size is {talker_width}, but the Thinker's hidden_size is {thinker_width}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = CONFIG_FILE) -> OmniConfig:
+        """Builds the configuration from the contents of ``config.json`` of either transformers release.
+
+        The file of a Thinker that was saved alone describes no Talker. As in transformers, the sections of Talker and
+        Token2Wav are the published 7B's then, and ``enable_audio_output`` is false: the model has neither.
+
+        Raises:
+          ConfigError: as ``ConfigSection.from_dict``, and if the file describes another model.
+        """
+        values = to_transformers_4(values, where)
+        model_type = values.get("model_type") or cls.MODEL_TYPE
+        if model_type == ThinkerConfig.MODEL_TYPE:
+            return cls._from_thinker(ThinkerConfig.from_dict(values, where))
+        if model_type != cls.MODEL_TYPE:
+            raise ConfigError(
+                f"{where}: model_type is {shown(model_type)}; only {cls.MODEL_TYPE!r}, the whole model, and "
+                f"{ThinkerConfig.MODEL_TYPE!r}, a Thinker saved alone, can be read"
+            )
+        return super().from_dict(values, where)
+
+    @classmethod
+    def _from_thinker(cls, thinker: ThinkerConfig) -> OmniConfig:
+        talker = dataclasses.replace(
+            cls.qwen2_5_omni_7b().talker_config, embedding_size=thinker.text_config.hidden_size
+        )
+        return cls(thinker, talker, enable_audio_output=False)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> OmniConfig:
-        """Reads ``config.json`` of a checkpoint folder."""
-        path = os.path.join(folder, "config.json")
-        try:
-            with open(path, encoding="utf-8") as f:
-                values = json.load(f)
-        except OSError as e:
-            raise ConfigError(f"cannot read {path}: {e.strerror}") from e
-        except json.JSONDecodeError as e:
-            raise ConfigError(f"{path} is not JSON: {e}") from e
-        return cls.from_dict(values, path)
+        """Reads ``config.json`` of a checkpoint folder.
+
+        Raises:
+          ConfigError: if the file cannot be read, or ``from_dict`` refuses it.
+        """
+        path = Path(folder)
+        return cls.from_dict(read_config_file(path), str(path / CONFIG_FILE))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``config.json`` as transformers reads it."""
-        values = {"architectures": ["Qwen2_5OmniForConditionalGeneration"], **self.to_dict()}
-        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
-            json.dump(values, f, indent=2)
+        write_config_file(Path(folder), {"architectures": [MODEL_CLASS], **self.to_dict()})
 
     @classmethod
     def tiny(cls, **changes: Any) -> OmniConfig:
@@ -469,7 +429,8 @@ class OmniConfig(_Section):
     def qwen2_5_omni_3b(cls) -> OmniConfig:
         """The published 3B."""
         text = TextConfig(2048, 11008, 36, 16, 2, 151936)
-        rope = RopeScaling(mrope_section=(16, 16, 0))  # the width of a picture is not told to this Talker
+        rope = RopeScaling(mrope_section=(16, 16, 0))  # no frequency of this Talker rotates by the width of a picture
         talker = TalkerConfig(896, 4864, 24, 14, 2, 8448, head_dim=64, rope_scaling=rope, embedding_size=2048)
-        audio, vision = AudioEncoderConfig(output_dim=2048), VisionEncoderConfig(out_hidden_size=2048)
+        audio = AudioEncoderConfig(output_dim=2048)
+        vision = VisionEncoderConfig(out_hidden_size=2048)
         return cls(ThinkerConfig(audio_config=audio, vision_config=vision, text_config=text), talker)

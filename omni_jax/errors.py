@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """A request that cannot be served: unreadable media, an unknown part, a prompt over the context."""
+    """A request that cannot be served: unreadable media, an unknown part, a prompt longer than the context."""
 
 
 class ConfigError(ValueError):
@@ -10,8 +10,8 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written whole: missing, unexpected or mis-shaped tensors."""
+    """A checkpoint that cannot be read or written completely: missing, unexpected or mis-shaped tensors."""
 
 
 class TrainingError(Exception):
-    """A run went wrong in a way that going on would not mend, such as a loss that is no number."""
+    """A run went wrong in a way that more steps would not mend, such as a loss of NaN."""

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from omni_jax.config import OmniConfig, RopeScaling, TextConfig, ThinkerConfig
+from omni_jax.config_file import to_transformers_4
 from omni_jax.errors import ConfigError
+from tests.transformers_5 import CASES, as_transformers_5
 
 # the library's bookkeeping, as published files repeat it in every section
 BOOKKEEPING = {
@@ -250,8 +252,20 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("thinker_config.text_config.use_sliding_window", True, "use_sliding_window is True"),
         ("thinker_config.text_config.num_key_value_heads", 3, "num_key_value_heads 3 does not divide .* 28"),
         ("thinker_config.text_config.rope_scaling.type", "yarn", "type is 'yarn'; only 'default'"),
-        ("thinker_config.text_config.vocab_size", "many", "vocab_size must be a number, got 'many'"),
-        ("thinker_config.text_config.vocab_size", 1.5, "vocab_size must be a whole number, got 1.5"),
+        ("thinker_config.text_config.vocab_size", "many", "vocab_size is 'many'; it must be a whole number from 0"),
+        ("thinker_config.text_config.vocab_size", 1.5, "vocab_size is 1.5; it must be a whole number from 0"),
+        ("thinker_config.text_config.vocab_size", float("inf"), "vocab_size is inf; it must be a whole number from 0"),
+        ("thinker_config.text_config.num_hidden_layers", -1, "num_hidden_layers is -1; it must be from 0"),
+        ("thinker_config.text_config.rms_norm_eps", float("nan"), "rms_norm_eps is nan; it must be at least 0"),
+        (
+            "thinker_config.vision_config.fullatt_block_indexes",
+            ["a"],
+            "indexes is 'a'; it must be a whole",
+        ),
+        ("thinker_config.vision_config.fullatt_block_indexes", 7, "fullatt_block_indexes must be a list, got 7"),
+        ("enable_audio_output", "no", "enable_audio_output must be true or false, got 'no'"),
+        ("model_type", "qwen2_5_vl", "model_type is 'qwen2_5_vl'; only 'qwen2_5_omni'"),
+        ("model_type", "qwen2_5_omni_talker", "'qwen2_5_omni_thinker', a Thinker saved alone, can be read"),
         ("thinker_config.audio_config.output_dim", 1280, "output_dim is 1280, but text_config.hidden_size is 3584"),
         ("thinker_config.vision_config.embed_dim", 640, "is .*, but its other spelling gives"),
         ("thinker_config.vision_config", 3, "vision_config must be a section, got 3"),
@@ -262,6 +276,68 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_a_wrong_file_names_the_key(path: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OmniConfig.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2_5_omni_3b", "qwen2_5_omni_7b"])
+def test_both_spellings_of_the_rotary_embedding_are_read(name: str) -> None:
+    config = getattr(OmniConfig, name)()
+    values = as_transformers_5(config.to_dict())
+    assert "rope_theta" not in values["thinker_config"]["text_config"]
+    assert OmniConfig.from_dict(values) == config
+
+
+def test_the_file_of_transformers_5() -> None:
+    values = json.loads((CASES / "config_transformers_5.24.json").read_text())
+    config = OmniConfig.from_dict(values)
+    text = config.thinker_config.text_config
+    assert (text.rope_theta, text.rope_scaling.mrope_section) == (1e6, (4, 6, 6))
+    assert config.talker_config.rope_scaling.mrope_section == (2, 2, 2)
+    assert config.token2wav_config.dit_config.rope_theta == 1e4
+    # what is written is in the spelling of version 4, and equal
+    assert OmniConfig.from_dict(config.to_dict()) == config
+    assert "rope_parameters" not in json.dumps(config.to_dict())
+
+
+def test_a_file_of_transformers_4_is_not_rewritten() -> None:
+    values = published_7b()
+    assert to_transformers_4(values) == values
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_the_file_of_a_thinker_alone(version: int) -> None:
+    values = json.loads((CASES / "config_thinker_only_4.57.json").read_text())
+    config = OmniConfig.from_dict(values if version == 4 else as_transformers_5(values))
+    whole = OmniConfig.from_dict(json.loads((CASES / "config_transformers_5.24.json").read_text()))
+    assert config.thinker_config == whole.thinker_config
+    assert not config.enable_audio_output
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (3, "rope_parameters must be a section, got 3"),
+        ({"rope_type": "yarn", "factor": 4.0}, "rope_type is 'yarn'; only 'default' and 'axial'"),
+        ({"rope_type": "default", "factor": 4.0}, "unknown key 'factor'"),
+        ({"mrope_section": [16, 24, 24], "factor": 4.0}, "rope_scaling: unknown key 'factor'"),
+        ({"mrope_section": [16, 24, 24], "rope_theta": 5e5}, "rope_theta is 1000000.0, but rope_parameters gives"),
+    ],
+)
+def test_a_rotary_embedding_of_another_kind_is_refused(rope: Any, message: str) -> None:
+    values = changed("thinker_config.text_config.rope_parameters", rope)
+    del values["thinker_config"]["text_config"]["rope_scaling"]
+    with pytest.raises(ConfigError, match=message):
+        OmniConfig.from_dict(values)
+
+
+def test_the_vision_encoder_has_one_base() -> None:
+    rope = {"rope_type": "axial", "rope_theta": 5000.0}
+    with pytest.raises(ConfigError, match=r"rope_theta is 5000\.0; only 10000\.0 is supported"):
+        OmniConfig.from_dict(changed("thinker_config.vision_config.rope_parameters", rope))
+
+
+def test_null_for_the_width_of_heads_means_the_usual() -> None:
+    config = OmniConfig.from_dict(changed("thinker_config.text_config.head_dim", None))
+    assert config == OmniConfig.qwen2_5_omni_7b()
 
 
 def test_a_missing_key_is_named() -> None:
@@ -276,6 +352,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         OmniConfig.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
+        OmniConfig.load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"config\.json must hold an object, got \[\]"):
         OmniConfig.load(tmp_path)
 
 

@@ -1,6 +1,9 @@
-"""Converts checkpoints.
+"""Converts checkpoints between PyTorch and JAX.
 
-``python tools/convert.py to-jax SRC DST`` makes of a PyTorch folder one that runs here, ``to-hf SRC DST`` the way back.
+    python tools/convert.py to-jax Qwen2.5-Omni-7B model          # a PyTorch folder -> one that runs here
+    python tools/convert.py to-hf model Qwen2.5-Omni-7B-trained   # and back
+
+PyTorch is not needed for either.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,34 +36,47 @@ def to_jax(
     dtype: Literal["bfloat16", "float32"] | None = None,
     verify: bool = False,
 ) -> None:
-    """Converts a Hugging Face folder. PyTorch is not needed, but for --verify.
+    """Converts a Hugging Face folder into one that runs here.
+
+    SRC is what the Hub or ``save_pretrained`` of transformers 4 or 5 gives: config.json, tokenizer.json, the
+    preprocessor's configuration, the safetensors files and, for speech, spk_dict.pt. A Thinker that was saved alone
+    converts too; ``save_pretrained`` of its processor writes the files that are missing beside it. (No release of
+    transformers saves spk_dict.pt: copy it out of the published folder.)
+
+    For text alone: ``to-jax SRC DST --components thinker``.
 
     Args:
-      src: the folder, with config.json, tokenizer.json, the safetensors files and, for speech, spk_dict.pt.
+      src: the folder to read.
       dst: where to; nothing may be there yet, and on failure nothing is.
-      components: what to convert; without it, all that the files hold.
-      dtype: what to cast the Thinker and the Talker to; without it, they keep the dtype of the files. Token2Wav always
+      components: what to convert; all that the files hold if left out.
+      dtype: what to cast the Thinker and the Talker to; they keep the dtype of the files if left out. Token2Wav always
         keeps it, because it needs float32.
       verify: compare the logits of the result with those of PyTorch, on a text, a sound and a picture. Needs torch
         and transformers, and memory for the model in float32.
     """
     if verify:
         _check_that_verify_can_run(components)
-    _report(dst, lambda progress: convert.to_jax(src, dst, components=components, dtype=dtype, progress=progress))
+    _convert_with_progress(
+        dst, lambda progress: convert.to_jax(src, dst, components=components, dtype=dtype, progress=progress)
+    )
     if verify:
-        from tools.verify import verify as compare  # only here, because it brings PyTorch in
+        from tools.verify import verify as compare  # only here, because it imports PyTorch
 
         compare(src, dst)
 
 
 def to_hf(src: Source, dst: Target) -> None:
-    """Writes the Hugging Face folder of a checkpoint that runs here, for PyTorch. PyTorch is not needed.
+    """Writes the Hugging Face folder of a checkpoint that runs here.
+
+    DST is what PyTorch's Qwen2_5OmniForConditionalGeneration loads, in transformers 4 and 5. Tensors that were neither
+    cast nor trained have the bits that they came with. A checkpoint with a Thinker and nothing else becomes a folder
+    for Qwen2_5OmniThinkerForConditionalGeneration.
 
     Args:
-      src: the checkpoint, with Thinker, Talker and Token2Wav.
+      src: the checkpoint: what to-jax wrote, or a checkpoint of a training run.
       dst: where to; nothing may be there yet, and on failure nothing is.
     """
-    _report(dst, lambda progress: export.to_hf(src, dst, progress=progress))
+    _convert_with_progress(dst, lambda progress: export.to_hf(src, dst, progress=progress))
 
 
 def _check_that_verify_can_run(components: tuple[Component, ...] | None) -> None:
@@ -73,22 +89,23 @@ def _check_that_verify_can_run(components: tuple[Component, ...] | None) -> None
             )
 
 
-def _report(dst: Path, work: Callable[[convert.Progress], convert.Conversion]) -> None:
-    """Does the work with a bar of its progress, and prints what it came to."""
+def _convert_with_progress(dst: Path, convert_folder: Callable[[convert.Progress], convert.Conversion]) -> None:
+    """Converts beside a progress bar, and prints components, sizes and time."""
     started = time.monotonic()
     columns = TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn()
     with Progress(*columns) as bar:
         task = bar.add_task("", total=None, visible=False)
-        done = work(lambda n, total: bar.update(task, completed=n, total=total, visible=True))
+        done = convert_folder(lambda n, total: bar.update(task, completed=n, total=total, visible=True))
     seconds = time.monotonic() - started
+    promised = int(1.2 * done.largest) + 10**9
     print(f"{dst}: {', '.join(done.components)}; {done.tensors} tensors, {done.nbytes:,} bytes in {seconds:.1f} s")
-    print(f"peak host memory {_peak_memory():,} bytes; at most {int(1.2 * done.largest) + 10**9:,} are promised here")
+    print(f"peak host memory {_peak_memory():,} bytes; at most {promised:,} are promised here")
 
 
 def _peak_memory() -> int:
-    """The most bytes of memory this process has had at a time.
+    """The peak of this process's memory so far, in bytes.
 
-    From Linux's account of this process: the one of ``getrusage`` also counts what its parent had when it started it.
+    From Linux's account of this process: the one of ``getrusage`` includes the peak of the process that started it.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
@@ -96,10 +113,12 @@ def _peak_memory() -> int:
     raise RuntimeError("/proc/self/status has no VmHWM")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; ``arguments`` are those of the process if None."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
+    commands = {"to-jax": to_jax, "to-hf": to_hf}
     try:
-        tyro.extras.subcommand_cli_from_dict({"to-jax": to_jax, "to-hf": to_hf}, description="Converts checkpoints.")
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=arguments)
     except (CheckpointError, ConfigError) as e:
         raise SystemExit(f"error: {e}") from None
 

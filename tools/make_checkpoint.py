@@ -1,13 +1,16 @@
-"""Writes a checkpoint with random numbers in the published layout: for tests, demonstrations and measurements.
+"""Writes a checkpoint with random parameters in the published layout: for tests, demonstrations and measurements.
 
-It has two voices with the published names. The numbers are such that no layer fades or explodes and that no tensor is
-constant, so that a mistake in any of them shows in the output. Tensors are made one at a time; the same seed gives the
-same numbers however the files are cut.
+    python tools/make_checkpoint.py out/published --size small
+
+It has two voices with the published names. The parameters are such that activations neither vanish nor explode and that
+no tensor is constant, so that a mistake in any of them shows in the output. Tensors are made one at a time; the same
+seed gives the same values however the files are cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -19,12 +22,15 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from omni_jax.checkpoint import voices
+from omni_jax.checkpoint.convert import Progress, ProgressCounter
 from omni_jax.checkpoint.export import SHARD_BYTES
-from omni_jax.checkpoint.name_map import Entry, optional_constants, table
+from omni_jax.checkpoint.name_map import Entry, make_constants, make_name_table
 from omni_jax.checkpoint.pytorch import write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor
 from omni_jax.config import AudioEncoderConfig, OmniConfig, TalkerConfig, ThinkerConfig, VisionEncoderConfig
@@ -33,7 +39,7 @@ from tools.tokenizer_files import write_tokenizer
 Size = Literal["tiny", "small", "2gb", "3b", "7b"]
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-# the published speakers: how far after the text's padding id theirs is, and here the frames of their random clips
+# the published speakers: how far their token id lies after the Talker's text padding, and the frames of a random clip
 _SPEAKERS = {"Chelsie": (13, 37), "Ethan": (11, 52)}
 
 
@@ -86,15 +92,17 @@ def write_checkpoint(
     seed: int = 0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
 ) -> None:
-    """Writes a whole checkpoint folder.
+    """Writes a complete checkpoint folder.
 
     Args:
       folder: where to; it is made, and files of the same names in it are replaced.
       config: what the model is like.
-      seed: of the random numbers.
+      seed: of the random parameters.
       dtype: of the Thinker's and the Talker's tensors; Token2Wav's are float32, as in the published files.
-      shard_bytes: how large one file may become.
+      shard_bytes: the largest size of one file.
+      progress: called after each tensor with the number written and the total.
 
     Raises:
       ConfigError: if the special tokens of ``config`` do not follow the published order.
@@ -105,23 +113,30 @@ def write_checkpoint(
     thinker = config.thinker_config
     generation = {"bos_token_id": None, "eos_token_id": thinker.eos_token_id, "pad_token_id": thinker.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    voices.write_spk_dict(folder / voices.PUBLISHED_FILE, _voices(config, seed))
-    write_tensors(folder, _tensors(config, seed, _DTYPES[dtype]), shard_bytes)
+    voices.write_spk_dict(folder / voices.PUBLISHED_FILE, _make_voices(config, seed))
+    write_tensors(folder, _make_tensors(config, seed, _DTYPES[dtype], progress), shard_bytes)
 
 
-def _tensors(config: OmniConfig, seed: int, dtype: np.dtype) -> Iterator[NewTensor]:
-    for entry in table(config):
-        kind = np.dtype(np.float32) if entry.component == "token2wav" else dtype
+def _make_tensors(config: OmniConfig, seed: int, dtype: np.dtype, progress: Progress) -> Iterator[NewTensor]:
+    entries = make_name_table(config)
+    counter = ProgressCounter(entries, progress)
+
+    def make(entry: Entry, name: str, tensor_dtype: np.dtype) -> np.ndarray:
+        tensor = _init_tensor(entry, name, seed).astype(tensor_dtype)
+        counter.advance()
+        return tensor
+
+    for entry in entries:
+        tensor_dtype = np.dtype(np.float32) if entry.component == "token2wav" else dtype
         for name in entry.names:
-            yield NewTensor(name, entry.shape, kind, lambda e=entry, n=name, k=kind: _random(e, n, seed).astype(k))
-    theta = config.token2wav_config.dit_config.rope_theta
-    for name, shape in optional_constants(config).items():
-        frequencies = theta ** -(np.arange(*shape, dtype=np.float32) / shape[0])
-        yield NewTensor(name, shape, np.dtype(np.float32), lambda f=frequencies: f.astype(np.float32))
+            yield NewTensor(name, entry.shape, tensor_dtype, functools.partial(make, entry, name, tensor_dtype))
+    for name, values in make_constants(config).items():
+        yield NewTensor(name, values.shape, values.dtype, lambda values=values: values)
 
 
-def _voices(config: OmniConfig, seed: int) -> dict[str, voices.Voice]:
-    dit, made = config.token2wav_config.dit_config, {}
+def _make_voices(config: OmniConfig, seed: int) -> dict[str, voices.Voice]:
+    dit = config.token2wav_config.dit_config
+    made = {}
     for name, (place, frames) in _SPEAKERS.items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         cond = rng.standard_normal((1, dit.enc_emb_dim), dtype=np.float32)
@@ -130,18 +145,22 @@ def _voices(config: OmniConfig, seed: int) -> dict[str, voices.Voice]:
     return made
 
 
-def _random(entry: Entry, name: str, seed: int) -> np.ndarray:
+def _init_tensor(entry: Entry, name: str, seed: int) -> np.ndarray:
     """float32 [entry.shape]: kernels keep the variance of what they multiply, scales lie around 1."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     x = rng.standard_normal(entry.shape, dtype=np.float32)
     kind = entry.path[-1]
     if kind == "kernel":
-        upsampling = entry.path[-2] == "upsample"  # [in, out, k], and each sample is under about half of the kernel
-        fan_in = entry.shape[0] * entry.shape[2] / 2 if upsampling else math.prod(entry.shape[1:])
+        fan_in = math.prod(entry.shape[1:])
+        if entry.path[-2] == "upsample":
+            # [in, out, k], of which about half of the kernel reaches each sample
+            fan_in = entry.shape[0] * entry.shape[2] / 2
         return x / np.float32(math.sqrt(fan_in))
     if kind == "scale":
         return np.float32(1) + np.float32(0.2) * x
-    return x if kind == "embedding" else np.float32(0.1) * x  # biases, and the logarithms of the vocoder's waves
+    if kind == "embedding":
+        return x
+    return np.float32(0.1) * x  # biases, and SnakeBeta's alpha and beta, which are logarithms
 
 
 def main(
@@ -150,17 +169,30 @@ def main(
     seed: int = 0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
 ) -> None:
-    """Writes a checkpoint with random numbers in the published layout.
+    """Writes a checkpoint with random parameters in the published layout, as if fetched from the Hub.
+
+    What a model of it answers is noise. ``tools/convert.py to-jax FOLDER MODEL`` makes a folder that runs here.
 
     Args:
       folder: where to; it must not exist yet.
-      size: tiny and small have a vocabulary of bytes; the others the published one's size and special tokens.
-      seed: of the random numbers.
+      size: tiny (1 MB) and small (40 MB) have a vocabulary of bytes; 2gb, 3b and 7b the published one's size and
+        special tokens.
+      seed: of the random parameters.
       dtype: of the Thinker's and the Talker's tensors; Token2Wav's are float32.
     """
     if folder.exists():
-        raise SystemExit(f"{folder} exists already; give a new folder")
-    write_checkpoint(folder, make_config(size), seed=seed, dtype=dtype)
+        raise SystemExit(f"error: {folder} exists already; give a new folder")
+    columns = TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn()
+    with ProgressBar(*columns) as bar:
+        task = bar.add_task("", total=None)
+        config = make_config(size)
+        write_checkpoint(
+            folder,
+            config,
+            seed=seed,
+            dtype=dtype,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 if __name__ == "__main__":

@@ -1,68 +1,78 @@
 """Makes the small pictures, sounds and videos of tests/media; run once, the results are kept in the repository.
 
-Needs the programs espeak-ng, flite and ffmpeg. Usage: python tools/make_media.py [FOLDER]
+    python tools/make_media.py [FOLDER]
+
+Needs the programs espeak-ng, flite and ffmpeg (apt-get install espeak-ng flite ffmpeg).
 """
 
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import tyro
 from PIL import Image, ImageDraw
 
 SENTENCE = "The quick brown fox jumps over the lazy dog near the river."
 QUESTION = "What can you see in this picture?"
 
 
-def run(*command: str | Path) -> None:
+def run_program(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
 
 
 def make_sounds(folder: Path, scratch: Path) -> None:
-    run("espeak-ng", "-v", "en", "-s", "185", "-w", scratch / "speech.wav", SENTENCE)
+    run_program("espeak-ng", "-v", "en", "-s", "185", "-w", scratch / "speech.wav", SENTENCE)
     # 22.05 kHz, mono, 8 bits to keep it small
-    run("ffmpeg", "-y", "-i", scratch / "speech.wav", "-c:a", "pcm_u8", "-bitexact", folder / "speech.wav")
-    run("flite", "-voice", "slt", "-t", QUESTION, "-o", scratch / "question.wav")
-    # 44.1 kHz, the right ear later and softer than the left
-    two_ears = "aresample=44100,asplit[l][r];[r]adelay=8,volume=0.6[q];[l][q]join=inputs=2:channel_layout=stereo"
+    run_program("ffmpeg", "-y", "-i", scratch / "speech.wav", "-c:a", "pcm_u8", "-bitexact", folder / "speech.wav")
+    run_program("flite", "-voice", "slt", "-t", QUESTION, "-o", scratch / "question.wav")
+    # 44.1 kHz, the right channel later and softer than the left
+    stereo = "aresample=44100,asplit[l][r];[r]adelay=8,volume=0.6[q];[l][q]join=inputs=2:channel_layout=stereo"
     encoder = ("-c:a", "libmp3lame", "-b:a", "64k", "-bitexact")
-    run("ffmpeg", "-y", "-i", scratch / "question.wav", "-filter_complex", two_ears, *encoder, folder / "speech2.mp3")
+    run_program(
+        "ffmpeg", "-y", "-i", scratch / "question.wav", "-filter_complex", stereo, *encoder, folder / "speech2.mp3"
+    )
 
 
-def draw(width: int, height: int, time: float = 0.0) -> Image.Image:
+def draw_frame(width: int, height: int, time: float = 0.0) -> Image.Image:
     """A colour gradient, a disc that moves to the right and a square that moves down."""
     rows, columns = np.mgrid[0:height, 0:width]
     pixels = np.stack([columns * 255 // width, rows * 255 // height, 160 + 0 * rows], -1).astype(np.uint8)
     picture = Image.fromarray(pixels)
-    pen, size = ImageDraw.Draw(picture), min(width, height) // 4
-    x, y = int((0.15 + 0.2 * time) * width), int((0.1 + 0.15 * time) * height)
+    pen = ImageDraw.Draw(picture)
+    size = min(width, height) // 4
+    x = int((0.15 + 0.2 * time) * width)
+    y = int((0.1 + 0.15 * time) * height)
     pen.ellipse((x, height // 2 - size, x + 2 * size, height // 2 + size), fill=(230, 40, 40))
     pen.rectangle((width - 2 * size, y, width - size, y + size), fill=(250, 250, 90), outline=(0, 0, 0))
     return picture
 
 
 def make_pictures(folder: Path) -> None:
-    draw(320, 240).save(folder / "picture.jpg", quality=85)
-    clear = draw(171, 123).convert("RGBA")
+    draw_frame(320, 240).save(folder / "picture.jpg", quality=85)
+    clear = draw_frame(171, 123).convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize(clear.size))
     clear.save(folder / "picture.png", optimize=True)
 
 
 def make_videos(folder: Path, scratch: Path) -> None:
     for i in range(30):
-        draw(160, 120, i / 10).save(scratch / f"{i:03}.png")
+        draw_frame(160, 120, i / 10).save(scratch / f"{i:03}.png")
     frames = ("-framerate", "10", "-i", scratch / "%03d.png")
     encoder = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "28", "-bitexact")
     sound = ("-i", folder / "speech.wav", "-c:a", "aac", "-b:a", "48k", "-t", "3")
-    run("ffmpeg", "-y", *frames, *sound, *encoder, folder / "video.mp4")
-    run("ffmpeg", "-y", *frames, "-t", "2.5", *encoder, folder / "silent.mp4")
+    run_program("ffmpeg", "-y", *frames, *sound, *encoder, folder / "video.mp4")
+    run_program("ffmpeg", "-y", *frames, "-t", "2.5", *encoder, folder / "silent.mp4")
 
 
-def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "tests/media")
+def main(folder: tyro.conf.Positional[Path] = Path("tests/media")) -> None:
+    """Makes the small pictures, sounds and videos of the tests. Needs espeak-ng, flite and ffmpeg.
+
+    Args:
+      folder: where to; files of the same names in it are replaced.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         make_sounds(folder, Path(name))
@@ -71,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

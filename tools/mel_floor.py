@@ -1,16 +1,20 @@
-"""How far the log-mel of a sound that is heard live is from that of the same sound as a whole.
-
-Only the floor differs (``omni_jax.processing.audio.MelStream``). With a model, the greedy replies are compared too:
+"""How far the log-mel of a live sound is from that of the same sound read as a file.
 
     python tools/mel_floor.py [--model FOLDER]
+
+The log-mel has a floor that depends on its maximum, and live that is the maximum so far
+(``omni_jax.processing.audio.MelStream``). With a model, the greedy replies to both are compared too.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 import omni_jax
 from omni_jax.generation.model import OmniModel
@@ -18,15 +22,17 @@ from omni_jax.processing.audio import MelSettings, MelStream, log_mel
 from omni_jax.processing.media import read_audio
 
 MEDIA = Path(__file__).parents[1] / "tests" / "media"
-RATE, BLOCK = 16_000, 200
+RATE = 16_000  # Hz
+BLOCK = 200  # mel frames
 PROMPTS = ("What was that?", "Write down what you hear.", "Who speaks?", "Answer briefly.", "Translate it.")
 
 
-def sounds() -> dict[str, np.ndarray]:
+def make_sounds() -> dict[str, np.ndarray]:
     """The real sounds of the tests, and what may come before somebody speaks: three seconds of it."""
     files = {name: read_audio(str(MEDIA / name), MelSettings()) for name in ("speech.wav", "speech2.mp3", "video.mp4")}
     speech = files["speech.wav"]
-    noise = np.random.default_rng(0).standard_normal(3 * RATE).astype(np.float32)
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(3 * RATE).astype(np.float32)
     loudness = float(np.sqrt(np.mean(speech**2)))
     quiet = np.resize(speech, 3 * RATE)
     before = {f"the same speech, {db} dB": 10 ** (db / 20) * quiet for db in (-20, -40)}
@@ -35,14 +41,14 @@ def sounds() -> dict[str, np.ndarray]:
     return files | {f"{name}, then speech.wav": np.concatenate([x, speech]) for name, x in before.items()}
 
 
-def live(samples: np.ndarray) -> np.ndarray:
-    """What ``MelStream`` makes of it."""
+def live_log_mel(samples: np.ndarray) -> np.ndarray:
+    """The log-mel as ``MelStream`` makes it, float32 [T, mel bins]."""
     mel = MelStream(MelSettings(), BLOCK)
     return np.concatenate([*mel.push(samples), mel.finish()])
 
 
-def changed(model: OmniModel, samples: np.ndarray) -> int:
-    """How many of the prompts get another reply."""
+def count_changed_replies(model: OmniModel, samples: np.ndarray) -> int:
+    """How many of the prompts get another reply than to the sound as a file."""
     count = 0
     for prompt in PROMPTS:
         listener = model.listen(max_tokens=32)
@@ -55,21 +61,24 @@ def changed(model: OmniModel, samples: np.ndarray) -> int:
     return count
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a converted checkpoint whose replies are compared")
-    folder = parser.parse_args().model
-    model = omni_jax.load(folder, components=("thinker",)) if folder else None
+def main(model: Path | None = None) -> None:
+    """Prints a table of how far the log-mel of live sounds is from that of the same sounds read as files.
+
+    Args:
+      model: a converted checkpoint whose replies are compared, too.
+    """
+    omni_model = None if model is None else omni_jax.load(model, components=("thinker",))
     print("| sound | frames touched | bins touched | mean change of these | largest | replies changed |")
     print("|---|---|---|---|---|---|")
-    for name, samples in sounds().items():
-        difference = np.abs(live(samples) - log_mel(samples, MelSettings()))
+    for name, samples in make_sounds().items():
+        difference = np.abs(live_log_mel(samples) - log_mel(samples, MelSettings()))
         touched = difference > 0
         mean = difference[touched].mean() if touched.any() else 0.0
-        replies = "" if model is None else f"{changed(model, samples)} of {len(PROMPTS)}"
-        frames, bins = f"{touched.any(axis=1).mean():.1%}", f"{touched.mean():.1%}"
+        replies = "" if omni_model is None else f"{count_changed_replies(omni_model, samples)} of {len(PROMPTS)}"
+        frames = f"{touched.any(axis=1).mean():.1%}"
+        bins = f"{touched.mean():.1%}"
         print(f"| {name} | {frames} | {bins} | {mean:.3f} | {difference.max():.3f} | {replies} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -1,4 +1,7 @@
-"""Draws the log-mel spectrogram of a sound file, to look at what was spoken."""
+"""Draws the log-mel spectrogram of a sound file, to look at what was spoken.
+
+python tools/spectrogram.py reply.wav reply.png
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ except ImportError:
 
 
 def main(sound: tyro.conf.Positional[Path], picture: tyro.conf.Positional[Path]) -> None:
-    """Draws SOUND's spectrogram into PICTURE (.png, .svg or .pdf).
+    """Draws the log-mel spectrogram of SOUND, as the audio encoder gets it, into PICTURE.
 
     Args:
-      sound: any file of sound.
-      picture: where to.
+      sound: any file with sound that ffmpeg reads, a video too.
+      picture: where to; its ending (.png, .svg or .pdf) is the format.
     """
     settings = MelSettings()
     mel = log_mel(read_audio(sound, settings), settings)
@@ -33,7 +36,7 @@ def main(sound: tyro.conf.Positional[Path], picture: tyro.conf.Positional[Path])
     figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
     image = axes.imshow(mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, mel.shape[1]))
     axes.set(xlabel="seconds", ylabel="mel band (0 to 8 kHz)", title=f"{sound.name}, {seconds:.2f} s")
-    figure.colorbar(image, label="log power, as the model hears it")
+    figure.colorbar(image, label="log power, as the audio encoder gets it")
     figure.savefig(picture, dpi=120)
 
 

@@ -17,7 +17,7 @@ from omni_jax.config import OmniConfig, ThinkerConfig
 from omni_jax.errors import ConfigError
 from omni_jax.processing.chat import BUILT_IN_TEMPLATE
 
-# in the order of their ids, from the padding token on; the plain ones are kept when a reply is decoded
+# in the order of their ids, from the padding token on; the plain ones stay in the text of a decoded reply
 _SPECIAL_NAMES = """endoftext im_start im_end AUDIO audio_bos audio_eos box_end quad_start quad_end vision_bos
 vision_eos vision_pad IMAGE VIDEO"""
 _PLAIN_NAMES = "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep"
@@ -33,7 +33,7 @@ PRE_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# words a demonstration says often; with the bytes they make up the vocabulary, shortest pieces first
+# words that demonstrations use often; with the bytes they make up the vocabulary, shortest pieces first
 _WORDS = """user assistant system You are Qwen virtual human helpful the The and of to in is it this that what What
 say describe picture video sound audio hear see read one two three four five hello world"""
 
@@ -47,7 +47,7 @@ _TOKEN_ROLES = {
     "audio_eos_token": "<|audio_eos|>",
 }
 
-# the numbers of the published preprocessor_config.json
+# the contents of the published preprocessor_config.json
 PREPROCESSOR: dict[str, Any] = {
     "chunk_length": 300,
     "dither": 0.0,
@@ -80,14 +80,14 @@ def write_tokenizer(folder: Path, config: OmniConfig) -> None:
       ConfigError: if the config's special ids do not follow the published order, or leave no room for 256 bytes.
     """
     first = _first_added_id(config.thinker_config)
-    vocab, merges = _vocabulary(first)
+    vocab, merges = _make_vocabulary(first)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     build_tokenizer(vocab, merges).save(str(folder / "tokenizer.json"))
     _write_json(folder / "added_tokens.json", {token: first + i for i, token in enumerate(ADDED_TOKENS)})
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(first))
+    _write_json(folder / "tokenizer_config.json", _make_tokenizer_config(first))
     _write_json(folder / "chat_template.json", {"chat_template": BUILT_IN_TEMPLATE})
     _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
@@ -102,14 +102,19 @@ def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tok
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[assignment]
     for token in ADDED_TOKENS:
-        added = AddedToken(token, normalized=False, special=token not in PLAIN_TOKENS)
-        _ = tokenizer.add_tokens([added]) if token in PLAIN_TOKENS else tokenizer.add_special_tokens([added])
+        is_special = token not in PLAIN_TOKENS
+        added = AddedToken(token, normalized=False, special=is_special)
+        if is_special:
+            tokenizer.add_special_tokens([added])
+        else:
+            tokenizer.add_tokens([added])
     return tokenizer
 
 
 def _first_added_id(thinker: ThinkerConfig) -> int:
+    """The id of the first added token, after checking that the others follow it in the published order."""
     first = thinker.pad_token_id
-    expected = {
+    names = {
         "bos_token_id": "<|im_start|>",
         "eos_token_id": "<|im_end|>",
         "audio_token_index": "<|AUDIO|>",
@@ -120,38 +125,42 @@ def _first_added_id(thinker: ThinkerConfig) -> int:
         "image_token_index": "<|IMAGE|>",
         "video_token_index": "<|VIDEO|>",
     }
-    for key, token in expected.items():
-        place = first + ADDED_TOKENS.index(token)
-        if getattr(thinker, key) != place:
-            raise ConfigError(
-                f"thinker_config.{key} is {getattr(thinker, key)}; the published order puts it at {place}"
-            )
+    for key, token in names.items():
+        expected_id = first + ADDED_TOKENS.index(token)
+        found_id = getattr(thinker, key)
+        if found_id != expected_id:
+            raise ConfigError(f"thinker_config.{key} is {found_id}; in the published order it is {expected_id}")
     if first < 256:
         raise ConfigError(f"thinker_config.pad_token_id is {first}; the 256 bytes need the ids before it")
     return first
 
 
 def _byte_pieces() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE: printable ones first, as in GPT-2's vocabulary."""
+    """The character that stands for each byte in byte-level BPE: printable ones first, as in GPT-2's vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    others = range(256, 256 + 256 - len(printable))
+    return [chr(code) for code in (*printable, *others)]
 
 
-def _vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Bytes, then pieces of words grown letter by letter, then fillers that no text reaches, ``size`` in all."""
+def _make_vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Bytes, prefixes of words, and fillers that no text reaches, ``size`` in all; and the merges that make them."""
     pieces = {piece: i for i, piece in enumerate(_byte_pieces())}
+    pairs: set[tuple[str, str]] = set()
+    for word in _WORDS.split():
+        for form in (word, "Ġ" + word):  # at the beginning of a text, and after a space
+            for length in range(1, len(form)):
+                pairs.add((form[:length], form[length]))
     merges: list[tuple[str, str]] = []
-    grown = sorted({(form[:n], form[n]) for w in _WORDS.split() for form in (w, "Ġ" + w) for n in range(1, len(form))})
-    for left, right in sorted(grown, key=lambda pair: len(pair[0])):
-        if len(pieces) < size and left in pieces:
-            merges.append((left, right))
-            pieces[left + right] = len(pieces)
+    for prefix, letter in sorted(pairs, key=lambda pair: (len(pair[0]), pair)):
+        if len(pieces) < size and prefix in pieces:
+            merges.append((prefix, letter))
+            pieces[prefix + letter] = len(pieces)
     for i in range(len(pieces), size):
         pieces[f"filler{i}"] = i
     return pieces, merges
 
 
-def _tokenizer_config(first: int) -> dict[str, Any]:
+def _make_tokenizer_config(first: int) -> dict[str, Any]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     decoder = {
         str(first + i): {"content": token, **flags, "special": token not in PLAIN_TOKENS}

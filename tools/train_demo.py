@@ -1,8 +1,9 @@
-"""Runs the paper's stages at tiny size: pretraining 1, 2 and 3, then instruction tuning, each from the last one's end.
+"""Runs the stages of the Qwen2.5-Omni report at tiny size: pretraining 1, 2 and 3, then instruction tuning.
 
-python tools/train_demo.py out/train
+    python tools/train_demo.py out/train
 
-The model begins with random numbers, the rows are about the few files in tests/media. It takes some minutes on a CPU.
+Each stage begins where the one before has ended. The model begins with random parameters, the rows are about the few
+files in tests/media. It takes some minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ MEDIA = ROOT / "tests" / "media"
 STAGES = ("pretrain1", "pretrain2", "pretrain3", "thinker-sft")
 
 
-def rows() -> list[dict[str, Any]]:
+def make_rows() -> list[dict[str, Any]]:
     """Pairs of a medium and a text, and texts alone."""
 
-    def about(tag: str, kind: str, file: str, question: str, answer: str) -> dict[str, Any]:
-        words = [{"from": "human", "value": f"<{tag}>{question}"}, {"from": "gpt", "value": answer}]
-        return {"conversations": words, kind: [str(MEDIA / file)]}
+    def make_row(tag: str, kind: str, file: str, question: str, answer: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": f"<{tag}>{question}"}, {"from": "gpt", "value": answer}]
+        return {"conversations": turns, kind: [str(MEDIA / file)]}
 
     return [
-        about("image", "images", "picture.jpg", "What is it?", "A red disc and a yellow square."),
-        about("image", "images", "picture.png", "What is it?", "A disc and a square that fade."),
-        about("audio", "audios", "speech.wav", "What is said?", "The quick brown fox."),
-        about("audio", "audios", "speech2.mp3", "What is asked?", "What is in the picture."),
-        about("video", "videos", "silent.mp4", "What happens?", "The disc moves to the right."),
-        about("video", "videos", "video.mp4", "What is seen and said?", "A disc, and a fox."),
+        make_row("image", "images", "picture.jpg", "What is it?", "A red disc and a yellow square."),
+        make_row("image", "images", "picture.png", "What is it?", "A disc and a square that fade."),
+        make_row("audio", "audios", "speech.wav", "What is said?", "The quick brown fox."),
+        make_row("audio", "audios", "speech2.mp3", "What is asked?", "What is in the picture."),
+        make_row("video", "videos", "silent.mp4", "What happens?", "The disc moves to the right."),
+        make_row("video", "videos", "video.mp4", "What is seen and said?", "A disc, and a fox."),
         *({"text": f"{n} and {n} is {2 * n}. " * 4} for n in range(1, 15)),
     ]
 
@@ -48,11 +49,11 @@ def rows() -> list[dict[str, Any]]:
 def write_rows(path: Path) -> Path:
     """Writes the rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows()), encoding="utf-8")
     return path
 
 
-def run(recipe: str, workdir: Path, *options: str) -> None:
+def train(recipe: str, workdir: Path, *options: str) -> None:
     """Trains, as the command line does."""
     subprocess.run([sys.executable, str(ROOT / "train.py"), recipe, "--workdir", str(workdir), *options], check=True)
 
@@ -61,29 +62,29 @@ def main(out: tyro.conf.Positional[Path], steps: int = 20, options: Sequence[str
     """Runs all stages.
 
     Args:
-      out: where to; stages that are there already go on, or are passed over where they are done.
+      out: where to; run again, it goes on where it was stopped, and skips the stages that are complete.
       steps: of each stage.
       options: for every stage, as train.py takes them.
     """
     data = write_rows(out / "rows.jsonl")
-    before = out / "model"
-    if not before.exists():
+    init = out / "model"
+    if not init.exists():
         write_checkpoint(out / "published", OmniConfig.tiny())
-        to_jax(out / "published", before)
+        to_jax(out / "published", init)
     for stage in STAGES:
         print(f"\n{stage}", flush=True)
-        run(
+        train(
             f"{stage}-tiny",
             out / stage,
             "--init",
-            str(before),
+            str(init),
             "--data.train",
             str(data),
             "--steps",
             str(steps),
             *options,
         )
-        before = out / stage
+        init = out / stage
 
 
 if __name__ == "__main__":

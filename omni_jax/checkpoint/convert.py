@@ -10,33 +10,13 @@ from pathlib import Path
 import numpy as np
 from jax.typing import DTypeLike
 
-from omni_jax.checkpoint import store, voices
-from omni_jax.checkpoint.name_map import Entry, optional_constants, table
-from omni_jax.checkpoint.pytorch import check, read_headers
-from omni_jax.checkpoint.pytorch import pieces as read
+from omni_jax.checkpoint import pytorch, store, voices
+from omni_jax.checkpoint.model_files import CONSTANTS_FILE, copy_published_files, side_files
+from omni_jax.checkpoint.name_map import Entry, make_name_table, optional_constants
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, write_file
-from omni_jax.config import OmniConfig
+from omni_jax.config import OmniConfig, ThinkerConfig
+from omni_jax.config_file import CONFIG_FILE, read_config_file
 from omni_jax.errors import CheckpointError
-
-# what a conversion copies beside the parameters, either way; the first two must be there
-REQUIRED_FILES = ("config.json", "tokenizer.json")
-OTHER_FILES = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "LICENSE",
-    "README.md",
-)
-# tensors of the source that are no parameters (table.optional_constants); without them PyTorch misses something
-CONSTANTS_FILE = "constants.safetensors"
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
@@ -58,6 +38,20 @@ class Conversion:
     largest: int
 
 
+class ProgressCounter:
+    """Counts the tensors of a conversion and reports each."""
+
+    def __init__(self, entries: Sequence[Entry], report: Progress) -> None:
+        self.total = sum(len(entry.names) for entry in entries)
+        self._done = 0
+        self._report = report
+
+    def advance(self) -> None:
+        """One more tensor is done."""
+        self._done += 1
+        self._report(self._done, self.total)
+
+
 def to_jax(
     source: Path,
     target: Path,
@@ -66,12 +60,12 @@ def to_jax(
     dtype: DTypeLike | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
-    """Converts a Hugging Face folder. Everything is checked before the first number is read.
+    """Converts a Hugging Face folder. Everything is checked before the first tensor is read.
 
     Args:
-      source: the folder, with config.json and tokenizer.json.
+      source: the folder of a whole model, or of a Thinker that was saved alone; written by transformers 4 or 5.
       target: a path where nothing is yet.
-      components: which of thinker, talker and token2wav; without it, all that the files hold.
+      components: which of thinker, talker and token2wav; all that the files hold if None.
       dtype: what the Thinker and the Talker are cast to; Token2Wav, which needs float32, keeps the file's.
       progress: called after each tensor.
 
@@ -80,49 +74,33 @@ def to_jax(
         or Token2Wav are converted and the voices are missing or wrong.
       ConfigError: if config.json is not the model's.
     """
+    # everything that can be wrong is found before the target is begun, for a conversion takes minutes
     store.refuse_existing(target)
-    files = side_files(source)
-    config = OmniConfig.load(source)
-    tensors = read_headers(source)
-    here = check(source, tensors, config, components)
-    speakers = _speakers(source, config) if {"talker", "token2wav"} & set(here) else {}
-    entries = table(config, here)
-    count, done = sum(len(e.names) for e in entries), 0
+    side_files(source)
+    config_values = read_config_file(source)
+    config = OmniConfig.from_dict(config_values, str(source / CONFIG_FILE))
+    is_thinker_alone = config_values.get("model_type") == ThinkerConfig.MODEL_TYPE
+    # a Thinker saved alone has names without "thinker." in transformers 4, and with it in some folders of 5
+    tensors = pytorch.read_headers(source, "thinker" if is_thinker_alone else None)
+    found = pytorch.check_tensors(source, tensors, config, components)
+    speakers = _read_voices(source, config) if {"talker", "token2wav"} & set(found) else {}
+    entries = make_name_table(config, found)
+    counter = ProgressCounter(entries, progress)
+    leaves = [_make_leaf(entry, tensors, dtype, counter) for entry in entries]
 
-    def pieces(entry: Entry) -> Iterator[np.ndarray]:
-        nonlocal done
-        for piece in read(entry, tensors):
-            done += 1
-            progress(done, count)
-            yield piece
-
-    leaves = [_leaf(entry, tensors, dtype, pieces) for entry in entries]
-
-    def beside(folder: Path) -> None:
-        for file in [*files, *([source / voices.PUBLISHED_FILE] if speakers else [])]:
-            shutil.copyfile(file, folder / file.name)
+    def write_beside(folder: Path) -> None:
+        copy_published_files(source, folder)
         if speakers:
+            shutil.copyfile(source / voices.PUBLISHED_FILE, folder / voices.PUBLISHED_FILE)
             voices.save_voices(folder, speakers)
-        kept = [n for n in optional_constants(config) if n in tensors and n.split(".")[0] in here]
-        write_file(folder / CONSTANTS_FILE, [NewTensor.of(n, tensors[n]) for n in kept])
+        _write_constants(folder, tensors, config, found)
 
-    store.save(target, leaves, beside)
+    store.save(target, leaves, write_beside)
     sizes = [leaf.nbytes for leaf in leaves]
-    return Conversion(here, count, sum(sizes), max(sizes))
+    return Conversion(found, counter.total, sum(sizes), max(sizes))
 
 
-def side_files(source: Path) -> list[Path]:
-    """The files that go along with the parameters, out of the folder of either side.
-
-    Raises:
-      CheckpointError: if one that must be there is not.
-    """
-    if missing := [name for name in REQUIRED_FILES if not (source / name).is_file()]:
-        raise CheckpointError(f"{source} has no {' and no '.join(missing)}; fetch all files of the model into it")
-    return [source / name for name in REQUIRED_FILES + OTHER_FILES if (source / name).is_file()]
-
-
-def _speakers(source: Path, config: OmniConfig) -> dict[str, voices.Voice]:
+def _read_voices(source: Path, config: OmniConfig) -> dict[str, voices.Voice]:
     path = source / voices.PUBLISHED_FILE
     if not path.is_file():
         raise CheckpointError(
@@ -134,12 +112,25 @@ def _speakers(source: Path, config: OmniConfig) -> dict[str, voices.Voice]:
     return speakers
 
 
-def _leaf(
-    entry: Entry,
-    tensors: dict[str, StoredTensor],
-    dtype: DTypeLike | None,
-    pieces: Callable[[Entry], Iterator[np.ndarray]],
+def _make_leaf(
+    entry: Entry, tensors: dict[str, StoredTensor], dtype: DTypeLike | None, counter: ProgressCounter
 ) -> store.Leaf:
-    keeps = entry.component == "token2wav" or dtype is None
-    kind = tensors[entry.names[0]].dtype if keeps else np.dtype(dtype)
-    return store.Leaf(entry.path, entry.leaf_shape, kind, entry.stacked, lambda: pieces(entry))
+    keeps_dtype = entry.component == "token2wav" or dtype is None
+    leaf_dtype = tensors[entry.names[0]].dtype if keeps_dtype else np.dtype(dtype)
+
+    def read() -> Iterator[np.ndarray]:
+        for layer in pytorch.read_layers(entry, tensors):
+            counter.advance()
+            yield layer
+
+    return store.Leaf(entry.path, entry.leaf_shape, leaf_dtype, entry.stacked, read)
+
+
+def _write_constants(
+    folder: Path, tensors: dict[str, StoredTensor], config: OmniConfig, components: Sequence[str]
+) -> None:
+    constants = []
+    for name in optional_constants(config):
+        if name in tensors and name.split(".")[0] in components:
+            constants.append(NewTensor.of(name, tensors[name]))
+    write_file(folder / CONSTANTS_FILE, constants)

@@ -1,14 +1,15 @@
 """From a folder of ours back to one that PyTorch loads.
 
 A tensor that was neither cast nor trained since it came from PyTorch goes back with the same bits, under the published
-name, and so do the tensors that are no parameters. One tensor is in memory at a time.
+name, and so do the tensors that are no parameters. One tensor is in memory at a time. The small files go back in the
+form of transformers 4, which version 5 reads too.
 """
 
 from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,18 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from omni_jax.checkpoint import store, voices
-from omni_jax.checkpoint.convert import CONSTANTS_FILE, Conversion, Progress, side_files
-from omni_jax.checkpoint.name_map import COMPONENTS, Entry, differences, optional_constants, table
+from omni_jax.checkpoint.convert import Conversion, Progress, ProgressCounter
+from omni_jax.checkpoint.model_files import CONSTANTS_FILE, side_files, write_thinker_config
+from omni_jax.checkpoint.name_map import (
+    COMPONENTS,
+    Entry,
+    describe_differences,
+    make_constants,
+    make_name_table,
+    optional_constants,
+)
 from omni_jax.checkpoint.pytorch import write_tensors
-from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, read_header
+from omni_jax.checkpoint.tensor_file import NewTensor, read_header
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 
@@ -33,79 +42,108 @@ def to_hf(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
-    """Writes the Hugging Face folder of a checkpoint. Everything is checked before the first number is read.
+    """Writes the Hugging Face folder of a checkpoint. Everything is checked before the first tensor is read.
+
+    A checkpoint with a Thinker and nothing else becomes a folder as PyTorch's
+    ``Qwen2_5OmniThinkerForConditionalGeneration`` saves it.
 
     Args:
-      source: a checkpoint of ours, with all components.
+      source: a checkpoint of ours, with all components or a Thinker alone.
       target: a path where nothing is yet; it appears when all of it is written.
-      shard_bytes: how large one file of tensors becomes at most, unless a single tensor is larger.
+      shard_bytes: the largest size of one file of tensors, unless a single tensor is larger.
       progress: called after each tensor.
 
     Raises:
       CheckpointError: if ``target`` exists, or a component, a parameter, the voices or a file is missing or wrong.
     """
     store.refuse_existing(target)
-    _refuse_parts(source)
+    components = _check_components(source)
+    is_thinker_alone = components == ("thinker",)
     shapes: dict[tuple[str, ...], Any] = flatten_dict(store.abstract(source))
-    kinds = {path: np.dtype(leaf.dtype) for path, leaf in shapes.items()}
-    config, files, constants = OmniConfig.load(source), side_files(source), _constants(source)
-    speakers = voices.load_voices(source)
+    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in shapes.items()}
+    config = OmniConfig.load(source)
+    files = side_files(source)
+    constants = _make_constants(source, config, components)
+    # a Thinker has no voices; whatever else is exported must have those of its config.json's sizes
+    speakers = {} if is_thinker_alone else voices.load_voices(source)
     voices.check(speakers, config, source / voices.VOICES_FILE)
-    entries = table(config)
-    count, done = sum(len(entry.names) for entry in entries), 0
-    # the tensors of one leaf are written one after the other
-    opened = functools.lru_cache(maxsize=1)(functools.partial(store.open_leaf, source))
-
-    def made(entry: Entry, layer: int) -> np.ndarray:
-        nonlocal done
-        tensor = entry.to_torch(opened(entry.path)(layer if entry.stacked else None))
-        done += 1
-        progress(done, count)
-        return tensor
-
-    def tensors() -> Iterator[NewTensor]:
-        for entry in entries:
-            for i, name in enumerate(entry.names):
-                yield NewTensor(name, entry.shape, kinds[entry.path], functools.partial(made, entry, i))
-        for name, constant in constants.items():
-            yield NewTensor.of(name, constant)
-
+    entries = make_name_table(config, components)
+    counter = ProgressCounter(entries, progress)
+    tensors = list(_make_tensors(source, entries, dtypes, counter, is_thinker_alone))
+    tensors += constants
     with store.new_folder(target) as unfinished:
         for file in files:
             shutil.copyfile(file, unfinished / file.name)
-        _write_voices(source, unfinished, speakers)
-        write_tensors(unfinished, tensors(), shard_bytes)
-    sizes = [entry.size * kinds[entry.path].itemsize for entry in entries]
-    return Conversion(COMPONENTS, count, sum(sizes), max(sizes))
+        if is_thinker_alone:
+            write_thinker_config(unfinished)
+        else:
+            _write_voices(source, unfinished, speakers)
+        write_tensors(unfinished, tensors, shard_bytes)
+    sizes = [entry.size * dtypes[entry.path].itemsize for entry in entries]
+    return Conversion(components, counter.total, sum(sizes), max(sizes))
 
 
-def _refuse_parts(source: Path) -> None:
-    here = store.components(source)
-    if absent := [name for name in COMPONENTS if name not in here]:
-        raise CheckpointError(
-            f"{source} has no {' and no '.join(absent)}, and PyTorch does not load the model without; it was converted "
-            f"with --components {' '.join(here)}. Convert the PyTorch folder again without --components"
-        )
+def _make_tensors(
+    source: Path,
+    entries: Sequence[Entry],
+    dtypes: dict[tuple[str, ...], np.dtype],
+    counter: ProgressCounter,
+    is_thinker_alone: bool,
+) -> Iterator[NewTensor]:
+    # the tensors of one leaf are written one after the other, so one open leaf is enough
+    open_leaf = functools.lru_cache(maxsize=1)(functools.partial(store.open_leaf, source))
+
+    def read(entry: Entry, layer: int) -> np.ndarray:
+        read_leaf = open_leaf(entry.path)
+        tensor = entry.to_torch(read_leaf(layer if entry.stacked else None))
+        counter.advance()
+        return tensor
+
+    for entry in entries:
+        for layer, name in enumerate(entry.names):
+            written_name = name.removeprefix("thinker.") if is_thinker_alone else name
+            yield NewTensor(written_name, entry.shape, dtypes[entry.path], functools.partial(read, entry, layer))
 
 
-def _constants(source: Path) -> dict[str, StoredTensor]:
+def _check_components(source: Path) -> tuple[str, ...]:
+    """The components of a checkpoint that PyTorch has a model for."""
+    found = store.components(source)
+    components = tuple(name for name in COMPONENTS if name in found)
+    if components in (COMPONENTS, ("thinker",)):
+        return components
+    absent = [name for name in COMPONENTS if name not in found]
+    raise CheckpointError(
+        f"{source} has no {' and no '.join(absent)}, and PyTorch loads all three components or a Thinker alone; it was "
+        f"converted with --components {' '.join(found)}. Convert the PyTorch folder again without --components"
+    )
+
+
+def _make_constants(source: Path, config: OmniConfig, components: Sequence[str]) -> list[NewTensor]:
+    """The tensors that are no parameters: as they came, or computed where the converted files had none."""
     path = source / CONSTANTS_FILE
     if not path.is_file():
         raise CheckpointError(f"{source} has no {CONSTANTS_FILE}: an older release made it; convert it again")
-    constants = read_header(path)
-    known = optional_constants(OmniConfig.load(source))
-    expected = {name: shape for name, shape in known.items() if name in constants}
-    if trouble := differences(expected, {name: tensor.shape for name, tensor in constants.items()}):
+    stored = read_header(path)
+    expected = {name: shape for name, shape in optional_constants(config).items() if name in stored}
+    trouble = describe_differences(expected, stored)
+    if trouble:
         raise CheckpointError(f"{path} does not hold the constants of the model in config.json:{trouble}")
+    constants = []
+    for name, values in make_constants(config).items():
+        if name in stored:
+            constants.append(NewTensor.of(name, stored[name]))
+        elif name.split(".")[0] in components:
+            constants.append(NewTensor(name, values.shape, values.dtype, lambda values=values: values))
     return constants
 
 
 def _write_voices(source: Path, target: Path, speakers: dict[str, voices.Voice]) -> None:
-    """The published file as it came, as long as it says the same as the voices here."""
+    """Writes the voices; the published file as it came, as long as it holds the same as ours."""
     original = source / voices.PUBLISHED_FILE
     if original.is_file():
-        before = voices.read_spk_dict(original)
-        if list(before) == list(speakers) and all(before[name].equals(speakers[name]) for name in before):
+        published = voices.read_spk_dict(original)
+        has_same_names = list(published) == list(speakers)
+        if has_same_names and all(published[name].equals(speakers[name]) for name in published):
             shutil.copyfile(original, target / original.name)
             return
     voices.write_spk_dict(target / voices.PUBLISHED_FILE, speakers)

@@ -1,7 +1,7 @@
 """PyTorch checkpoints as Hugging Face folders hold them, without PyTorch.
 
 A folder is ``config.json`` beside ``model.safetensors``, or beside several files with an index. Everything is checked
-from the headers before a number is read, and then one tensor is read at a time, so that memory never holds more.
+from the headers before a tensor is read, and then one tensor is read at a time, so that memory never holds more.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from omni_jax.checkpoint.name_map import (
     COMPONENTS,
     Entry,
-    differences,
-    listed,
+    describe_differences,
+    describe_list,
+    make_name_table,
     optional_constants,
     published_name,
-    table,
 )
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, read_header, write_file
 from omni_jax.config import OmniConfig
@@ -29,8 +29,12 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, component: str | None = None) -> dict[str, StoredTensor]:
     """Every tensor of a folder under its published name, whichever of the two naming schemes the files use.
+
+    Args:
+      folder: with one file of tensors, or with several and their index.
+      component: the part of the model that was saved alone into this folder, whose names may lack its own.
 
     Raises:
       CheckpointError: for a file that is missing, cut short or disagrees with the index; each is named.
@@ -41,44 +45,67 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
         found = _read_shards(folder)
     else:
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read")
-    tensors = {published_name(name): tensor for name, tensor in found.items()}
-    if len(tensors) != len(found):
-        double = [n for n in found if published_name(n) != n and published_name(n) in found]
-        raise CheckpointError(f"{folder} holds tensors twice, under both of their names:{listed('of them', double)}")
+    tensors: dict[str, StoredTensor] = {}
+    file_names: dict[str, str] = {}
+    doubled: list[str] = []
+    for name, tensor in found.items():
+        published = published_name(name, component)
+        if published in tensors:
+            doubled.append(f"{file_names[published]} and {name}")
+        tensors[published] = tensor
+        file_names[published] = name
+    if doubled:
+        trouble = describe_list("of them", doubled)
+        raise CheckpointError(f"{folder} holds tensors twice, under both of their names:{trouble}")
     return tensors
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     index = folder / INDEX_FILE
     try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
+        files_of_tensors: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(files_of_tensors.values()))
+        outside = [file for file in files if Path(file).name != file]
     except OSError as e:
         raise CheckpointError(f"cannot read {index}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{index} is no index: it must be JSON with a weight_map ({e})") from e
-    absent = [name for name in files if not (folder / name).is_file()]
+    # an index from a stranger reads no file but those beside it
+    if outside:
+        raise CheckpointError(f"{index} names files outside its folder:{describe_list('of them', outside)}")
+    absent = [file for file in files if not (folder / file).is_file()]
     if absent:
-        raise CheckpointError(f"{folder}: {INDEX_FILE} names files that are not there:{listed('missing', absent)}")
+        trouble = describe_list("missing", absent)
+        raise CheckpointError(f"{folder}: {INDEX_FILE} names files that are not there:{trouble}")
     found: dict[str, StoredTensor] = {}
     unlisted: list[str] = []
     for file in files:
-        header = read_header(folder / file)
-        unlisted += [f"{name} (in {file})" for name in header if places.get(name) != file]
-        found.update(header)
-    lost = [f"{name} (should be in {file})" for name, file in places.items() if name not in found]
+        for name, tensor in read_header(folder / file).items():
+            found[name] = tensor
+            if files_of_tensors.get(name) != file:
+                unlisted.append(f"{name} (in {file})")
+    lost = [f"{name} (should be in {file})" for name, file in files_of_tensors.items() if name not in found]
     if unlisted or lost:
-        trouble = listed("in a file where the index has not got them", unlisted) + listed("in no file", lost)
+        trouble = describe_list("in a file where the index does not have them", unlisted)
+        trouble += describe_list("in no file", lost)
         raise CheckpointError(f"{index} does not agree with its files:{trouble}")
     return found
 
 
-def check(
+def check_tensors(
     folder: Path, tensors: dict[str, StoredTensor], config: OmniConfig, components: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """Which components are to be read: those asked for, or without a wish all that the files hold.
+    """Checks names, shapes and dtypes before a tensor is read.
 
-    They must be whole. Of a component that is there without being asked for, names and shapes must be right.
+    Args:
+      folder: where the tensors are, for the message.
+      tensors: as ``read_headers`` gives them.
+      config: what they must fit.
+      components: which of them must be complete; those that the files hold if None. Of a component that is there
+        without being asked for, names and shapes must be right.
+
+    Returns:
+      The components to read, in the order of COMPONENTS.
 
     Raises:
       CheckpointError: with all that is missing, unexpected or of a shape other than the configuration's.
@@ -87,57 +114,73 @@ def check(
     if not present & set(COMPONENTS):
         first = next(iter(tensors), "none at all")
         raise CheckpointError(
-            f"{folder} holds no tensor of {', '.join(COMPONENTS)} (the first is {first}); a part that was saved by "
-            "itself is not read, give the folder of the whole model"
+            f"{folder} holds no tensor of {', '.join(COMPONENTS)} (the first is {first}), but its config.json is that "
+            "of the whole model. A Thinker saved alone has its own config.json; no other part can be read alone"
         )
-    if absent := [c for c in components or () if c not in present]:
-        here = ", ".join(c for c in COMPONENTS if c in present)
-        raise CheckpointError(f"{folder} holds no {' and no '.join(absent)}; it has {here}")
+    absent = [component for component in components or () if component not in present]
+    if absent:
+        held = ", ".join(component for component in COMPONENTS if component in present)
+        raise CheckpointError(f"{folder} holds no {' and no '.join(absent)}; it has {held}")
     wanted = tuple(c for c in COMPONENTS if c in (present if components is None else components))
-    everything = {name: entry.shape for entry in table(config) for name in entry.names}
-    expected = {n: shape for n, shape in everything.items() if n.split(".")[0] in wanted or n in tensors}
-    constants = optional_constants(config)
-    expected.update({n: shape for n, shape in constants.items() if n in tensors})
-    trouble = differences(expected, {name: tensor.shape for name, tensor in tensors.items()})
-    trouble += listed("stacks whose layers differ in dtype", _mixed(tensors, table(config, wanted)))
+    # a component that was not asked for may lack tensors, but those that are there must be right
+    expected: dict[str, tuple[int, ...]] = {}
+    for entry in make_name_table(config):
+        for name in entry.names:
+            if entry.component in wanted or name in tensors:
+                expected[name] = entry.shape
+    for name, shape in optional_constants(config).items():
+        if name in tensors:
+            expected[name] = shape
+    trouble = describe_differences(expected, tensors)
+    mixed = _mixed_stacks(tensors, make_name_table(config, wanted))
+    trouble += describe_list("stacks whose layers differ in dtype", mixed)
     if trouble:
         raise CheckpointError(f"{folder} does not hold the model that its config.json describes:{trouble}")
     return wanted
 
 
-def _mixed(tensors: dict[str, StoredTensor], entries: Iterable[Entry]) -> list[str]:
-    kinds = {entry.names: {str(tensors[n].dtype) for n in entry.names if n in tensors} for entry in entries}
-    return [f"{names[0]} to {names[-1]}: {', '.join(sorted(k))}" for names, k in kinds.items() if len(k) > 1]
+def _mixed_stacks(tensors: dict[str, StoredTensor], entries: Iterable[Entry]) -> list[str]:
+    """The stacked leaves whose layers do not share a dtype."""
+    mixed = []
+    for entry in entries:
+        dtypes = {str(tensors[name].dtype) for name in entry.names if name in tensors}
+        if len(dtypes) > 1:
+            mixed.append(f"{entry.names[0]} to {entry.names[-1]}: {', '.join(sorted(dtypes))}")
+    return mixed
 
 
-def pieces(entry: Entry, tensors: dict[str, StoredTensor]) -> Iterator[np.ndarray]:
-    """One leaf of the tree as the published tensors give it: layer by layer where it is stacked, else at once."""
+def read_layers(entry: Entry, tensors: dict[str, StoredTensor]) -> Iterator[np.ndarray]:
+    """A leaf of our tree from the published tensors: layer by layer where it is stacked, else all of it at once."""
     for name in entry.names:
         yield entry.to_jax(tensors[name].read())
 
 
 def write_tensors(folder: Path, tensors: Iterable[NewTensor], shard_bytes: int) -> None:
     """Writes tensors as one file, or as several of at most ``shard_bytes`` (or one tensor) with their index."""
-    shards = list(_shards(tensors, shard_bytes))
+    shards = list(_cut_into_shards(tensors, shard_bytes))
     if len(shards) == 1:
-        return write_file(folder / SINGLE_FILE, shards[0])
-    places: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_file(folder / SINGLE_FILE, shards[0])
+        return
+    files_of_tensors: dict[str, str] = {}
+    total_size = 0
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_file(folder / file, shard)
-        places.update({t.name: file for t in shard})
-    size = sum(t.nbytes for shard in shards for t in shard)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        for tensor in shard:
+            files_of_tensors[tensor.name] = file
+            total_size += tensor.nbytes
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(files_of_tensors.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(tensors: Iterable[NewTensor], shard_bytes: int) -> Iterator[list[NewTensor]]:
+def _cut_into_shards(tensors: Iterable[NewTensor], shard_bytes: int) -> Iterator[list[NewTensor]]:
     shard: list[NewTensor] = []
     size = 0
     for tensor in tensors:
         if shard and size + tensor.nbytes > shard_bytes:
             yield shard
-            shard, size = [], 0
+            shard = []
+            size = 0
         shard.append(tensor)
         size += tensor.nbytes
     if shard:

@@ -11,7 +11,7 @@
 Orbax is used here and nowhere else for parameters. Each component is one ordinary Orbax checkpoint, which Orbax
 restores straight into sharded arrays. Writing one is less direct: Orbax wants every array whole, and holds what it has
 compressed until the disk has taken it, up to twice an array again. So it is handed arrays that repeat a single zero,
-which take no memory, and lays out the checkpoint; then the numbers are put into its arrays block by block with
+which take no memory, and lays out the checkpoint; then the values are written into its arrays block by block with
 tensorstore, which is what Orbax keeps arrays with. For that each array is a Zarr folder of its own and not a part of
 Orbax's usual single file. Large arrays are cut into chunks of at most 64 MiB, stacked layers apart, so that a host that
 needs a part of an array later reads little more than that part.
@@ -37,18 +37,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from omni_jax.checkpoint.name_map import differences, table
+from omni_jax.checkpoint.name_map import describe_differences, make_name_table
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
 
 ABOUT_FILE = "omni_jax.json"
 FORMAT = 1
 
-# what is written at a time: few chunks, and these so large that the C library gives their memory back at once
+# what is written at a time: few chunks, and these so large that the C library returns their memory at once
 _CHUNK_BYTES = 64 * 2**20
 _BLOCK_BYTES = 64 * 2**20
-# Orbax looks for the file format that it writes by default and says that it is not there
-_NOISE = ("TensorStore data files not found", "Skipping merge of OCDBT")
+# Orbax looks for the file format that it writes by default and warns that it is not there
+_EXPECTED_WARNINGS = ("TensorStore data files not found", "Skipping merge of OCDBT")
 
 
 @dataclass(frozen=True)
@@ -59,52 +59,57 @@ class Leaf:
       path: where it stands in the tree, the component first.
       shape: of the whole array.
       dtype: what it is written in.
-      stacked: whether ``pieces`` gives ``array[0]``, ``array[1]``, ...; otherwise it gives the whole array once.
-      pieces: called once, when the leaf's turn comes. Each piece is let go of before the next is asked for.
+      stacked: whether ``read`` gives the layers ``array[0]``, ``array[1]``, ...; otherwise it gives all of it once.
+      read: called once, when the leaf's turn comes. Each layer is released before the next is read.
     """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
     stacked: bool
-    pieces: Callable[[], Iterator[np.ndarray]]
+    read: Callable[[], Iterator[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def save(folder: Path, leaves: Sequence[Leaf], beside: Callable[[Path], None] = lambda unfinished: None) -> None:
+def save(folder: Path, leaves: Sequence[Leaf], write_beside: Callable[[Path], None] = lambda folder: None) -> None:
     """Writes a checkpoint, from one process alone.
 
     Args:
       folder: a path where nothing is yet; its parent is made if need be.
       leaves: the parameters.
-      beside: called with the unfinished folder, to put files into it.
+      write_beside: called with the unfinished folder, to write other files into it.
 
     Raises:
       CheckpointError: if ``folder`` exists.
     """
     with new_folder(folder) as unfinished:
-        beside(unfinished)
-        parts: dict[str, list[Leaf]] = {}
+        write_beside(unfinished)
+        leaves_of: dict[str, list[Leaf]] = {}
         for leaf in leaves:
-            parts.setdefault(leaf.path[0], []).append(leaf)
-        for component, part in parts.items():
-            _write_component((unfinished / "params" / component).absolute(), part)
-        about = {name: sorted({str(leaf.dtype) for leaf in part}) for name, part in parts.items()}
-        text = json.dumps({"format": FORMAT, "components": about}, indent=2)
+            leaves_of.setdefault(leaf.path[0], []).append(leaf)
+        dtypes_of: dict[str, list[str]] = {}
+        for component, component_leaves in leaves_of.items():
+            _write_component(unfinished / "params" / component, component_leaves)
+            dtypes_of[component] = sorted({str(leaf.dtype) for leaf in component_leaves})
+        text = json.dumps({"format": FORMAT, "components": dtypes_of}, indent=2)
         (unfinished / ABOUT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when all is written; after a failure nothing is left.
+    """A folder to write into, which gets its name when all is written; after a failure nothing remains of it.
+
+    Args:
+      folder: where to; the path may lead through links and parents (``..``), as may every path of this module.
 
     Raises:
       CheckpointError: if something stands at ``folder``.
     """
     refuse_existing(folder)
+    folder = folder.resolve()  # Orbax refuses a path with ".." in it
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
@@ -117,24 +122,29 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises CheckpointError if something stands at ``folder``."""
+    """Checks a folder that is to be made.
+
+    Raises:
+      CheckpointError: if something stands at ``folder``.
+    """
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; give a new folder, or remove it first")
 
 
 def _write_component(folder: Path, leaves: Sequence[Leaf]) -> None:
     zeros = {leaf.path[1:]: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for leaf in leaves}
-    with _layout({leaf.path[1:] for leaf in leaves if leaf.stacked}), _without_noise():
+    stacked = {leaf.path[1:] for leaf in leaves if leaf.stacked}
+    with _orbax_layout(stacked), _without_expected_warnings():
         ocp.save(str(folder), unflatten_dict(zeros))
     for leaf in leaves:
-        store = _open(folder, leaf.path[1:])
+        store = _open_array(folder, leaf.path[1:])
         chunk: Any = store.chunk_layout.write_chunk.shape
-        for where, block in _blocks(leaf, chunk):
+        for where, block in _read_blocks(leaf, chunk):
             store[where].write(block).result()
 
 
-def _open(component: Path, path: Sequence[str], cache_bytes: int = 0) -> ts.TensorStore:
-    """One array of a component, as Orbax keeps it; so many bytes of it, once read, are kept unpacked."""
+def _open_array(component: Path, path: Sequence[str], cache_bytes: int = 0) -> ts.TensorStore:
+    """One array of a component, as Orbax keeps it; up to ``cache_bytes`` of it stay decompressed once they are read."""
     (array,) = component.glob(f"*/{'.'.join(path)}/zarr.json")
     spec = {
         "driver": "zarr3",
@@ -148,53 +158,55 @@ def _open(component: Path, path: Sequence[str], cache_bytes: int = 0) -> ts.Tens
     return ts.open(spec, open=True).result()
 
 
-def _layout(stacked: set[tuple[str, ...]]) -> ocp.Context:
+def _orbax_layout(stacked: set[tuple[str, ...]]) -> ocp.Context:
     """How Orbax is to lay out arrays; large ones at the paths ``stacked`` are cut along their first axis first."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
 
-    def per_leaf(key: Any, value: Any) -> Any:
-        by_layer = value.nbytes > _CHUNK_BYTES and tuple(part.key for part in key) in stacked
+    def choose_options(key: Any, value: Any) -> Any:
+        path = tuple(part.key for part in key)
+        by_layer = value.nbytes > _CHUNK_BYTES and path in stacked
         return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,)) if by_layer else None
 
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
     context.array.saving.storage_options = options(chunk_byte_size=_CHUNK_BYTES)
-    context.array.saving.scoped_storage_options_creator = per_leaf
+    context.array.saving.scoped_storage_options_creator = choose_options
     context.memory.deepcopy_host_arrays = False
     return context
 
 
-def _blocks(leaf: Leaf, chunk: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """The array in runs of whole chunks along one axis: where a run lies, and the run in the dtype to be written."""
-    # along the axis with most chunks; a stack's pieces come along the first
-    axis = 0 if leaf.stacked else max(range(len(chunk)), key=lambda a: leaf.shape[a] // chunk[a])
-    length = chunk[axis] * max(1, _BLOCK_BYTES * leaf.shape[axis] // (leaf.nbytes * chunk[axis]))
-    before = (slice(None),) * axis
-    pieces = leaf.pieces()
-    whole = None if leaf.stacked else next(pieces)
+def _read_blocks(leaf: Leaf, chunk: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """The array in blocks of full chunks along one axis: where each lies, and its values in the dtype to be written."""
+    # along the axis with most chunks; the layers of a stack come along the first
+    axis = 0 if leaf.stacked else max(range(len(chunk)), key=lambda axis: leaf.shape[axis] // chunk[axis])
+    chunks_in_block = max(1, _BLOCK_BYTES * leaf.shape[axis] // (leaf.nbytes * chunk[axis]))
+    length = chunk[axis] * chunks_in_block
+    all_before = (slice(None),) * axis
+    layers = leaf.read()
+    array = None if leaf.stacked else next(layers)
     for start in range(0, leaf.shape[axis], length):
-        where = (*before, slice(start, min(start + length, leaf.shape[axis])))
-        if whole is not None:
-            yield where, np.array(whole[where], leaf.dtype, order="C")
+        where = (*all_before, slice(start, min(start + length, leaf.shape[axis])))
+        if array is not None:
+            yield where, np.array(array[where], leaf.dtype, order="C")
             continue
         block = np.empty((where[0].stop - start, *leaf.shape[1:]), leaf.dtype)
         for i in range(len(block)):
-            block[i] = next(pieces)
+            block[i] = next(layers)
         yield where, block
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
+def _without_expected_warnings() -> Iterator[None]:
     log = logging.getLogger("absl")
 
-    def wanted(record: logging.LogRecord) -> bool:
-        return not any(noise in record.getMessage() for noise in _NOISE)
+    def is_unexpected(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in _EXPECTED_WARNINGS)
 
-    log.addFilter(wanted)
+    log.addFilter(is_unexpected)
     try:
         yield
     finally:
-        log.removeFilter(wanted)
+        log.removeFilter(is_unexpected)
 
 
 def components(folder: Path) -> dict[str, list[str]]:
@@ -205,7 +217,8 @@ def components(folder: Path) -> dict[str, list[str]]:
     """
     try:
         about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-        version, parts = about["format"], dict(about["components"])
+        version = about["format"]
+        found = dict(about["components"])
     except OSError as e:
         raise CheckpointError(
             f"{folder} is no checkpoint of omni_jax: cannot read {ABOUT_FILE} ({e.strerror}). "
@@ -215,15 +228,15 @@ def components(folder: Path) -> dict[str, list[str]]:
         raise CheckpointError(f"{folder / ABOUT_FILE} is damaged ({e}); convert the checkpoint again") from e
     if version != FORMAT:
         raise CheckpointError(f"{folder} is of format {version}; this release reads {FORMAT}; convert it again")
-    return parts
+    return found
 
 
 def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike | None = None) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters, without their numbers.
+    """Shapes and dtypes of the parameters, without their values.
 
     Args:
       folder: the checkpoint.
-      wanted: which components; without it, all that are there.
+      wanted: which components; all that are there if None.
       dtype: what the Thinker and the Talker are to be cast to. Token2Wav keeps its own: it needs float32.
 
     Returns:
@@ -232,25 +245,29 @@ def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike
     Raises:
       CheckpointError: if a component or a part of one is missing, or does not fit config.json.
     """
-    here = components(folder)
-    wanted = tuple(here) if wanted is None else tuple(wanted)
-    if absent := [name for name in wanted if name not in here]:
-        raise CheckpointError(f"{folder} has no {', '.join(absent)}; it has {', '.join(here)}")
+    found = components(folder)
+    wanted = tuple(found) if wanted is None else tuple(wanted)
+    absent = [name for name in wanted if name not in found]
+    if absent:
+        raise CheckpointError(f"{folder} has no {', '.join(absent)}; it has {', '.join(found)}")
     try:
         config = OmniConfig.load(folder)
     except ConfigError as e:
-        raise CheckpointError(f"{folder} is not whole: {e}") from e
+        raise CheckpointError(f"{folder} is incomplete: {e}") from e
     return {name: _abstract_component(folder, config, name, dtype) for name in wanted}
 
 
 def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
-    path = str((folder / "params" / component).absolute())
-    found: dict[str, Any] = flatten_dict(tree_shapes(Path(path)), sep="/")
-    expected = {"/".join(e.path[1:]): e.leaf_shape for e in table(config, [component])}
-    if trouble := differences(expected, {name: tuple(leaf.shape) for name, leaf in found.items()}):
+    path = folder / "params" / component
+    found: dict[str, Any] = flatten_dict(tree_shapes(path), sep="/")
+    expected = {"/".join(entry.path[1:]): entry.leaf_shape for entry in make_name_table(config, [component])}
+    trouble = describe_differences(expected, found)
+    if trouble:
         raise CheckpointError(f"{path} does not hold the {component} that config.json describes:{trouble}")
-    keeps = component == "token2wav" or dtype is None
-    leaves = {k: jax.ShapeDtypeStruct(v.shape, v.dtype if keeps else dtype) for k, v in found.items()}
+    keeps_dtype = component == "token2wav" or dtype is None
+    leaves = {}
+    for name, leaf in found.items():
+        leaves[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps_dtype else dtype)
     return unflatten_dict(leaves, sep="/")
 
 
@@ -265,16 +282,16 @@ def load(
 
     Args:
       folder: the checkpoint.
-      wanted: which components; without it, all that are there.
+      wanted: which components; all that are there if None.
       dtype: what the Thinker and the Talker are cast to; Token2Wav keeps its own.
       shardings: component -> tree of shardings like the tree of parameters, or one sharding for all of its arrays;
-        or one for everything. Each host reads only what its devices hold. Without it, all goes to the first device.
+        or one for everything. Each host reads only what its devices hold. None: all goes to the first device.
 
     Returns:
       component -> tree of jax.Array.
 
     Raises:
-      CheckpointError: as ``abstract``, and if numbers are missing.
+      CheckpointError: as ``abstract``, and if values are missing.
     """
     trees = abstract(folder, wanted, dtype)
     if shardings is None:
@@ -283,11 +300,16 @@ def load(
         shardings = dict.fromkeys(trees, shardings)
     params = {}
     for name, tree in trees.items():
-        wish = shardings[name]
-        places = jax.tree.map(lambda _, s=wish: s, tree) if isinstance(wish, jax.sharding.Sharding) else wish
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+        placement = shardings[name]
+        if isinstance(placement, jax.sharding.Sharding):
+            placement = jax.tree.map(lambda _, sharding=placement: sharding, tree)
+        target = jax.tree.map(_with_sharding, tree, placement)
         params[name] = load_tree(folder / "params" / name, target)
     return params
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def tree_shapes(path: Path) -> dict[str, Any]:
@@ -297,8 +319,8 @@ def tree_shapes(path: Path) -> dict[str, Any]:
       CheckpointError: if it is missing or damaged.
     """
     try:
-        with _without_noise():
-            stored: Any = ocp.metadata(str(path.absolute())).metadata
+        with _without_expected_warnings():
+            stored: Any = ocp.metadata(str(path.resolve())).metadata
     except Exception as e:  # Orbax has no one kind of error for a folder that is missing or damaged
         raise CheckpointError(f"{path} is missing or damaged ({_first_line(e)}); convert the checkpoint again") from e
     if not isinstance(stored, dict):  # what it gives for a folder whose arrays are not all there
@@ -310,11 +332,11 @@ def load_tree(path: Path, target: Any) -> Any:
     """One Orbax checkpoint, cast and laid out as the abstract arrays of ``target`` say.
 
     Raises:
-      CheckpointError: if numbers are missing or damaged.
+      CheckpointError: if values are missing or damaged.
     """
     try:
-        with _without_noise():
-            return ocp.load(str(path.absolute()), target)
+        with _without_expected_warnings():
+            return ocp.load(str(path.resolve()), target)
     except Exception as e:  # as above
         raise CheckpointError(f"cannot read the parameters in {path}: {_first_line(e.__cause__ or e)}") from e
 
@@ -322,20 +344,21 @@ def load_tree(path: Path, target: Any) -> Any:
 def save_tree(path: Path, tree: Any) -> Callable[[], None]:
     """Begins to write one Orbax checkpoint, from all processes together.
 
-    It returns when the arrays may be changed again; what it returns waits until they are written.
+    Returns:
+      A function that waits until the arrays are written. They may be changed as soon as ``save_tree`` returns.
     """
-    with _layout(set()), _without_noise():
-        response = ocp.save_async(str(path.absolute()), tree)
+    with _orbax_layout(set()), _without_expected_warnings():
+        response = ocp.save_async(str(path.resolve()), tree)
 
     def wait() -> None:
-        with _without_noise():
+        with _without_expected_warnings():
             response.result()
 
     return wait
 
 
 def open_leaf(folder: Path, path: Sequence[str]) -> Callable[[int | None], np.ndarray]:
-    """One array of a checkpoint, to be read layer by layer; the checkpoint is one that ``abstract`` found whole.
+    """One array of a checkpoint, to be read layer by layer; the checkpoint is one that ``abstract`` has checked.
 
     Args:
       folder: the checkpoint.
@@ -345,23 +368,28 @@ def open_leaf(folder: Path, path: Sequence[str]) -> Callable[[int | None], np.nd
       a function that reads the layer it is given, or all of the array for None.
 
     Raises:
-      CheckpointError: from that function, if numbers are missing or damaged.
+      CheckpointError: from that function, if values are missing or damaged.
     """
-    where = (folder / "params" / path[0]).absolute(), path[1:]
-    store = _open(*where)
-    # layers share chunks, which are not to be unpacked for each of them anew: small layers, and those that a run of
-    # training has written from devices that each hold a part of all
-    layers: int = store.chunk_layout.read_chunk.shape[0] if store.shape else 1  # type: ignore[index]
-    slab = store.size * store.dtype.numpy_dtype.itemsize * layers // max(store.shape[0], 1) if store.shape else 0
-    store = _open(*where, cache_bytes=2 * _CHUNK_BYTES + slab)
+    component = folder.resolve() / "params" / path[0]
+    store = _open_array(component, path[1:])
+    # Several layers may share a chunk: small layers, and those that a training run has written from devices that each
+    # hold a part of all. Such a chunk is not to be decompressed for each of its layers again.
+    cache_bytes = 2 * _CHUNK_BYTES
+    if store.shape and store.shape[0]:
+        layers_in_chunk: int = store.chunk_layout.read_chunk.shape[0]  # type: ignore[index]
+        layer_bytes = store.size * store.dtype.numpy_dtype.itemsize // store.shape[0]
+        cache_bytes += layers_in_chunk * layer_bytes
+    store = _open_array(component, path[1:], cache_bytes)
 
     def read(layer: int | None) -> np.ndarray:
         try:
-            part: Any = store if layer is None else store[layer]
-            return np.asarray(part.read().result())
+            selected: Any = store if layer is None else store[layer]
+            return np.asarray(selected.read().result())
         except Exception as e:  # tensorstore has no one kind of error for a file that is missing or damaged
-            where = f"{'/'.join(path)} in {folder / 'params'}"
-            raise CheckpointError(f"cannot read {where}: {_first_line(e)}; convert the checkpoint again") from e
+            name = "/".join(path)
+            raise CheckpointError(
+                f"cannot read {name} in {folder / 'params'}: {_first_line(e)}; convert the checkpoint again"
+            ) from e
 
     return read
 

@@ -1,9 +1,9 @@
 """Files of ``torch.save`` that hold nothing but dictionaries, strings, numbers and tensors, without PyTorch.
 
-Such a file is a Zip archive: ``NAME/data.pkl`` is a pickle, ``NAME/data/0``, ``NAME/data/1``, ... are the numbers of
-its tensors. A pickle is a program for a small machine, and Python's own machine runs whatever the program names. The
-one here has only the instructions that data needs. It imports nothing and calls nothing: of the names a program may
-give it knows those of a tensor's parts, and any other is an error that says which.
+Such a file is a Zip archive: ``NAME/data.pkl`` is a pickle, ``NAME/data/0``, ``NAME/data/1``, ... are the storages of
+its tensors. A pickle is a program for a stack machine, and Python's own machine runs whatever the program names. The
+one here has only the instructions that data needs. It imports nothing and calls nothing: it knows the names of a
+tensor's parts, and any other name is an error.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class _Name:
 
 
 @dataclass(frozen=True, eq=False)
-class _Numbers:
-    """The numbers of one or more tensors, before they have a shape."""
+class _Storage:
+    """The values of one or more tensors, before they have a shape."""
 
     values: np.ndarray
 
@@ -70,34 +70,31 @@ def read(path: Path) -> Any:
         if size > LARGEST_FILE:
             raise CheckpointError(f"{path} has {size:,} bytes; a file of voices has {LARGEST_FILE:,} at most")
         with zipfile.ZipFile(path) as archive:
-            return _Machine(path, _entries(path, archive)).run()
+            return _PickleMachine(path, _open_entries(path, archive)).run()
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
     except CheckpointError:
         raise
-    except (
-        zipfile.BadZipFile,
-        EOFError,
-        RuntimeError,
-    ) as e:  # the last: an archive with a password or a method of late
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as e:  # RuntimeError: a password, or an unknown method
         raise CheckpointError(f"{path} is damaged or no file of torch.save ({e}); fetch it again") from e
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         what = f"{type(e).__name__}: {e}"
         raise CheckpointError(f"{path} holds a pickle that cannot be followed ({what}); fetch it again") from e
 
 
-def _entries(path: Path, archive: zipfile.ZipFile) -> Callable[[str], bytes]:
-    """How to get an entry of the archive by its name below the folder that holds all."""
+def _open_entries(path: Path, archive: zipfile.ZipFile) -> Callable[[str], bytes]:
+    """A function that reads an entry of the archive by its name below the archive's one folder."""
     infos = {info.filename: info for info in archive.infolist()}
     roots = [name.removesuffix("/data.pkl") for name in infos if name.endswith("/data.pkl")]
     if len(roots) != 1 or len(infos) != len(archive.infolist()):
         raise CheckpointError(f"{path} is no file of torch.save: it must hold one data.pkl, and no name twice")
-    if (claimed := sum(info.file_size for info in infos.values())) > LARGEST_FILE:  # entries may lie over each other
+    claimed = sum(info.file_size for info in infos.values())
+    if claimed > LARGEST_FILE:  # entries may lie over each other
         raise CheckpointError(
             f"{path} claims to hold {claimed:,} bytes; a file of voices holds {LARGEST_FILE:,} at most"
         )
 
-    def entry(name: str) -> bytes:
+    def read_entry(name: str) -> bytes:
         info = infos.get(f"{roots[0]}/{name}")
         if info is None:
             raise CheckpointError(f"{path} is not whole: it has no {name}; fetch it again")
@@ -109,32 +106,32 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> Callable[[str], bytes]:
             )
         return archive.read(info)
 
-    if f"{roots[0]}/byteorder" in infos and entry("byteorder") != b"little":
+    if f"{roots[0]}/byteorder" in infos and read_entry("byteorder") != b"little":
         raise CheckpointError(f"{path} was written on a big-endian machine; only little-endian files are read")
-    return entry
+    return read_entry
 
 
-class _Machine:
-    """Follows a pickle, as far as it only describes data."""
+class _PickleMachine:
+    """Interprets a pickle, as far as it only describes data."""
 
-    def __init__(self, path: Path, entry: Callable[[str], bytes]) -> None:
+    def __init__(self, path: Path, read_entry: Callable[[str], bytes]) -> None:
         self.path = path
-        self.entry = entry
+        self.read_entry = read_entry
         self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.numbers: dict[str, _Numbers] = {}
+        self.mark_positions: list[int] = []
+        self.storages: dict[str, _Storage] = {}
         self.nbytes = 0  # of all tensors made so far
 
     def run(self) -> Any:
         memo: dict[int, Any] = {}
         stack = self.stack
         argument: Any
-        for instruction, argument, _ in pickletools.genops(self.entry("data.pkl")):
+        for instruction, argument, _ in pickletools.genops(self.read_entry("data.pkl")):
             match name := instruction.name:
                 case "PROTO":
-                    pass
+                    pass  # the version of the format, which changes no instruction known here
                 case "MARK":
-                    self.marks.append(len(stack))
+                    self.mark_positions.append(len(stack))
                 case "BINPUT" | "LONG_BINPUT":
                     memo[argument] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
@@ -142,16 +139,16 @@ class _Machine:
                 case "EMPTY_DICT":
                     stack.append({})
                 case "SETITEM" | "SETITEMS":
-                    items = self._top(2) if name == "SETITEM" else self._since_mark()
-                    self._fill(items)
+                    items = self._pop_values(2) if name == "SETITEM" else self._pop_to_mark()
+                    self._set_items(items)
                 case "TUPLE":
-                    stack.append(tuple(self._since_mark()))
-                case "GLOBAL":
-                    stack.append(self._known(argument))
-                case "BINPERSID":
-                    stack.append(self._stored(stack.pop()))
-                case "REDUCE":
-                    stack.append(self._made(*self._top(2)))
+                    stack.append(tuple(self._pop_to_mark()))
+                case "GLOBAL":  # a name, which Python would import
+                    stack.append(self._check_name(argument))
+                case "BINPERSID":  # a reference out of the pickle: torch.save's storages
+                    stack.append(self._load_storage(stack.pop()))
+                case "REDUCE":  # a call, of a function with its arguments
+                    stack.append(self._call_function(*self._pop_values(2)))
                 case "STOP":
                     return stack.pop()
                 case _ if name in _LITERALS:
@@ -159,17 +156,17 @@ class _Machine:
                 case _ if name in _CONSTANTS:
                     stack.append(_CONSTANTS[name])
                 case _ if name in _TUPLES:
-                    stack.append(tuple(self._top(_TUPLES[name])))
+                    stack.append(tuple(self._pop_values(_TUPLES[name])))
                 case _:
-                    raise self._refusal(f"the pickle instruction {name}")
+                    raise self._make_refusal(f"the pickle instruction {name}")
 
-    def _refusal(self, what: str) -> CheckpointError:
+    def _make_refusal(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"{self.path} holds {what}; only dictionaries, strings, numbers and tensors are read from such a file, "
             "because anything else may run a program"
         )
 
-    def _top(self, n: int) -> list[Any]:
+    def _pop_values(self, n: int) -> list[Any]:
         """Takes the last ``n`` values off the stack."""
         if n > len(self.stack):
             raise IndexError("not that many values")
@@ -177,68 +174,70 @@ class _Machine:
         del self.stack[len(self.stack) - n :]
         return taken
 
-    def _since_mark(self) -> list[Any]:
-        return self._top(len(self.stack) - self.marks.pop())
+    def _pop_to_mark(self) -> list[Any]:
+        return self._pop_values(len(self.stack) - self.mark_positions.pop())
 
-    def _fill(self, items: list[Any]) -> None:
+    def _set_items(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict):
             raise TypeError("items for what is no dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str):
-                raise self._refusal(f"a dictionary with a {type(key).__name__} as key")
+                raise self._make_refusal(f"a dictionary with a {type(key).__name__} as key")
             self.stack[-1][key] = value
 
-    def _known(self, name: str) -> _Name:
+    def _check_name(self, name: str) -> _Name:
         if name not in _NAMES:
-            raise self._refusal(f"the name {name.replace(' ', '.')}")
+            raise self._make_refusal(f"the name {name.replace(' ', '.')}")
         return _Name(name)
 
-    def _stored(self, reference: Any) -> _Numbers:
-        """The numbers that ("storage", kind, key, device, count) refers to."""
+    def _load_storage(self, reference: Any) -> _Storage:
+        """The storage that ("storage", type, key, device, count) refers to."""
         what, kind, key, _, count = reference
-        right = isinstance(kind, _Name) and isinstance(key, str) and type(count) is int
-        if what != "storage" or not right:
-            raise self._refusal("a reference that is none to the numbers of a tensor")
+        is_well_typed = isinstance(kind, _Name) and isinstance(key, str) and type(count) is int
+        if what != "storage" or not is_well_typed:
+            raise self._make_refusal("a reference to something else than the storage of a tensor")
         dtype = _DTYPES[kind.text.removeprefix("torch ")]
-        if key not in self.numbers:
-            data = self.entry(f"data/{key}")
+        if key not in self.storages:
+            data = self.read_entry(f"data/{key}")
             if len(data) != count * dtype.itemsize:
                 raise CheckpointError(f"{self.path}: data/{key} has {len(data)} bytes, not {count} of {dtype}")
-            self.numbers[key] = _Numbers(np.frombuffer(data, dtype))
-        if self.numbers[key].values.dtype != dtype:
-            raise CheckpointError(f"{self.path}: data/{key} is said to be of two dtypes")
-        return self.numbers[key]
+            self.storages[key] = _Storage(np.frombuffer(data, dtype))
+        if self.storages[key].values.dtype != dtype:
+            raise CheckpointError(f"{self.path}: data/{key} is used with two dtypes")
+        return self.storages[key]
 
-    def _made(self, function: Any, arguments: Any) -> Any:
-        """What the two functions that are known would make."""
+    def _call_function(self, function: Any, arguments: Any) -> Any:
+        """The result of one of the two functions that are known, which are not called."""
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise self._refusal("a call of what is no function")
+            raise self._make_refusal("a call of what is no function")
         if function.text == _TENSOR:
-            return self._tensor(*arguments[:4])
+            return self._build_tensor(*arguments[:4])
         if function.text == _ORDERED and not arguments:
             return {}
-        raise self._refusal(f"a call of {function.text.replace(' ', '.')}")
+        raise self._make_refusal(f"a call of {function.text.replace(' ', '.')}")
 
-    def _tensor(self, numbers: Any, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+    def _build_tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> np.ndarray:
         counts = (offset, *shape, *strides)
-        if not isinstance(numbers, _Numbers) or not all(type(n) is int and n >= 0 for n in counts):
-            raise TypeError("a tensor of something else than numbers")
-        values = numbers.values
+        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in counts):
+            raise TypeError("a tensor of something else than a storage")
+        values = storage.values
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         size = math.prod(shape)
+        # the last value that strides reach must lie in the storage. A tensor no larger than its storage cannot claim
+        # memory that the file does not have, which strides of 0 could otherwise do
         if size == 0 or last >= values.size or size > values.size:
-            raise CheckpointError(f"{self.path} has a tensor {list(shape)} that {values.size} numbers do not fill")
+            raise CheckpointError(f"{self.path} has a tensor {list(shape)} that {values.size} values do not fill")
         self.nbytes += size * values.itemsize
         if self.nbytes > LARGEST_FILE:
-            raise CheckpointError(f"{self.path} makes more than {LARGEST_FILE:,} bytes of tensors of its numbers")
-        steps = [s * values.itemsize for s in strides]
-        return np.lib.stride_tricks.as_strided(values[offset:], shape, steps, writeable=False)
+            raise CheckpointError(f"{self.path} makes more than {LARGEST_FILE:,} bytes of tensors of its storages")
+        byte_strides = [stride * values.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(values[offset:], shape, byte_strides, writeable=False)
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
     """Writes nested dictionaries of strings, 32-bit integers and arrays, for ``torch.load(weights_only=True)``."""
     arrays: list[np.ndarray] = []
-    program = b"\x80\x02" + _encoded(value, arrays) + b"."
+    program = b"\x80\x02" + _encode(value, arrays) + b"."
     entries = {"data.pkl": program, "byteorder": b"little", "version": b"3\n"}
     entries |= {f"data/{i}": np.ascontiguousarray(array).tobytes() for i, array in enumerate(arrays)}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -246,8 +245,8 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
             archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}"), data)  # without the time, so that bytes repeat
 
 
-def _encoded(value: Any, arrays: list[np.ndarray]) -> bytes:
-    """The instructions that put ``value`` on the stack; the numbers of arrays are added to ``arrays``."""
+def _encode(value: Any, arrays: list[np.ndarray]) -> bytes:
+    """The instructions that put ``value`` on the stack; arrays among it are appended to ``arrays``."""
     if isinstance(value, str):
         text = value.encode()
         return b"X" + len(text).to_bytes(4, "little") + text
@@ -256,17 +255,18 @@ def _encoded(value: Any, arrays: list[np.ndarray]) -> bytes:
     if isinstance(value, int):
         return b"J" + value.to_bytes(4, "little", signed=True)
     if isinstance(value, tuple):
-        return b"(" + b"".join(_encoded(item, arrays) for item in value) + b"t"
+        return b"(" + b"".join(_encode(item, arrays) for item in value) + b"t"
     if isinstance(value, Mapping):
-        return b"}(" + b"".join(_encoded(part, arrays) for item in value.items() for part in item) + b"u"
+        return b"}(" + b"".join(_encode(part, arrays) for item in value.items() for part in item) + b"u"
     if isinstance(value, _Name):
         return b"c" + value.text.replace(" ", "\n").encode() + b"\n"
     if not isinstance(value, np.ndarray) or value.dtype not in _STORAGES:
         raise TypeError(f"cannot write {value!r}")
+    # _rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, backward_hooks), as torch.save writes it
     arrays.append(value)
     kind = _Name(f"torch {_STORAGES[value.dtype]}")
-    numbers = _encoded(("storage", kind, str(len(arrays) - 1), "cpu", value.size), arrays) + b"Q"
+    storage = _encode(("storage", kind, str(len(arrays) - 1), "cpu", value.size), arrays) + b"Q"
     strides = tuple(math.prod(value.shape[axis + 1 :]) for axis in range(value.ndim))
-    rest = b"".join(_encoded(x, arrays) for x in (0, value.shape, strides, False))
-    hooks = _encoded(_Name(_ORDERED), arrays) + b")R"
-    return _encoded(_Name(_TENSOR), arrays) + b"(" + numbers + rest + hooks + b"tR"
+    rest = b"".join(_encode(x, arrays) for x in (0, value.shape, strides, False))
+    hooks = _encode(_Name(_ORDERED), arrays) + b")R"
+    return _encode(_Name(_TENSOR), arrays) + b"(" + storage + rest + hooks + b"tR"

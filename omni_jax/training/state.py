@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint import train_checkpoints as run
-from omni_jax.checkpoint.parts import from_parts
+from omni_jax.checkpoint.assemble_thinker import assemble_thinker
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
 from omni_jax.training.optimizer import flat, split
@@ -48,7 +48,7 @@ def prepare(recipe: Recipe, workdir: Path, say: Callable[[str], None]) -> None:
         parts = {name: getattr(recipe.parts, name) for name in ("llm", "vision", "audio")}
         given = {name: folder for name, folder in parts.items() if folder is not None}
         if not begin.exists():
-            random = from_parts(recipe.init, begin, given, recipe.seed)
+            random = assemble_thinker(recipe.init, begin, given, recipe.seed)
             say(f"{len(random)} tensors are in none of the parts and begin at random, like {random[0]}")
     run.start(workdir, begin)
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from omni_jax.checkpoint import convert, store
-from omni_jax.checkpoint.name_map import parameter_count, table
-from omni_jax.checkpoint.pytorch import pieces, read_headers
+from omni_jax.checkpoint import convert, model_files, pytorch, store
+from omni_jax.checkpoint.name_map import make_name_table, parameter_count
+from omni_jax.checkpoint.pytorch import read_headers, read_layers
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
+from tools import convert as command
 from tools.make_checkpoint import write_checkpoint
 
 TINY = OmniConfig.tiny()
@@ -33,10 +34,10 @@ def assert_equals_files(params, source: Path) -> None:
     """Every leaf has the bits of the published tensors it is made of."""
     tensors = read_headers(source)
     leaves = flatten_dict(params)
-    entries = table(TINY, params)
+    entries = make_name_table(TINY, params)
     assert set(leaves) == {e.path for e in entries}
     for entry in entries:
-        expected = np.stack(list(pieces(entry, tensors)))
+        expected = np.stack(list(read_layers(entry, tensors)))
         np.testing.assert_array_equal(bits(leaves[entry.path]), bits(expected if entry.stacked else expected[0]))
 
 
@@ -59,11 +60,13 @@ def test_bfloat16_arrives_bit_by_bit(tmp_path: Path) -> None:
 
 def test_casting_leaves_token2wav_alone(tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     convert.to_jax(tiny_checkpoint, tmp_path / "cast", dtype="bfloat16")
-    for params in (store.load(tmp_path / "cast"), store.load(tiny_model, dtype="bfloat16")):
-        for component, kind in (("thinker", "bfloat16"), ("talker", "bfloat16"), ("token2wav", "float32")):
-            assert {str(x.dtype) for x in jax.tree.leaves(params[component])} == {kind}
-    exact = store.load(tiny_model)["thinker"]["decoder"]["norm"]["scale"]
-    cast = store.load(tmp_path / "cast")["thinker"]["decoder"]["norm"]["scale"]
+    kinds = {"thinker": "bfloat16", "talker": "bfloat16", "token2wav": "float32"}
+    # cast by the conversion, and by loading: one component of each kind, since each array shape is compiled
+    for params in (store.load(tmp_path / "cast"), store.load(tiny_model, ["talker", "token2wav"], dtype="bfloat16")):
+        for component, tree in params.items():
+            assert {str(x.dtype) for x in jax.tree.leaves(tree)} == {kinds[component]}
+    exact = store.load(tiny_model, ["thinker"])["thinker"]["decoder"]["norm"]["scale"]
+    cast = store.load(tmp_path / "cast", ["thinker"])["thinker"]["decoder"]["norm"]["scale"]
     np.testing.assert_array_equal(np.asarray(exact).astype(ml_dtypes.bfloat16), np.asarray(cast))
 
 
@@ -85,9 +88,9 @@ def test_the_files_of_the_model_come_along(tiny_model: Path, tiny_checkpoint: Pa
 
 def test_progress_counts_every_tensor(tiny_checkpoint: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    done = convert.to_jax(tiny_checkpoint, tmp_path / "out", progress=lambda *n: seen.append(n))
+    done = convert.to_jax(tiny_checkpoint, tmp_path / "out", components=["thinker"], progress=lambda *n: seen.append(n))
     assert seen == [(i + 1, done.tensors) for i in range(done.tensors)]
-    assert done.tensors == sum(len(e.names) for e in table(TINY))
+    assert done.tensors == sum(len(entry.names) for entry in make_name_table(TINY, ["thinker"]))
 
 
 def test_an_existing_target_is_refused_and_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -98,7 +101,7 @@ def test_an_existing_target_is_refused_and_kept(tiny_checkpoint: Path, tmp_path:
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
-@pytest.mark.parametrize("name", convert.REQUIRED_FILES)
+@pytest.mark.parametrize("name", model_files.REQUIRED_FILES)
 def test_a_missing_file_is_told_before_work_begins(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
     (source / name).unlink()
@@ -118,9 +121,9 @@ def test_a_failure_in_the_middle_leaves_nothing(
         if calls == 40:
             assert any(tmp_path.iterdir())  # it was under way
             raise OSError("no space left on device")
-        return pieces(entry, tensors)
+        return read_layers(entry, tensors)
 
-    monkeypatch.setattr(convert, "read", fails)
+    monkeypatch.setattr(pytorch, "read_layers", fails)
     with pytest.raises(OSError, match="no space"):
         convert.to_jax(tiny_checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -139,21 +142,24 @@ def test_a_config_of_another_model_is_told(tiny_checkpoint: Path, tmp_path: Path
         convert.to_jax(source, tmp_path / "out")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command, in a process of its own."""
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+def fail_command(*arguments: object) -> str | int | None:
+    """What the command exits with, in this process: a message, or tyro's 2 for a wrong command line."""
+    with pytest.raises(SystemExit) as e:
+        command.main(list(map(str, arguments)))
+    return e.value.code
 
 
-def test_the_command_tells_what_is_wrong_in_one_line(tiny_model: Path, tmp_path: Path) -> None:
-    done = run("to-jax", tiny_model, tmp_path / "out", "--components", "thinker")
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {tiny_model} holds neither model.safetensors nor")
-    assert len(done.stderr.splitlines()) == 1 and not done.stdout.strip()
+def test_the_command_tells_what_is_wrong_in_one_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = str(fail_command("to-jax", tiny_model, tmp_path / "out", "--components", "thinker"))
+    assert told.startswith(f"error: {tiny_model} holds neither model.safetensors nor")
+    assert len(told.splitlines()) == 1 and not capsys.readouterr().out.strip()
     assert list(tmp_path.iterdir()) == []
-    done = run("to-jax", tiny_model, tmp_path / "out", "--verify", "--components", "talker")
-    assert done.returncode == 1 and "--verify compares the Thinker" in done.stderr
-    assert run("to-jax", tiny_model, tmp_path / "out", "--components", "speaker").returncode == 2
-    assert run("to-jax", tiny_model, tmp_path / "out", "--dtyp", "bfloat16").returncode == 2
+    told = fail_command("to-jax", tiny_model, tmp_path / "out", "--verify", "--components", "talker")
+    assert "--verify compares the Thinker" in str(told)
+    assert fail_command("to-jax", tiny_model, tmp_path / "out", "--components", "speaker") == 2
+    assert fail_command("to-jax", tiny_model, tmp_path / "out", "--dtyp", "bfloat16") == 2
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
@@ -167,10 +173,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     config = OmniConfig.tiny(thinker_config=thinker, talker_config=talker)
     write_checkpoint(tmp_path / "torch", config)
     size = (tmp_path / "torch" / "model.safetensors").stat().st_size
-    largest = max(e.size for e in table(config)) * 2
+    largest = max(e.size for e in make_name_table(config)) * 2
     assert size > 300e6 and largest > 90e6
-    for command in (("to-jax", tmp_path / "torch", tmp_path / "jax"), ("to-hf", tmp_path / "jax", tmp_path / "back")):
-        done = run(*command)
+    for arguments in (("to-jax", tmp_path / "torch", tmp_path / "jax"), ("to-hf", tmp_path / "jax", tmp_path / "back")):
+        # in a process of its own, whose memory is that of the command alone
+        done = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         peak = int(done.stdout.split("peak host memory ")[1].split()[0].replace(",", ""))
         assert peak < 1.2 * largest + 1e9  # what is promised

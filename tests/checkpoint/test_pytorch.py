@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from omni_jax.checkpoint.name_map import table
-from omni_jax.checkpoint.pytorch import INDEX_FILE, SINGLE_FILE, check, pieces, read_headers, write_tensors
+from omni_jax.checkpoint.name_map import make_name_table
+from omni_jax.checkpoint.pytorch import INDEX_FILE, SINGLE_FILE, check_tensors, read_headers, read_layers, write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor, read_header, write_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
@@ -40,7 +40,7 @@ def change(folder: Path, edit) -> None:
 
 def complaint(folder: Path, components=None) -> str:
     with pytest.raises(CheckpointError) as e:
-        check(folder, read_headers(folder), TINY, components)
+        check_tensors(folder, read_headers(folder), TINY, components)
     return str(e.value)
 
 
@@ -98,8 +98,8 @@ def test_a_shard_takes_one_tensor_at_least(tmp_path: Path) -> None:
 
 def test_a_sound_folder_passes(tiny_checkpoint: Path, shards: Path) -> None:
     for folder in (tiny_checkpoint, shards):
-        assert check(folder, read_headers(folder), TINY) == ("thinker", "talker", "token2wav")
-        assert check(folder, read_headers(folder), TINY, ["thinker"]) == ("thinker",)
+        assert check_tensors(folder, read_headers(folder), TINY) == ("thinker", "talker", "token2wav")
+        assert check_tensors(folder, read_headers(folder), TINY, ["thinker"]) == ("thinker",)
 
 
 def test_all_trouble_is_told_at_once(folder: Path) -> None:
@@ -119,9 +119,9 @@ def test_all_trouble_is_told_at_once(folder: Path) -> None:
 
 def test_components_that_are_not_asked_for_may_be_absent_but_not_wrong(folder: Path) -> None:
     change(folder, lambda t: [t.pop(n) for n in list(t) if n.startswith("talker.")])
-    assert check(folder, read_headers(folder), TINY) == ("thinker", "token2wav")
+    assert check_tensors(folder, read_headers(folder), TINY) == ("thinker", "token2wav")
     change(folder, lambda t: t.pop("token2wav.code2wav_dit_model.proj_out.bias"))
-    assert check(folder, read_headers(folder), TINY, ["thinker"]) == ("thinker",)
+    assert check_tensors(folder, read_headers(folder), TINY, ["thinker"]) == ("thinker",)
     assert "1 missing:\n    token2wav.code2wav_dit_model.proj_out.bias" in complaint(folder)
     assert "holds no talker; it has thinker, token2wav" in complaint(folder, ["thinker", "talker"])
     change(folder, lambda t: t.update({"token2wav.code2wav_dit_model.proj_out.weight": np.ones((2, 2), np.float32)}))
@@ -133,7 +133,7 @@ def test_the_constant_may_be_absent_but_not_wrong(folder: Path) -> None:
     change(folder, lambda t: t.update({name: np.ones(3, np.float32)}))
     assert f"{name}: config.json makes it [8], found [3]" in complaint(folder)
     change(folder, lambda t: t.pop(name))
-    assert check(folder, read_headers(folder), TINY)
+    assert check_tensors(folder, read_headers(folder), TINY)
 
 
 def test_both_naming_schemes_give_equal_leaves(tiny_checkpoint: Path, folder: Path) -> None:
@@ -150,9 +150,9 @@ def test_both_naming_schemes_give_equal_leaves(tiny_checkpoint: Path, folder: Pa
         and "thinker.model.visual.merger.ln_q.weight" in names
     )
     published, in_memory = read_headers(tiny_checkpoint), read_headers(folder)
-    assert check(folder, in_memory, TINY) == ("thinker", "talker", "token2wav")
-    for entry in table(TINY, ["thinker"]):
-        for a, b in zip(pieces(entry, published), pieces(entry, in_memory), strict=True):
+    assert check_tensors(folder, in_memory, TINY) == ("thinker", "talker", "token2wav")
+    for entry in make_name_table(TINY, ["thinker"]):
+        for a, b in zip(read_layers(entry, published), read_layers(entry, in_memory), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
@@ -162,10 +162,22 @@ def test_a_tensor_under_both_names_is_refused(folder: Path) -> None:
         read_headers(folder)
 
 
-def test_a_thinker_by_itself_is_refused(folder: Path) -> None:
-    change(folder, lambda t: [t.update({n.removeprefix("thinker."): t.pop(n)}) for n in list(t) if "thinker." in n])
-    change(folder, lambda t: [t.pop(n) for n in list(t) if n.startswith(("talker.", "token2wav."))])
-    assert "a part that was saved by itself is not read" in complaint(folder)
+def test_the_names_of_a_thinker_alone(tiny_checkpoint: Path, folder: Path) -> None:
+    change(folder, lambda t: [t.pop(n) for n in list(t) if not n.startswith("thinker.")])
+    with_prefix = read_headers(folder, "thinker")
+    change(folder, lambda t: [t.update({n.removeprefix("thinker."): t.pop(n)}) for n in list(t)])
+    assert read_headers(folder, "thinker").keys() == with_prefix.keys()
+    assert check_tensors(folder, with_prefix, TINY) == ("thinker",)
+    # with the config.json of the whole model they are no tensors of it
+    assert "A Thinker saved alone has its own config.json" in complaint(folder)
+
+
+def test_an_index_cannot_lead_out_of_the_folder(shards: Path) -> None:
+    index = json.loads((shards / INDEX_FILE).read_text())
+    index["weight_map"]["thinker.lm_head.weight"] = "../other.safetensors"
+    (shards / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names files outside its folder[\s\S]*\.\./other"):
+        read_headers(shards)
 
 
 def test_a_stack_of_several_dtypes_is_refused(folder: Path) -> None:

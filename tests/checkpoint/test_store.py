@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.name_map import table
+from omni_jax.checkpoint.name_map import make_name_table
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 
@@ -48,7 +48,7 @@ def test_large_leaves_are_written_in_blocks(tmp_path: Path, monkeypatch: pytest.
 
 def test_abstract_has_the_shapes_of_the_table(tiny_model: Path) -> None:
     tree = flatten_dict(store.abstract(tiny_model, dtype="bfloat16"))
-    assert {path: x.shape for path, x in tree.items()} == {e.path: e.leaf_shape for e in table(TINY)}
+    assert {path: x.shape for path, x in tree.items()} == {e.path: e.leaf_shape for e in make_name_table(TINY)}
     assert {str(x.dtype) for path, x in tree.items() if path[0] == "thinker"} == {"bfloat16"}
 
 
@@ -65,7 +65,7 @@ class TestDamage:
 
     def test_no_config(self, folder: Path) -> None:
         (folder / "config.json").unlink()
-        with pytest.raises(CheckpointError, match=r"not whole[\s\S]*config.json"):
+        with pytest.raises(CheckpointError, match=r"is incomplete[\s\S]*config.json"):
             store.load(folder)
 
     def test_no_component(self, folder: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_call_is_neither_made_nor_imported(tmp_path: Path, protocol: int) -> N
         (b"ctorch\nFloatStorage\n)R.", "a call of torch.FloatStorage"),
         (b"K\x01)R.", "a call of what is no function"),
         (b"}K\x01K\x02s.", "a dictionary with a int as key"),
-        (b"(X\x03\x00\x00\x00abcK\x01K\x01K\x01K\x01tQ.", "a reference that is none to the numbers of a tensor"),
+        (b"(X\x03\x00\x00\x00abcK\x01K\x01K\x01K\x01tQ.", "a reference to something else than the storage of a tensor"),
     ],
 )
 def test_anything_else_than_data_is_refused_by_name(tmp_path: Path, program: bytes, told: str) -> None:
@@ -181,7 +181,7 @@ def test_no_program_does_more_than_fail(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("program", "told"),
     [
-        (tensor(shape=(5,)), r"a tensor [5] that 4 numbers do not fill"),
+        (tensor(shape=(5,)), r"a tensor [5] that 4 values do not fill"),
         (tensor(shape=(2,), strides=(4,)), "do not fill"),
         (tensor(offset=1), "do not fill"),
         (tensor(shape=(2**31 - 1, 2**31 - 1), strides=(0, 0)), "do not fill"),

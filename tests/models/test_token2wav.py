@@ -17,7 +17,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
-from omni_jax.checkpoint.name_map import table
+from omni_jax.checkpoint.name_map import make_name_table
 from omni_jax.config import BigVGANConfig, OmniConfig
 from omni_jax.models import bigvgan
 from omni_jax.models.dit import Blocks, Conditions, Modulations, block_attention, pack
@@ -32,7 +32,7 @@ SIZES = {"tiny": OmniConfig.tiny(), "3B": OmniConfig.qwen2_5_omni_3b(), "7B": Om
 def test_parameters_are_the_table(size: str) -> None:
     boxed = abstract_params(Token2Wav(SIZES[size].token2wav_config))
     ours = {path: leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
-    assert ours == {entry.path[1:]: entry.leaf_shape for entry in table(SIZES[size], ["token2wav"])}
+    assert ours == {entry.path[1:]: entry.leaf_shape for entry in make_name_table(SIZES[size], ["token2wav"])}
     for leaf in flatten_dict(boxed).values():
         assert len(leaf.names) == leaf.value.ndim
         assert set(leaf.names) <= set(RULES)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from omni_jax.checkpoint.name_map import table
+from omni_jax.checkpoint.name_map import make_name_table
 from omni_jax.data.examples import make_example
 from omni_jax.models.thinker import Thinker
 from omni_jax.training.optimizer import flat
@@ -52,7 +52,7 @@ def test_loss_and_gradients(pair: Pair, gradients, kind: str) -> None:
     ours = flat(grads)
     largest = max(float(np.abs(g).max()) for g in ours.values())
     seen = 0
-    for entry in table(pair.config, ["thinker"]):
+    for entry in make_name_table(pair.config, ["thinker"]):
         layers = [theirs[name] for name in entry.names]
         found = [np.zeros(entry.shape) if g is None else g.numpy() for g in layers]
         leaves = [entry.to_jax(g) for g in found]

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.parts import from_parts
+from omni_jax.checkpoint.assemble_thinker import assemble_thinker
 from omni_jax.checkpoint.pytorch import read_headers, write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor
 from omni_jax.errors import CheckpointError
@@ -57,7 +57,7 @@ def parts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def test_all_parts(tiny_checkpoint: Path, tiny_model: Path, parts: dict[str, Path], tmp_path: Path) -> None:
-    random = from_parts(tiny_checkpoint, tmp_path / "made", parts)
+    random = assemble_thinker(tiny_checkpoint, tmp_path / "made", parts)
     assert all(name.startswith(("thinker.audio_tower.proj", "thinker.audio_tower.audio_bos")) for name in random)
     made = flatten_dict(store.load(tmp_path / "made", ["thinker"])["thinker"], sep="/")
     expected = flatten_dict(store.load(tiny_model, ["thinker"])["thinker"], sep="/")
@@ -71,7 +71,7 @@ def test_a_seed_decides_what_no_part_holds(tiny_checkpoint: Path, parts: dict[st
     llm = {"llm": parts["llm"]}
     trees = []
     for i, seed in enumerate((0, 0, 1)):
-        random = from_parts(tiny_checkpoint, tmp_path / str(i), llm, seed)
+        random = assemble_thinker(tiny_checkpoint, tmp_path / str(i), llm, seed)
         trees.append(flatten_dict(store.load(tmp_path / str(i), ["thinker"])["thinker"], sep="/"))
     assert any(name.startswith("thinker.visual") for name in random)
     kernel = "vision_encoder/layers/attention/query/kernel"
@@ -81,12 +81,12 @@ def test_a_seed_decides_what_no_part_holds(tiny_checkpoint: Path, parts: dict[st
 
 def test_a_head_that_is_the_embeddings(tiny_checkpoint: Path, parts: dict[str, Path], tmp_path: Path) -> None:
     tensors = {n: t.read() for n, t in read_headers(parts["llm"]).items() if n != "lm_head.weight"}
-    from_parts(tiny_checkpoint, tmp_path / "made", {"llm": write(tmp_path / "tied", tensors)})
+    assemble_thinker(tiny_checkpoint, tmp_path / "made", {"llm": write(tmp_path / "tied", tensors)})
     decoder = store.load(tmp_path / "made", ["thinker"])["thinker"]["decoder"]
     assert np.array_equal(decoder["head"]["kernel"].T, decoder["embed"]["embedding"])
 
 
 def test_a_part_of_another_model(tiny_checkpoint: Path, parts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing:\n    thinker\.visual"):
-        from_parts(tiny_checkpoint, tmp_path / "made", {"vision": parts["audio"]})
+        assemble_thinker(tiny_checkpoint, tmp_path / "made", {"vision": parts["audio"]})
     assert not (tmp_path / "made").exists()

@@ -1,0 +1,171 @@
+"""A Thinker assembled from the models that its training begins with (Qwen2.5-Omni report, section 3).
+
+Qwen2.5 gives the language model, Qwen2.5-VL the vision encoder, Whisper-large-v3 the audio encoder. Their tensors have
+other names than in the published Thinker, and nothing else is different, but that Qwen2.5-VL keeps query, key and value
+in one tensor. So each of the Thinker's tensors is looked up in ``SOURCES``, and then converted like a published one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from omni_jax.checkpoint import store
+from omni_jax.checkpoint.model_files import CONSTANTS_FILE, side_files
+from omni_jax.checkpoint.name_map import Entry, describe_differences, describe_list, make_name_table
+from omni_jax.checkpoint.pytorch import read_headers
+from omni_jax.checkpoint.tensor_file import StoredTensor, write_file
+from omni_jax.config import OmniConfig
+from omni_jax.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Where a tensor of the Thinker is to be found.
+
+    Attributes:
+      model: "llm", "vision" or "audio".
+      names: what it may be called there; the first that is there is taken.
+    """
+
+    model: str
+    names: tuple[str, ...]
+
+
+# a tensor of the Thinker, as a regular expression -> its source; the first that matches
+SOURCES: dict[str, TensorSource] = {
+    # small language models use their embeddings as the head too, and have no tensor of that name
+    r"thinker\.lm_head\.weight": TensorSource("llm", ("lm_head.weight", "model.embed_tokens.weight")),
+    r"thinker\.(model\..*)": TensorSource("llm", (r"\1",)),
+    r"thinker\.visual\.(blocks\.\d+\.attn)\.[qkv]\.(weight|bias)": TensorSource(
+        "vision", (r"visual.\1.qkv.\2", r"model.visual.\1.qkv.\2")
+    ),
+    r"thinker\.visual\.(.*)": TensorSource("vision", (r"visual.\1", r"model.visual.\1")),
+    r"thinker\.audio_tower\.ln_post\.(.*)": TensorSource(
+        "audio", (r"model.encoder.layer_norm.\1", r"encoder.layer_norm.\1")
+    ),
+    r"thinker\.audio_tower\.((conv|layers).*)": TensorSource("audio", (r"model.encoder.\1", r"encoder.\1")),
+}
+_FUSED = re.compile(r"thinker\.visual\.blocks\.\d+\.attn\.([qkv])\.")
+
+
+@dataclass(frozen=True)
+class _FoundTensor:
+    """A tensor of another model, or its first, second or third part."""
+
+    tensor: StoredTensor
+    third: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first, *rest = self.tensor.shape
+        return (first if self.third is None else first // 3, *rest)
+
+    def read(self) -> np.ndarray:
+        values = self.tensor.read()
+        return values if self.third is None else np.split(values, 3)[self.third]
+
+
+def assemble_thinker(files: Path, target: Path, models: Mapping[str, Path], seed: int = 0) -> list[str]:
+    """Writes a checkpoint with a Thinker alone. All is checked before the first tensor is read.
+
+    Args:
+      files: a folder with config.json, tokenizer.json and the other small files of the model.
+      target: a path where nothing is yet.
+      models: Hugging Face folders of "llm", "vision" and "audio"; the tensors of one that is missing begin at random.
+      seed: of the tensors that begin at random.
+
+    Returns:
+      The published names of the tensors that begin at random.
+
+    Raises:
+      CheckpointError: if a model lacks a tensor of the Thinker, or has it in another shape.
+      ConfigError: if config.json is not the model's.
+    """
+    entries = make_name_table(OmniConfig.load(files), ["thinker"])
+    headers = {model: read_headers(folder) for model, folder in models.items()}
+    found: dict[str, _FoundTensor] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        for name in entry.names:
+            tensor = _find_tensor(name, headers)
+            if tensor is not None:
+                found[name] = tensor
+            if _source_model(name) in models:
+                expected[name] = entry.shape
+    trouble = describe_differences(expected, found)
+    if trouble:
+        folders = ", ".join(f"{model} {folder}" for model, folder in models.items())
+        raise CheckpointError(f"{folders}: not the Thinker that {files / 'config.json'} describes:{trouble}")
+    dtypes = _choose_dtypes(entries, found)
+
+    def make_leaf(entry: Entry) -> store.Leaf:
+        def read() -> Iterator[np.ndarray]:
+            for name in entry.names:
+                yield entry.to_jax(found[name].read() if name in found else _init_tensor(entry, name, seed))
+
+        return store.Leaf(entry.path, entry.leaf_shape, dtypes[entry.path], entry.stacked, read)
+
+    def write_beside(folder: Path) -> None:
+        for file in side_files(files):
+            shutil.copyfile(file, folder / file.name)
+        write_file(folder / CONSTANTS_FILE, [])
+
+    store.save(target, [make_leaf(entry) for entry in entries], write_beside)
+    return [name for entry in entries for name in entry.names if name not in found]
+
+
+def _choose_dtypes(entries: tuple[Entry, ...], found: Mapping[str, _FoundTensor]) -> dict[tuple[str, ...], np.dtype]:
+    """The dtype of each leaf: its tensors', or float32 where they begin at random."""
+    dtypes: dict[tuple[str, ...], np.dtype] = {}
+    mixed: list[str] = []
+    for entry in entries:
+        kinds = {found[name].tensor.dtype for name in entry.names if name in found}
+        if len(kinds) > 1:
+            mixed.append(entry.names[0])
+        dtypes[entry.path] = next(iter(kinds), np.dtype(np.float32))
+    if mixed:
+        raise CheckpointError(f"the models have layers of several dtypes:{describe_list('of them', mixed)}")
+    return dtypes
+
+
+def _source_model(name: str) -> str | None:
+    """Which of the models has a tensor of the Thinker; None for one that always begins at random."""
+    for pattern, source in SOURCES.items():
+        if re.fullmatch(pattern, name):
+            return source.model
+    return None
+
+
+def _find_tensor(name: str, headers: Mapping[str, Mapping[str, StoredTensor]]) -> _FoundTensor | None:
+    for pattern, source in SOURCES.items():
+        match = re.fullmatch(pattern, name)
+        if match is None:
+            continue
+        header = headers.get(source.model, {})
+        for other in source.names:
+            tensor = header.get(match.expand(other))
+            if tensor is not None:
+                fused = _FUSED.match(name)
+                return _FoundTensor(tensor, "qkv".index(fused[1]) if fused else None)
+        return None
+    return None
+
+
+def _init_tensor(entry: Entry, name: str, seed: int) -> np.ndarray:
+    """A tensor's random values, float32 [entry.shape]: normal, with kernels that keep the variance of their input."""
+    kind = entry.path[-1]
+    if kind == "scale":
+        return np.ones(entry.shape, np.float32)
+    if kind == "bias":
+        return np.zeros(entry.shape, np.float32)
+    std = 0.02 if kind == "embedding" else 1 / math.sqrt(math.prod(entry.shape[1:]))
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return np.float32(std) * rng.standard_normal(entry.shape, dtype=np.float32)
