@@ -60,14 +60,14 @@ def test_command_exists(command: str) -> None:
         module = ROOT / arguments[1].replace(".", "/")
         assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
         return
-    script, *rest = arguments
-    assert (ROOT / script).is_file()
-    if script == "serve.py":
+    file, *rest = arguments
+    assert (ROOT / file).is_file()
+    if file == "serve.py":
         tyro.extras.subcommand_cli_from_dict(serve.COMMANDS, args=rest)
-    elif script == "train.py":
+    elif file == "train.py":
         assert rest[0] in RECIPES
-    elif script == "tools/convert.py":
-        assert f'"{rest[0]}"' in (ROOT / script).read_text(encoding="utf-8")
+    elif file == "tools/convert.py":
+        assert f'"{rest[0]}"' in (ROOT / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", [README, USAGE], ids=lambda page: page.name)
