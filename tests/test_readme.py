@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -143,3 +144,26 @@ def test_cited_sections_exist(name: str, section: str) -> None:
     if section:
         heading = rf"^#+ {re.escape(section)}[. ]"
         assert re.search(heading, page.read_text(encoding="utf-8"), re.MULTILINE), f"docs/{name} has no {section}"
+
+
+def find_defined_names() -> set[str]:
+    """Everything that the package defines: functions, classes, modules."""
+    names = set()
+    for path in (ROOT / "omni_jax").rglob("*.py"):
+        names.add(path.stem)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+    return names
+
+
+def test_walks_name_what_there_is() -> None:
+    """The walks through the code in docs/architecture.md follow its names: ``function``, ``Class`` or ``Class.method``."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    walks = page.partition("## Three walks")[2].partition("\n## ")[0]
+    cited = set(re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)(?:\([^`]*\))?`", walks))
+    assert len(cited) > 40
+    defined = find_defined_names()
+    others = {"rows.jsonl", "talker_inputs"}  # a file and a field
+    unknown = sorted(name for name in cited - others if not set(name.split(".")) <= defined)
+    assert not unknown, f"docs/architecture.md names what is not there: {', '.join(unknown)}"
