@@ -158,7 +158,7 @@ def find_defined_names() -> set[str]:
 
 
 def test_walks_name_what_there_is() -> None:
-    """The walks through the code in docs/architecture.md follow its names: ``function``, ``Class`` or ``Class.method``."""
+    """The walks in docs/architecture.md name functions, classes and methods (``Class.method``) of the package."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     walks = page.partition("## Three walks")[2].partition("\n## ")[0]
     cited = set(re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)(?:\([^`]*\))?`", walks))
