@@ -114,7 +114,7 @@ def measure(folders: Sequence[Path]) -> Measures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Measures of how code reads, by its syntax alone.")
     parser.add_argument("folders", nargs="*", type=Path, default=[ROOT / "omni_jax"], metavar="FOLDER")
     folders = parser.parse_args().folders
     for folder in folders:

@@ -6,7 +6,7 @@ import ast
 import functools
 import graphlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "omni_jax"
 
 # from the top floor down; a module may import what stands on its own floor or below
-FLOORS = """serving evaluation training generation engine data models checkpoint processing layers
+FLOORS: Sequence[str] = """serving evaluation training generation engine data models checkpoint processing layers
     mrope batch distributed sharding config config_file checks errors""".split()
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 70
