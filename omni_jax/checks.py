@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,17 @@ def check_float(name: str, value: Any, low: float, high: float, *, above: bool =
     if not (low < rounded if above else low <= rounded) or not rounded <= high:
         raise InputError(f"{name} is {shown(value)}; it must be {wanted}")
     return number
+
+
+def check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Whether all names of keyword arguments are known.
+
+    Raises:
+      InputError: naming those that are not, and those that are.
+    """
+    unknown = sorted(str(name) for name in given if name not in known)
+    if unknown:
+        raise InputError(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
 
 
 def shown(value: Any) -> str:

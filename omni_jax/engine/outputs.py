@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from omni_jax.checks import SEED_MAX, check_float, check_int
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.errors import InputError
 from omni_jax.models.token2wav import SAMPLE_RATE
@@ -61,19 +62,26 @@ class Options:
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
         options = cls(**given)
-        if options.max_tokens < 1:
-            raise InputError(f"max_tokens is {options.max_tokens}; it must be at least 1")
+        check_int("max_tokens", options.max_tokens, 1)
+        for token in options.stop_token_ids:
+            check_int("stop_token_ids", token, 0)
+        if options.assume_fps is not None:
+            check_float("assume_fps", options.assume_fps, 0, 1000, above=True)
         if any(not isinstance(s, str) or not s for s in options.stop):
             raise InputError(f"stop is {options.stop!r}; each must be a string of at least one character")
         if isinstance(options.modalities, str) or not set(options.modalities) <= {"text", "audio"}:
             raise InputError(f'modalities is {options.modalities!r}; it must be ["text"] or ["text", "audio"]')
         if not isinstance(options.talker, Mapping):
             raise InputError(f"talker is {options.talker!r}; it must be a dict of options")
-        noise = options.noise_seed
-        if noise is not None and (not isinstance(noise, int) or isinstance(noise, bool) or not 0 <= noise < 2**32):
-            raise InputError(f"noise_seed is {noise!r}; it must be a whole number of at least 0 and below 2**32")
+        if options.noise_seed is not None:
+            check_int("noise_seed", options.noise_seed, 0, SEED_MAX)
         _ = options.sampling
         return options
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of the keyword arguments."""
+        return [f.name for f in dataclasses.fields(cls)]
 
     @property
     def speaks(self) -> bool:

@@ -19,6 +19,8 @@ from omni_jax.mrope import Span
 from omni_jax.processing.layout import Prompt, Usage
 from omni_jax.processing.prefill_plan import Chunk
 
+BLOCK_SIZES = (16, 32, 64, 128)  # of lists of whole replies, in blocks of 0.24 s of speech
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Bool, Float, Int, UInt32
 
 from omni_jax.batch import Array
-from omni_jax.errors import InputError
+from omni_jax.checks import SEED_MAX, check_float, check_int
 
 _NEVER = -jnp.inf
 _FEW = 64  # likeliest tokens, of which most settings draw: the Talker's default top k is 40
@@ -40,19 +40,20 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        limits = {
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0 (0: all tokens)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "seed": (0 <= self.seed < 2**32, "at least 0 and below 2**32"),
-        }
-        for name, (holds, limit) in limits.items():
-            if not holds:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {limit}")
+        check_float("temperature", self.temperature, 0, 100)
+        check_int("top_k", self.top_k, 0, hint="0: all tokens")
+        check_float("top_p", self.top_p, 0, 1, above=True)
+        check_float("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        if self.seed is not None:
+            check_int("seed", self.seed, 0, SEED_MAX)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of the fields, in order."""
+        return [field.name for field in dataclasses.fields(cls)]
 
 
 @struct.dataclass
@@ -85,7 +86,7 @@ class SamplingState:
             top_k=np.array([r.top_k or vocab for r in rows], np.int32),
             top_p=np.array([r.top_p for r in rows], np.float32),
             penalty=np.array([r.repetition_penalty for r in rows], np.float32),
-            seed=np.array([r.seed for r in rows], np.uint32),
+            seed=np.array([r.seed or 0 for r in rows], np.uint32),
             step=np.zeros(len(rows), np.int32),
             seen=seen,
             suppressed=suppressed,

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array, Spans
+from omni_jax.checks import check_int
 from omni_jax.config import OmniConfig, TalkerConfig
 from omni_jax.engine.sampling import SamplingParams, SamplingState, put_row, sample
 from omni_jax.engine.thinker_engine import PAD_TOKEN, call, on_mesh, place_after, room
@@ -52,7 +53,7 @@ class TalkerParams:
     top_p: float = 0.8
     repetition_penalty: float = 1.05
     max_tokens: int = 4096
-    seed: int = 0
+    seed: int | None = None
 
     @classmethod
     def create(cls, given: Mapping[str, Any], config: OmniConfig) -> TalkerParams:
@@ -70,9 +71,8 @@ class TalkerParams:
         talk = cls(**given)
         dit = config.token2wav_config.dit_config
         most = dit.max_position_embeddings // dit.repeats
-        if not 1 <= talk.max_tokens <= most:
-            raise InputError(f"talker max_tokens is {talk.max_tokens}; it must be at least 1 and at most {most}")
         try:
+            check_int("max_tokens", talk.max_tokens, 1, most)
             _ = talk.sampling
         except InputError as e:
             raise InputError(f"talker {e}") from e
@@ -261,7 +261,7 @@ class TalkerEngine:
         speakers, begins = np.zeros(rows, np.int32), np.zeros((rows, 1), np.int32)
         for i, r in requests.items():
             # words and codes of one request are not to be drawn with the same random numbers
-            samplings[i] = dataclasses.replace(r.talk.sampling, seed=r.talk.seed ^ _SALT)
+            samplings[i] = dataclasses.replace(r.talk.sampling, seed=(r.talk.seed or 0) ^ _SALT)
             left[i] = min(r.talk.max_tokens, max(c.max_position_embeddings - r.prompt - 2, 0))
             speakers[i], begins[i] = r.speaker, r.begin
         new = np.isin(np.arange(rows), list(requests))
