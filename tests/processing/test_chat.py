@@ -117,16 +117,16 @@ def test_input_audio_is_base64():
             "unknown format 'mid'; known: wav, mp3",
         ),
         (input_audio({"data": 5}), "data must be base64, got 5"),
-        ({**VIDEO, "fps": 0}, f"{PLACE}: fps must be a number over 0, got 0"),
-        ({**VIDEO, "fps": "2"}, "fps must be a number over 0, got '2'"),
-        ({**VIDEO, "fps": float("nan")}, "fps must be a number over 0, got nan"),
-        ({**VIDEO, "nframes": 2.5}, "nframes must be a whole number over 0, got 2.5"),
+        ({**VIDEO, "fps": 0}, f"{PLACE}: fps is 0; it must be above 0 and at most 1000"),
+        ({**VIDEO, "fps": "2"}, "fps is '2'; it must be a number above 0"),
+        ({**VIDEO, "fps": float("nan")}, "fps is nan; it must be above 0"),
+        ({**VIDEO, "nframes": 2.5}, "nframes is 2.5; it must be a whole number from 1"),
         ({**VIDEO, "fps": 1, "nframes": 4}, "fps and nframes both say how many frames to take; give one of them"),
-        ({**VIDEO, "use_audio_in_video": "yes"}, "use_audio_in_video must be true, false or \"auto\", got 'yes'"),
+        ({**VIDEO, "use_audio_in_video": "yes"}, "use_audio_in_video is 'yes'; it must be true, false or \"auto\""),
         ({**VIDEO, "video_start": 3, "video_end": 2}, "video_start 3 is not before video_end 2"),
         ({**VIDEO, "min_pixels": 9, "max_pixels": 8}, "min_pixels 9 is over max_pixels 8"),
         ({**AUDIO, "audio_start": -1}, "audio_start must be a number of seconds, 0 or more, got -1"),
-        ({**AUDIO, "audio_end": True}, "audio_end must be a number of seconds, 0 or more, got True"),
+        ({**AUDIO, "audio_end": True}, "audio_end is True; it must be a number"),
     ],
 )
 def test_parts_that_are_refused(part, message):
@@ -164,16 +164,16 @@ def test_built_in_template(tmp_path):
     template = ChatTemplate.load(tmp_path)
     media = [{"type": "image", "image": "a"}, {"type": "audio", "audio": "b"}, {"type": "video", "video": "c"}]
     content = [*media, {"type": "text", "text": " What? "}]
-    said = render(template, [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}])
-    assert said == (
+    text = render(template, [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}])
+    assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "<|vision_bos|><|IMAGE|><|vision_eos|>"
         "<|audio_bos|><|AUDIO|><|audio_eos|><|vision_bos|><|VIDEO|><|vision_eos|> What? <|im_end|>\n"
         "<|im_start|>assistant\nThis.<|im_end|>\n<|im_start|>assistant\n"
     )
     spoken = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}, {"role": "user", "content": "x"}]
-    said = render(template, spoken, add_generation_prompt=False)
-    assert said == f"<|im_start|>system\n{SPEECH_SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
+    text = render(template, spoken, add_generation_prompt=False)
+    assert text == f"<|im_start|>system\n{SPEECH_SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
 
 
 def test_the_template_knows_who_wrote_what(tmp_path):
