@@ -19,6 +19,7 @@ MAX_LINE_BYTES = 1 << 30
 ID_PREFIX = "batch_req_"  # of the id of a result; the line's number follows
 
 _FIELDS = ("custom_id", "method", "url", "body")
+_MAX_MESSAGE = 2000  # characters of an error
 _BOM = b"\xef\xbb\xbf"  # what editors on Windows begin a file with, and so a part of joined files
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -138,6 +139,8 @@ def make_error(line: Line, custom_id: str | None, error: Exception) -> Result:
     else:
         code = "failed"
         message = f"{type(error).__name__}: {error}"
+    if len(message) > _MAX_MESSAGE:  # some quote all that they were given
+        message = f"{message[:_MAX_MESSAGE]}... ({len(message)} characters)"
     problem = {"code": code, "message": message}
     text = _dump({"id": line.result_id, "custom_id": custom_id, "response": None, "error": problem})
     return Result(text, failed=True)
