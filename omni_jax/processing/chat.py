@@ -118,7 +118,7 @@ def _parse_message(message: Any, where: str) -> Message:
         return Message(role, replace_surrogates(content))
     if not isinstance(content, list | tuple):
         raise InputError(f"{where}: content must be a string or a list of parts, got {shown(content)}")
-    return Message(role, tuple(_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)))
+    return Message(role, tuple(_parse_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)))
 
 
 def _read_transcript(audio: Any, where: str) -> str | None:
@@ -135,7 +135,7 @@ def replace_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _part(part: Any, where: str) -> TextPart | MediaPart:
+def _parse_part(part: Any, where: str) -> TextPart | MediaPart:
     if not isinstance(part, Mapping):
         raise InputError(f"{where} must be an object with a type, got {shown(part)}")
     kind = part.get("type")
@@ -144,38 +144,39 @@ def _part(part: Any, where: str) -> TextPart | MediaPart:
     return _READERS[kind](part, where)
 
 
-def _text_part(part: Mapping[str, Any], where: str) -> TextPart:
+def _parse_text(part: Mapping[str, Any], where: str) -> TextPart:
     _check_keys(part, ("type", "text"), where)
     if not isinstance(part.get("text"), str):
         raise InputError(f"{where}: text must be a string, got {shown(part.get('text'))}")
     return TextPart(replace_surrogates(part["text"]))
 
 
-def _media_part(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart]:
+def _make_media_reader(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart]:
     """Hugging Face's parts: ``{"type": "image", "image": source}``; the source may also stand under url or path."""
 
     def read(part: Mapping[str, Any], where: str) -> MediaPart:
+        # which of them a data set uses depends on its age
         names = (kind, "url", "path")
         _check_keys(part, ("type", *names, *_OPTIONS[kind]), where)
         given = [name for name in names if part.get(name) is not None]
         if len(given) != 1:
             raise InputError(f"{where}: give the {kind} once, under {' or '.join(names)}; given: {given or 'nothing'}")
-        return MediaPart(kind, part[given[0]], where, _options(part, kind, where))
+        return MediaPart(kind, part[given[0]], where, _read_options(part, kind, where))
 
     return read
 
 
-def _url_part(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart]:
+def _make_url_reader(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart]:
     """OpenAI's parts and their like: ``{"type": "image_url", "image_url": {"url": ...}}``, or the URL alone."""
     name = f"{kind}_url"
 
     def read(part: Mapping[str, Any], where: str) -> MediaPart:
         _check_keys(part, ("type", name, *_OPTIONS[kind]), where)
         value = part.get(name)
-        options = _options(part, kind, where)
+        options = _read_options(part, kind, where)
         if isinstance(value, Mapping):
             _check_keys(value, ("url", "detail") if kind == "image" else ("url",), f"{where}.{name}")
-            options = _detail(value.get("detail") or "auto", f"{where}.{name}") | options
+            options = _parse_detail(value.get("detail") or "auto", f"{where}.{name}") | options
             value = value.get("url")
         if not isinstance(value, str):
             raise InputError(f"{where}.{name} must be a URL or an object with a url, got {shown(value)}")
@@ -184,7 +185,7 @@ def _url_part(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart]:
     return read
 
 
-def _detail(detail: Any, where: str) -> dict[str, Any]:
+def _parse_detail(detail: Any, where: str) -> dict[str, Any]:
     if not isinstance(detail, str) or detail not in ("auto", "low", "high"):
         raise InputError(f"{where}: unknown detail {shown(detail)}; known: auto, low, high")
     return {"max_pixels": LOW_DETAIL_PIXELS} if detail == "low" else {}
@@ -193,7 +194,7 @@ def _detail(detail: Any, where: str) -> dict[str, Any]:
 AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac", "webm")
 
 
-def _input_audio_part(part: Mapping[str, Any], where: str) -> MediaPart:
+def _parse_input_audio(part: Mapping[str, Any], where: str) -> MediaPart:
     _check_keys(part, ("type", "input_audio", *_OPTIONS["audio"]), where)
     value = part.get("input_audio")
     _check_keys(value, ("data", "format"), f"{where}.input_audio")
@@ -206,7 +207,7 @@ def _input_audio_part(part: Mapping[str, Any], where: str) -> MediaPart:
         data = decode_base64(data, f"{where}.input_audio.data")
     if not isinstance(data, str | bytes):
         raise InputError(f"{where}.input_audio: data must be base64, got {shown(data)}")
-    return MediaPart("audio", data, where, _options(part, "audio", where))
+    return MediaPart("audio", data, where, _read_options(part, "audio", where))
 
 
 def _check_positive(name: str, value: Any) -> int:
@@ -250,7 +251,7 @@ _OPTIONS: dict[str, Mapping[str, Callable[[str, Any], Any]]] = {
 }
 
 
-def _options(part: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:
+def _read_options(part: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:
     """The options of a media part, checked one by one and together; None is as good as none."""
     options: dict[str, Any] = {}
     for name, check in _OPTIONS[kind].items():
@@ -268,14 +269,14 @@ def _options(part: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], str], TextPart | MediaPart]] = {
-    "text": _text_part,
-    "image_url": _url_part("image"),
-    "input_audio": _input_audio_part,
-    "audio_url": _url_part("audio"),
-    "video_url": _url_part("video"),
-    "image": _media_part("image"),
-    "audio": _media_part("audio"),
-    "video": _media_part("video"),
+    "text": _parse_text,
+    "image_url": _make_url_reader("image"),
+    "input_audio": _parse_input_audio,
+    "audio_url": _make_url_reader("audio"),
+    "video_url": _make_url_reader("video"),
+    "image": _make_media_reader("image"),
+    "audio": _make_media_reader("audio"),
+    "video": _make_media_reader("video"),
 }
 
 
@@ -416,7 +417,7 @@ class _Parts(list[dict[str, str]]):
         return other + self._text if isinstance(other, str) else NotImplemented
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name.startswith("_"):  # pickling and copying look for such before there is a text
             raise AttributeError(name)
         return getattr(self._text, name)  # strip, split, startswith ...
 
@@ -432,6 +433,7 @@ def _template_message(message: Message, stand_ins: _StandIns) -> dict[str, Any]:
             parts.append({"type": "text", "text": word})
         else:
             word = stand_ins.add(MEDIA_MARKUP[part.kind], is_markup=True)
+            # templates look at the kind, or at which key is there
             parts.append({"type": part.kind, part.kind: ""})
         text += word
     return {"role": message.role, "content": _Parts(parts, text)}

@@ -32,6 +32,7 @@ def run_batch(command: BatchCommand) -> None:
       InputError, CheckpointError, ConfigError: where no request can be answered.
     """
     check_command(command)
+    # processes find each other before anything else of jax is used
     is_main = True
     if command.distributed:
         join_processes(command.coordinator, command.processes, command.process)
@@ -119,11 +120,13 @@ def _unfinished_lines(name: str, results: Results, progress: BatchProgress) -> I
         custom_id = read_custom_id(line)
         finished = line.number in results.finished
         known_id = results.finished.get(line.number)
+        # the number alone would take the results of another file for those of this one
         if known_id is not None and known_id != custom_id:
             raise InputError(
                 f"the results are of another file of requests: line {line.number} of {name} has custom_id "
                 f"{custom_id!r}, its result {known_id!r}; name another file with -o"
             )
+        # of the lines that are done too: a custom_id may have been used by one of them
         is_new = custom_id is None or seen.add(custom_id)
         if finished:
             continue

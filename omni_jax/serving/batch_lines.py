@@ -81,6 +81,7 @@ def read_lines(name: str, number: int = 1, offset: int = 0) -> Iterator[Line]:
             file.seek(offset)
             while data := file.readline(MAX_LINE_BYTES + 1):
                 if len(data) > MAX_LINE_BYTES:
+                    # read on to its end a piece at a time, so that it never is in memory as a whole
                     while data and not data.endswith(b"\n"):
                         data = file.readline(MAX_LINE_BYTES)
                     yield Line(number, None, offset)
@@ -123,6 +124,7 @@ def read_custom_id(line: Line) -> str | None:
 
 def make_result(line: Line, custom_id: str | None, body: dict[str, Any]) -> str:
     """A line of results that holds the body of an answer."""
+    # the shape of OpenAI's batch results, field by field
     response = {"status_code": 200, "request_id": line.result_id, "body": body}
     return _dump({"id": line.result_id, "custom_id": custom_id, "response": response, "error": None})
 
@@ -180,6 +182,7 @@ class SeenIds:
 
     def add(self, custom_id: str) -> bool:
         """Whether it is new."""
+        # a digest costs the same for an id of any length, and two ids never share one of 128 bits
         digest = hashlib.blake2b(custom_id.encode(errors="surrogatepass"), digest_size=16).digest()
         if digest in self._digests:
             return False

@@ -61,6 +61,7 @@ def answer_over_ray(
         raise InputError(f"cannot reach the Ray cluster {options.address!r}: {e}") from e
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # the driver holds places of lines and not lines: a file of many gigabytes fits
     blocks = list(_make_blocks(lines, block_lines))
     if not blocks:
         return
@@ -71,7 +72,7 @@ def answer_over_ray(
         fn_constructor_args=(spec, input_name),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=options.actors),
-        num_cpus=0 if resources else 1,
+        num_cpus=0 if resources else 1,  # an actor that takes a TPU does not compete for CPUs
         resources=resources or None,
     )
     for row in answered.iter_rows():

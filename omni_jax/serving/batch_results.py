@@ -96,7 +96,7 @@ class FileResults(Results):
         self._file.seek(0)
         num_bytes = 0  # up to the end of the last complete line
         for number, data in enumerate(self._file, start=1):
-            if not data.endswith(b"\n"):
+            if not data.endswith(b"\n"):  # torn: the run was killed while it wrote
                 break
             self._read(name, number, data)
             num_bytes += len(data)

@@ -135,6 +135,7 @@ class BatchRunner:
         """
         with ThreadPoolExecutor(_NUM_WRITERS) as writers:
             run = _Run(self, iter(lines), writers)
+            # a run hands its results out only between two steps, so it may be closed after any of them
             while not run.finished:
                 yield from run.step()
 
@@ -167,6 +168,7 @@ class _Run:
         results += self._submit()
         self._decode()
         results += self._collect_written()
+        # without a busy scheduler nothing but these can bring the next result
         waiting: list[Future[Any]] = [*self._preparing, *self._writing]
         if waiting and not results and not self._scheduler.busy:
             wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
@@ -232,6 +234,7 @@ class _Run:
         can_wait = self._scheduler.busy and self._preparing
         if _num_waiting(self._scheduler) or (can_wait and len(self._prepared) < 2 * num_slots):
             return []
+        # prompts are held back until there are some to choose from, while others keep the scheduler busy;
         # those of like length share the slots' caches with little padding
         self._prepared.sort(key=lambda item: item.max_length)
         chosen = self._prepared[:num_slots]
@@ -253,6 +256,7 @@ class _Run:
             if event.reply is None:
                 continue
             active = self._running.pop(state)
+            # of several hosts one writes; all have made the same reply
             if is_main_process():
                 self._writing.add(self._writers.submit(self._write, active, event.reply))
         self._runner.status.num_running = _num_running(self._scheduler)
@@ -281,6 +285,7 @@ class _Run:
         audio_dir = self._runner.locations.audio_dir
         path = None
         seconds = 0.0
+        # the file first: a result that is written must never name a sound that is not there
         if reply.audio is not None:
             seconds = len(reply.audio) / reply.sample_rate
             if audio_dir is not None:

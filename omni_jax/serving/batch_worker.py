@@ -76,7 +76,7 @@ class Worker:
             set_phase("compiling")
             if spec.warmup_tokens:
                 model.warmup(tokens=spec.warmup_tokens, windows=spec.warmup_windows, slots=spec.scheduler)
-        except BaseException:
+        except BaseException:  # a model that cannot be loaded must leave no processes behind
             self.close()
             raise
         self._runner = BatchRunner(model, spec.model.name, self._media, spec.scheduler, spec.locations, self.status)
@@ -100,5 +100,6 @@ class Worker:
 def _load_model(spec: WorkerSpec) -> OmniModel:
     if spec.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(spec.compile_cache))
+    # a mesh of one device would only make every program a sharded one
     mesh = spec.mesh.make() if spec.mesh.num_devices > 1 else None
     return load(spec.model, dtype=spec.dtype, mesh=mesh)

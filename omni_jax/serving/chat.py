@@ -40,6 +40,7 @@ def run_chat(command: ChatCommand) -> None:
         raise InputError(f"--out {sound_path}: the folder {sound_path.resolve().parent} does not exist")
     terminal = Console(stderr=True)
     start_time = time.perf_counter()
+    # without speech two of the three components need not be loaded
     components = ("thinker",) if sound_path is None else None
     with terminal.status(f"loading {command.model}"):
         model = load(command.model, dtype=command.dtype, components=components, allow_urls=command.allow_urls)

@@ -117,7 +117,7 @@ def parse_body(body: Any) -> ChatRequest:
 
 def _check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:
     for one in neutral:
-        # true is no 1, and false no 0
+        # true is no 1, and false no 0, though Python takes them for equal
         if value == one and isinstance(value, bool) == isinstance(one, bool):
             return
     known = " or ".join(repr(one) for one in neutral)
@@ -270,6 +270,7 @@ def confine(messages: Sequence[Message], base_dir: str, media_root: str) -> tupl
     Raises:
       InputError: for a file outside of it, and for what is neither a path, a URL nor the bytes of a file.
     """
+    # links are followed here, once, and the path that comes out is the one that is opened
     root = resolved(media_root)
 
     def confine_part(part: MediaPart) -> MediaPart:

@@ -58,7 +58,7 @@ class MediaWorkers:
             max_workers=count,
             initializer=_start_worker,
             initargs=(folder, allow_urls, limits.gigabytes),
-            context=multiprocessing.get_context("spawn"),
+            context=multiprocessing.get_context("spawn"),  # forking a process with jax's threads may deadlock
         )
 
     def submit(self, messages: tuple[Message, ...], assume_fps: float | None, max_length: int) -> Future[Prompt]:
@@ -103,6 +103,7 @@ def _start_worker(folder: Path, allow_urls: bool, gigabytes: float) -> None:
     _processor = Processor.load(folder, allow_urls=allow_urls)
     with open("/proc/self/statm", encoding="ascii") as file:
         in_use = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    # what is loaded counts too, so that the same limit holds for small and large tokenizers
     limit = in_use + round(gigabytes * _GIB)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
