@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from omni_jax.checks import check_int
+from omni_jax.checks import check_float, check_int
 from omni_jax.distributed import gather, is_main_process, join_processes
 from omni_jax.engine.request import BLOCK_SIZES, SchedulerConfig
 from omni_jax.errors import InputError
@@ -23,6 +23,8 @@ from omni_jax.serving.commands import BatchCommand
 
 _BLOCK_LINES = 8  # lines that a Ray actor is given at a time, for each slot
 _READ_BYTES = 1 << 24
+_MAX_MEDIA_SECONDS = 86_400.0  # a day: what takes longer has hung
+_MAX_MEDIA_GIGABYTES = 1e6
 
 
 def run_batch(command: BatchCommand) -> None:
@@ -57,6 +59,11 @@ def check_command(command: BatchCommand) -> None:
     """
     check_int("--slots", command.slots, 1)
     check_int("--workers", command.workers, 1)
+    check_int("--warmup-tokens", command.warmup_tokens, 0)
+    check_int("--warmup-windows", command.warmup_windows, 0)
+    check_int("--ray.actors", command.ray.actors, 1)
+    check_float("--media.seconds", command.media.seconds, 0, _MAX_MEDIA_SECONDS, above=True)
+    check_float("--media.gigabytes", command.media.gigabytes, 0, _MAX_MEDIA_GIGABYTES, above=True)
     if not is_file(command.input):
         raise InputError(f"-i {command.input}: no such file")
     if command.distributed and (command.engine == "ray" or command.mesh.num_devices == 1):
