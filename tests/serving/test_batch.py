@@ -109,11 +109,11 @@ def unbroken(tiny_model: Path, folder: Path) -> subprocess.CompletedProcess[str]
 
 def test_every_line_has_its_result(folder: Path, unbroken: subprocess.CompletedProcess[str]) -> None:
     assert unbroken.returncode == 0, unbroken.stderr
-    made = results(folder, "unbroken")
+    values_of_lines = results(folder, "unbroken")
     wrong = requests.bad()
-    assert len(wrong) == 25 and len(made) == NUM_LINES
-    failed = [values for values in made if values["error"] is not None]
-    assert all((values["response"] is None) == (values["error"] is not None) for values in made)
+    assert len(wrong) == 25 and len(values_of_lines) == NUM_LINES
+    failed = [values for values in values_of_lines if values["error"] is not None]
+    assert all((values["response"] is None) == (values["error"] is not None) for values in values_of_lines)
     messages = {values["id"]: values["error"]["message"] for values in failed}
     for place, i in BAD_LINES.items():
         assert wrong[i][1] in messages[f"batch_req_{place + 1:08d}"]
@@ -198,13 +198,13 @@ def test_over_a_mesh_and_over_hosts_the_ids_are_the_same(tmp_path: Path) -> None
     (tmp_path / "media").symlink_to(requests.MEDIA)
     lines = [requests.good(i) for i in (0, 1, 2, 5, 15)]
     (tmp_path / "requests.jsonl").write_text("\n".join(lines) + "\n")
-    made = {}
+    ids_of_runs = {}
     for name, mesh in (("one", ()), ("two", ("--mesh.tensor", "2"))):
         words = [*command(tmp_path / "model", tmp_path, name), "--media-root", str(ROOT), *mesh]
         done = run(words, devices=2)
         assert done.returncode == 0, done.stderr
-        made[name] = {values["custom_id"]: ids(values) for values in results(tmp_path, name)}
-    assert len(made["one"]) == len(lines) and made["one"] == made["two"]
+        ids_of_runs[name] = {values["custom_id"]: ids(values) for values in results(tmp_path, name)}
+    assert len(ids_of_runs["one"]) == len(lines) and ids_of_runs["one"] == ids_of_runs["two"]
 
     # and over two hosts, from where a run has left off
     done = (tmp_path / "two.jsonl").read_bytes().splitlines(keepends=True)
@@ -219,7 +219,7 @@ def test_over_a_mesh_and_over_hosts_the_ids_are_the_same(tmp_path: Path) -> None
     assert [host.returncode for host in hosts] == [0, 0], outputs
     assert json.loads(outputs[0][0].splitlines()[-1])["answered"] == len(lines) - 2
     assert "{" not in outputs[1][0]  # nor does the other one print anything, but for what its collectives do
-    assert {values["custom_id"]: ids(values) for values in results(tmp_path, "hosts")} == made["one"]
+    assert {values["custom_id"]: ids(values) for values in results(tmp_path, "hosts")} == ids_of_runs["one"]
     assert len(results(tmp_path, "hosts")) == len(lines)
 
 
@@ -227,8 +227,8 @@ def batch(model: Path, input: str, output: str, **options: Any) -> dict[str, tup
     """The ids of a run in this process."""
     run_batch(BatchCommand(model, input, output, slots=4, workers=1, warmup_tokens=0, **options))
     with open_file(output) as file:
-        made = [json.loads(data) for data in file]
-    return {values["custom_id"]: ids(values) for values in made}
+        lines = [json.loads(data) for data in file]
+    return {values["custom_id"]: ids(values) for values in lines}
 
 
 def test_in_a_bucket(tiny_model: Path, tmp_path: Path, gs: Bucket, capsys: pytest.CaptureFixture[str]) -> None:

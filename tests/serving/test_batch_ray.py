@@ -48,7 +48,8 @@ def test_two_actors(tiny_model: Path, folder: Path) -> None:
 def test_an_actor_is_killed_half_way(tiny_model: Path, folder: Path) -> None:
     words = over_ray(tiny_model, folder, "killed")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True)
-    file, started = folder / "killed.jsonl", time.monotonic()
+    file = folder / "killed.jsonl"
+    started = time.monotonic()
     while process.poll() is None and time.monotonic() - started < 240:
         if file.exists() and len(file.read_bytes().splitlines()) > 4:
             break

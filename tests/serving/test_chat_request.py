@@ -130,11 +130,11 @@ def test_an_answer() -> None:
     audio = np.array([0, 0.5, -1], np.float32)
     reply = Reply("hello", (1, 2), "stop", Usage(text=3, audio=4), codec_ids=(7,), audio=audio)
     request = parse_body(body(return_token_ids=True, modalities=["text", "audio"]))
-    made = make_body(request, reply, "n", "m", 100, None)
-    (choice,) = made["choices"]
+    answer = make_body(request, reply, "n", "m", 100, None)
+    (choice,) = answer["choices"]
     assert choice["message"]["content"] == choice["message"]["audio"]["transcript"] == "hello"
     assert (choice["token_ids"], choice["message"]["audio"]["codec_ids"]) == ([1, 2], [7])
-    assert made["usage"] == {
+    assert answer["usage"] == {
         "prompt_tokens": 7,
         "completion_tokens": 3,
         "total_tokens": 10,

@@ -33,7 +33,8 @@ KINDS |= {"video.mp4": "video", "silent.mp4": "video"}
 
 def damaged(folder: Path) -> list[tuple[Path, str]]:
     """Sixty files that are cut, have bits flipped, are of another type, huge, or without end."""
-    rng, files = random.Random(0), []
+    rng = random.Random(0)
+    files = []
 
     def add(name: str, data: bytes, kind: str) -> None:
         path = folder / f"{len(files):03d}-{name}"
@@ -72,7 +73,8 @@ def damaged(folder: Path) -> list[tuple[Path, str]]:
 
 def memory() -> int:
     """Bytes of this process and of its children."""
-    me, total = psutil.Process(), 0
+    me = psutil.Process()
+    total = 0
     for process in (me, *me.children(recursive=True)):
         try:
             total += process.memory_info().rss
@@ -93,20 +95,25 @@ def test_sixty_damaged_files(model: omni_jax.OmniModel, media_workers: MediaWork
             lines.append(requests.good(i))
     locations = FileLocations(str(tmp_path), "/", str(tmp_path))
     runner = BatchRunner(model, "m", media_workers, SchedulerConfig(8, 8), locations, RunStatus())
-    made, slowest, half, last = {}, 0.0, 0, time.monotonic()
+    results = {}
+    slowest = 0.0
+    half_memory = 0
+    last = time.monotonic()
     for result in runner.run(Line(i + 1, data.encode()) for i, data in enumerate(lines)):
         values = json.loads(result.text)
-        made[values["custom_id"]] = values
-        slowest, last = max(slowest, time.monotonic() - last), time.monotonic()
-        if len(made) == len(lines) // 2:
-            half = memory()
-    assert len(made) == len(lines)
-    assert memory() < half + MAX_GROWTH
+        results[values["custom_id"]] = values
+        now = time.monotonic()
+        slowest = max(slowest, now - last)
+        last = now
+        if len(results) == len(lines) // 2:
+            half_memory = memory()
+    assert len(results) == len(lines)
+    assert memory() < half_memory + MAX_GROWTH
     assert slowest < 10.0 + MEDIA_SECONDS  # compiling for a new shape included
-    for custom_id, values in made.items():
+    for custom_id, values in results.items():
         if custom_id.startswith("good"):
             assert values["error"] is None, values
-    messages = [v["error"]["message"] for v in made.values() if v["error"] is not None]
+    messages = [v["error"]["message"] for v in results.values() if v["error"] is not None]
     # flipped bits may leave a file that can be read; whatever is cut, of another type or too large may not
     assert len(messages) >= 45
     assert all("messages[0].content[0]" in m or "media" in m for m in messages), messages
