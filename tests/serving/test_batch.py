@@ -274,7 +274,6 @@ def ids(values: dict[str, Any]) -> tuple[list[int], list[int]]:
         (("--media.seconds", "0"), "--media.seconds is 0.0; it must be above 0"),
         (("--ray.actors", "-1"), "--ray.actors is -1"),
         (("--media-root", "/nowhere"), "--media-root: the folder /nowhere does not exist"),
-        (("--mesh.tensor", "0"), "mesh.tensor is 0; it must be at least 1"),
         (("--distributed",), "--distributed is of one model over several hosts: give --mesh"),
         (("--mesh.tensor", "3"), "a mesh of data=1 x fsdp=1 x sequence=1 x tensor=3 needs 3 devices"),
     ],
