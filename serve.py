@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import tyro
 
 from omni_jax.errors import CheckpointError, ConfigError, InputError
-from omni_jax.serving.batch import Batch
-from omni_jax.serving.chat import Chat
+from omni_jax.serving.batch import run_batch
+from omni_jax.serving.chat import run_chat
+from omni_jax.serving.commands import BatchCommand, ChatCommand
 
-COMMANDS = {"chat": Chat, "batch": Batch}
+COMMANDS = {"chat": ChatCommand, "batch": BatchCommand}
 
 
-def main() -> int:
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description="Answers with a converted Qwen2.5-Omni model.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; ``arguments`` are those of the process unless given. Returns the exit status."""
     try:
-        command.run()
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, description="Answers with a converted Qwen2.5-Omni model.", args=arguments
+        )
+        if isinstance(command, ChatCommand):
+            run_chat(command)
+        else:
+            run_batch(command)
     except (InputError, CheckpointError, ConfigError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -13,9 +13,8 @@ import omni_jax
 from benchmarks.batch_requests import VOICE, Dialogue
 from benchmarks.latency_ours import make_model
 from omni_jax.engine.outputs import Options, Reply
-from omni_jax.engine.request import RequestState, SchedulerConfig
+from omni_jax.engine.request import BLOCK_SIZES, RequestState, SchedulerConfig
 from omni_jax.engine.warmup import Compilations
-from omni_jax.serving.batch import BLOCKS
 
 make = make_model  # so that the other side's process need not import JAX
 
@@ -42,7 +41,7 @@ def answer(folder: Path, dialogues: tuple[Dialogue, ...], slots: int, spoken: bo
     Raises:
       RuntimeError: if a reply has another length than was asked for.
     """
-    model, sizes = _model(folder), SchedulerConfig(slots, slots, BLOCKS if spoken else ())
+    model, sizes = _model(folder), SchedulerConfig(slots, slots, BLOCK_SIZES if spoken else ())
     longest = max(len(model.processor(messages(d))) + max(d.tokens, d.codes) for d in dialogues) + 2
     model.warmup(tokens=longest, windows=0, slots=sizes)
     scheduler, replies = model.scheduler(sizes), dict[RequestState, Reply]()

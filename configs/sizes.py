@@ -6,7 +6,7 @@ from typing import Any
 
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
-from omni_jax.training.recipe import Checkpoints, MeshSizes, Optimizer, Phase, Recipe
+from omni_jax.training.recipe import Checkpoints, MeshConfig, Optimizer, Phase, Recipe
 
 # paths of parameters; the table of audio marks is read by nothing (see models/audio_encoder.py) and must not decay
 ADAPTERS = r"audio_encoder/proj/.*|vision_encoder/merger/.*"
@@ -47,7 +47,7 @@ def recipes(
     for size, (model, devices) in published.items():
         data = DataConfig(rows=devices, streams=devices, tokens=tokens, **(media or {}))
         made[f"{stage}-{size}"] = Recipe(
-            about, model, phases, data, MeshSizes(fsdp=devices), optimizer=optimizer, steps=steps
+            about, model, phases, data, MeshConfig(fsdp=devices), optimizer=optimizer, steps=steps
         )
     made[f"{stage}-tiny"] = Recipe(
         about,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -55,6 +56,43 @@ def make_mesh(
         sizes = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
         raise ConfigError(f"a mesh of {sizes} needs {math.prod(shape)} devices, there are {len(devices)}")
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices."""
+
+    data: int = 1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in zip(MESH_AXES, self.sizes, strict=True):
+            if size < 1:
+                raise ConfigError(f"mesh.{name} is {size}; it must be at least 1")
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """In the order of ``MESH_AXES``."""
+        return self.data, self.fsdp, self.sequence, self.tensor
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices the mesh is made of."""
+        return math.prod(self.sizes)
+
+    def abstract(self) -> AbstractMesh:
+        """A mesh of these sizes without devices, to plan with."""
+        return AbstractMesh(self.sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+    def make(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """A mesh over ``devices``, all of them unless given.
+
+        Raises:
+          ConfigError: if there are not as many.
+        """
+        return make_mesh(*self.sizes, devices=devices)
 
 
 def logical_sharding(axes: PartitionSpec | Sequence[str | None], mesh: Mesh | AbstractMesh) -> NamedSharding:

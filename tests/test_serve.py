@@ -1,4 +1,4 @@
-"""``serve.py`` as a user runs it: in a process of its own."""
+"""``serve.py`` as a user runs it: once in a process of its own, otherwise in this one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import pytest
 import tyro
 
 import omni_jax
+import serve
+from omni_jax.engine.outputs import Reply, Timings
 from omni_jax.errors import InputError
-from omni_jax.serving.chat import Chat
+from omni_jax.processing.layout import Usage
+from omni_jax.serving.chat import describe_reply, make_messages, make_options
+from omni_jax.serving.commands import ChatCommand
 
 ROOT = Path(__file__).parents[1]
 MEDIA = ROOT / "tests" / "media"
 
 
-def serve(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_serve(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     # the precision that the tests of this process run in, so that both say the same
     environment = {
         **os.environ,
@@ -30,15 +34,15 @@ def serve(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def chat(*arguments: str) -> Chat:
-    return tyro.cli(Chat, args=["--model", "m", *arguments])
+def chat(*arguments: str) -> ChatCommand:
+    return tyro.cli(ChatCommand, args=["--model", "m", *arguments])
 
 
 def test_only_the_reply_goes_to_stdout(tiny_model: Path) -> None:
     picture, speech, video = MEDIA / "picture.jpg", MEDIA / "speech.wav", MEDIA / "video.mp4"
     media = ("--image", picture, "--audio", speech, "--video", video)
     choice = ("--max-tokens", "12", "--temperature", "1", "--seed", "3")
-    done = serve("chat", "--model", tiny_model, *media, "--text", "What is this?", *choice)
+    done = run_serve("chat", "--model", tiny_model, *media, "--text", "What is this?", *choice)
     assert done.returncode == 0, done.stderr
 
     parts = [{"type": "image", "image": picture}, {"type": "audio", "audio": speech}, {"type": "video", "video": video}]
@@ -66,43 +70,68 @@ def test_only_the_reply_goes_to_stdout(tiny_model: Path) -> None:
     ],
     ids=["nothing", "option", "file", "video"],
 )
-def test_a_bad_request_is_one_line_and_status_1(tiny_model: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = serve("chat", "--model", tiny_model, *arguments)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-    assert message in done.stderr
+def test_a_bad_request_is_one_line_and_status_1(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert serve.main(["chat", "--model", str(tiny_model), *arguments]) == 1
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1 and errors.startswith("error: ")
+    assert message in errors
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    done = serve("chat", "--model", tmp_path, "--text", "hi")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"error: {tmp_path} is no checkpoint of omni_jax" in done.stderr
-    assert "tools/convert.py to-jax" in done.stderr and "Traceback" not in done.stderr
+def test_a_folder_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["chat", "--model", str(tmp_path), "--text", "hi"]) == 1
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert f"error: {tmp_path} is no checkpoint of omni_jax" in errors
+    assert "tools/convert.py to-jax" in errors
 
 
-def test_help_teaches_and_names_nothing_that_is_not_there() -> None:
-    for arguments, example in ((), "chat"), (("chat",), "chat"), (("batch",), "batch"):
-        done = serve(*arguments, "--help")
-        assert done.returncode == 0
-        assert f"python serve.py {example} --model" in done.stdout
-        for absent in ("http", "--port"):
-            assert absent not in done.stdout
+@pytest.mark.parametrize("arguments, example", [((), "chat"), (("chat",), "chat"), (("batch",), "batch")])
+def test_help_teaches_and_names_nothing_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], example: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        serve.main([*arguments, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python serve.py {example} --model" in text
+    for absent in ("http", "--port"):
+        assert absent not in text
+
+
+def test_a_reply_of_one_token_has_figures(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["chat", "--model", str(tiny_model), "--text", "hi", "--max-tokens", "1"]) == 0
+    assert "reply: 1 tokens" in capsys.readouterr().err
+    assert describe_reply(Reply("", (1,), "length", Usage(), Timings())).startswith("1 tokens; cut at --max-tokens")
+
+
+def test_a_seed_of_the_talker_counts() -> None:
+    spoken = ("--text", "hi", "--speak", "--seed", "5")
+    assert make_options(chat(*spoken, "--talker.seed", "0"))["talker"]["seed"] == 0
+    options = make_options(chat(*spoken, "--talker.max-tokens", "7", "--talker.top-k", "3"))
+    talker = options["talker"]
+    assert (options["seed"], talker["max_tokens"], talker["top_k"]) == (5, 7, 3)
+    assert "seed" not in talker  # it is that of the text, then
+    assert "talker" not in make_options(chat("--text", "hi", "--talker.seed", "0"))
 
 
 def test_media_come_before_text_and_keep_their_order() -> None:
-    (message,) = chat("--text", "a", "--video", "v", "--image", "i", "--audio", "s", "--image", "j").messages()
+    command = chat("--text", "a", "--video", "v", "--image", "i", "--audio", "s", "--image", "j")
+    (message,) = make_messages(command)
     given = [part[part["type"]] for part in message["content"]]
     assert given == ["i", "j", "s", "v", "a"]
 
 
 def test_the_system_prompt_and_the_options_of_a_video() -> None:
     asked = chat("--system", "Be brief.", "--video", "v", "--use-audio-in-video", "false", "--fps", "1")
-    system, user = asked.messages()
+    system, user = make_messages(asked)
     assert system == {"role": "system", "content": "Be brief."}
     assert user["content"] == [{"type": "video", "video": "v", "use_audio_in_video": False, "fps": 1.0}]
-    assert chat("--video", "v").messages()[0]["content"][0]["use_audio_in_video"] == "auto"
+    assert make_messages(chat("--video", "v"))[0]["content"][0]["use_audio_in_video"] == "auto"
 
 
 def test_nothing_to_answer() -> None:
     with pytest.raises(InputError, match="nothing to answer"):
-        chat("--system", "Be brief.").messages()
+        make_messages(chat("--system", "Be brief."))

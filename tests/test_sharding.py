@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
 from omni_jax.models.thinker import Thinker, abstract_params
-from omni_jax.sharding import MESH_AXES, RULES, make_mesh, param_shardings
+from omni_jax.sharding import MESH_AXES, RULES, MeshConfig, make_mesh, param_shardings
 
 # every axis above one, alone and with others
 MESHES = [
@@ -93,3 +93,9 @@ def test_a_mesh_that_does_not_divide_names_every_parameter_and_axis() -> None:
         param_shardings(tree, mesh)
     assert "['a']['kernel']: heads of 6 over ('tensor',) = 4" in str(e.value)
     assert "['b']: vocab of 10 over ('tensor',) = 4" in str(e.value)
+
+
+def test_a_mesh_has_a_device_along_every_axis() -> None:
+    with pytest.raises(ConfigError, match=r"mesh.tensor is 0; it must be at least 1"):
+        MeshConfig(tensor=0)
+    assert MeshConfig(data=2, tensor=4).num_devices == 8

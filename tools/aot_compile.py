@@ -34,7 +34,7 @@ from configs import RECIPES
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
 from omni_jax.sharding import MESH_AXES
-from omni_jax.training.recipe import MeshSizes, Recipe
+from omni_jax.training.recipe import MeshConfig, Recipe
 from omni_jax.training.step import program as train_program
 from tools.aot_hlo import Program as Text
 from tools.aot_programs import PROGRAMS, Program, Shapes, on_chip
@@ -90,7 +90,7 @@ class Compile:
     program: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROGRAM")]
     topology: Annotated[str, tyro.conf.arg(metavar="GEN:AxB[xC]")]
     """Chips: v5e:2x2, v5p:4x4x4, v6e:16x16 and so on."""
-    mesh: MeshSizes = field(default_factory=MeshSizes)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     """How they are laid out. Without it all are on fsdp for a recipe, on tensor for a program of generation."""
     shapes: Shapes = field(default_factory=Shapes)
     """Of a program of generation."""
@@ -118,7 +118,7 @@ class Compile:
             if name not in PROGRAMS or size not in MODELS:
                 known = [*RECIPES, *(f"{p}-{s}" for p in PROGRAMS for s in MODELS)]
                 raise ConfigError(f"there is no program {self.program!r}; there are {', '.join(known)}")
-            mesh = self._laid(MeshSizes(tensor=len(devices))).make(devices)
+            mesh = self._laid(MeshConfig(tensor=len(devices))).make(devices)
             wanted = PROGRAMS[name](MODELS[size](), mesh, self.shapes)
         report, text = compile_for(wanted, mesh, name=self.program, topology=self.topology)
         if self.json is not None:
@@ -128,11 +128,11 @@ class Compile:
             self.keep_text.write_text(text, encoding="utf-8")
         return report
 
-    def _laid(self, usual: MeshSizes) -> MeshSizes:
-        return usual if self.mesh == MeshSizes() else self.mesh
+    def _laid(self, usual: MeshConfig) -> MeshConfig:
+        return usual if self.mesh == MeshConfig() else self.mesh
 
     def _recipe(self, recipe: Recipe, chips: int) -> Recipe:
-        mesh = self._laid(MeshSizes(fsdp=chips))
+        mesh = self._laid(MeshConfig(fsdp=chips))
         rows = mesh.data * mesh.fsdp if self.rows is None else self.rows
         data = dataclasses.replace(recipe.data, rows=rows, streams=rows, tokens=self.tokens or recipe.data.tokens)
         if self.text_alone:

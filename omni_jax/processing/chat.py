@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import re
@@ -12,8 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
+from omni_jax.checks import check_float, check_int, shown
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.processing.sources import decode_base64
 
@@ -26,6 +32,13 @@ SPEECH_SYSTEM_PROMPT = (
 )
 """The system prompt that speech was trained with; under another one the model may speak badly or not at all."""
 
+MEDIA_MARKUP = {
+    "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
+    "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+    "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
+}
+"""What stands for media in a prompt, by their kind."""
+
 BUILT_IN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message.role != 'system' %}"
@@ -33,9 +46,9 @@ BUILT_IN_TEMPLATE = (
     "{% endif %}"
     "<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>"
-    "{% elif part.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
-    "{% elif part.type == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>"
+    f"{{% if part.type == 'image' %}}{MEDIA_MARKUP['image']}"
+    f"{{% elif part.type == 'audio' %}}{MEDIA_MARKUP['audio']}"
+    f"{{% elif part.type == 'video' %}}{MEDIA_MARKUP['video']}"
     "{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}"
@@ -44,6 +57,9 @@ BUILT_IN_TEMPLATE = (
 
 ROLES = ("system", "user", "assistant")
 LOW_DETAIL_PIXELS = 512 * 512  # what OpenAI's detail "low" asks for
+MAX_SECONDS = 1e9  # of a place in a medium: far beyond any, and still whole nanoseconds in 64 bits
+MAX_FPS = 1000.0
+SAMPLING_RATES = (1_000, 1_000_000)  # Hz, of an array of samples; beyond these, resampling costs without end
 
 Kind: TypeAlias = Literal["image", "audio", "video"]
 
@@ -78,182 +94,226 @@ def parse_messages(messages: Sequence[Mapping[str, Any]] | Sequence[Message]) ->
       InputError: for an unknown role, part, key or value; it names the place, what was given and what is known.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InputError(f"messages must be a list of at least one message, got {_short(messages)}")
-    return tuple(m if isinstance(m, Message) else _message(m, f"messages[{i}]") for i, m in enumerate(messages))
+        raise InputError(f"messages must be a list of at least one message, got {shown(messages)}")
+    parsed = []
+    for i, message in enumerate(messages):
+        parsed.append(message if isinstance(message, Message) else _parse_message(message, f"messages[{i}]"))
+    return tuple(parsed)
 
 
-def _message(message: Any, where: str) -> Message:
-    _known_keys(message, ("role", "content"), where)
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise InputError(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
+def _parse_message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} must be an object with role, content, got {shown(message)}")
+    # an answer that is sent back has empty fields for all that it might have held
+    message = {key: value for key, value in message.items() if key == "content" or value not in ([], None)}
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InputError(f"{where}: unknown role {shown(role)}; known: {', '.join(ROLES)}")
+    _check_keys(message, ("role", "content", "audio") if role == "assistant" else ("role", "content"), where)
+    content = message.get("content")
+    if "audio" in message:
+        transcript = _read_transcript(message["audio"], f"{where}.audio")
+        content = transcript if content is None else content
     if isinstance(content, str):
-        return Message(role, content)
+        return Message(role, replace_surrogates(content))
     if not isinstance(content, list | tuple):
-        raise InputError(f"{where}: content must be a string or a list of parts, got {_short(content)}")
-    return Message(role, tuple(_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)))
+        raise InputError(f"{where}: content must be a string or a list of parts, got {shown(content)}")
+    return Message(role, tuple(_parse_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)))
 
 
-def _part(part: Any, where: str) -> TextPart | MediaPart:
+def _read_transcript(audio: Any, where: str) -> str | None:
+    """The text of an answer that was spoken, as this and OpenAI's models write it; its sound is not heard again."""
+    _check_keys(audio, ("id", "expires_at", "transcript", "data", "path", "codec_ids"), where)
+    transcript = audio.get("transcript")
+    if transcript is not None and not isinstance(transcript, str):
+        raise InputError(f"{where}: transcript must be a string, got {shown(transcript)}")
+    return transcript
+
+
+def replace_surrogates(text: str) -> str:
+    """Text that UTF-8 can hold: what JSON escapes as half a surrogate pair becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _parse_part(part: Any, where: str) -> TextPart | MediaPart:
     if not isinstance(part, Mapping):
-        raise InputError(f"{where} must be an object with a type, got {_short(part)}")
+        raise InputError(f"{where} must be an object with a type, got {shown(part)}")
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in _READERS:
-        raise InputError(f"{where}: unknown type {kind!r}; known: {', '.join(_READERS)}")
+        raise InputError(f"{where}: unknown type {shown(kind)}; known: {', '.join(_READERS)}")
     return _READERS[kind](part, where)
 
 
-def _text_part(part: Mapping[str, Any], where: str) -> TextPart:
-    _known_keys(part, ("type", "text"), where)
+def _parse_text(part: Mapping[str, Any], where: str) -> TextPart:
+    _check_keys(part, ("type", "text"), where)
     if not isinstance(part.get("text"), str):
-        raise InputError(f"{where}: text must be a string, got {_short(part.get('text'))}")
-    return TextPart(part["text"])
+        raise InputError(f"{where}: text must be a string, got {shown(part.get('text'))}")
+    return TextPart(replace_surrogates(part["text"]))
 
 
-def _media_part(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart]:
+def _make_media_reader(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart]:
     """Hugging Face's parts: ``{"type": "image", "image": source}``; the source may also stand under url or path."""
 
     def read(part: Mapping[str, Any], where: str) -> MediaPart:
+        # which of them a data set uses depends on its age
         names = (kind, "url", "path")
-        _known_keys(part, ("type", *names, *_OPTIONS[kind]), where)
+        _check_keys(part, ("type", *names, *_OPTIONS[kind]), where)
         given = [name for name in names if part.get(name) is not None]
         if len(given) != 1:
             raise InputError(f"{where}: give the {kind} once, under {' or '.join(names)}; given: {given or 'nothing'}")
-        return MediaPart(kind, part[given[0]], where, _options(part, kind, where))
+        return MediaPart(kind, part[given[0]], where, _read_options(part, kind, where))
 
     return read
 
 
-def _url_part(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart]:
+def _make_url_reader(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart]:
     """OpenAI's parts and their like: ``{"type": "image_url", "image_url": {"url": ...}}``, or the URL alone."""
     name = f"{kind}_url"
 
     def read(part: Mapping[str, Any], where: str) -> MediaPart:
-        _known_keys(part, ("type", name, *_OPTIONS[kind]), where)
-        value, options = part.get(name), _options(part, kind, where)
+        _check_keys(part, ("type", name, *_OPTIONS[kind]), where)
+        value = part.get(name)
+        options = _read_options(part, kind, where)
         if isinstance(value, Mapping):
-            _known_keys(value, ("url", "detail") if kind == "image" else ("url",), f"{where}.{name}")
-            options = _detail(value.get("detail", "auto"), f"{where}.{name}") | options
+            _check_keys(value, ("url", "detail") if kind == "image" else ("url",), f"{where}.{name}")
+            options = _parse_detail(value.get("detail") or "auto", f"{where}.{name}") | options
             value = value.get("url")
         if not isinstance(value, str):
-            raise InputError(f"{where}.{name} must be a URL or an object with a url, got {_short(value)}")
+            raise InputError(f"{where}.{name} must be a URL or an object with a url, got {shown(value)}")
         return MediaPart(kind, value, where, options)
 
     return read
 
 
-def _detail(detail: Any, where: str) -> dict[str, Any]:
-    if detail not in ("auto", "low", "high"):
-        raise InputError(f"{where}: unknown detail {detail!r}; known: auto, low, high")
+def _parse_detail(detail: Any, where: str) -> dict[str, Any]:
+    if not isinstance(detail, str) or detail not in ("auto", "low", "high"):
+        raise InputError(f"{where}: unknown detail {shown(detail)}; known: auto, low, high")
     return {"max_pixels": LOW_DETAIL_PIXELS} if detail == "low" else {}
 
 
 AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac", "webm")
 
 
-def _input_audio_part(part: Mapping[str, Any], where: str) -> MediaPart:
-    _known_keys(part, ("type", "input_audio", *_OPTIONS["audio"]), where)
+def _parse_input_audio(part: Mapping[str, Any], where: str) -> MediaPart:
+    _check_keys(part, ("type", "input_audio", *_OPTIONS["audio"]), where)
     value = part.get("input_audio")
-    _known_keys(value, ("data", "format"), f"{where}.input_audio")
+    _check_keys(value, ("data", "format"), f"{where}.input_audio")
     assert isinstance(value, Mapping)
-    data, kind = value.get("data"), value.get("format", "wav")
-    if kind not in AUDIO_FORMATS:
-        raise InputError(f"{where}.input_audio: unknown format {kind!r}; known: {', '.join(AUDIO_FORMATS)}")
+    data = value.get("data")
+    kind = value.get("format") or "wav"
+    if not isinstance(kind, str) or kind not in AUDIO_FORMATS:
+        raise InputError(f"{where}.input_audio: unknown format {shown(kind)}; known: {', '.join(AUDIO_FORMATS)}")
     if isinstance(data, str) and not data.startswith("data:"):
         data = decode_base64(data, f"{where}.input_audio.data")
     if not isinstance(data, str | bytes):
-        raise InputError(f"{where}.input_audio: data must be base64, got {_short(data)}")
-    return MediaPart("audio", data, where, _options(part, "audio", where))
+        raise InputError(f"{where}.input_audio: data must be base64, got {shown(data)}")
+    return MediaPart("audio", data, where, _read_options(part, "audio", where))
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _check_positive(name: str, value: Any) -> int:
+    return check_int(name, value, 1)
 
 
-def _whole(value: Any) -> bool:
-    return _number(value) and value == int(value) and value > 0
+def _check_seconds(name: str, value: Any) -> float:
+    return check_float(name, value, 0, MAX_SECONDS, hint="seconds")
 
 
-# what an option must be, and how to say so
-_POSITIVE_WHOLE = (_whole, "a whole number over 0")
-_SECONDS = (lambda v: _number(v) and v >= 0, "a number of seconds, 0 or more")
-_RATE = (lambda v: _number(v) and v > 0, "a number over 0")
-_SOUND = (lambda v: isinstance(v, bool) or v == "auto", 'true, false or "auto"')
-_PIXELS = {"min_pixels": _POSITIVE_WHOLE, "max_pixels": _POSITIVE_WHOLE}
+def _check_fps(name: str, value: Any) -> float:
+    return check_float(name, value, 0, MAX_FPS, above=True)
 
-_OPTIONS: dict[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+
+def _check_sampling_rate(name: str, value: Any) -> int:
+    return check_int(name, value, *SAMPLING_RATES, hint="Hz")
+
+
+def _check_use_audio(name: str, value: Any) -> bool | str:
+    if isinstance(value, bool) or (isinstance(value, str) and value == "auto"):
+        return value
+    raise InputError(f'{name} is {shown(value)}; it must be true, false or "auto"')
+
+
+_PIXELS = {"min_pixels": _check_positive, "max_pixels": _check_positive}
+_OPTIONS: dict[str, Mapping[str, Callable[[str, Any], Any]]] = {
     "image": _PIXELS,
-    "audio": {"audio_start": _SECONDS, "audio_end": _SECONDS, "sampling_rate": _POSITIVE_WHOLE},
+    "audio": {
+        "audio_start": _check_seconds,
+        "audio_end": _check_seconds,
+        "sampling_rate": _check_sampling_rate,
+    },
     "video": {
-        "use_audio_in_video": _SOUND,
-        "fps": _RATE,
-        "nframes": _POSITIVE_WHOLE,
-        "video_start": _SECONDS,
-        "video_end": _SECONDS,
+        "use_audio_in_video": _check_use_audio,
+        "fps": _check_fps,
+        "nframes": _check_positive,
+        "video_start": _check_seconds,
+        "video_end": _check_seconds,
         **_PIXELS,
     },
 }
 
 
-def _options(part: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:
+def _read_options(part: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:
     """The options of a media part, checked one by one and together; None is as good as none."""
-    options = {name: part[name] for name in _OPTIONS[kind] if part.get(name) is not None}
-    for name, value in options.items():
-        valid, description = _OPTIONS[kind][name]
-        if not valid(value):
-            raise InputError(f"{where}: {name} must be {description}, got {value!r}")
+    options: dict[str, Any] = {}
+    for name, check in _OPTIONS[kind].items():
+        if part.get(name) is not None:
+            options[name] = check(f"{where}: {name}", part[name])
     if "fps" in options and "nframes" in options:
         raise InputError(f"{where}: fps and nframes both say how many frames to take; give one of them")
-    begin, end = options.get(f"{kind}_start", 0.0), options.get(f"{kind}_end", math.inf)
-    if begin >= end:
-        raise InputError(f"{where}: {kind}_start {begin} is not before {kind}_end {end}")
+    start = options.get(f"{kind}_start", 0.0)
+    end = options.get(f"{kind}_end", math.inf)
+    if start >= end:
+        raise InputError(f"{where}: {kind}_start {start:g} is not before {kind}_end {end:g}")
     if options.get("min_pixels", 0) > options.get("max_pixels", math.inf):
         raise InputError(f"{where}: min_pixels {options['min_pixels']} is over max_pixels {options['max_pixels']}")
     return options
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], str], TextPart | MediaPart]] = {
-    "text": _text_part,
-    "image_url": _url_part("image"),
-    "input_audio": _input_audio_part,
-    "audio_url": _url_part("audio"),
-    "video_url": _url_part("video"),
-    "image": _media_part("image"),
-    "audio": _media_part("audio"),
-    "video": _media_part("video"),
+    "text": _parse_text,
+    "image_url": _make_url_reader("image"),
+    "input_audio": _parse_input_audio,
+    "audio_url": _make_url_reader("audio"),
+    "video_url": _make_url_reader("video"),
+    "image": _make_media_reader("image"),
+    "audio": _make_media_reader("audio"),
+    "video": _make_media_reader("video"),
 }
 
 
-def _known_keys(value: Any, known: Sequence[str], where: str) -> None:
+def _check_keys(value: Any, known: Sequence[str], where: str) -> None:
     if not isinstance(value, Mapping):
-        raise InputError(f"{where} must be an object with {', '.join(known)}, got {_short(value)}")
+        raise InputError(f"{where} must be an object with {', '.join(known)}, got {shown(value)}")
     for key in value:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r} (value {_short(value[key])}); known: {', '.join(known)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}... ({type(value).__name__})"
+        if key not in known and value[key] is not None:  # a field that is null says nothing, whatever its name
+            raise InputError(
+                f"{where}: unknown key {shown(key)} (value {shown(value[key])}); known: {', '.join(known)}"
+            )
 
 
 class ChatTemplate:
-    """Puts messages into the text that the model was trained on, and knows which of it a user wrote."""
+    """Puts messages into the text that the model was trained on, and knows which of it a user wrote.
+
+    Templates have what transformers gives them: ``raise_exception``, ``strftime_now``, a ``tojson`` that escapes
+    nothing for HTML, and ``{% generation %}``.
+    """
 
     def __init__(self, source: str, where: str = "the chat template") -> None:
-        self._made_of = (source, where)
+        self._source = source
+        self._where = where
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
-        environment.globals["raise_exception"] = self._refuse
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as e:
+        except (jinja2.TemplateError, RecursionError) as e:
             raise CheckpointError(f"{where} is not a template: {e}") from e
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         """Compiled templates cannot be sent to another process; their sources can."""
-        return ChatTemplate, self._made_of
+        return ChatTemplate, (self._source, self._where)
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
@@ -268,7 +328,7 @@ class ChatTemplate:
         for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
             try:
                 source = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.exists() else None
-            except (json.JSONDecodeError, AttributeError) as e:
+            except (ValueError, AttributeError) as e:
                 raise CheckpointError(f"{path} is not a JSON object: {e}") from e
             if isinstance(source, str):
                 return cls(source, str(path))
@@ -279,37 +339,136 @@ class ChatTemplate:
 
         The template never sees what a user wrote, but a random word in its place: so nothing in it can be taken for
         markup.
+
+        Raises:
+          InputError: if the template refuses the messages, or fails.
         """
-        salt = secrets.token_hex(16)
-        written: list[str] = []
-
-        def stand_in(text: str) -> str:
-            written.append(text)
-            return f"{salt}.{len(written) - 1}."
-
-        plain = [{"role": m.role, "content": _template_content(m, stand_in)} for m in messages]
+        stand_ins = _StandIns()
+        values = {
+            "messages": [_template_message(message, stand_ins) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            _STAND_INS: stand_ins,
+        }
         try:
-            text = self._template.render(messages=plain, add_generation_prompt=add_generation_prompt)
+            text = self._template.render(values)
         except jinja2.TemplateError as e:
             raise InputError(f"the chat template refuses these messages: {e}") from e
-        pieces = re.split(rf"{salt}\.(\d+)\.", text)
-        return [(written[int(piece)], False) if i % 2 else (piece, True) for i, piece in enumerate(pieces)]
-
-    @staticmethod
-    def _refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
+        except Exception as e:  # a template is a program, and may fail like one
+            raise InputError(f"the chat template fails at these messages: {type(e).__name__}: {e}") from e
+        return stand_ins.split(text)
 
 
-def _template_content(message: Message, stand_in: Callable[[str], str]) -> str | list[dict[str, str]]:
+_STAND_INS = "_stand_ins"  # the variable that filters find them in
+
+
+class _StandIns:
+    """Random words that stand for pieces of text while a template works."""
+
+    def __init__(self) -> None:
+        self._salt = secrets.token_hex(16)
+        self._pattern = re.compile(rf"{self._salt}\.(\d+)\.")
+        self._pieces: list[tuple[str, bool]] = []  # with whether it is markup
+
+    def add(self, text: str, *, is_markup: bool = False) -> str:
+        """The word that stands for a text."""
+        self._pieces.append((text, is_markup))
+        return f"{self._salt}.{len(self._pieces) - 1}."
+
+    def escape(self, text: str) -> str:
+        """Text inside of JSON, with words that stand for what JSON writes."""
+
+        def replace(match: re.Match[str]) -> str:
+            piece, is_markup = self._pieces[int(match[1])]
+            return self.add(json.dumps(piece, ensure_ascii=False)[1:-1], is_markup=is_markup)
+
+        return self._pattern.sub(replace, text)
+
+    def split(self, text: str) -> list[tuple[str, bool]]:
+        """The pieces of a text, each with whether it is markup.
+
+        Raises:
+          InputError: if the template has changed a word, by ``upper`` for instance, so that its text would be lost.
+        """
+        pieces = []
+        for i, piece in enumerate(self._pattern.split(text)):
+            if i % 2:
+                pieces.append(self._pieces[int(piece)])
+            elif self._salt in piece.lower():
+                raise InputError("the chat template changes the letters of messages, which is not supported")
+            else:
+                pieces.append((piece, True))
+        return pieces
+
+
+class _Parts(list[dict[str, str]]):
+    """The parts of a message as templates know them; for one that takes it for a string, it is their text."""
+
+    def __init__(self, parts: Sequence[dict[str, str]], text: str) -> None:
+        super().__init__(parts)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __add__(self, other: Any) -> Any:
+        return self._text + other if isinstance(other, str) else super().__add__(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self._text if isinstance(other, str) else NotImplemented
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pickling and copying look for such before there is a text
+            raise AttributeError(name)
+        return getattr(self._text, name)  # strip, split, startswith ...
+
+
+def _template_message(message: Message, stand_ins: _StandIns) -> dict[str, Any]:
     if isinstance(message.content, str):
-        return stand_in(message.content)
-
-    def plain(part: TextPart | MediaPart) -> dict[str, str]:
+        return {"role": message.role, "content": stand_ins.add(message.content)}
+    parts: list[dict[str, str]] = []
+    text = ""
+    for part in message.content:
         if isinstance(part, TextPart):
-            return {"type": "text", "text": stand_in(part.text)}
-        return {"type": part.kind, part.kind: ""}
+            word = stand_ins.add(part.text)
+            parts.append({"type": "text", "text": word})
+        else:
+            word = stand_ins.add(MEDIA_MARKUP[part.kind], is_markup=True)
+            # templates look at the kind, or at which key is there
+            parts.append({"type": part.kind, part.kind: ""})
+        text += word
+    return {"role": message.role, "content": _Parts(parts, text)}
 
-    return [plain(part) for part in message.content]
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+@jinja2.pass_context
+def _to_json(
+    context: jinja2.runtime.Context,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter ``tojson`` as transformers has it: jinja's own escapes what HTML does not take."""
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return context[_STAND_INS].escape(text)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}``, by which training finds the answers: what is in it is written as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def split_at_replies(pieces: Sequence[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from omni_jax.checks import check_names, shown
 from omni_jax.errors import InputError
 from omni_jax.processing.files import open_file
-from omni_jax.serving.request import ChatRequest, read_body
+from omni_jax.serving.chat_request import ChatRequest, parse_body
 
 URL = "/v1/chat/completions"
-MOST_BYTES = 1 << 30  # of a line
-PREFIX = "batch_req_"  # of the id of a result; the line's number follows
+MAX_LINE_BYTES = 1 << 30
+ID_PREFIX = "batch_req_"  # of the id of a result; the line's number follows
 
 _FIELDS = ("custom_id", "method", "url", "body")
+_MAX_MESSAGE = 2000  # characters of an error
+_BOM = b"\xef\xbb\xbf"  # what editors on Windows begin a file with, and so a part of join_path files
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -34,21 +39,30 @@ class Line:
     offset: int = 0
 
     @property
-    def name(self) -> str:
+    def result_id(self) -> str:
         """What the line's result is known by."""
-        return f"{PREFIX}{self.number:08d}"
+        return f"{ID_PREFIX}{self.number:08d}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of results.
+
+    Attributes:
+      text: the line, without its end; it can be written in UTF-8.
+      failed: whether it is an error.
+      num_tokens: of text that were decoded.
+      speech_seconds: that were synthesized.
+    """
+
+    text: str
+    failed: bool = False
+    num_tokens: int = 0
+    speech_seconds: float = 0.0
 
 
 class LineError(InputError):
-    """A line that is no request.
-
-    Attributes:
-      custom_id: its own, if that could be read.
-    """
-
-    def __init__(self, message: str, custom_id: str | None = None):
-        super().__init__(message)
-        self.custom_id = custom_id
+    """A line that is no request."""
 
 
 def read_lines(name: str, number: int = 1, offset: int = 0) -> Iterator[Line]:
@@ -57,7 +71,7 @@ def read_lines(name: str, number: int = 1, offset: int = 0) -> Iterator[Line]:
     Args:
       name: of the file, a path or a ``gs://`` URL.
       number: of the first line that is read.
-      offset: of that line.
+      offset: of that line, in bytes.
 
     Raises:
       InputError: if the file cannot be read.
@@ -65,14 +79,16 @@ def read_lines(name: str, number: int = 1, offset: int = 0) -> Iterator[Line]:
     try:
         with open_file(name) as file:
             file.seek(offset)
-            while data := file.readline(MOST_BYTES + 1):
-                if len(data) > MOST_BYTES:
+            while data := file.readline(MAX_LINE_BYTES + 1):
+                if len(data) > MAX_LINE_BYTES:
+                    # read on to its end a piece at a time, so that it never is in memory as a whole
                     while data and not data.endswith(b"\n"):
-                        data = file.readline(MOST_BYTES)
+                        data = file.readline(MAX_LINE_BYTES)
                     yield Line(number, None, offset)
-                elif data.strip():
+                elif data.removeprefix(_BOM).strip():
                     yield Line(number, data, offset)
-                number, offset = number + 1, file.tell()
+                number += 1
+                offset = file.tell()
     except OSError as e:
         raise InputError(f"cannot read {name}: {e.strerror or e}") from e
 
@@ -81,12 +97,62 @@ def parse_line(line: Line) -> tuple[str, ChatRequest]:
     """The custom_id and the request of a line.
 
     Raises:
-      LineError: if it is none; says what is wrong with it.
+      LineError: if it is none, or its body cannot be served; says what is wrong with it.
     """
-    if line.data is None:
-        raise LineError(f"the line is longer than {MOST_BYTES} bytes; put its media into files")
+    values = _parse_json(line)
+    custom_id = values.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise LineError(f"custom_id is {shown(custom_id)}; it must be a string that is not empty")
     try:
-        values = json.loads(line.data.decode(), parse_constant=_no_constant)
+        check_names("field", values, _FIELDS)
+        for name, expected in (("method", "POST"), ("url", URL)):
+            if values.get(name) != expected:
+                raise InputError(f"{name} is {shown(values.get(name))}; it must be {expected!r}")
+        return custom_id, parse_body(values.get("body"))
+    except InputError as e:
+        raise LineError(str(e)) from e
+
+
+def read_custom_id(line: Line) -> str | None:
+    """The custom_id of a line, which may be wrong in every other way; None if it cannot be told."""
+    try:
+        custom_id = json.loads((line.data or b"").removeprefix(_BOM).decode())["custom_id"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return custom_id if isinstance(custom_id, str) else None
+
+
+def make_result(line: Line, custom_id: str | None, body: dict[str, Any]) -> str:
+    """A line of results that holds the body of an answer."""
+    # the shape of OpenAI's batch results, field by field
+    response = {"status_code": 200, "request_id": line.result_id, "body": body}
+    return _dump({"id": line.result_id, "custom_id": custom_id, "response": response, "error": None})
+
+
+def make_error(line: Line, custom_id: str | None, error: Exception) -> Result:
+    """What comes of a line that is not answered.
+
+    The code is "invalid_line" for what is no request, "invalid_request" for what cannot be served, and "failed" for
+    whatever else came up.
+    """
+    if isinstance(error, InputError):
+        code = "invalid_line" if isinstance(error, LineError) else "invalid_request"
+        message = str(error)
+    else:
+        code = "failed"
+        message = f"{type(error).__name__}: {error}"
+    if len(message) > _MAX_MESSAGE:  # some quote all that they were given
+        message = f"{message[:_MAX_MESSAGE]}... ({len(message)} characters)"
+    problem = {"code": code, "message": message}
+    text = _dump({"id": line.result_id, "custom_id": custom_id, "response": None, "error": problem})
+    return Result(text, failed=True)
+
+
+def _parse_json(line: Line) -> dict[str, Any]:
+    if line.data is None:
+        raise LineError(f"the line is longer than {MAX_LINE_BYTES} bytes; put its media into files")
+    try:
+        values = json.loads(line.data.removeprefix(_BOM).decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as e:
         raise LineError(f"the line is not UTF-8: {e}") from e
     except RecursionError as e:
@@ -95,34 +161,20 @@ def parse_line(line: Line) -> tuple[str, ChatRequest]:
         raise LineError(f"the line is not JSON: {e}") from e
     if not isinstance(values, dict):
         raise LineError(f"the line must be an object, got {type(values).__name__}")
-    custom_id = values.get("custom_id")
-    if not isinstance(custom_id, str) or not custom_id:
-        raise LineError(f"custom_id is {custom_id!r}; it must be a string that is not empty")
-    unknown = sorted(set(values) - set(_FIELDS))
-    if unknown:
-        raise LineError(f"unknown field {', '.join(unknown)}; known: {', '.join(_FIELDS)}", custom_id)
-    for name, wanted in (("method", "POST"), ("url", URL)):
-        if values.get(name) != wanted:
-            raise LineError(f"{name} is {values.get(name)!r}; it must be {wanted!r}", custom_id)
-    try:
-        return custom_id, read_body(values.get("body"))
-    except InputError as e:
-        raise LineError(str(e), custom_id) from e
+    return values
 
 
-def _no_constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def result_line(line: Line, custom_id: str | None, body: dict[str, Any] | None, error: tuple[str, str] | None) -> str:
-    """A line of results: an answer's body, or the code and the message of an error."""
-    response = None if body is None else {"status_code": 200, "request_id": line.name, "body": body}
-    problem = None if error is None else {"code": error[0], "message": error[1]}
-    values = {"id": line.name, "custom_id": custom_id, "response": response, "error": problem}
-    return json.dumps(values, ensure_ascii=False)
+def _dump(values: dict[str, Any]) -> str:
+    """JSON in letters rather than escapes, but for half a surrogate pair, which UTF-8 cannot hold."""
+    text = json.dumps(values, ensure_ascii=False)
+    return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-class Seen:
+class SeenIds:
     """Which custom_ids there were; of each 16 bytes are kept."""
 
     def __init__(self) -> None:
@@ -130,7 +182,9 @@ class Seen:
 
     def add(self, custom_id: str) -> bool:
         """Whether it is new."""
+        # a digest costs the same for an id of any length, and two ids never share one of 128 bits
         digest = hashlib.blake2b(custom_id.encode(errors="surrogatepass"), digest_size=16).digest()
-        new = digest not in self._digests
+        if digest in self._digests:
+            return False
         self._digests.add(digest)
-        return new
+        return True

@@ -6,20 +6,18 @@ driver writes the results, so that there is one file of them, continued in the s
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omni_jax.errors import InputError
-from omni_jax.serving.batch_lines import Line, read_lines
-from omni_jax.serving.batch_run import Result, Runner, State
+from omni_jax.serving.batch_lines import Line, Result, read_lines
+from omni_jax.serving.batch_worker import Worker, WorkerSpec
 
-if TYPE_CHECKING:
-    from omni_jax.serving.batch import Batch
-
-BLOCK = 8  # lines in a block, for each slot
+_FIELDS = tuple(field.name for field in dataclasses.fields(Result))
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,17 @@ class RayOptions:
     resources: str = ""
 
 
-def answer(batch: Batch, lines: Iterable[Line]) -> Iterator[Result]:
-    """The results of lines of ``batch.input``, in the order in which their blocks are done.
+def answer_over_ray(
+    spec: WorkerSpec, options: RayOptions, input_name: str, lines: Iterable[Line], block_lines: int
+) -> Iterator[Result]:
+    """The results of lines, in the order in which their blocks are done.
+
+    Args:
+      spec: what each actor makes its worker from.
+      options: where the actors run.
+      input_name: of the file that the lines are of, which every actor reads.
+      lines: that are to be answered.
+      block_lines: lines that an actor is given at a time.
 
     Raises:
       InputError: if Ray is not installed, or the cluster is not there.
@@ -48,67 +55,69 @@ def answer(batch: Batch, lines: Iterable[Line]) -> Iterator[Result]:
         import ray.data
     except ImportError as e:
         raise InputError(f"--engine ray needs Ray: pip install omni_jax[ray] ({e})") from e
-    options = batch.ray
     try:
         ray.init(address=options.address or None, ignore_reinit_error=True, log_to_driver=False)
     except (ConnectionError, ValueError) as e:
         raise InputError(f"cannot reach the Ray cluster {options.address!r}: {e}") from e
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    blocks = list(_blocks(lines, BLOCK * batch.slots))  # of a few numbers for each line
+    # the driver holds places of lines and not lines: a file of many gigabytes fits
+    blocks = list(_make_blocks(lines, block_lines))
     if not blocks:
         return
-    taken = _resources(options.resources)
+    resources = _parse_resources(options.resources)
     dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks))
-    done = dataset.map_batches(
+    answered = dataset.map_batches(
         _Actor,
-        fn_constructor_args=(batch,),
+        fn_constructor_args=(spec, input_name),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=options.actors),
-        num_cpus=0 if taken else 1,
-        resources=taken or None,
+        num_cpus=0 if resources else 1,  # an actor that takes a TPU does not compete for CPUs
+        resources=resources or None,
     )
-    for row in done.iter_rows():
-        yield Result(row["text"], row["failed"], row["tokens"], row["seconds"])
+    for row in answered.iter_rows():
+        yield Result(**{name: row[name] for name in _FIELDS})
 
 
-def _blocks(lines: Iterable[Line], size: int) -> Iterator[dict[str, Any]]:
-    """Where lines are, a block at a time; the actors read the lines themselves."""
-    rest = ((line.number, line.offset) for line in lines)
-    while block := list(itertools.islice(rest, size)):
-        yield {"numbers": [number for number, _ in block], "offset": block[0][1]}
+def _make_blocks(lines: Iterable[Line], size: int) -> Iterator[dict[str, Any]]:
+    """Where lines are, a block at a time: a few numbers for each line, for the actors read the lines themselves."""
+    places = ((line.number, line.offset) for line in lines)
+    while block := list(itertools.islice(places, size)):
+        line_numbers = [number for number, _ in block]
+        first_offset = block[0][1]
+        yield {"line_numbers": line_numbers, "offset": first_offset}
 
 
-def _resources(text: str) -> dict[str, float]:
-    taken = {}
+def _parse_resources(text: str) -> dict[str, float]:
+    resources = {}
     for part in filter(None, text.split(",")):
         name, _, number = part.partition("=")
         try:
-            taken[name.strip()] = float(number)
+            resources[name.strip()] = float(number)
         except ValueError as e:
             raise InputError(f"--ray.resources {text!r}: {part!r} is not NAME=NUMBER, for instance TPU=4") from e
-    return taken
+    return resources
 
 
 class _Actor:
-    """A model that answers blocks of lines. Ray calls it with columns of rows, and takes such."""
+    """A worker that answers blocks of lines. Ray calls it with columns of rows, and takes such."""
 
-    def __init__(self, batch: Batch):
-        self._input = batch.input
-        self._workers = batch.workers_of()
-        model = batch.load()
-        batch.warm_up(model)
-        self._runner = Runner(model, batch.model.name, self._workers, batch.sizes, batch.places, State())
+    def __init__(self, spec: WorkerSpec, input_name: str):
+        self._input_name = input_name
+        self._worker = Worker(spec)
 
-    def __call__(self, rows: dict[str, Any]) -> dict[str, Sequence[Any]]:
-        made = [
-            result for block in zip(rows["numbers"], rows["offset"], strict=True) for result in self._answer(*block)
-        ]
-        names = ("text", "failed", "tokens", "seconds")
-        return {name: [getattr(result, name) for result in made] for name in names}
+    def __call__(self, blocks: dict[str, Any]) -> dict[str, Sequence[Any]]:
+        results: list[Result] = []
+        for line_numbers, offset in zip(blocks["line_numbers"], blocks["offset"], strict=True):
+            results += self._answer_block([int(number) for number in line_numbers], int(offset))
+        columns: dict[str, Sequence[Any]] = {}
+        for name in _FIELDS:
+            columns[name] = [getattr(result, name) for result in results]
+        return columns
 
-    def _answer(self, numbers: Sequence[int], offset: int) -> list[Result]:
-        wanted, last = set(map(int, numbers)), int(max(numbers))
-        behind = read_lines(self._input, int(min(numbers)), int(offset))
-        lines = itertools.takewhile(lambda line: line.number <= last, behind)
-        return list(self._runner.run(line for line in lines if line.number in wanted))
+    def _answer_block(self, line_numbers: Sequence[int], offset: int) -> list[Result]:
+        wanted = set(line_numbers)
+        last = max(line_numbers)
+        following = read_lines(self._input_name, min(line_numbers), offset)
+        until_last = itertools.takewhile(lambda line: line.number <= last, following)
+        return list(self._worker.answer(line for line in until_last if line.number in wanted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from omni_jax.errors import InputError
 from omni_jax.processing.files import is_remote, open_bucket
-from omni_jax.serving.batch_lines import PREFIX
+from omni_jax.serving.batch_lines import ID_PREFIX
 
 PART_LINES = 1000  # at most, in an object
 PART_SECONDS = 10.0  # after which an object is written, however few lines it has
@@ -32,30 +33,32 @@ class Results(ABC):
     """Results that grow line by line; a context manager.
 
     Attributes:
-      done: lines of the requests that there were results for at first, with their custom_id.
-      failed: how many of these are errors.
+      finished: lines of the requests that there were results for at first, with their custom_id.
+      num_failed: how many of these are errors.
     """
 
     def __init__(self) -> None:
-        self.done: dict[int, str | None] = {}
-        self.failed = 0
+        self.finished: dict[int, str | None] = {}
+        self.num_failed = 0
 
-    def _know(self, name: str, number: int, data: bytes) -> bool:
+    def _read(self, name: str, number: int, data: bytes) -> bool:
         """Reads a line that was there; whether its result is a new one."""
         try:
             values = json.loads(data)
-            name_of_line, custom_id = values["id"], values["custom_id"]
-            if not name_of_line.startswith(PREFIX):
+            name_of_line = values["id"]
+            custom_id = values["custom_id"]
+            if not name_of_line.startswith(ID_PREFIX):
                 raise ValueError(f"its id is {name_of_line}")
-            line, failed = int(name_of_line.removeprefix(PREFIX)), values["error"] is not None
+            line = int(name_of_line.removeprefix(ID_PREFIX))
+            failed = values["error"] is not None
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError(
                 f"{name} is no file of results: line {number} cannot be read ({e}); name another file, or remove it"
             ) from e
-        new = line not in self.done
-        self.failed += new and failed
-        self.done[line] = custom_id
-        return new
+        is_new = line not in self.finished
+        self.num_failed += is_new and failed
+        self.finished[line] = custom_id
+        return is_new
 
     @abstractmethod
     def add(self, line: str) -> None:
@@ -84,28 +87,34 @@ class FileResults(Results):
             self._file.close()
             raise InputError(f"another run is writing {path}; wait for it, or name another file") from e
         try:
-            self._begin(str(path))
+            self._read_lines(str(path))
         except InputError:
             self._file.close()
             raise
 
-    def _begin(self, name: str) -> None:
+    def _read_lines(self, name: str) -> None:
         self._file.seek(0)
-        whole = 0
+        num_bytes = 0  # up to the end of the last complete line
         for number, data in enumerate(self._file, start=1):
-            if not data.endswith(b"\n"):
+            if not data.endswith(b"\n"):  # torn: the run was killed while it wrote
                 break
-            self._know(name, number, data)
-            whole += len(data)
-        self._file.truncate(whole)
+            self._read(name, number, data)
+            num_bytes += len(data)
+        self._file.truncate(num_bytes)
         self._file.seek(0, os.SEEK_END)
 
     def add(self, line: str) -> None:
-        self._file.write(_encoded(line))
-        self._file.flush()
+        try:
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+        except OSError as e:  # a full disk
+            raise InputError(
+                f"cannot write results: {e.strerror or e}; the same command goes on from what is written"
+            ) from e
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been said
+            self._file.close()
 
 
 class BucketResults(Results):
@@ -133,64 +142,61 @@ class BucketResults(Results):
 
     def _lines(self) -> Iterator[bytes]:
         """The lines of the object, then those of the parts, each result once."""
-        self.done, self.failed = {}, 0
-        whole = [self._path] if self._files.isfile(self._path) else []
-        for path in [*whole, *self._parts]:
+        self.finished = {}
+        self.num_failed = 0
+        join_path = [self._path] if self._files.isfile(self._path) else []
+        for path in [*join_path, *self._parts]:
             with self._files.open(path, "rb") as file:
                 for number, data in enumerate(file, start=1):
-                    if self._know(f"gs://{path.lstrip('/')}", number, data):
+                    if self._read(f"gs://{path.lstrip('/')}", number, data):
                         yield data
 
     def add(self, line: str) -> None:
-        self._waiting.append(_encoded(line))
+        self._waiting.append(line.encode() + b"\n")
         if len(self._waiting) >= PART_LINES or time.monotonic() - self._written >= PART_SECONDS:
-            self._write()
+            self._write_part()
 
-    def _write(self) -> None:
+    def _write_part(self) -> None:
         """Writes a part of what waits."""
         if self._waiting:
             last = int(Path(self._parts[-1]).stem) if self._parts else 0
             path = f"{self._folder}/{last + 1:08d}.jsonl"
-            self._do(self._files.pipe_file, path, b"".join(self._waiting))
+            self._attempt(self._files.pipe_file, path, b"".join(self._waiting))
             self._parts.append(path)
             self._waiting.clear()
         self._written = time.monotonic()
 
-    def _join(self) -> None:
+    def _join_parts(self) -> None:
         """Makes one object of the parts."""
-        whole = f"{self._path}.whole"  # another name: the object itself is read meanwhile
-        with self._files.open(whole, "wb") as out:
+        join_path = f"{self._path}.whole"  # another name: the object itself is read meanwhile
+        with self._files.open(join_path, "wb") as out:
             for data in self._lines():
                 out.write(data)
-        self._files.mv(whole, self._path)
+        self._files.mv(join_path, self._path)
         self._files.rm(self._folder, recursive=True)
         self._parts.clear()
 
-    def _do(self, work: Any, *args: Any) -> None:
+    def _attempt(self, work: Any, *args: Any) -> None:
         try:
             work(*args)
         except (OSError, ValueError) as e:
             raise InputError(f"cannot write {self._url}: {e}; the same command goes on from what is written") from e
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._write()
+        self._write_part()
         if kind is None and self._parts:
-            self._do(self._join)
+            self._attempt(self._join_parts)
 
 
-class NoResults(Results):
+class KnownResults(Results):
     """Of a process that does not write: another one has these, and keeps what is added."""
 
-    def __init__(self, done: dict[int, str | None]):
+    def __init__(self, finished: dict[int, str | None]):
         super().__init__()
-        self.done = done
+        self.finished = finished
 
     def add(self, line: str) -> None:
         """Nothing; the other process adds it."""
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Nothing is held."""
-
-
-def _encoded(line: str) -> bytes:
-    return line.encode(errors="surrogatepass") + b"\n"

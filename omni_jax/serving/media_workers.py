@@ -25,7 +25,7 @@ _processor: Processor | None = None  # of this process, where it is a worker
 
 
 @dataclass(frozen=True)
-class Limits:
+class MediaLimits:
     """What the media of one request may cost.
 
     Attributes:
@@ -37,11 +37,15 @@ class Limits:
     gigabytes: float = 8.0
 
 
+class PreparationError(Exception):
+    """A request's messages or media made some library fail in a way that it does not announce."""
+
+
 class MediaWorkers:
     """A pool of such processes; a context manager that ends them."""
 
-    def __init__(self, folder: Path, count: int, limits: Limits, *, allow_urls: bool):
-        """Starts them.
+    def __init__(self, folder: Path, count: int, limits: MediaLimits, *, allow_urls: bool):
+        """Makes the pool; the processes start with the first request.
 
         Args:
           folder: of the model, whose processor they load.
@@ -52,24 +56,25 @@ class MediaWorkers:
         self.limits = limits
         self._pool = ProcessPool(
             max_workers=count,
-            initializer=_begin,
+            initializer=_start_worker,
             initargs=(folder, allow_urls, limits.gigabytes),
-            context=multiprocessing.get_context("spawn"),
+            context=multiprocessing.get_context("spawn"),  # forking a process with jax's threads may deadlock
         )
 
     def submit(self, messages: tuple[Message, ...], assume_fps: float | None, max_length: int) -> Future[Prompt]:
         """Sends a request to a worker; ``result`` tells what has become of it."""
-        return self._pool.schedule(_prompt, args=(messages, assume_fps, max_length), timeout=self.limits.seconds)
+        return self._pool.schedule(_prepare, args=(messages, assume_fps, max_length), timeout=self.limits.seconds)
 
     def result(self, future: Future[Prompt]) -> Prompt:
         """The prompt of a request that is done.
 
         Raises:
           InputError: if it cannot be served, or went over a limit, or its worker died.
+          PreparationError: for whatever else came up.
         """
         try:
             return future.result()
-        except InputError:
+        except (InputError, PreparationError):
             raise
         except TimeoutError as e:
             raise InputError(f"its media took over {self.limits.seconds:g} s to decode, which is the limit") from e
@@ -77,27 +82,40 @@ class MediaWorkers:
             raise InputError(f"its media need over {self.limits.gigabytes:g} GiB to decode, which is the limit") from e
         except ProcessExpired as e:
             raise InputError(f"the process that decoded its media died (exit code {e.exitcode})") from e
-        except Exception as e:  # whatever else a decoder may throw at a damaged file
-            raise InputError(f"its media cannot be decoded: {type(e).__name__}: {e}") from e
+        except Exception as e:
+            raise PreparationError(f"its messages or media cannot be read: {type(e).__name__}: {e}") from e
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are doing."""
+        self._pool.stop()
+        self._pool.join()
 
     def __enter__(self) -> MediaWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.stop()
-        self._pool.join()
+        self.close()
 
 
-def _begin(folder: Path, allow_urls: bool, gigabytes: float) -> None:
+def _start_worker(folder: Path, allow_urls: bool, gigabytes: float) -> None:
     global _processor
     jax.config.update("jax_platforms", "cpu")  # the accelerator is the model's
     _processor = Processor.load(folder, allow_urls=allow_urls)
     with open("/proc/self/statm", encoding="ascii") as file:
-        held = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    most = held + round(gigabytes * _GIB)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        in_use = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    # what is loaded counts too, so that the same limit holds for small and large tokenizers
+    limit = in_use + round(gigabytes * _GIB)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _prompt(messages: tuple[Message, ...], assume_fps: float | None, max_length: int) -> Prompt:
+def _prepare(messages: tuple[Message, ...], assume_fps: float | None, max_length: int) -> Prompt:
+    """What a worker does with a request; only errors that can be sent to another process come out of it."""
     assert _processor is not None
-    return _processor(messages, assume_fps=assume_fps, max_length=max_length)
+    try:
+        return _processor(messages, assume_fps=assume_fps, max_length=max_length)
+    except InputError as e:
+        raise InputError(str(e)) from None
+    except (MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of a library in Rust is no Exception, and some errors cannot be pickled
+        raise PreparationError(f"its messages or media cannot be read: {type(e).__name__}: {e}") from None

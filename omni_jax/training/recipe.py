@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from typing import Literal
 
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.errors import ConfigError
 from omni_jax.layers.stack import Remat
-from omni_jax.sharding import MESH_AXES, make_mesh
+from omni_jax.sharding import MeshConfig
 from omni_jax.training.tpu import COMPILER_OPTIONS
-
-
-@dataclass(frozen=True)
-class MeshSizes:
-    """Devices along each axis of the mesh; their product is the number of devices."""
-
-    data: int = 1
-    fsdp: int = 1
-    sequence: int = 1
-    tensor: int = 1
-
-    def abstract(self) -> AbstractMesh:
-        """A mesh of these sizes without devices, to plan with."""
-        return AbstractMesh(self._sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(self._sizes))
-
-    def make(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """A mesh over ``devices``, all of them unless given.
-
-        Raises:
-          ConfigError: if there are not as many.
-        """
-        return make_mesh(*self._sizes, devices=devices)
-
-    @property
-    def _sizes(self) -> tuple[int, int, int, int]:
-        return self.data, self.fsdp, self.sequence, self.tensor
 
 
 @dataclass(frozen=True)
@@ -121,7 +92,7 @@ class Recipe:
     model: OmniConfig
     phases: tuple[Phase, ...]
     data: DataConfig = field(default_factory=DataConfig)
-    mesh: MeshSizes = field(default_factory=MeshSizes)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     steps: int = 10_000

@@ -117,16 +117,16 @@ def test_input_audio_is_base64():
             "unknown format 'mid'; known: wav, mp3",
         ),
         (input_audio({"data": 5}), "data must be base64, got 5"),
-        ({**VIDEO, "fps": 0}, f"{PLACE}: fps must be a number over 0, got 0"),
-        ({**VIDEO, "fps": "2"}, "fps must be a number over 0, got '2'"),
-        ({**VIDEO, "fps": float("nan")}, "fps must be a number over 0, got nan"),
-        ({**VIDEO, "nframes": 2.5}, "nframes must be a whole number over 0, got 2.5"),
+        ({**VIDEO, "fps": 0}, f"{PLACE}: fps is 0; it must be above 0 and at most 1000"),
+        ({**VIDEO, "fps": "2"}, "fps is '2'; it must be a number above 0"),
+        ({**VIDEO, "fps": float("nan")}, "fps is nan; it must be above 0"),
+        ({**VIDEO, "nframes": 2.5}, "nframes is 2.5; it must be a whole number from 1"),
         ({**VIDEO, "fps": 1, "nframes": 4}, "fps and nframes both say how many frames to take; give one of them"),
-        ({**VIDEO, "use_audio_in_video": "yes"}, "use_audio_in_video must be true, false or \"auto\", got 'yes'"),
+        ({**VIDEO, "use_audio_in_video": "yes"}, "use_audio_in_video is 'yes'; it must be true, false or \"auto\""),
         ({**VIDEO, "video_start": 3, "video_end": 2}, "video_start 3 is not before video_end 2"),
         ({**VIDEO, "min_pixels": 9, "max_pixels": 8}, "min_pixels 9 is over max_pixels 8"),
-        ({**AUDIO, "audio_start": -1}, "audio_start must be a number of seconds, 0 or more, got -1"),
-        ({**AUDIO, "audio_end": True}, "audio_end must be a number of seconds, 0 or more, got True"),
+        ({**AUDIO, "audio_start": -1}, "audio_start is -1; it must be at least 0 and at most 1e+09 (seconds)"),
+        ({**AUDIO, "audio_end": True}, "audio_end is True; it must be a number"),
     ],
 )
 def test_parts_that_are_refused(part, message):
@@ -164,16 +164,16 @@ def test_built_in_template(tmp_path):
     template = ChatTemplate.load(tmp_path)
     media = [{"type": "image", "image": "a"}, {"type": "audio", "audio": "b"}, {"type": "video", "video": "c"}]
     content = [*media, {"type": "text", "text": " What? "}]
-    said = render(template, [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}])
-    assert said == (
+    text = render(template, [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}])
+    assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "<|vision_bos|><|IMAGE|><|vision_eos|>"
         "<|audio_bos|><|AUDIO|><|audio_eos|><|vision_bos|><|VIDEO|><|vision_eos|> What? <|im_end|>\n"
         "<|im_start|>assistant\nThis.<|im_end|>\n<|im_start|>assistant\n"
     )
     spoken = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}, {"role": "user", "content": "x"}]
-    said = render(template, spoken, add_generation_prompt=False)
-    assert said == f"<|im_start|>system\n{SPEECH_SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
+    text = render(template, spoken, add_generation_prompt=False)
+    assert text == f"<|im_start|>system\n{SPEECH_SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
 
 
 def test_the_template_knows_who_wrote_what(tmp_path):
@@ -203,3 +203,96 @@ def test_the_template_of_the_checkpoint_is_used(tmp_path):
     (tmp_path / "chat_template.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"chat_template\.json is not a JSON object"):
         ChatTemplate.load(tmp_path)
+
+
+def test_null_and_empty_fields_say_nothing():
+    message = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": [], "audio": None, "name": None}
+    assert parse_messages([message])[0].content == "x"
+    part = {"type": "image_url", "image_url": {"url": "a", "detail": None}, "cache_control": None}
+    assert parse(part)[0] == MediaPart("image", "a", PLACE)
+
+
+def test_a_spoken_answer_is_its_text():
+    audio = {"id": "audio-1", "expires_at": 1, "transcript": "Hello", "data": "UklGRg=="}
+    assert parse_messages([{"role": "assistant", "content": "Hello", "audio": audio}])[0].content == "Hello"
+    assert parse_messages([{"role": "assistant", "content": None, "audio": audio}])[0].content == "Hello"
+    for message in (
+        {"role": "assistant", "audio": {"id": "audio-1"}},
+        {"role": "user", "content": "x", "audio": audio},
+    ):
+        with pytest.raises(InputError):
+            parse_messages([message])
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character():
+    (message,) = parse_messages([{"role": "user", "content": "a\ud83d \ud83d\ude00"}])
+    assert message.content == "a\ufffd \U0001f600"
+    assert parse({"type": "text", "text": "\ude00"}) == (TextPart("\ufffd"),)
+
+
+QUESTION = [{"type": "image", "image": "a"}, {"type": "text", "text": 'Say "x" <b>.'}]
+TEXT_ONLY = '<|vision_bos|><|IMAGE|><|vision_eos|>Say "x" <b>.'
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "message.content",
+        "'' + message.content",
+        "message.content + ''",
+        "message.content | trim",
+        "message.content.strip()",
+        "message['content'] ~ ''",
+        "message.content | string",
+    ],
+)
+def test_a_template_that_takes_only_strings(expression):
+    template = ChatTemplate("{% for message in messages %}{{ " + expression + " }}|{% endfor %}")
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "ok"}]
+    assert render(template, messages) == f"{TEXT_ONLY}|ok|"
+    pieces = template.render(parse_messages(messages))
+    assert ("<|vision_bos|><|IMAGE|><|vision_eos|>", True) in pieces and ('Say "x" <b>.', False) in pieces
+
+
+def test_what_transformers_gives_to_templates():
+    hello = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": 'a "b"\n'}]
+    answers = "{% for m in messages %}{% generation %}{{ m.role }},{% endgeneration %}{% endfor %}"
+    assert render(ChatTemplate(answers), hello) == "user,assistant,"
+    year = render(ChatTemplate("{{ strftime_now('%Y') }}"), hello)
+    assert year.isdigit() and len(year) == 4
+    assert render(ChatTemplate("{{ messages[1].content | tojson }}"), hello) == json.dumps('a "b"\n')
+    parts = [{"type": "image", "image": ""}, QUESTION[1]]
+    assert render(ChatTemplate("{{ messages[0].content | tojson(indent=1) }}"), hello) == json.dumps(parts, indent=1)
+    assert render(ChatTemplate("{{ {'é': '<'} | tojson }}"), hello) == '{"é": "<"}'
+
+
+FAILING = ["{{ 1 / 0 }}", "{{ range(10 ** 9) }}", "{{ messages[0].content | upper }}", "{{ x.y.z }}"]
+
+
+@pytest.mark.parametrize("source", FAILING)
+def test_a_template_that_fails_is_an_error_of_the_messages(source):
+    with pytest.raises(InputError, match="the chat template"):
+        render(ChatTemplate(source), [{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("number", [10**400, 2**31, 1e400, -1, True, "1", 44100.0])
+@pytest.mark.parametrize("name", ["min_pixels", "max_pixels", "nframes"])
+def test_counts_out_of_range(name, number):
+    with pytest.raises(InputError, match=f"{name} is "):
+        parse({**VIDEO, name: number})
+
+
+@pytest.mark.parametrize("number", [10**400, 1e400, -1, True, "1", float("nan")])
+@pytest.mark.parametrize("name", ["fps", "video_start", "video_end"])
+def test_times_out_of_range(name, number):
+    with pytest.raises(InputError, match=f"{name} is "):
+        parse({**VIDEO, name: number})
+
+
+@pytest.mark.parametrize("rate", [44100.0, 0, 1, 10**9, None])
+def test_sampling_rates(rate):
+    if rate is None:
+        assert parse({**AUDIO, "sampling_rate": 44100})[0].options == {"sampling_rate": 44100}
+        return
+    with pytest.raises(InputError, match="sampling_rate is "):
+        parse({**AUDIO, "sampling_rate": rate})

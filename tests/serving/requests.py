@@ -15,8 +15,8 @@ SMALL = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 16}
 
 
 def line(custom_id: str, content: Any, **body: Any) -> str:
-    spoken = "audio" in body.get("modalities", ())
-    system = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}] if spoken else []
+    speaks = "audio" in body.get("modalities", ())
+    system = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}] if speaks else []
     messages = [*system, {"role": "user", "content": content}]
     body = {"model": "m", "messages": messages, **body}
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": URL, "body": body})
@@ -67,7 +67,7 @@ def bad() -> list[tuple[str | bytes, str]]:
         (changed("b3", body=7), "body must be an object"),
         (changed("b4", priority=1), "unknown field priority"),
         (changed("good-0"), "was there before"),
-        (with_body("b5", temprature=1), "unknown field temprature"),
+        (with_body("b5", temprature=1), "unknown field of the body temprature"),
         (with_body("b6", temperature=-1), "temperature is -1"),
         (with_body("b7", max_completion_tokens="many"), "max_tokens is 'many'"),
         (with_body("b8", modalities=["audio", "smell"]), "modalities is"),

@@ -8,7 +8,7 @@ import pytest
 
 from omni_jax.errors import InputError
 from omni_jax.serving import batch_lines
-from omni_jax.serving.batch_lines import Line, LineError, Seen, parse_line, read_lines
+from omni_jax.serving.batch_lines import Line, LineError, SeenIds, parse_line, read_lines
 from tests.serving import requests
 
 
@@ -21,7 +21,7 @@ def test_lines_and_where_they_are(tmp_path: Path) -> None:
 
 
 def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_lines, "MOST_BYTES", 10)
+    monkeypatch.setattr(batch_lines, "MAX_LINE_BYTES", 10)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"short\n" + b"x" * 35 + b"\nshort\n" + b"y" * 11)
     lines = list(read_lines(str(path)))
@@ -48,6 +48,6 @@ def test_good_lines(number: int) -> None:
 
 
 def test_custom_ids() -> None:
-    seen = Seen()
+    seen = SeenIds()
     assert seen.add("a") and seen.add("b") and not seen.add("a")
     assert seen.add("\ud800")  # half a character, which JSON can hold

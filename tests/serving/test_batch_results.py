@@ -10,7 +10,7 @@ import pytest
 
 from omni_jax.errors import InputError
 from omni_jax.serving import batch_results
-from omni_jax.serving.batch_lines import Line, result_line
+from omni_jax.serving.batch_lines import Line, LineError, make_error, make_result
 from omni_jax.serving.batch_results import open_results
 from tests.bucket import Bucket
 
@@ -20,13 +20,13 @@ URL = "gs://b/out/r.jsonl"
 def test_a_torn_line_is_taken_off_and_the_rest_is_known(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     with open_results(str(path)) as results:
-        results.add(result_line(Line(3, b""), "c", {"x": "ü"}, None))
-        results.add(result_line(Line(1, b""), None, None, ("invalid_line", "no")))
+        results.add(make_result(Line(3, b""), "c", {"x": "ü"}))
+        results.add(make_error(Line(1, b""), None, LineError("no")).text)
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"id": "batch_req_00000002", "cus')
     with open_results(str(path)) as results:
-        assert (results.done, results.failed) == ({3: "c", 1: None}, 1)
-        results.add(result_line(Line(2, b""), "b", {}, None))
+        assert (results.finished, results.num_failed) == ({3: "c", 1: None}, 1)
+        results.add(make_result(Line(2, b""), "b", {}))
     lines = path.read_bytes().splitlines()
     assert path.read_bytes().startswith(whole) and len(lines) == 3
     assert json.loads(lines[2])["id"] == "batch_req_00000002"
@@ -37,7 +37,7 @@ def test_one_run_writes_a_file(tmp_path: Path) -> None:
     with open_results(str(path)), pytest.raises(InputError, match="another run is writing"):
         open_results(str(path))
     with open_results(str(path)) as results:
-        assert not results.done
+        assert not results.finished
 
 
 @pytest.mark.parametrize("data", [b"hello\n", b"{}\n", b'{"id": "x", "custom_id": "a", "error": null}\n', b"[]\n"])
@@ -50,7 +50,10 @@ def test_another_file_is_left_as_it_is(tmp_path: Path, data: bytes) -> None:
 
 
 def line(number: int, *, error: bool = False) -> str:
-    return result_line(Line(number, b""), f"c{number}", None if error else {}, ("failed", "no") if error else None)
+    request = Line(number, b"")
+    if error:
+        return make_error(request, f"c{number}", RuntimeError("no")).text
+    return make_result(request, f"c{number}", {})
 
 
 def numbers(data: bytes) -> list[int]:
@@ -61,7 +64,7 @@ class TestBucket:
     def test_parts_become_one_object(self, gs: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(batch_results, "PART_LINES", 2)
         with open_results(URL) as results:
-            assert not results.done
+            assert not results.finished
             for i in (1, 2, 3, 4, 5):
                 results.add(line(i, error=i == 4))
             assert [numbers(gs.cat_file(path)) for path in sorted(gs.find("b/out"))] == [[1, 2], [3, 4]]
@@ -80,11 +83,11 @@ class TestBucket:
         for i in (1, 2, 3):
             killed.add(line(i, error=i == 2))
         with open_results(URL) as results:
-            assert (results.done, results.failed) == ({1: "c1", 2: "c2"}, 1)
+            assert (results.finished, results.num_failed) == ({1: "c1", 2: "c2"}, 1)
             results.add(line(3))
         assert numbers(gs.cat_file(URL)) == [1, 2, 3]
         with open_results(URL) as results:
-            assert (results.done, results.failed) == ({1: "c1", 2: "c2", 3: "c3"}, 1)
+            assert (results.finished, results.num_failed) == ({1: "c1", 2: "c2", 3: "c3"}, 1)
         assert numbers(gs.cat_file(URL)) == [1, 2, 3]
 
     def test_killed_while_the_parts_were_joined(self, gs: Bucket) -> None:
@@ -94,7 +97,7 @@ class TestBucket:
         gs.pipe(f"{URL}.parts/00000002.jsonl", f"{line(2)}\n".encode())
         gs.pipe(f"{URL}.whole", line(1).encode()[:9])
         with open_results(URL) as results:
-            assert (set(results.done), results.failed) == ({1, 2}, 1)
+            assert (set(results.finished), results.num_failed) == ({1, 2}, 1)
             results.add(line(3))
         assert numbers(gs.cat_file(URL)) == [1, 2, 3] and gs.find("b") == ["/b/out/r.jsonl"]
 
@@ -102,7 +105,7 @@ class TestBucket:
         with pytest.raises(KeyboardInterrupt), open_results(URL) as results:
             results.add(line(1))
             raise KeyboardInterrupt
-        assert not gs.exists(URL) and set(open_results(URL).done) == {1}
+        assert not gs.exists(URL) and set(open_results(URL).finished) == {1}
 
     def test_another_object_is_left_as_it_is(self, gs: Bucket) -> None:
         gs.pipe(URL, b"hello\n")

@@ -14,7 +14,7 @@ from omni_jax.errors import ConfigError
 from omni_jax.training.feed import Share, share_of
 from omni_jax.training.loop import train
 from omni_jax.training.progress import METRICS_FILE, read_metrics
-from omni_jax.training.recipe import MeshSizes, Recipe
+from omni_jax.training.recipe import MeshConfig, Recipe
 from tests.training.processes import finish, start
 
 STEPS = 20
@@ -97,6 +97,6 @@ def test_two_processes(options: list[str], eight_devices: Path, tmp_path: Path) 
 
 
 def test_shares_of_one_process() -> None:
-    assert share_of(MeshSizes().make(), 6) == Share(0, 1)
+    assert share_of(MeshConfig().make(), 6) == Share(0, 1)
     with pytest.raises(ConfigError, match="needs 2 devices, there are 1"):
-        MeshSizes(fsdp=2).make()
+        MeshConfig(fsdp=2).make()

@@ -13,7 +13,7 @@ from configs import RECIPES
 from omni_jax.checkpoint.name_map import parameter_count
 from omni_jax.errors import ConfigError
 from omni_jax.training.plan import composition, memory, plan
-from omni_jax.training.recipe import MeshSizes, Phase
+from omni_jax.training.recipe import MeshConfig, Phase
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
 
 
 def test_the_mesh_divides_what_it_should() -> None:
-    recipe = dataclasses.replace(RECIPES["thinker-sft-7b"], mesh=MeshSizes(data=2, fsdp=16, tensor=4))
+    recipe = dataclasses.replace(RECIPES["thinker-sft-7b"], mesh=MeshConfig(data=2, fsdp=16, tensor=4))
     rows = {row.path: row for row in plan(recipe, recipe.phases[0])}
     assert rows["decoder/layers/mlp/gate/kernel"].device_shape == (28, 3584 // 16, 18944 // 4)
     assert rows["decoder/head/kernel"].device_shape == (3584 // 16, 152064 // 4)
@@ -47,7 +47,7 @@ def test_the_mesh_divides_what_it_should() -> None:
 
 
 def test_a_mesh_that_does_not_divide() -> None:
-    recipe = dataclasses.replace(RECIPES["thinker-sft-7b"], mesh=MeshSizes(tensor=8))
+    recipe = dataclasses.replace(RECIPES["thinker-sft-7b"], mesh=MeshConfig(tensor=8))
     with pytest.raises(ConfigError, match=r"heads of 28 over \('tensor',\) = 8"):
         plan(recipe, recipe.phases[0])
 
@@ -55,8 +55,8 @@ def test_a_mesh_that_does_not_divide() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(mesh=MeshSizes(fsdp=3)), "data.rows is 64, which must be a multiple of mesh.data x mesh.fsdp = 3"),
-        (dict(mesh=MeshSizes(sequence=3)), "mesh.sequence 3 does not divide data.tokens 8192"),
+        (dict(mesh=MeshConfig(fsdp=3)), "data.rows is 64, which must be a multiple of mesh.data x mesh.fsdp = 3"),
+        (dict(mesh=MeshConfig(sequence=3)), "mesh.sequence 3 does not divide data.tokens 8192"),
         (dict(steps=0), "steps must be at least 1, got 0"),
         (dict(phases=(Phase("a", (), 3),)), "the last goes on to the end"),
         (dict(phases=(Phase("a", (), 3), Phase("a", ()))), "two phases have the same name"),

@@ -13,7 +13,7 @@ import pytest
 from omni_jax.config import OmniConfig
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.training.optimizer import flat, merge, split
-from omni_jax.training.recipe import MeshSizes, Optimizer
+from omni_jax.training.recipe import MeshConfig, Optimizer
 from omni_jax.training.step import Step, TrainState, abstract_batch, abstract_state, counts, fresh_moments, program
 from tests.training.examples import BUDGET, KINDS, make_batch, make_examples
 
@@ -102,14 +102,14 @@ def test_counts() -> None:
 
 def test_a_step_is_lowered_without_its_devices(make_recipe) -> None:
     """The abstract arguments are what the loop makes, on any mesh."""
-    recipe = make_recipe(data=dict(rows=4, tokens=128), mesh=MeshSizes(fsdp=1), optimizer=dict(accumulate=2))
+    recipe = make_recipe(data=dict(rows=4, tokens=128), mesh=MeshConfig(fsdp=1), optimizer=dict(accumulate=2))
     mesh = recipe.mesh.make()
     with jax.set_mesh(mesh):
         step, (state, batch) = program(recipe, mesh)
         lowered = step.lower(state, batch)
     assert batch.inputs.tokens.shape == (2, 4, 128)
     assert jax.tree.structure(lowered.out_info[0]) == jax.tree.structure(state)
-    wide = dataclasses.replace(recipe, mesh=MeshSizes(fsdp=2, sequence=2, tensor=2))
+    wide = dataclasses.replace(recipe, mesh=MeshConfig(fsdp=2, sequence=2, tensor=2))
     spread = abstract_batch(wide.data, wide.model, wide.mesh.abstract())
     assert spread.inputs.tokens.sharding.shard_shape((4, 128)) == (2, 64)
     assert abstract_state(make_step({}), wide.mesh.abstract()).step.shape == ()

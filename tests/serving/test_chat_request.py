@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from omni_jax.engine.outputs import Reply
+from omni_jax.engine.sampling import SamplingParams
 from omni_jax.errors import InputError
 from omni_jax.processing.layout import Usage
-from omni_jax.serving.request import answer_body, confine, read_body, sound_bytes
+from omni_jax.serving.chat_request import confine, parse_body
+from omni_jax.serving.chat_response import make_body, make_sound_file
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -26,17 +28,18 @@ def test_fields() -> None:
     stops = dict(stop=["a", "b"], stop_token_ids=[4])
     speech = dict(modalities=["text", "audio"], audio={"voice": {"id": "Ethan"}, "format": "pcm16"})
     without_effect = dict(model="any", user="somebody", n=1, stream=False, tools=None)
-    request = read_body(body(max_tokens=7, max_completion_tokens=9, **sampling, **stops, **speech, **without_effect))
+    request = parse_body(body(max_tokens=7, max_completion_tokens=9, **sampling, **stops, **speech, **without_effect))
     o = request.options
-    assert (o.max_tokens, o.temperature, o.top_p, o.top_k, o.repetition_penalty, o.seed) == (9, 0.5, 0.9, 5, 1.1, 3)
+    assert o.max_tokens == 9
+    assert o.sampling == SamplingParams(0.5, 5, 0.9, 1.1, 3)
     assert (o.stop, o.stop_token_ids, o.modalities, o.voice) == (("a", "b"), (4,), ("text", "audio"), "Ethan")
     assert (request.audio_format, request.return_token_ids) == ("pcm16", False)
 
 
 def test_what_stands_beside_the_list_goes_before_it() -> None:
     lists = [{"temperature": 0.7, "max_tokens": 5}, {"top_k": 3, "max_tokens": 8}, {"seed": 6}]
-    options = read_body(body(temperature=0.2, sampling_params_list=lists)).options
-    assert (options.temperature, options.max_tokens, options.noise_seed) == (0.2, 5, 6)
+    options = parse_body(body(temperature=0.2, sampling_params_list=lists)).options
+    assert (options.sampling.temperature, options.max_tokens, options.noise_seed) == (0.2, 5, 6)
     assert options.talker == {"top_k": 3, "max_tokens": 8}
 
 
@@ -48,7 +51,7 @@ def test_options_of_all_media_leave_a_part_its_own() -> None:
         {"type": "audio", "audio": "d.wav"},
     ]
     kwargs = {"fps": 4, "use_audio_in_video": True, "max_pixels": 50_000}
-    request = read_body({"messages": [{"role": "user", "content": parts}], "mm_processor_kwargs": kwargs})
+    request = parse_body({"messages": [{"role": "user", "content": parts}], "mm_processor_kwargs": kwargs})
     options = [part.options for part in request.messages[0].media]
     assert [o.get("fps") for o in options] == [1, 4, None, None]
     assert [o.get("use_audio_in_video") for o in options] == [True, True, None, None]
@@ -59,8 +62,8 @@ def test_options_of_all_media_leave_a_part_its_own() -> None:
     "fields, message",
     [
         (dict(messages=[]), "at least one message"),
-        (dict(tools=[{}]), "unknown field tools"),
-        (dict(n=2), "n is 2; there is one answer"),
+        (dict(tools=[{}]), "tools is [{}]; only [] is supported"),
+        (dict(n=2), "n is 2; only 1 is supported"),
         (dict(stream=True), "stream is True"),
         (dict(max_tokens=True), "max_tokens is True"),
         (dict(max_tokens=0), "max_tokens is 0"),
@@ -70,19 +73,19 @@ def test_options_of_all_media_leave_a_part_its_own() -> None:
         (dict(seed=-1), "seed is -1"),
         (dict(modalities="audio"), "modalities is 'audio'"),
         (dict(audio={"format": "wav"}), 'modalities does not have "audio"'),
-        (dict(audio={"speed": 2}), "audio: unknown field speed"),
+        (dict(audio={"speed": 2}), "unknown field of audio speed"),
         (dict(sampling_params_list={}), "sampling_params_list must be a list"),
-        (dict(sampling_params_list=[{}, {"tempo": 1}]), "sampling_params_list[1]: unknown field tempo"),
+        (dict(sampling_params_list=[{}, {"tempo": 1}]), "unknown field of sampling_params_list[1] tempo"),
         (dict(sampling_params_list=[{}, {"top_k": "5"}]), "sampling_params_list[1].top_k is '5'"),
-        (dict(sampling_params_list=[{}, {}, {"seed": "x"}]), "noise_seed is 'x'"),
-        (dict(mm_processor_kwargs={"colour": 1}), "mm_processor_kwargs: unknown field colour"),
+        (dict(sampling_params_list=[{}, {}, {"seed": "x"}]), "sampling_params_list[2].seed is 'x'"),
+        (dict(mm_processor_kwargs={"colour": 1}), "unknown field of mm_processor_kwargs colour"),
         (dict(mm_processor_kwargs={"fps": 0}), "fps"),
         (dict(return_token_ids="yes"), "return_token_ids is 'yes'"),
     ],
 )
 def test_wrong_fields(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        read_body(body(**fields))
+        parse_body(body(**fields))
 
 
 def test_paths_stay_within_the_root(tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_paths_stay_within_the_root(tmp_path: Path) -> None:
         for part in parts:
             if part["type"] == "video":
                 part["video"] = part.pop("image")
-        request = read_body({"messages": [{"role": "user", "content": parts}]})
+        request = parse_body({"messages": [{"role": "user", "content": parts}]})
         return [part.source for message in confine(request.messages, str(root), str(root)) for part in message.media]
 
     inside = str((root / "inner" / "a.png").resolve())
@@ -110,7 +113,7 @@ def test_paths_stay_within_the_root(tmp_path: Path) -> None:
 
 def test_media_beside_requests_in_a_bucket() -> None:
     def source(name: str, root: str = "gs://b/in") -> str:
-        request = read_body({"messages": [{"role": "user", "content": [{"type": "image", "image": name}]}]})
+        request = parse_body({"messages": [{"role": "user", "content": [{"type": "image", "image": name}]}]})
         ((part,),) = (message.media for message in confine(request.messages, "gs://b/in", root))
         return part.source
 
@@ -126,19 +129,19 @@ def test_media_beside_requests_in_a_bucket() -> None:
 def test_an_answer() -> None:
     audio = np.array([0, 0.5, -1], np.float32)
     reply = Reply("hello", (1, 2), "stop", Usage(text=3, audio=4), codec_ids=(7,), audio=audio)
-    request = read_body(body(return_token_ids=True, modalities=["text", "audio"]))
-    made = answer_body(request, reply, "n", "m", 100, None)
-    (choice,) = made["choices"]
+    request = parse_body(body(return_token_ids=True, modalities=["text", "audio"]))
+    answer = make_body(request, reply, "n", "m", 100, None)
+    (choice,) = answer["choices"]
     assert choice["message"]["content"] == choice["message"]["audio"]["transcript"] == "hello"
     assert (choice["token_ids"], choice["message"]["audio"]["codec_ids"]) == ([1, 2], [7])
-    assert made["usage"] == {
+    assert answer["usage"] == {
         "prompt_tokens": 7,
         "completion_tokens": 3,
         "total_tokens": 10,
         "prompt_tokens_details": {"audio_tokens": 4, "image_tokens": 0, "video_tokens": 0, "cached_tokens": 0},
         "completion_tokens_details": {"text_tokens": 2, "audio_tokens": 1},
     }
-    assert sound_bytes(audio, 24_000, "pcm16") == np.array([0, 16384, -32767], "<i2").tobytes()
-    assert sound_bytes(audio, 24_000, "wav")[:4] == b"RIFF"
-    elsewhere = answer_body(request, reply, "n", "m", 100, "a/b.wav")["choices"][0]["message"]["audio"]
+    assert make_sound_file(audio, 24_000, "pcm16") == np.array([0, 16384, -32767], "<i2").tobytes()
+    assert make_sound_file(audio, 24_000, "wav")[:4] == b"RIFF"
+    elsewhere = make_body(request, reply, "n", "m", 100, "a/b.wav")["choices"][0]["message"]["audio"]
     assert elsewhere["path"] == "a/b.wav" and "data" not in elsewhere

@@ -1,0 +1,105 @@
+"""What answers lines of requests: a model with the processes that decode its media, made from a picklable description.
+
+The run on one machine and the actors of a Ray cluster make theirs from the same ``WorkerSpec``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+
+from omni_jax.engine.request import SchedulerConfig
+from omni_jax.engine.warmup import Compilations
+from omni_jax.generation.model import OmniModel, load
+from omni_jax.serving.batch_lines import Line, Result
+from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
+from omni_jax.serving.media_workers import MediaLimits, MediaWorkers
+from omni_jax.sharding import MeshConfig
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """A worker before it is made.
+
+    Attributes:
+      model: folder of the checkpoint.
+      locations: of the files that requests name and of those that are written.
+      scheduler: how many requests are worked on at once.
+      dtype: what to compute in; what the checkpoint holds if None.
+      mesh: devices that the model is spread over; of one device, no mesh is made.
+      media_processes: that decode media.
+      media_limits: of each request.
+      allow_urls: whether media may be fetched from the web.
+      warmup_tokens: of a prompt with its reply that is compiled for at first; 0 for nothing.
+      warmup_windows: the same for pictures, in windows of 112 x 112 pixels.
+      compile_cache: folder of compiled programs, if they are kept.
+    """
+
+    model: Path
+    locations: FileLocations
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    dtype: str | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    media_processes: int = 1
+    media_limits: MediaLimits = field(default_factory=MediaLimits)
+    allow_urls: bool = False
+    warmup_tokens: int = 0
+    warmup_windows: int = 0
+    compile_cache: Path | None = None
+
+
+class Worker:
+    """A loaded model that answers lines; a context manager that ends its media processes.
+
+    Attributes:
+      status: how the run stands.
+    """
+
+    def __init__(self, spec: WorkerSpec, set_phase: Callable[[str], None] = lambda phase: None):
+        """Loads the model and compiles.
+
+        Args:
+          spec: what to load.
+          set_phase: called with what is being done, for those who wait.
+
+        Raises:
+          CheckpointError, ConfigError: where ``omni_jax.load`` does.
+        """
+        self.status = RunStatus()
+        self._media = MediaWorkers(spec.model, spec.media_processes, spec.media_limits, allow_urls=spec.allow_urls)
+        try:
+            set_phase(f"loading {spec.model}")
+            model = _load_model(spec)
+            set_phase("compiling")
+            if spec.warmup_tokens:
+                model.warmup(tokens=spec.warmup_tokens, windows=spec.warmup_windows, scheduler=spec.scheduler)
+        except BaseException:  # a model that cannot be loaded must leave no processes behind
+            self.close()
+            raise
+        self._runner = BatchRunner(model, spec.model.name, self._media, spec.scheduler, spec.locations, self.status)
+
+    def answer(self, lines: Iterable[Line]) -> Iterator[Result]:
+        """The results of lines, in the order in which they are done; see ``BatchRunner.run``."""
+        with Compilations() as self.status.compilations:
+            yield from self._runner.run(lines)
+
+    def close(self) -> None:
+        """Ends the media processes."""
+        self._media.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _load_model(spec: WorkerSpec) -> OmniModel:
+    if spec.compile_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(spec.compile_cache))
+    # a mesh of one device would only make every program a sharded one
+    mesh = spec.mesh.make() if spec.mesh.num_devices > 1 else None
+    return load(spec.model, dtype=spec.dtype, mesh=mesh)

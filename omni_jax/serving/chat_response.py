@@ -1,0 +1,98 @@
+"""OpenAI's chat completions: the body of an answer, with its speech."""
+
+from __future__ import annotations
+
+import base64
+import io
+import wave
+from typing import Any
+
+import numpy as np
+
+from omni_jax.engine.outputs import Reply
+from omni_jax.serving.chat_request import ChatRequest
+from omni_jax.serving.wav import pcm16
+
+_EXPIRY_SECONDS = 24 * 3600  # OpenAI's field says until when it keeps sound, which is in the answer here
+
+
+def make_sound_file(samples: np.ndarray, rate: int, audio_format: str) -> bytes:
+    """Speech as a file.
+
+    Args:
+      samples: float32 [n] from -1 to 1.
+      rate: of the samples, in Hz.
+      audio_format: one of ``AUDIO_FORMATS``.
+    """
+    if audio_format == "pcm16":
+        return pcm16(samples)
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes(pcm16(samples))
+    return file.getvalue()
+
+
+def make_body(
+    request: ChatRequest, reply: Reply, name: str, model_name: str, now: int, path: str | None
+) -> dict[str, Any]:
+    """The body of an answer.
+
+    Args:
+      request: what was asked.
+      reply: the answer.
+      name: of the request, for ids.
+      model_name: what the answer calls the model.
+      now: seconds since 1970.
+      path: of the file that the speech is in; it is in the body if None.
+    """
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text}
+    if reply.audio is not None:
+        message["audio"] = _make_audio(request, reply, name, now, path)
+    choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
+    if request.return_token_ids:
+        choice["token_ids"] = list(reply.token_ids)
+    return {
+        "id": f"chatcmpl-{name}",
+        "object": "chat.completion",
+        "created": now,
+        "model": model_name,
+        "choices": [choice],
+        "usage": _make_usage(reply),
+    }
+
+
+def _make_audio(request: ChatRequest, reply: Reply, name: str, now: int, path: str | None) -> dict[str, Any]:
+    audio: dict[str, Any] = {
+        "id": f"audio-{name}",
+        "expires_at": now + _EXPIRY_SECONDS,
+        "transcript": reply.text,
+    }
+    if path is not None:
+        audio["path"] = path
+    elif reply.audio is not None:
+        data = make_sound_file(reply.audio, reply.sample_rate, request.audio_format)
+        audio["data"] = base64.b64encode(data).decode()
+    if request.return_token_ids:
+        audio["codec_ids"] = list(reply.codec_ids)
+    return audio
+
+
+def _make_usage(reply: Reply) -> dict[str, Any]:
+    usage = reply.usage
+    text_tokens = len(reply.token_ids)
+    audio_tokens = len(reply.codec_ids)
+    return {
+        "prompt_tokens": usage.total,
+        "completion_tokens": text_tokens + audio_tokens,
+        "total_tokens": usage.total + text_tokens + audio_tokens,
+        "prompt_tokens_details": {
+            "audio_tokens": usage.audio,
+            "image_tokens": usage.image,
+            "video_tokens": usage.video,
+            "cached_tokens": 0,
+        },
+        "completion_tokens_details": {"text_tokens": text_tokens, "audio_tokens": audio_tokens},
+    }

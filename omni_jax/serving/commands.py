@@ -1,0 +1,139 @@
+"""The options of ``serve.py``'s commands. ``serving.chat`` and ``serving.batch`` do what they ask for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+from omni_jax.generation.options import Options
+from omni_jax.engine.sampling import SamplingParams
+from omni_jax.engine.request import TalkerParams
+from omni_jax.serving.batch_ray import RayOptions
+from omni_jax.serving.media_workers import MediaLimits
+from omni_jax.sharding import MeshConfig
+
+_DIR = tyro.conf.arg(metavar="DIR")
+_FILE = tyro.conf.arg(metavar="FILE")
+_FLAT = tyro.conf.arg(name="")  # the fields become options without the name of what holds them
+
+
+@dataclass(frozen=True)
+class TalkerOptions:
+    """How the answer is spoken."""
+
+    sampling: Annotated[SamplingParams, _FLAT] = field(default_factory=lambda: TalkerParams().sampling)
+    """How codes are drawn; without a seed, with the text's."""
+    max_tokens: int = TalkerParams.max_tokens
+    """Codes, 50 a second, at most."""
+
+
+@dataclass(frozen=True)
+class ChatCommand:
+    """Asks a model one question and prints its answer as it is made.
+
+    Only the answer goes to stdout, and its sound to a file, both as they are made; progress, and the time of each stage
+    at the end, go to stderr. The model sees images first, then sounds, then videos, each kind in the order given, and
+    the text last: it was trained with media before the question.
+
+    For instance:
+
+        python serve.py chat --model out/model \\
+            --image menu.jpg --text "Which dish is cheapest?" --out answer.wav
+    """
+
+    model: Annotated[Path, _DIR]
+    """Folder that tools/convert.py to-jax wrote."""
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to ask. Given again, the texts follow each other as they are."""
+    image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _FILE] = ()
+    """A picture."""
+    audio: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _FILE] = ()
+    """A sound, or a video of which only the sound is wanted."""
+    video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _FILE] = ()
+    """A video."""
+    speak: bool = False
+    """Speak the answer too, into reply.wav unless --out names another file."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.wav")] = None
+    """Speak the answer into this file: 24 kHz, 16 bits, one channel. It grows while the answer is made."""
+    voice: str | None = None
+    """Who speaks; without it, Chelsie, or the checkpoint's first voice."""
+    talker: TalkerOptions = field(default_factory=TalkerOptions)
+    system: str | None = None
+    """The system prompt; without it, the chat template's own, or with --out the one that speech was trained with."""
+    use_audio_in_video: Literal["auto", "true", "false"] = "auto"
+    """Whether to hear the videos too. auto: those that have a sound track; true: a silent video is an error."""
+    fps: float | None = None
+    """Frames to look at in each second of a video; without it, the model's usual 2."""
+    max_tokens: int = Options.max_tokens
+    """Length of the answer in tokens, at most."""
+    sampling: Annotated[SamplingParams, _FLAT] = field(default_factory=SamplingParams)
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End the answer before this string."""
+    allow_urls: bool = False
+    """Fetch media that are addresses on the web."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """What to compute in; without it, what the checkpoint holds."""
+
+
+@dataclass(frozen=True)
+class BatchCommand:
+    """Answers a file of requests, as many at once as there are slots.
+
+    A request is a line as OpenAI's batches have them: custom_id, method "POST", url "/v1/chat/completions", and a body
+    as of a chat completion, with media as paths, data: URLs or addresses. A result is a line with the custom_id and a
+    response or an error, in the order in which they are done. What is wrong with a line costs that line alone.
+
+    Results are written as they are made. A run that was killed goes on when it is started again in the same way: what
+    has a result is not done again. Progress and the summary go to stderr, the summary as JSON to stdout.
+
+    For instance:
+
+        python serve.py batch --model out/model -i requests.jsonl -o results.jsonl --audio-dir speech
+    """
+
+    model: Annotated[Path, _DIR]
+    """Folder that tools/convert.py to-jax wrote."""
+    input: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-i"])]
+    """The requests; this, the results and the speech may be in a bucket (gs://)."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-o"])]
+    """The results; a run that was killed is continued in it."""
+    audio_dir: Annotated[str | None, _DIR] = None
+    """Write speech into files here, with their paths in the results; without it, it is in the results, in base64."""
+    media_root: Annotated[str | None, _DIR] = None
+    """Media must lie within this folder; without it, within that of the requests, from which relative paths start."""
+    allow_urls: bool = False
+    """Fetch media that are on the web or in a bucket."""
+    slots: int = 16
+    """Requests that are answered at once, and as many that are spoken at once."""
+    workers: int = field(default_factory=lambda: max(1, min(8, (os.cpu_count() or 2) // 2)))
+    """Processes that decode media."""
+    media: MediaLimits = field(default_factory=MediaLimits)
+    """What the media of one request may cost."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices to spread the model over, for instance --mesh.tensor 4; by default it lies on one."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """What to compute in; without it, what the checkpoint holds."""
+    warmup_tokens: int = 2048
+    """Compile at first for prompts with replies of so many tokens; for longer ones when they come. 0: for none."""
+    warmup_windows: int = 32
+    """The same for pictures of so many windows of 112 x 112 pixels."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: --ray.actors processes over the machines of a Ray cluster, which all see the files at the same paths."""
+    ray: RayOptions = field(default_factory=RayOptions)
+    """The actors of --engine ray."""
+    distributed: bool = False
+    """The same command on every host of a slice, over which --mesh spreads the model; the first one writes. On a pod
+    of TPUs, under Slurm and on Kubernetes they find each other."""
+    coordinator: str | None = None
+    """host:port of process 0, where they do not."""
+    processes: int | None = None
+    """How many there are, where they do not find each other."""
+    process: int | None = None
+    """Which one this is, from 0."""
+    compile_cache: Annotated[Path | None, _DIR] = None
+    """Keep compiled programs here, so that the next start is fast."""
