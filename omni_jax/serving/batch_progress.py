@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-
 from omni_jax.engine.outputs import Utilization
 from omni_jax.serving.batch_lines import Result
 from omni_jax.serving.batch_results import Results
@@ -122,10 +121,10 @@ class _BarWithFigures(Progress):
 def padding_of_stages(utilization: Utilization) -> dict[str, float]:
     """Which part of the positions, steps and blocks that each stage computed was padding; only of those that did."""
     stages = {
-        "prompts": utilization.read,
-        "text": utilization.think,
-        "speech": utilization.talk,
-        "sound": utilization.voice,
+        "prompts": utilization.prefill,
+        "text": utilization.text,
+        "speech": utilization.speech,
+        "sound": utilization.vocoder,
     }
     return {name: 1 - use.used / use.computed for name, use in stages.items() if use.computed}
 

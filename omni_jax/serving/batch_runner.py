@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_jax.distributed import allreduce_min, is_main_process
-from omni_jax.engine.outputs import Reply
+from omni_jax.engine.outputs import Reply, Utilization
 from omni_jax.engine.request import RequestState, SchedulerConfig
-from omni_jax.engine.outputs import Utilization
 from omni_jax.engine.warmup import Compilations
 from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel

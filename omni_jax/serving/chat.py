@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from omni_jax.engine.outputs import Event, Reply, Timings
-from omni_jax.generation.options import Options
 from omni_jax.errors import InputError
 from omni_jax.generation.model import load
+from omni_jax.generation.options import Options
 from omni_jax.models.token2wav import SAMPLE_RATE
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Usage
@@ -173,8 +173,8 @@ def _make_timing_table(timings: Timings, load_seconds: float, *, speaks: bool) -
     for name in ("prepare", "encode", "prefill", "decode"):
         stages[name] = getattr(timings, name)
     if speaks:
-        stages["talker"] = timings.talk
-        stages["token2wav"] = timings.wave
+        stages["talker"] = timings.talker
+        stages["token2wav"] = timings.token2wav
     for name, seconds in stages.items():
         table.add_row(name, f"{seconds:.2f}")
     return table

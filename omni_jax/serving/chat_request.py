@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_jax.checks import SEED_MAX, check_int, check_names, shown
-
-from omni_jax.generation.options import Options
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.errors import InputError
+from omni_jax.generation.options import Options
 from omni_jax.processing.chat import MediaPart, Message, parse_messages
 from omni_jax.processing.files import is_within, join_path, resolve_path
 from omni_jax.processing.sources import describe_source

@@ -9,10 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-
-from omni_jax.generation.options import Options
-from omni_jax.engine.sampling import SamplingParams
 from omni_jax.engine.request import TalkerParams
+from omni_jax.engine.sampling import SamplingParams
+from omni_jax.generation.options import Options
 from omni_jax.serving.batch_ray import RayOptions
 from omni_jax.serving.media_workers import MediaLimits
 from omni_jax.sharding import MeshConfig
