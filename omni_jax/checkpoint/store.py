@@ -48,7 +48,12 @@ FORMAT = 1
 _CHUNK_BYTES = 64 * 2**20
 _BLOCK_BYTES = 64 * 2**20
 # Orbax looks for the file format that it writes by default and says that it is not there
-_NOISE = ("TensorStore data files not found", "Skipping merge of OCDBT")
+_NOISE = (
+    "TensorStore data files not found",
+    "Skipping merge of OCDBT",
+    "Metadata file does not exist",
+    "Waiting for previous save to complete",
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def refuse_existing(folder: Path) -> None:
 
 def _write_component(folder: Path, leaves: Sequence[Leaf]) -> None:
     zeros = {leaf.path[1:]: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for leaf in leaves}
-    with _layout({leaf.path[1:] for leaf in leaves if leaf.stacked}), _without_noise():
+    with _layout({leaf.path[1:] for leaf in leaves if leaf.stacked}), quiet_orbax():
         ocp.save(str(folder), unflatten_dict(zeros))
     for leaf in leaves:
         store = _open(folder, leaf.path[1:])
@@ -184,17 +189,20 @@ def _blocks(leaf: Leaf, chunk: Sequence[int]) -> Iterator[tuple[tuple[slice, ...
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
-    log = logging.getLogger("absl")
+def quiet_orbax() -> Iterator[None]:
+    """Keeps back what Orbax says of files that it looks for and does not need."""
+    loggers = (logging.getLogger("absl"), logging.getLogger())  # it logs by either
 
     def wanted(record: logging.LogRecord) -> bool:
         return not any(noise in record.getMessage() for noise in _NOISE)
 
-    log.addFilter(wanted)
+    for logger in loggers:
+        logger.addFilter(wanted)
     try:
         yield
     finally:
-        log.removeFilter(wanted)
+        for logger in loggers:
+            logger.removeFilter(wanted)
 
 
 def components(folder: Path) -> dict[str, list[str]]:
@@ -297,7 +305,7 @@ def tree_shapes(path: Path) -> dict[str, Any]:
       CheckpointError: if it is missing or damaged.
     """
     try:
-        with _without_noise():
+        with quiet_orbax():
             stored: Any = ocp.metadata(str(path.absolute())).metadata
     except Exception as e:  # Orbax has no one kind of error for a folder that is missing or damaged
         raise CheckpointError(f"{path} is missing or damaged ({_first_line(e)}); convert the checkpoint again") from e
@@ -313,25 +321,15 @@ def load_tree(path: Path, target: Any) -> Any:
       CheckpointError: if numbers are missing or damaged.
     """
     try:
-        with _without_noise():
+        with quiet_orbax():
             return ocp.load(str(path.absolute()), target)
     except Exception as e:  # as above
         raise CheckpointError(f"cannot read the parameters in {path}: {_first_line(e.__cause__ or e)}") from e
 
 
-def save_tree(path: Path, tree: Any) -> Callable[[], None]:
-    """Begins to write one Orbax checkpoint, from all processes together.
-
-    It returns when the arrays may be changed again; what it returns waits until they are written.
-    """
-    with _layout(set()), _without_noise():
-        response = ocp.save_async(str(path.absolute()), tree)
-
-    def wait() -> None:
-        with _without_noise():
-            response.result()
-
-    return wait
+def write_context() -> ocp.Context:
+    """How an Orbax ``Checkpointer`` is to lay out arrays, so that ``load_tree`` reads them."""
+    return _layout(set())
 
 
 def open_leaf(folder: Path, path: Sequence[str]) -> Callable[[int | None], np.ndarray]:
