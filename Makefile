@@ -1,6 +1,7 @@
 # make demo         converts a small random model, asks it about the media in tests/media, and has it speak its answer
 # make train-demo   trains a tiny random model in the paper's four stages, each from the last one's end
 # make test         every test, with PyTorch as the oracle; needs nothing done before
+# make test-aot     compiles the training steps of the whole 7B for TPU pods, some minutes each; no TPU is needed
 # make check        lint, format and types
 # make test-newest  the tests that need neither PyTorch nor the TPU compiler, on Python 3.12 with the newest jax and flax
 # make clean        removes all that these have made
@@ -26,13 +27,13 @@ TORCHVISION = test -d $(VENV)/torchvision || \
 LIBTPU = test -d $(VENV)/libtpu || \
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/libtpu libtpu==0.0.42.1
 
-.PHONY: demo train-demo test check test-newest clean
+.PHONY: demo train-demo test test-aot check test-newest clean
 
 demo: $(VENV)/installed-run
 ifdef MODEL
 	$(BIN)/python serve.py chat --model "$(MODEL)" $(MEDIA) $(QUESTION)
 else
-	@echo "The model of this demo is made of random numbers: what it answers is noise, until a trained one is given."
+	@echo "The model of this demo has random parameters: what it answers is noise, until a trained one is given."
 	rm -rf out/demo
 	$(BIN)/python tools/make_checkpoint.py out/demo/published --size small
 	$(BIN)/python tools/convert.py to-jax out/demo/published out/demo/model
@@ -41,7 +42,7 @@ else
 	$(BIN)/python tools/spectrogram.py out/demo/reply.wav out/demo/reply.png
 	@echo
 	@echo "The spoken reply is in out/demo/reply.wav, a picture of it in out/demo/reply.png."
-	@echo "The words above are random, for so are the model's numbers. For real answers, convert a trained model:"
+	@echo "The text above is random, for so are the model's parameters. For real answers, convert a trained model:"
 	@echo "  $(BIN)/python tools/convert.py to-jax FOLDER-OF-QWEN2.5-OMNI out/model && make demo MODEL=out/model"
 endif
 
@@ -51,6 +52,9 @@ train-demo: $(VENV)/installed-run
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2
+
+test-aot: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m aot tests/tools/test_aot.py
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check .

@@ -19,8 +19,8 @@ import tyro
 from configs import RECIPES
 from omni_jax.distributed import join_processes
 from omni_jax.errors import CheckpointError, ConfigError, InputError, TrainingError
+from omni_jax.training.dry_run import print_dry_run
 from omni_jax.training.loop import PREEMPTED, train
-from omni_jax.training.plan import show
 from omni_jax.training.recipe import Recipe
 
 
@@ -47,7 +47,7 @@ def main() -> int:
     try:
         if run.dry_run:
             jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
-            show(run.recipe)
+            print_dry_run(run.recipe)
             return 0
         if run.workdir is None:
             raise ConfigError("--workdir is needed; --dry-run shows what a recipe would do without one")

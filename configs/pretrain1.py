@@ -5,18 +5,18 @@ python train.py pretrain1-7b --init FILES --parts.llm Qwen2.5-7B --parts.vision 
 """
 
 from configs.sizes import ADAPTERS, ENCODERS, recipes
-from omni_jax.training.recipe import Group, Optimizer, Phase
+from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase
 
 # the paper gives neither rates nor the share of the two phases; these are ours
 PHASES = (
-    Phase("adapters", (Group(ADAPTERS),), steps=2_000),
-    Phase("encoders", (Group(ADAPTERS), Group(ENCODERS, rate=0.1))),
+    Phase("adapters", (ParameterGroup(ADAPTERS),), steps=2_000),
+    Phase("encoders", (ParameterGroup(ADAPTERS), ParameterGroup(ENCODERS, learning_rate_scale=0.1))),
 )
 
 RECIPES = recipes(
     "pretrain1",
     "pretraining 1: encoders learn to speak to a frozen language model",
     phases=PHASES,
-    optimizer=Optimizer(learning_rate=5e-4, warmup=500),
+    optimizer=OptimizerConfig(learning_rate=5e-4, warmup=500),
     steps=20_000,
 )

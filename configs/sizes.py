@@ -6,9 +6,11 @@ from typing import Any
 
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
-from omni_jax.training.recipe import Checkpoints, MeshConfig, Optimizer, Phase, Recipe
+from omni_jax.sharding import MeshConfig
+from omni_jax.training.recipe import CheckpointConfig, OptimizerConfig, Phase, Recipe
 
-# paths of parameters; the table of audio marks is read by nothing (see models/audio_encoder.py) and must not decay
+# paths of parameters; bos_eos, the audio encoder's begin and end embeddings, is read by nothing (see
+# models/audio_encoder.py) and must not decay
 ADAPTERS = r"audio_encoder/proj/.*|vision_encoder/merger/.*"
 ENCODERS = r"audio_encoder/(?!bos_eos|proj).*|vision_encoder/(?!merger).*"
 DECODER = r"decoder/.*"
@@ -26,7 +28,7 @@ def recipes(
     about: str,
     *,
     phases: tuple[Phase, ...],
-    optimizer: Optimizer,
+    optimizer: OptimizerConfig,
     steps: int,
     tokens: int = 8192,
     media: Mapping[str, Any] | None = None,
@@ -40,7 +42,7 @@ def recipes(
       optimizer: of the sizes 7b and 3b.
       steps: of the sizes 7b and 3b.
       tokens: of a row.
-      media: budgets of sound and pictures (``DataConfig``) that are not the default.
+      media: budgets of audio and pictures (``DataConfig``) that are not the default.
     """
     published = {"7b": (OmniConfig.qwen2_5_omni_7b(), 64), "3b": (OmniConfig.qwen2_5_omni_3b(), 32)}
     made = {}
@@ -55,7 +57,7 @@ def recipes(
         tuple(dataclasses.replace(phase, steps=phase.steps and _TINY_STEPS // 2) for phase in phases),
         dataclasses.replace(_TINY_DATA, tokens=max(256, tokens // 64)),
         optimizer=dataclasses.replace(optimizer, learning_rate=3e-3, warmup=2),
-        checkpoint=Checkpoints(every=10),
+        checkpoint=CheckpointConfig(every=10),
         steps=_TINY_STEPS,
         dtype="float32",
         loss_chunk=64,

@@ -1,4 +1,4 @@
-"""Instruction tuning of the Thinker (paper section 4.2): ChatML, with the loss on the assistant's words alone.
+"""Instruction tuning of the Thinker (paper section 4.2): ChatML, with the loss on the assistant's tokens alone.
 
 python train.py thinker-sft-7b --init CHECKPOINT --data.train dialogues.jsonl
 
@@ -6,12 +6,12 @@ The encoders stay as they are; ``--phases.0.train.0.paths '(?!audio_encoder/bos_
 """
 
 from configs.sizes import ADAPTERS, DECODER, recipes
-from omni_jax.training.recipe import Group, Optimizer, Phase
+from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase
 
 RECIPES = recipes(
     "thinker-sft",
     "instruction tuning of the Thinker",
-    phases=(Phase("dialogues", (Group(f"{DECODER}|{ADAPTERS}"),)),),
-    optimizer=Optimizer(learning_rate=1e-5, warmup=100, weight_decay=0.01),
+    phases=(Phase("dialogues", (ParameterGroup(f"{DECODER}|{ADAPTERS}"),)),),
+    optimizer=OptimizerConfig(learning_rate=1e-5, warmup=100, weight_decay=0.01),
     steps=5_000,
 )

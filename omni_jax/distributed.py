@@ -17,7 +17,8 @@ def join_processes(coordinator: str | None = None, count: int | None = None, ind
     """Makes this process one of several; to be called before anything else of jax.
 
     Args:
-      coordinator: host:port of process 0. On a pod of TPUs, under Slurm and on Kubernetes nothing need be given.
+      coordinator: host:port of process 0. On a pod of TPUs, under Slurm and on Kubernetes it can be left out, and so
+        can the others.
       count: of processes.
       index: of this one, from 0.
 
@@ -34,21 +35,24 @@ def join_processes(coordinator: str | None = None, count: int | None = None, ind
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process has, of JSON's types, in their order; the same on all of them."""
+    """The values of all processes, of JSON's types, in the order of the processes; the same on all of them."""
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([len(text)]))
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    # arrays that are gathered must be of one length
+    lengths = np.ravel(multihost_utils.process_allgather(np.array([len(encoded)])))
     padded = np.zeros(int(np.max(lengths)), np.uint8)
-    padded[: len(text)] = text
-    texts = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(t[: int(n)])) for t, n in zip(texts, np.ravel(lengths), strict=True)]
+    padded[: len(encoded)] = encoded
+    values = []
+    for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True):
+        values.append(json.loads(bytes(row[: int(length)])))
+    return values
 
 
-def barrier(where: str) -> None:
-    """Waits until every process has come here."""
+def barrier(name: str) -> None:
+    """Waits until every process has come to the barrier of this name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(name)
 
 
 def is_main_process() -> bool:
@@ -56,15 +60,15 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def allreduce_min(values: Sequence[int], most: int) -> list[int]:
-    """Of each of these numbers, of which there are as many everywhere, the lowest that a process has.
+def allreduce_min(values: Sequence[int], max_values: int) -> list[int]:
+    """The minimum over all processes of each value; every process has as many values.
 
     Args:
       values: from 0 to 255.
-      most: that there are ever of them, so that their number makes no programs.
+      max_values: how many there can ever be; they are padded to it, so that their number compiles no new program.
     """
     if not values or jax.process_count() == 1:
         return list(values)
-    padded = np.zeros(most, np.uint8)
+    padded = np.zeros(max_values, np.uint8)
     padded[: len(values)] = values
     return multihost_utils.process_allgather(padded).min(axis=0)[: len(values)].tolist()

@@ -20,13 +20,12 @@ from omni_jax.errors import ConfigError
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.sharding import MESH_AXES, RULES, MeshConfig, make_mesh, param_shardings
 
-# every axis above one, alone and with others
-MESHES = [
-    {"data": 8},
-    {"fsdp": 8},
-    {"sequence": 8},
-    {"fsdp": 4, "tensor": 2},
-    {"data": 2, "sequence": 2, "tensor": 2},
+# every axis above one, and each with others; a sequence axis alone too, for it splits what the others keep whole
+MESHES = [{"sequence": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "sequence": 2, "tensor": 2}]
+# the small Talker has one head of keys, which no tensor axis divides
+REPLY_CASES = [
+    {"parts": "thinker", "mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+    {"parts": "all", "mesh": {"data": 2, "fsdp": 4}},
 ]
 # float32 sums that several devices share out are added in another order
 TOLERANCE = 1e-5
@@ -42,17 +41,13 @@ def run(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("parts", "mesh"),
-    # the small Talker has one head of keys, which no tensor axis divides
-    [("thinker", {"data": 2, "fsdp": 2, "tensor": 2}), ("all", {"data": 2, "fsdp": 4})],
-)
-def test_replies_over_eight_devices_equal_one(tiny_model: Path, parts: str, mesh: dict[str, int]) -> None:
-    alone, together = run("reply", str(tiny_model), parts, json.dumps(mesh))
-    assert (alone["devices"], together["devices"]) == (1, 8)
-    assert alone["said"] == together["said"]
-    assert all(len(tokens) == 12 for tokens, _ in alone["said"])
-    assert bool(alone["said"][-1][1]) == (parts == "all")
+def test_replies_over_eight_devices_equal_one(tiny_model: Path) -> None:
+    results = run("reply", str(tiny_model), json.dumps(REPLY_CASES))
+    for case, alone, together in zip(REPLY_CASES, results[::2], results[1::2], strict=True):
+        assert (alone["devices"], together["devices"]) == (1, 8)
+        assert alone["ids"] == together["ids"]
+        assert all(len(tokens) == 12 for tokens, _ in alone["ids"])
+        assert bool(alone["ids"][-1][1]) == (case["parts"] == "all")
 
 
 def test_forward_over_eight_devices_equals_one() -> None:
@@ -61,8 +56,8 @@ def test_forward_over_eight_devices_equals_one() -> None:
     for result in results:
         assert result["devices"] == 8
         assert result["error"] < TOLERANCE, result
-        params_are_spread = {"fsdp", "tensor"} & set(result["mesh"])
-        assert (result["spread"] > 0) == bool(params_are_spread), result
+        shards_params = {"fsdp", "tensor"} & set(result["mesh"])
+        assert (result["sharded"] > 0) == bool(shards_params), result
 
 
 def test_every_parameter_names_its_axes() -> None:

@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 from configs import RECIPES
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
-from omni_jax.sharding import MESH_AXES
-from omni_jax.training.recipe import MeshConfig, Recipe
-from omni_jax.training.step import program as train_program
+from omni_jax.sharding import MESH_AXES, MeshConfig
+from omni_jax.training.recipe import Recipe
+from omni_jax.training.step import abstract_program
 from tools.aot_hlo import Program as Text
 from tools.aot_programs import PROGRAMS, Program, Shapes, on_chip
 
@@ -43,7 +43,7 @@ GIB = 2**30
 # of a chip, as the compiler counts it
 HBM = {"v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB}
 ROOM = 0.95  # share of it that a program may fill; nearer the limit the compiler changes the program
-MODELS = {"7b": OmniConfig.qwen2_5_omni_7b, "3b": OmniConfig.qwen2_5_omni_3b}
+MODELS = {"7b": OmniConfig.qwen2_5_omni_7b, "3b": OmniConfig.qwen2_5_omni_3b, "tiny": OmniConfig.tiny}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Compile:
     """Compiles one program for one topology.
 
     Programs are the recipes of train.py, and of generation thinker-prefill, thinker-decode, talker-decode, dit-block
-    and vocoder-block, each with -7b or -3b.
+    and vocoder-block, each with -7b, -3b or -tiny.
 
     For instance:
 
@@ -111,7 +111,7 @@ class Compile:
         if self.program in RECIPES:
             recipe = self._recipe(RECIPES[self.program], len(devices))
             mesh = recipe.mesh.make(devices)
-            function, arguments = train_program(recipe, mesh)
+            function, arguments = abstract_program(recipe, mesh)
             wanted = Program(function, arguments)
         else:
             name, _, size = self.program.rpartition("-")

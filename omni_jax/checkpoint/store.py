@@ -47,8 +47,13 @@ FORMAT = 1
 # what is written at a time: few chunks, and these so large that the C library returns their memory at once
 _CHUNK_BYTES = 64 * 2**20
 _BLOCK_BYTES = 64 * 2**20
-# Orbax looks for the file format that it writes by default and warns that it is not there
-_EXPECTED_WARNINGS = ("TensorStore data files not found", "Skipping merge of OCDBT")
+# Orbax looks for the file format that it writes by default and says that it is not there
+_EXPECTED_MESSAGES = (
+    "TensorStore data files not found",
+    "Skipping merge of OCDBT",
+    "Metadata file does not exist",
+    "Waiting for previous save to complete",
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def refuse_existing(folder: Path) -> None:
 def _write_component(folder: Path, leaves: Sequence[Leaf]) -> None:
     zeros = {leaf.path[1:]: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for leaf in leaves}
     stacked = {leaf.path[1:] for leaf in leaves if leaf.stacked}
-    with _orbax_layout(stacked), _without_expected_warnings():
+    with _orbax_layout(stacked), quiet_orbax():
         ocp.save(str(folder), unflatten_dict(zeros))
     for leaf in leaves:
         store = _open_array(folder, leaf.path[1:])
@@ -196,17 +201,20 @@ def _read_blocks(leaf: Leaf, chunk: Sequence[int]) -> Iterator[tuple[tuple[slice
 
 
 @contextlib.contextmanager
-def _without_expected_warnings() -> Iterator[None]:
-    log = logging.getLogger("absl")
+def quiet_orbax() -> Iterator[None]:
+    """Keeps back what Orbax says of files that it looks for and does not need."""
+    loggers = (logging.getLogger("absl"), logging.getLogger())  # it logs by either
 
     def is_unexpected(record: logging.LogRecord) -> bool:
-        return not any(text in record.getMessage() for text in _EXPECTED_WARNINGS)
+        return not any(text in record.getMessage() for text in _EXPECTED_MESSAGES)
 
-    log.addFilter(is_unexpected)
+    for logger in loggers:
+        logger.addFilter(is_unexpected)
     try:
         yield
     finally:
-        log.removeFilter(is_unexpected)
+        for logger in loggers:
+            logger.removeFilter(is_unexpected)
 
 
 def components(folder: Path) -> dict[str, list[str]]:
@@ -319,7 +327,7 @@ def tree_shapes(path: Path) -> dict[str, Any]:
       CheckpointError: if it is missing or damaged.
     """
     try:
-        with _without_expected_warnings():
+        with quiet_orbax():
             stored: Any = ocp.metadata(str(path.resolve())).metadata
     except Exception as e:  # Orbax has no one kind of error for a folder that is missing or damaged
         raise CheckpointError(f"{path} is missing or damaged ({_first_line(e)}); convert the checkpoint again") from e
@@ -335,26 +343,15 @@ def load_tree(path: Path, target: Any) -> Any:
       CheckpointError: if values are missing or damaged.
     """
     try:
-        with _without_expected_warnings():
+        with quiet_orbax():
             return ocp.load(str(path.resolve()), target)
     except Exception as e:  # as above
         raise CheckpointError(f"cannot read the parameters in {path}: {_first_line(e.__cause__ or e)}") from e
 
 
-def save_tree(path: Path, tree: Any) -> Callable[[], None]:
-    """Begins to write one Orbax checkpoint, from all processes together.
-
-    Returns:
-      A function that waits until the arrays are written. They may be changed as soon as ``save_tree`` returns.
-    """
-    with _orbax_layout(set()), _without_expected_warnings():
-        response = ocp.save_async(str(path.resolve()), tree)
-
-    def wait() -> None:
-        with _without_expected_warnings():
-            response.result()
-
-    return wait
+def write_context() -> ocp.Context:
+    """How an Orbax ``Checkpointer`` is to lay out arrays, so that ``load_tree`` reads them."""
+    return _orbax_layout(set())
 
 
 def open_leaf(folder: Path, path: Sequence[str]) -> Callable[[int | None], np.ndarray]:

@@ -1,4 +1,4 @@
-"""The checkpoints of a training run.
+"""The checkpoints of a training run: the steps of an Orbax ``Checkpointer``, each of them a model that can be loaded.
 
 ::
 
@@ -6,23 +6,33 @@
                                     and Token2Wav of the checkpoint that the run began from
     WORKDIR/checkpoints/00001000/   a checkpoint like any other (checkpoint/store.py): it can be loaded and converted
                                     to PyTorch, and another run can begin from it
-        params/thinker/             what is trained, and what is frozen
-        moments/                    of the optimizer, an Orbax checkpoint like the parameters
+        params/thinker/             the parameters, trained and frozen
+        optimizer/moments/          count and both moments of Adam
         run.json                    the step, and where the data goes on
+        files.json                  the length of every file
 
-The arrays of ``model`` are hard links in every checkpoint, so they take their room once, and any folder may be moved
-away or removed. Arrays are written while training goes on. A checkpoint has its name only when all of it is on the
-disk; ``files.json`` then says how long each file must be, so that what is lost later is noticed.
+Orbax (``orbax.checkpoint.v1.training.Checkpointer``) numbers the steps, writes them while training goes on, gives a
+step its name when all of it is written, keeps the latest and removes what a killed run left unfinished. What it cannot:
+
+* It sees that a step was committed, not that a file was lost or cut short afterwards: its list of checkpoints breaks
+  where metadata is missing. So ``files.json`` is checked first, and Orbax is shown only steps that are whole.
+* It loads checkpointables only from the top of a step, but a model has its parameters in ``params/<component>``. So
+  each tree is saved under the path that ``store`` reads, and read by ``store``.
+* It keeps the state of a grain iterator in a file for each process, which another number of processes cannot read. So
+  the states of all processes are gathered into ``run.json``.
+
+The files of ``model`` are put into a step before it has its name; arrays are hard links, so they take their room once,
+and any folder may be moved or removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +41,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from orbax.checkpoint import v1 as ocp
 
 from omni_jax.checkpoint import store, voices
 from omni_jax.checkpoint.convert import CONSTANTS_FILE, side_files
@@ -38,16 +49,29 @@ from omni_jax.checkpoint.store import ABOUT_FILE, FORMAT
 from omni_jax.distributed import barrier, is_main_process
 from omni_jax.errors import CheckpointError, ConfigError
 
-CHECKPOINTS = "checkpoints"
-MODEL = "model"
-_RUN_FILE, _FILES_FILE, _MOMENTS = "run.json", "files.json", "moments"
+CHECKPOINTS_FOLDER = "checkpoints"
+MODEL_FOLDER = "model"
+RUN_FILE = "run.json"
+FILES_FILE = "files.json"
+# two folders deep: a folder right below a step Orbax takes for a checkpointable, and not for a checkpoint to load
 _THINKER = Path("params") / "thinker"
-_PARTIAL = ".partial-"
+_MOMENTS = Path("optimizer") / "moments"
+_TREE = "state"  # what Orbax calls the tree of a checkpoint that holds one tree; ``store`` reads that
+_STEP_DIGITS = 8
+# Orbax writes these when it commits, after ``files.json``
+_COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A state as it is saved and restored: trees of arrays, and what is of JSON's types."""
+class TrainCheckpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+      step: steps of the run that came before.
+      params: tree of the Thinker's parameters.
+      moments: ``count``, ``mu`` and ``nu`` of Adam; the latter two like the part of ``params`` that trains.
+      data: where the data goes on, of JSON's types.
+    """
 
     step: int
     params: Any
@@ -55,34 +79,36 @@ class Saved:
     data: Mapping[str, Any]
 
 
-def resolve(init: Path) -> Path:
-    """The checkpoint that ``init`` means: itself, or the last whole one of a run's folder.
+# from a step and the dtypes of the Thinker's parameters by path, the abstract arrays to restore into
+MakeTarget = Callable[[int, Mapping[str, np.dtype]], TrainCheckpoint]
+
+
+def step_folder(workdir: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return workdir / CHECKPOINTS_FOLDER / f"{step:0{_STEP_DIGITS}d}"
+
+
+def resolve_checkpoint(init: Path) -> Path:
+    """The checkpoint that ``init`` means: itself, or the latest of a run's folder that is whole.
 
     Raises:
       CheckpointError: if it is a run's folder without any.
     """
-    if not (init / CHECKPOINTS).is_dir():
+    if not (init / CHECKPOINTS_FOLDER).is_dir():
         return init
-    for folder in reversed(_folders(init / CHECKPOINTS)):
-        if not damage(folder):
+    for folder in reversed(_list_steps(init / CHECKPOINTS_FOLDER)):
+        if not find_damage(folder):
             return folder
     raise CheckpointError(f"{init} is the folder of a run without a whole checkpoint; let it run until it has one")
 
 
-def _folders(parent: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    if not parent.is_dir():
-        return []
-    return sorted(path for path in parent.iterdir() if re.fullmatch(r"\d+", path.name))
-
-
-def damage(folder: Path) -> str:
+def find_damage(folder: Path) -> str:
     """What is wrong with the files of a run's checkpoint; empty if nothing is."""
     try:
-        files: dict[str, int] = json.loads((folder / _FILES_FILE).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = json.loads((folder / FILES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        return f"{_FILES_FILE} cannot be read ({e})"
-    for name, size in files.items():
+        return f"{FILES_FILE} cannot be read ({e})"
+    for name, size in sizes.items():
         try:
             found = (folder / name).stat().st_size
         except OSError:
@@ -92,106 +118,107 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def start(workdir: Path, init: Path) -> None:
+def prepare_model(workdir: Path, init: Path) -> None:
     """Makes ``WORKDIR/model`` from the checkpoint that a run begins from, unless it is there; one process does it.
 
     Raises:
       CheckpointError: if ``init`` is no checkpoint.
     """
-    if (workdir / MODEL).exists():
+    if (workdir / MODEL_FOLDER).exists():
         return
-    parts = {name: kinds for name, kinds in store.components(init).items() if name != "thinker"}
-    extra = [init / name for name in (CONSTANTS_FILE, voices.VOICES_FILE, voices.PUBLISHED_FILE)]
-    with store.new_folder(workdir / MODEL) as unfinished:
-        for file in [*side_files(init), *(path for path in extra if path.is_file())]:
+    components = store.components(init)
+    components.pop("thinker", None)
+    files = side_files(init)
+    for name in (CONSTANTS_FILE, voices.VOICES_FILE, voices.PUBLISHED_FILE):
+        if (init / name).is_file():
+            files.append(init / name)
+    with store.new_folder(workdir / MODEL_FOLDER) as unfinished:
+        for file in files:
             shutil.copyfile(file, unfinished / file.name)
-        for name in parts:
-            _link_all(init / "params" / name, unfinished / "params" / name)
-        _write(unfinished / ABOUT_FILE, {"format": FORMAT, "components": parts})
+        for name in components:
+            _link_files(init / "params" / name, unfinished / "params" / name)
+        _write_json(unfinished / ABOUT_FILE, {"format": FORMAT, "components": components})
 
 
-def _link_all(source: Path, target: Path) -> None:
-    """One more name for each file of a folder; a copy of it where the file system has no such thing."""
-    for file in source.rglob("*"):
-        if file.is_file():
-            place = target / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file, place)
-            except OSError:
-                shutil.copyfile(file, place)
+def read_dtypes(folder: Path) -> dict[str, np.dtype]:
+    """Dtypes of the parameters of a checkpoint's Thinker, by path.
+
+    Raises:
+      CheckpointError: if it has none, or not the one that its config.json describes.
+    """
+    thinker = store.abstract(folder, ["thinker"])["thinker"]
+    return {path: np.dtype(leaf.dtype) for path, leaf in flatten_dict(thinker, sep="/").items()}
 
 
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+class TrainCheckpoints:
+    """Saves and restores the states of a run. Of several processes, all call each method, in the same order.
 
-
-class RunFolder:
-    """Saves and restores the states of a run. Of several processes, all call each method, in the same order."""
+    Call ``restore`` before the first ``save``.
+    """
 
     def __init__(self, workdir: Path, keep: int) -> None:
-        """``keep`` is how many of the latest states stay."""
-        self._model, self._parent = workdir / MODEL, workdir / CHECKPOINTS
+        """Opens the folder of a run.
+
+        Args:
+          workdir: the run's folder, which ``prepare_model`` has been called for.
+          keep: how many of the latest checkpoints stay.
+        """
+        self._workdir = workdir
         self._keep = keep
-        self._first = is_main_process()
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
-        if self._first:
-            self._parent.mkdir(parents=True, exist_ok=True)
-            for left in self._parent.glob(f"{_PARTIAL}*"):  # by a run that was killed
-                shutil.rmtree(left)
-        barrier("the run's folder")
+        self._parent = workdir / CHECKPOINTS_FOLDER
+        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._saving: TrainCheckpoint | None = None  # what Orbax is writing in the background
+        self._open_contexts = contextlib.ExitStack()
 
-    def steps(self) -> list[int]:
-        """Of the checkpoints that are there, oldest first."""
-        return [int(folder.name) for folder in _folders(self._parent)]
+    def restore(self, make_target: MakeTarget, log: Callable[[str], None]) -> TrainCheckpoint | None:
+        """The latest checkpoint that is whole; None if there is none.
 
-    def save(self, saved: Saved) -> None:
-        """Begins to write a state, as soon as the one before is written. The arrays may be changed when it returns.
+        Later ones, which are damaged, are removed: the run makes them again.
+
+        Args:
+          make_target: gives the arrays to restore into.
+          log: is told of each checkpoint that is damaged.
 
         Raises:
-          CheckpointError: if the one before could not be written.
+          CheckpointError: if there are checkpoints and all are damaged.
+          ConfigError: if the run trained other parameters.
         """
-        self.wait()
-        name = f"{saved.step:08d}"
-        partial, folder = self._parent / f"{_PARTIAL}{name}", self._parent / name
-        if self._first:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)  # what is left of it was found to be damaged
-            (partial / _THINKER).parent.mkdir(parents=True)
-        barrier(f"checkpoint {name}")
-        waits = [store.save_tree(partial / _THINKER, saved.params), store.save_tree(partial / _MOMENTS, saved.moments)]
-        kinds = sorted({str(np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(saved.params)})
-
-        def finish() -> None:
+        folders = _list_steps(self._parent)
+        restored = None
+        for folder in reversed(folders):
             try:
-                for wait in waits:
-                    wait()
-                if self._first:
-                    self._complete(partial, folder, kinds, saved)
-            except BaseException as e:  # told by the next call, in the thread that can do something about it
-                self._failure = e
+                restored = self._read(folder, make_target)
+                break
+            except CheckpointError as e:
+                log(f"checkpoint {folder} is damaged and not used: {e}")
+        if folders and restored is None:
+            raise CheckpointError(
+                f"all checkpoints in {self._parent} are damaged; remove that folder to begin from the start"
+            )
+        barrier("restored")  # nobody may still read what is removed next
+        if restored is not None and is_main_process():
+            for folder in folders:
+                # an earlier one is incomplete where a kill came while it was being removed
+                if int(folder.name) > restored.step or find_damage(folder):
+                    shutil.rmtree(folder)
+        barrier("removed damaged checkpoints")
+        self._checkpointer = self._make_checkpointer()
+        return restored
 
-        self._thread = threading.Thread(target=finish, name=f"checkpoint {name}")
-        self._thread.start()
+    def save(self, state: TrainCheckpoint) -> None:
+        """Begins to write a state, after the one before is written. The arrays may be changed when it returns.
 
-    def _complete(self, partial: Path, folder: Path, kinds: list[str], saved: Saved) -> None:
-        """Puts the other files to the arrays, gives the checkpoint its name, and removes those that are too old."""
-        for file in self._model.iterdir():
-            if file.is_file():
-                shutil.copyfile(file, partial / file.name)
-        _link_all(self._model / "params", partial / "params")
-        _write(
-            partial / ABOUT_FILE, {"format": FORMAT, "components": {"thinker": kinds, **store.components(self._model)}}
-        )
-        _write(partial / _RUN_FILE, {"step": saved.step, "data": saved.data})
-        files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-        _write(partial / _FILES_FILE, files)
-        os.sync()
-        partial.rename(folder)
-        for old in _folders(self._parent)[: -self._keep]:
-            # its name first, so that a kill leaves nothing that looks like a checkpoint
-            shutil.rmtree(old.rename(self._parent / f"{_PARTIAL}{old.name}"))
+        Raises:
+          CheckpointError: if the one before could not be written, or there is one of this step.
+        """
+        assert self._checkpointer is not None, "restore comes first"
+        self.wait()
+        self._saving = state
+        trees = {f"{_THINKER}/{_TREE}": state.params, f"{_MOMENTS}/{_TREE}": state.moments}
+        try:
+            self._checkpointer.save_checkpointables_async(state.step, trees, force=True)
+        except Exception as e:  # Orbax has no one kind of error for a disk that is full or a path that is taken
+            raise self._failure(e) from e
 
     def wait(self) -> None:
         """Waits until what was started is written.
@@ -199,57 +226,102 @@ class RunFolder:
         Raises:
           CheckpointError: if it could not be.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise CheckpointError(f"a checkpoint in {self._parent} could not be written: {failure}") from failure
+        if self._checkpointer is None:
+            return
+        try:
+            self._checkpointer.wait()
+        except Exception as e:  # as above
+            raise self._failure(e) from e
 
-    def restore(self, target: Callable[[int, Mapping[str, Any]], Saved], say: Callable[[str], None]) -> Saved | None:
-        """The latest state that is whole; None if there is no checkpoint.
+    def close(self) -> None:
+        """Waits for what was started and ends the threads that write; an error of theirs is not told any more."""
+        if self._checkpointer is not None:
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
+        self._open_contexts.close()
 
-        Args:
-          target: from a step and the dtypes of the Thinker's parameters by path, the abstract arrays to restore into.
-          say: is told of each checkpoint that is damaged and passed over.
+    def _failure(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"a checkpoint in {self._parent} could not be written: {error}")
 
-        Raises:
-          CheckpointError: if there are checkpoints and all are damaged.
-          ConfigError: if the run trained other parameters.
-        """
-        folders = _folders(self._parent)
-        for folder in reversed(folders):
-            try:
-                return self._read(folder, target)
-            except CheckpointError as e:
-                say(f"checkpoint {folder} is damaged and not used: {e}")
-        if folders:
-            raise CheckpointError(
-                f"all checkpoints in {self._parent} are damaged; remove that folder to begin from the start"
-            )
-        return None
+    def _make_checkpointer(self) -> ocp.training.Checkpointer:
+        context = store.write_context()
+        # called when all arrays are written, before the folder gets the name of its step. A function and not the
+        # method: Orbax copies its context deeply, and would copy the object of a method with it
+        context.asynchronous.post_finalization_callback = lambda: self._complete()
+        self._open_contexts.enter_context(store.quiet_orbax())
+        return ocp.training.Checkpointer(
+            self._parent.absolute(),
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+            step_name_format=ocp.path.step.standard_name_format(step_format_fixed_length=_STEP_DIGITS),
+            cleanup_tmp_directories=True,
+        )
 
-    def _read(self, folder: Path, target: Callable[[int, Mapping[str, Any]], Saved]) -> Saved:
-        if trouble := damage(folder):
-            raise CheckpointError(trouble)
-        about = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
-        wish = target(about["step"], dtypes(folder))
-        trained, wanted = (set(flatten_dict(t["mu"])) for t in (store.tree_shapes(folder / _MOMENTS), wish.moments))
-        if trained != wanted:
+    def _complete(self) -> None:
+        """Puts the other files of a model, ``run.json`` and ``files.json`` beside the arrays."""
+        state = self._saving
+        if state is None or not is_main_process():
+            return
+        model = self._workdir / MODEL_FOLDER
+        (unfinished,) = self._parent.glob(f"{step_folder(self._workdir, state.step).name}.*")
+        for file in model.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, unfinished / file.name)
+        _link_files(model / "params", unfinished / "params")
+        dtypes = {str(np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(state.params)}
+        components = {"thinker": sorted(dtypes), **store.components(model)}
+        _write_json(unfinished / ABOUT_FILE, {"format": FORMAT, "components": components})
+        _write_json(unfinished / RUN_FILE, {"step": state.step, "data": state.data})
+        sizes = {}
+        for file in sorted(unfinished.rglob("*")):
+            name = str(file.relative_to(unfinished))
+            if file.is_file() and name not in _COMMIT_FILES:
+                sizes[name] = file.stat().st_size
+        _write_json(unfinished / FILES_FILE, sizes)
+        os.sync()  # a machine that loses its power after the name is given must have the numbers too
+        self._saving = None
+
+    def _read(self, folder: Path, make_target: MakeTarget) -> TrainCheckpoint:
+        if damage := find_damage(folder):
+            raise CheckpointError(damage)
+        try:
+            about = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            step = int(about["step"])
+            data = dict(about["data"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise CheckpointError(f"{RUN_FILE} cannot be read ({e!r})") from e
+        target = make_target(step, read_dtypes(folder))
+        saved_paths = set(flatten_dict(store.tree_shapes(folder / _MOMENTS)["mu"]))
+        target_paths = set(flatten_dict(target.moments["mu"]))
+        if saved_paths != target_paths:
             raise ConfigError(
-                f"{folder} is of a run that trains other parameters ({len(trained)}, not {len(wanted)}); go on with "
-                "the same recipe, or begin a new run from it: another --workdir, and --init with this one"
+                f"{folder} is of a run that trains other parameters ({len(saved_paths)}, not {len(target_paths)}); "
+                "go on with the same recipe, or begin a new run from it: another --workdir, and --init with this one"
             )
-        params = store.load_tree(folder / _THINKER, wish.params)
-        moments = store.load_tree(folder / _MOMENTS, wish.moments)
-        return dataclasses.replace(wish, params=params, moments=moments, data=about["data"])
+        params = store.load_tree(folder / _THINKER, target.params)
+        moments = store.load_tree(folder / _MOMENTS, target.moments)
+        return dataclasses.replace(target, params=params, moments=moments, data=data)
 
 
-def dtypes(folder: Path) -> dict[str, np.dtype]:
-    """Of the parameters of a checkpoint's Thinker, by path.
+def _list_steps(parent: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first."""
+    if not parent.is_dir():
+        return []
+    return sorted(path for path in parent.iterdir() if re.fullmatch(r"\d+", path.name))
 
-    Raises:
-      CheckpointError: if it has none, or not the one that its config.json describes.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(store.abstract(folder, ["thinker"])["thinker"])
-    return {"/".join(key.key for key in path): np.dtype(leaf.dtype) for path, leaf in leaves}
+
+def _link_files(source: Path, target: Path) -> None:
+    """One more name for each file of a folder; a copy of it where the file system has no hard links."""
+    for file in source.rglob("*"):
+        if not file.is_file():
+            continue
+        link = target / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, link)
+        except OSError:
+            shutil.copyfile(file, link)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
-"""The loss of the next word, without the scores of all words at all positions ever existing at once.
+"""The next-token loss, without the logits of all positions ever existing at once.
 
-Letters: B rows, S positions, D width, V words, n chunks of c positions, s parts of a row (mesh axis ``sequence``).
+Letters: B rows, S positions, D width, V vocabulary, n chunks of c positions, s parts of a row (mesh axis ``sequence``).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,21 @@ from jaxtyping import Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.sharding import axes_of, constrain
+
+
+class LossSums(NamedTuple):
+    """Weighted sums over positions, float32."""
+
+    total: Float[jax.Array, ""]  # with the z-loss; this is differentiated
+    cross_entropy: Float[jax.Array, ""]  # without it; this is reported
+
+
+class _Chunk(NamedTuple):
+    """Some positions of every device's part of every row; stacked, with a leading axis n, for a scan."""
+
+    hidden: Float[jax.Array, "*n B s c D"]
+    targets: Int[jax.Array, "*n B s c"]
+    weights: Float[jax.Array, "*n B s c"]
 
 
 def next_token_loss(
@@ -25,85 +40,93 @@ def next_token_loss(
     chunk: int,
     z_loss: float = 0.0,
     head_trains: bool = True,
-) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
-    """Cross-entropy, added up with the weights, in float32 (section 6).
+) -> LossSums:
+    """Cross-entropy of the next token, summed with the weights, in float32 (docs/reference.md, 6).
 
-    The gradients are made along with the loss, chunk by chunk, so that no scores are computed twice.
+    The gradients are computed along with the loss, chunk by chunk, so that no logits are computed twice.
 
     Args:
-      head: the last layer; it is cast to the dtype of ``hidden`` and brought together on every device once.
-      hidden: what it is multiplied with.
-      targets: the right words.
-      weights: of the positions; such that they add up to 1 for a mean.
+      head: the last layer; it is cast to the dtype of ``hidden`` and gathered on every device once.
+      hidden: the decoder's output, which the head multiplies.
+      targets: the next token of each position.
+      weights: of the positions; they add up to 1 for a mean.
       chunk: c, which divides each part of a row.
-      z_loss: times log(sum(exp(scores)))^2 is added, which keeps the scores from drifting away.
+      z_loss: factor of log(sum(exp(logits)))^2, which keeps the logits from drifting (https://arxiv.org/abs/2204.02311,
+        section 5).
       head_trains: False leaves the gradient of ``head`` out.
-
-    Returns:
-      The sum with the z-loss, which is what is differentiated, and the sum without, which is to be looked at only.
     """
-    whole = constrain(jnp.asarray(head, hidden.dtype), None, "vocab")
-    pieces = [_split(a, chunk) for a in (hidden, targets, weights)]
-    return _differentiable_sums(whole, *pieces, z_loss, head_trains)
+    # once, and not in every chunk of the scan
+    gathered = constrain(jnp.asarray(head, hidden.dtype), None, "vocab")
+    chunks = _Chunk(_split(hidden, chunk), _split(targets, chunk), _split(weights, chunk))
+    with jax.named_scope("next_token_loss"):
+        return _loss_sums(gathered, chunks, z_loss, head_trains)
 
 
 def _split(x: Array, chunk: int) -> jax.Array:
     """[B, S, ...] to [n, B, s, c, ...], so that a chunk has positions of every device's part of a row."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(mesh.shape[axis] for axis in axes_of("sequence", x.shape[1]) or ())
-    split = jnp.asarray(x).reshape(x.shape[0], parts, -1, chunk, *x.shape[2:])
+    split = jnp.asarray(x).reshape(x.shape[0], parts, -1, chunk, *x.shape[2:])  # [B, s, n, c, ...]
     return constrain(jnp.moveaxis(split, 2, 0), None, "batch", "sequence", *[None] * (x.ndim - 1))
 
 
-def _sums(
-    head: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float, head_trains: bool
-) -> tuple[jax.Array, jax.Array]:
-    def one(sums: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, ...]) -> tuple[Any, None]:
-        losses, _ = _piece(head, piece, z_loss)
-        return (sums[0] + losses[0], sums[1] + losses[1]), None
+def _forward(head: jax.Array, chunks: _Chunk, z_loss: float, head_trains: bool) -> LossSums:
+    """The loss where no gradient is asked for."""
 
-    return jax.lax.scan(one, (jnp.float32(0), jnp.float32(0)), (hidden, targets, weights))[0]
+    def add_chunk(sums: LossSums, chunk: _Chunk) -> tuple[LossSums, None]:
+        losses, _ = _chunk_loss(head, chunk, z_loss)
+        return jax.tree.map(jnp.add, sums, losses), None
+
+    zeros = LossSums(jnp.float32(0), jnp.float32(0))
+    return jax.lax.scan(add_chunk, zeros, chunks)[0]
 
 
-def _sums_and_gradients(
-    head: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float, head_trains: bool
-) -> tuple[Any, Any]:
-    def one(carry: tuple[Any, ...], piece: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
-        total, plain, by_head = carry
-        (more, more_plain), by_scores = _piece(head, piece, z_loss)
-        by_scores = by_scores.astype(head.dtype)
+def _forward_with_gradients(
+    head: jax.Array, chunks: _Chunk, z_loss: float, head_trains: bool
+) -> tuple[LossSums, tuple[jax.Array, ...]]:
+    """The loss, and its gradients as residuals."""
+
+    def add_chunk(carry: tuple[LossSums, jax.Array], chunk: _Chunk) -> tuple[Any, jax.Array]:
+        sums, head_gradient = carry
+        losses, logits_gradient = _chunk_loss(head, chunk, z_loss)
+        logits_gradient = logits_gradient.astype(head.dtype)  # [B, s, c, V]
         if head_trains:
-            product = jnp.einsum("bscd,bscv->dv", piece[0], by_scores, preferred_element_type=jnp.float32)
-            by_head = constrain(by_head + product, None, "vocab")
-        return (total + more, plain + more_plain, by_head), jnp.einsum("bscv,dv->bscd", by_scores, head)
+            product = jnp.einsum("bscd,bscv->dv", chunk.hidden, logits_gradient, preferred_element_type=jnp.float32)
+            head_gradient = constrain(head_gradient + product, None, "vocab")
+        hidden_gradient = jnp.einsum("bscv,dv->bscd", logits_gradient, head)
+        return (jax.tree.map(jnp.add, sums, losses), head_gradient), hidden_gradient
 
-    zeros = jnp.zeros(head.shape if head_trains else (), jnp.float32)
-    start = (jnp.float32(0), jnp.float32(0), zeros)
-    (total, plain, by_head), by_hidden = jax.lax.scan(one, start, (hidden, targets, weights))
-    return (total, plain), (by_head, by_hidden, head)
-
-
-def _backward(z_loss: float, head_trains: bool, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    by_head, by_hidden, head = residuals
-    by_head = (by_head * cotangents[0]).astype(head.dtype) if head_trains else jnp.zeros_like(head)
-    return by_head, by_hidden * cotangents[0].astype(by_hidden.dtype), None, None
+    # the gradient of the head is summed in float32 over all chunks; that of a frozen head is never made
+    zeros = LossSums(jnp.float32(0), jnp.float32(0))
+    head_zeros = jnp.zeros(head.shape if head_trains else (), jnp.float32)
+    (sums, head_gradient), hidden_gradient = jax.lax.scan(add_chunk, (zeros, head_zeros), chunks)
+    return sums, (head_gradient, hidden_gradient, head)
 
 
-_differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(4, 5))
-_differentiable_sums.defvjp(_sums_and_gradients, _backward)
+def _backward(
+    z_loss: float, head_trains: bool, residuals: tuple[jax.Array, ...], cotangents: LossSums
+) -> tuple[Any, ...]:
+    head_gradient, hidden_gradient, head = residuals
+    scale = cotangents.total
+    by_head = (head_gradient * scale).astype(head.dtype) if head_trains else jnp.zeros_like(head)
+    by_hidden = hidden_gradient * scale.astype(hidden_gradient.dtype)
+    return by_head, _Chunk(by_hidden, None, None)  # type: ignore[arg-type]  # None: targets and weights have none
 
 
-def _piece(
-    head: jax.Array, piece: tuple[jax.Array, ...], z_loss: float
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Of a chunk [B, s, c]: both sums, and the gradient of the first by the scores, [B, s, c, V]."""
-    hidden, targets, weights = piece
-    scores = jnp.einsum("bscd,dv->bscv", hidden, head, preferred_element_type=jnp.float32)
-    normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    # a comparison instead of a look-up, because the words are spread over devices
-    right = jnp.arange(head.shape[1]) == targets[..., None]
-    weights = weights[..., None]
-    plain = jnp.sum(weights * (normaliser - jnp.sum(jnp.where(right, scores, 0), axis=-1, keepdims=True)))
-    total = plain + z_loss * jnp.sum(weights * normaliser**2)
-    share = jnp.exp(scores - normaliser)
-    return (total, plain), weights * ((1 + 2 * z_loss * normaliser) * share - right)
+_loss_sums = jax.custom_vjp(_forward, nondiff_argnums=(2, 3))
+_loss_sums.defvjp(_forward_with_gradients, _backward)
+
+
+def _chunk_loss(head: jax.Array, chunk: _Chunk, z_loss: float) -> tuple[LossSums, jax.Array]:
+    """Of one chunk both sums, and the gradient of ``total`` by the logits, [B, s, c, V]."""
+    logits = jnp.einsum("bscd,dv->bscv", chunk.hidden, head, preferred_element_type=jnp.float32)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, s, c, 1]
+    weights = chunk.weights[..., None]  # [B, s, c, 1]
+    # a comparison instead of a look-up, because the vocabulary is spread over devices
+    is_target = jnp.arange(head.shape[1]) == chunk.targets[..., None]  # [B, s, c, V]
+    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1, keepdims=True)
+    cross_entropy = jnp.sum(weights * (log_normalizer - target_logit))
+    total = cross_entropy + z_loss * jnp.sum(weights * log_normalizer**2)
+    probabilities = jnp.exp(logits - log_normalizer)
+    gradient = weights * ((1 + 2 * z_loss * log_normalizer) * probabilities - is_target)
+    return LossSums(total, cross_entropy), gradient

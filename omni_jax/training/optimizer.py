@@ -1,10 +1,10 @@
-"""Which parameters train, at which rate, and how a gradient changes them."""
+"""Which parameters train, at which learning rate, and the optimizer that changes them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from omni_jax.errors import ConfigError
-from omni_jax.training.recipe import Optimizer, Phase
+from omni_jax.training.recipe import OptimizerConfig, Phase
 
-Tree = Mapping[str, Any]
+Tree: TypeAlias = Mapping[str, Any]
+OptimizerState: TypeAlias = dict[str, Any]  # of each link of the chain, by name
+
+ADAM = "adam"
+SCHEDULE = "schedule"
 
 
-def rates(phase: Phase, paths: Collection[str]) -> dict[str, float]:
-    """The parameters that train, each with what its learning rate is multiplied with.
+def learning_rate_scales(phase: Phase, paths: Collection[str]) -> dict[str, float]:
+    """The parameters that train, each with the factor of its learning rate.
 
     Args:
       phase: its groups.
@@ -29,89 +33,94 @@ def rates(phase: Phase, paths: Collection[str]) -> dict[str, float]:
     Raises:
       ConfigError: for a group that no parameter is in, and for an expression that is none.
     """
-    found: dict[str, float] = {}
+    scales: dict[str, float] = {}
     for group in phase.train:
         try:
             members = [path for path in paths if re.fullmatch(group.paths, path)]
         except re.error as e:
             raise ConfigError(f"phase {phase.name}: {group.paths!r} is no regular expression: {e}") from e
         if not members:
-            some = ", ".join(list(paths)[:3])
+            examples = ", ".join(list(paths)[:3])
             raise ConfigError(
-                f"phase {phase.name}: no parameter's whole path matches {group.paths!r}; paths: {some} ..."
+                f"phase {phase.name}: no parameter's whole path matches {group.paths!r}; paths: {examples} ..."
             )
-        found = dict.fromkeys(members, group.rate) | found
-    return {path: found[path] for path in paths if path in found}
+        for path in members:
+            scales.setdefault(path, group.learning_rate_scale)  # the first group counts
+    return {path: scales[path] for path in paths if path in scales}
 
 
-def flat(tree: Tree) -> dict[str, Any]:
+def flatten_params(tree: Tree) -> dict[str, Any]:
     """The leaves of a tree by their paths, like ``decoder/norm/scale``."""
     return flatten_dict(tree, sep="/")
 
 
-def split(params: Tree, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A tree of those leaves whose paths are in ``names``, and a tree of the others."""
-    leaves = flat(params)
-    ours = {path: leaf for path, leaf in leaves.items() if path in names}
-    others = {path: leaf for path, leaf in leaves.items() if path not in names}
-    return unflatten_dict(ours, sep="/"), unflatten_dict(others, sep="/")
+def split_params(params: Tree, paths: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tree of those leaves whose paths are in ``paths``, and a tree of the others."""
+    selected = {}
+    others = {}
+    for path, leaf in flatten_params(params).items():
+        if path in paths:
+            selected[path] = leaf
+        else:
+            others[path] = leaf
+    return unflatten_dict(selected, sep="/"), unflatten_dict(others, sep="/")
 
 
-def merge(one: Tree, other: Tree) -> dict[str, Any]:
-    """What ``split`` took apart."""
-    return unflatten_dict(flat(one) | flat(other), sep="/")
+def merge_params(one: Tree, other: Tree) -> dict[str, Any]:
+    """What ``split_params`` took apart."""
+    return unflatten_dict(flatten_params(one) | flatten_params(other), sep="/")
 
 
-def adam(config: Optimizer) -> optax.GradientTransformation:
-    """The part of the optimizer that has a state: both moments, in float32."""
-    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-
-
-def learning_rate(config: Optimizer, count: ArrayLike, steps: int) -> Float[jax.Array, ""]:
-    """The rate of the update that follows ``count`` others in a phase of so many steps."""
-    warmup = min(config.warmup, max(steps - 1, 0))
+def learning_rate(config: OptimizerConfig, count: ArrayLike, num_steps: int) -> Float[jax.Array, ""]:
+    """The learning rate of the update that follows ``count`` others in a phase of ``num_steps``."""
+    # a phase shorter than the warm-up ends with it
+    warmup = min(config.warmup, max(num_steps - 1, 0))
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (warmup + 1),
         peak_value=config.learning_rate,
         warmup_steps=warmup,
-        decay_steps=max(steps, warmup + 1),
-        end_value=config.learning_rate * config.final_share,
+        decay_steps=max(num_steps, warmup + 1),
+        end_value=config.learning_rate * config.final_fraction,
     )
     return jnp.asarray(schedule(count), jnp.float32)
 
 
-def update(
-    config: Optimizer,
-    grads: Tree,
-    moments: Any,
-    params: Tree,
-    *,
-    rates: Mapping[str, float],
-    steps: int,
-) -> tuple[Any, Any, dict[str, jax.Array]]:
-    """One step of AdamW.
+def make_optimizer(
+    config: OptimizerConfig, scales: Mapping[str, float], num_steps: int
+) -> optax.GradientTransformation:
+    """AdamW (https://arxiv.org/abs/1711.05101) after a clip of the global norm, both moments in float32.
 
     Args:
-      config: its numbers.
-      grads: of the parameters that train.
-      moments: the state of ``adam`` (``optax.ScaleByAdamState``).
-      params: what trains.
-      rates: of each of them, by path.
-      steps: of the phase.
-
-    Returns:
-      The new parameters, the new moments, and the norm of the gradients and the learning rate by name.
+      config: its hyperparameters.
+      scales: factor of the learning rate of each parameter that trains, by path.
+      num_steps: of the phase.
     """
-    norm = optax.tree.norm(grads)
-    scale = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12)) if config.clip else 1.0
-    rate = learning_rate(config, moments.count, steps)
-    scaled = jax.tree.map(lambda g: g * scale, grads)
-    directions, changed_moments = adam(config).update(scaled, moments)
 
-    def changed(path: tuple[Any, ...], param: jax.Array, direction: jax.Array) -> jax.Array:
-        name = "/".join(key.key for key in path)
-        decay = 0.0 if re.fullmatch(config.no_decay, name) else config.weight_decay
-        return param - rate * rates[name] * (direction + decay * param)
+    def scale_by_group(updates: Any, params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, update: update * scales[_path_name(path)], updates)
 
-    params = jax.tree_util.tree_map_with_path(changed, params, directions)
-    return params, changed_moments, {"grad_norm": norm, "learning_rate": rate}
+    def decays(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: re.fullmatch(config.no_decay, _path_name(path)) is None, params
+        )
+
+    # only Adam and the schedule have arrays in their states; ``with_moments`` relies on it
+    return optax.named_chain(
+        ("clip", optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()),
+        (ADAM, optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),
+        ("decay", optax.add_decayed_weights(config.weight_decay, mask=decays)),
+        ("groups", optax.stateless(scale_by_group)),
+        (SCHEDULE, optax.scale_by_learning_rate(lambda count: learning_rate(config, count, num_steps))),
+    )
+
+
+def with_moments(state: OptimizerState, moments: optax.ScaleByAdamState, count: Any) -> OptimizerState:
+    """An optimizer's state with these moments and ``count`` updates of the phase behind it; or the shapes of one."""
+    changed = state.copy()
+    changed[ADAM] = moments
+    changed[SCHEDULE] = optax.ScaleByScheduleState(count=count)
+    return changed
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return "/".join(key.key for key in path)

@@ -7,44 +7,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from omni_jax.checks import check_float, check_int
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
-from omni_jax.errors import ConfigError
+from omni_jax.errors import ConfigError, InputError
 from omni_jax.layers.stack import Remat
 from omni_jax.sharding import MeshConfig
 from omni_jax.training.tpu import COMPILER_OPTIONS
 
+_FLOAT_MAX = 3e38  # of float32
+_BELOW_ONE = 0.9999999  # moments that forget nothing would never move
+
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that train alike."""
 
     paths: str
     """Regular expression that the whole path of a parameter matches, like decoder/layers/.* or .*/bias."""
-    rate: float = 1.0
-    """Times the learning rate of the schedule."""
+    learning_rate_scale: float = 1.0
+    """Factor of the learning rate of the schedule."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a run in which the same parameters train. Each begins with a fresh optimizer and schedule."""
+    """A part of a run in which the same parameters train. Each begins with a fresh optimizer and schedule."""
 
     name: str
-    train: tuple[Group, ...]
+    train: tuple[ParameterGroup, ...]
     """What trains. Of several groups that a parameter is in, the first counts; in none, it is frozen."""
     steps: int | None = None
-    """How many; to the end of the run if none is given."""
+    """How many; to the end of the run if it is left out."""
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """AdamW with a linear warm-up and a cosine down to a share of the peak."""
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine decay to a fraction of the peak."""
 
     learning_rate: float = 1e-5
     """At the peak."""
     warmup: int = 100
     """Steps from 0 to the peak, in each phase."""
-    final_share: float = 0.1
+    final_fraction: float = 0.1
     """Of the peak, at the end of the phase."""
     b1: float = 0.9
     b2: float = 0.95
@@ -53,13 +57,13 @@ class Optimizer:
     no_decay: str = r".*/(bias|scale)"
     """Regular expression of the paths of parameters that do not decay."""
     clip: float = 1.0
-    """Gradients of a larger norm, over all that trains, are scaled down to it."""
+    """Gradients of a larger norm, over all that trains, are scaled down to it; 0: never."""
     accumulate: int = 1
     """Batches of a step; their gradients are added up, so that it is one step over all of their tokens."""
 
 
 @dataclass(frozen=True)
-class Checkpoints:
+class CheckpointConfig:
     """When a run saves itself, beside its end and when it is told to stop."""
 
     every: int = 1000
@@ -69,7 +73,7 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartFolders:
     """Published folders to begin from, in place of a checkpoint; what none of them holds begins at random."""
 
     llm: Path | None = None
@@ -80,8 +84,10 @@ class Parts:
     """Whisper-large-v3: the audio encoder, without the adapter, which Whisper has not."""
 
     @property
-    def given(self) -> bool:
-        return any((self.llm, self.vision, self.audio))
+    def folders(self) -> dict[str, Path]:
+        """Those that are named, by the part."""
+        parts = {"llm": self.llm, "vision": self.vision, "audio": self.audio}
+        return {name: folder for name, folder in parts.items() if folder is not None}
 
 
 @dataclass(frozen=True)
@@ -93,57 +99,81 @@ class Recipe:
     phases: tuple[Phase, ...]
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    checkpoint: Checkpoints = field(default_factory=Checkpoints)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     steps: int = 10_000
     """Of the whole run, all phases together."""
     init: Path | None = None
     """Checkpoint to begin from, or the folder of an earlier run, whose last one it is. With --parts.* a folder that has
     at least the tokenizer and config.json of the model."""
-    parts: Parts = field(default_factory=Parts)
+    parts: PartFolders = field(default_factory=PartFolders)
     seed: int = 0
     """Of parameters that begin at random."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What is computed in. What trains is kept in float32, what is frozen in the dtype of the checkpoint."""
+    """Of activations. What trains is kept in float32, what is frozen in the dtype of the checkpoint."""
     remat: Remat = "full"
-    """What is kept of a layer for the way back: everything (none), nothing but its input (full), or the products with
-    its weights (dots)."""
+    """What is recomputed of a layer in the backward pass: nothing (none), all but its input (full), or all but the
+    products with its weights (dots)."""
     loss_chunk: int = 1024
-    """Positions of a row whose scores exist at a time."""
+    """Positions of a row whose logits exist at a time."""
     z_loss: float = 0.0
-    """Times the square of the logarithm of the sum of exponentials of the scores, added to the loss."""
+    """Factor of log(sum(exp(logits)))^2, which is added to the loss."""
     tpu_options: dict[str, str] = field(default_factory=lambda: dict(COMPILER_OPTIONS))
     """For the compiler of TPUs: by default what lets it gather parameters while it computes."""
     log_every: int = 10
     """Steps from one line of progress to the next where there is no terminal."""
 
     def check(self) -> None:
-        """Raises ConfigError if the fields do not go together."""
-        rows = self.mesh.data * self.mesh.fsdp
-        if self.data.rows % rows:
+        """Raises ConfigError if a field is out of its range, or the fields do not go together."""
+        try:
+            self._check_numbers()
+        except InputError as e:
+            raise ConfigError(str(e)) from e
+        self._check_mesh()
+        self._check_phases()
+
+    def _check_numbers(self) -> None:
+        check_int("steps", self.steps, 1)
+        check_int("loss_chunk", self.loss_chunk, 1)
+        check_int("log_every", self.log_every, 1)
+        check_float("z_loss", self.z_loss, 0, _FLOAT_MAX)
+        check_int("checkpoint.every", self.checkpoint.every, 1)
+        check_int("checkpoint.keep", self.checkpoint.keep, 1)
+        optimizer = self.optimizer
+        check_int("optimizer.accumulate", optimizer.accumulate, 1)
+        check_int("optimizer.warmup", optimizer.warmup, 0)
+        check_float("optimizer.learning_rate", optimizer.learning_rate, 0, _FLOAT_MAX)
+        check_float("optimizer.final_fraction", optimizer.final_fraction, 0, 1)
+        check_float("optimizer.b1", optimizer.b1, 0, _BELOW_ONE)
+        check_float("optimizer.b2", optimizer.b2, 0, _BELOW_ONE)
+        check_float("optimizer.eps", optimizer.eps, 0, _FLOAT_MAX, above=True)
+        check_float("optimizer.weight_decay", optimizer.weight_decay, 0, _FLOAT_MAX)
+        check_float("optimizer.clip", optimizer.clip, 0, _FLOAT_MAX, hint="0: never")
+
+    def _check_mesh(self) -> None:
+        row_parts = self.mesh.data * self.mesh.fsdp
+        if self.data.rows % row_parts:
             raise ConfigError(
-                f"data.rows is {self.data.rows}, which must be a multiple of mesh.data x mesh.fsdp = {rows}"
+                f"data.rows is {self.data.rows}, which must be a multiple of mesh.data x mesh.fsdp = {row_parts}"
             )
-        if self.data.streams % rows:
+        if self.data.streams % row_parts:
             raise ConfigError(
-                f"data.streams is {self.data.streams}, which must be a multiple of mesh.data x mesh.fsdp = {rows}, so "
-                "that every device has the media of its own rows"
+                f"data.streams is {self.data.streams}, which must be a multiple of mesh.data x mesh.fsdp = "
+                f"{row_parts}, so that every device has the media of its own rows"
             )
         if self.data.tokens % self.mesh.sequence:
             raise ConfigError(f"mesh.sequence {self.mesh.sequence} does not divide data.tokens {self.data.tokens}")
-        least = {"steps": 1, "loss_chunk": 1, "log_every": 1, "z_loss": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ConfigError(f"{name} must be at least {value}, got {getattr(self, name)}")
-        for name in ("accumulate", "learning_rate", "clip", "warmup"):
-            if getattr(self.optimizer, name) < (name == "accumulate"):
-                raise ConfigError(f"optimizer.{name} is {getattr(self.optimizer, name)}, which is too small")
-        if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
-            raise ConfigError("checkpoint.every and checkpoint.keep must be at least 1")
+
+    def _check_phases(self) -> None:
         if not self.phases or any(p.steps is None for p in self.phases[:-1]) or self.phases[-1].steps is not None:
             raise ConfigError("every phase but the last needs its steps, and the last goes on to the end of the run")
         if len({phase.name for phase in self.phases}) < len(self.phases):
             raise ConfigError("two phases have the same name")
+        for phase in self.phases[:-1]:
+            try:
+                check_int(f"steps of the phase {phase.name}", phase.steps, 1)
+            except InputError as e:
+                raise ConfigError(str(e)) from e
 
     def phase_at(self, step: int) -> tuple[Phase, int]:
         """The phase of the step that comes after ``step`` steps, and how many steps it has in this run."""
@@ -157,6 +187,6 @@ class Recipe:
 
     @property
     def chunk(self) -> int:
-        """Positions of a device's part of a row whose scores exist at a time: at most ``loss_chunk``, and a divisor."""
+        """Positions of a device's part of a row whose logits exist at a time: at most ``loss_chunk``, and a divisor."""
         length = self.data.tokens // self.mesh.sequence
         return math.gcd(length, self.loss_chunk) if length % self.loss_chunk else self.loss_chunk

@@ -1,4 +1,7 @@
-"""One step of training as a pure function, and its compiled form for a recipe and a mesh."""
+"""One step of training as a pure function, and its compiled form for a recipe and a mesh.
+
+Letters: B rows, S positions, W windows of a canvas, P patches of a window.
+"""
 
 from __future__ import annotations
 
@@ -23,132 +26,163 @@ from omni_jax.data.packing import Budget, Part, assemble
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.sharding import logical_sharding, param_shardings
 from omni_jax.training.losses import next_token_loss
-from omni_jax.training.optimizer import adam, flat, merge, rates, split, update
-from omni_jax.training.recipe import Optimizer, Phase, Recipe
+from omni_jax.training.optimizer import (
+    ADAM,
+    OptimizerState,
+    flatten_params,
+    learning_rate,
+    learning_rate_scales,
+    make_optimizer,
+    merge_params,
+    split_params,
+    with_moments,
+)
+from omni_jax.training.recipe import OptimizerConfig, Phase, Recipe
 
 Metrics: TypeAlias = dict[str, jax.Array]
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 
-_HEAD = "decoder/head/kernel"
+_HEAD_KERNEL = "decoder/head/kernel"
 
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes. Nothing in it is left to chance, so there is no key."""
+    """All that a step changes. No step draws a random number, so there is no key."""
 
-    step: Any  # int32, of the whole run
-    trained: Any  # parameters, float32
-    frozen: Any  # the others, in the dtype that they came in
-    moments: Any  # optax.ScaleByAdamState of ``trained``, float32; it counts the steps of the phase
+    step: Any  # int32 [], of the whole run
+    trained: Any  # parameters that train, float32
+    frozen: Any  # the others, in the dtype of the checkpoint that they came from
+    optimizer: OptimizerState  # its moments are float32, like ``trained``; it counts the steps of the phase
 
     @property
     def params(self) -> dict[str, Any]:
-        """The whole of the Thinker's parameters."""
-        return merge(self.trained, self.frozen)
+        """The tree of all of the Thinker's parameters."""
+        return merge_params(self.trained, self.frozen)
+
+    @property
+    def moments(self) -> optax.ScaleByAdamState:
+        return self.optimizer[ADAM]
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class TrainStep:
     """The step of a phase of a recipe, as a function of a state and a batch."""
 
     model: Thinker
-    optimizer: Optimizer
-    rates: dict[str, float]  # of what trains, by path
-    steps: int  # of the phase
-    chunk: int
+    optimizer: OptimizerConfig
+    scales: dict[str, float]  # factor of the learning rate of each parameter that trains, by path
+    num_steps: int  # of the phase
+    loss_chunk: int
     z_loss: float = 0.0
 
     def __call__(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
-        """The next state, and what is to be told of this one.
+        """The next state, and the metrics of this step.
 
         The leaves of ``batch`` have a leading axis of several batches where the optimizer accumulates them; the loss is
-        then the mean over all their tokens.
+        then the mean over all their target tokens.
         """
-        loss, grads = self.gradients(state, batch)
-        trained, moments, metrics = update(
-            self.optimizer, grads, state.moments, state.trained, rates=self.rates, steps=self.steps
-        )
-        metrics |= {"loss": loss, **counts(batch)}
-        return TrainState(state.step + 1, trained, state.frozen, moments), metrics
+        loss, grads = self.loss_and_gradients(state, batch)
+        with jax.named_scope("optimizer"):
+            # moments and parameters keep the shardings of the state, so that nothing is gathered here
+            updates, optimizer = self.transformation.update(grads, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": learning_rate(self.optimizer, state.moments.count, self.num_steps),
+            **count_work(batch),
+        }
+        return TrainState(state.step + 1, trained, state.frozen, optimizer), metrics  # type: ignore[arg-type]
 
-    def gradients(self, state: TrainState, batch: TrainBatch) -> tuple[jax.Array, Any]:
+    @property
+    def transformation(self) -> optax.GradientTransformation:
+        return make_optimizer(self.optimizer, self.scales, self.num_steps)
+
+    def loss_and_gradients(self, state: TrainState, batch: TrainBatch) -> tuple[jax.Array, Any]:
         """The mean loss without the z-loss, and the gradient of what trains, in float32."""
-        total = jnp.maximum(jnp.sum(batch.weights), 1e-6)
+        total_weight = jnp.maximum(jnp.sum(batch.weights), 1e-6)  # a batch of padding alone has none
 
         def loss(trained: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
-            params = merge(trained, state.frozen)
-            hidden = self.model.apply({"params": params}, batch.inputs, method=Thinker.hidden)
-            return next_token_loss(
+            params = merge_params(trained, state.frozen)
+            hidden = self.model.apply({"params": params}, batch.inputs, method=Thinker.hidden)  # [B, S, D]
+            sums = next_token_loss(
                 params["decoder"]["head"]["kernel"],
                 jnp.asarray(hidden),
                 batch.targets,
-                batch.weights / total,
-                chunk=self.chunk,
+                batch.weights / total_weight,
+                chunk=self.loss_chunk,
                 z_loss=self.z_loss,
-                head_trains=_HEAD in self.rates,
+                head_trains=_HEAD_KERNEL in self.scales,
             )
+            return sums.total, sums.cross_entropy
 
         gradient = jax.grad(loss, has_aux=True)
         if self.optimizer.accumulate == 1:
-            grads, plain = gradient(state.trained, batch)
-            return plain, grads
+            grads, cross_entropy = gradient(state.trained, batch)
+            return cross_entropy, grads
 
-        def one(sums: tuple[jax.Array, Any], batch: TrainBatch) -> tuple[tuple[jax.Array, Any], None]:
-            grads, plain = gradient(state.trained, batch)
-            return (sums[0] + plain, jax.tree.map(jnp.add, sums[1], grads)), None
+        def add_batch(sums: tuple[jax.Array, Any], batch: TrainBatch) -> tuple[tuple[jax.Array, Any], None]:
+            loss_sum, grads_sum = sums
+            grads, cross_entropy = gradient(state.trained, batch)
+            return (loss_sum + cross_entropy, jax.tree.map(jnp.add, grads_sum, grads)), None
 
+        # one program for all batches: gradients are summed in place, and only one batch's activations exist
         zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained)
-        return jax.lax.scan(one, zeros, batch)[0]
+        return jax.lax.scan(add_batch, zeros, batch)[0]
 
 
-def counts(batch: TrainBatch) -> Metrics:
-    """How much of a batch is real: what the model's FLOPs are counted from (docs/training.md)."""
+def count_work(batch: TrainBatch) -> Metrics:
+    """How much of a batch is not padding: what the model's FLOPs are counted from (docs/training.md)."""
     inputs = batch.inputs
-    segments = jnp.asarray(inputs.segment_ids).reshape(-1, inputs.segment_ids.shape[-1])
-    place = jnp.arange(segments.shape[1])
-    begins = jnp.concatenate([jnp.full_like(segments[:, :1], True), segments[:, 1:] != segments[:, :-1]], axis=1)
-    first = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
-    real = segments != PADDING
-    found = {
-        "tokens": jnp.sum(real),
-        "learnt": jnp.sum(batch.weights > 0),
-        "pairs": jnp.sum(jnp.where(real, place - first + 1, 0), dtype=jnp.float32),
+    segments = jnp.asarray(inputs.segment_ids).reshape(-1, inputs.segment_ids.shape[-1])  # [B, S]
+    position = jnp.arange(segments.shape[1])
+    changes = segments[:, 1:] != segments[:, :-1]
+    is_first = jnp.concatenate([jnp.full_like(segments[:, :1], True), changes], axis=1)  # [B, S]
+    segment_start = jax.lax.cummax(jnp.where(is_first, position, 0), axis=1)
+    is_token = segments != PADDING
+    attended = jnp.where(is_token, position - segment_start + 1, 0)  # positions of the same example, up to this one
+    # int32 holds the tokens of any batch, but not the pairs of a long row
+    counts = {
+        "tokens": jnp.sum(is_token),
+        "target_tokens": jnp.sum(batch.weights > 0),
+        "pairs": jnp.sum(attended, dtype=jnp.float32),
     }
     if inputs.audio is not None:
-        found["blocks"] = jnp.sum(inputs.audio.length > 0)
+        counts["blocks"] = jnp.sum(inputs.audio.length > 0)
     for frames in inputs.vision:
         sizes = _frame_sizes(frames.valid)
-        found["patches"] = found.get("patches", 0) + jnp.sum(sizes)
-        found["frame_pairs"] = found.get("frame_pairs", 0.0) + jnp.sum(sizes.astype(jnp.float32) ** 2)
-    return found
+        counts["patches"] = counts.get("patches", 0) + jnp.sum(sizes)
+        counts["frame_pairs"] = counts.get("frame_pairs", 0.0) + jnp.sum(sizes.astype(jnp.float32) ** 2)
+    return counts
 
 
-def _frame_sizes(valid: Int[Array, "*canvases W P"]) -> Int[jax.Array, "canvases frames"]:
+def _frame_sizes(valid: Int[Array, "*canvases W P"]) -> Int[jax.Array, "canvases W"]:
     """Patches of each frame of each canvas; a canvas has at most as many frames as windows."""
-    windows, patches = valid.shape[-2:]
-    numbers = jnp.asarray(valid, jnp.int32).reshape(-1, windows * patches)
-    return jax.vmap(lambda canvas: jnp.bincount(canvas, length=windows + 1)[1:])(numbers)
+    num_windows, num_patches = valid.shape[-2:]
+    # ``valid`` numbers the frames of a canvas from 1; 0 is padding, which is dropped
+    frame_ids = jnp.asarray(valid, jnp.int32).reshape(-1, num_windows * num_patches)
+    return jax.vmap(lambda canvas: jnp.bincount(canvas, length=num_windows + 1)[1:])(frame_ids)
 
 
 def make_model(recipe: Recipe) -> Thinker:
     """The Thinker as it is trained: scanned layers, computing in the recipe's dtype."""
-    config, dtype = recipe.model.thinker_config, jnp.dtype(recipe.dtype)
-    return Thinker(config, remat=recipe.remat, media_by_rows=True, dtype=dtype)
+    return Thinker(recipe.model.thinker_config, remat=recipe.remat, media_by_rows=True, dtype=jnp.dtype(recipe.dtype))
 
 
-def make_step(recipe: Recipe, phase: Phase, steps: int) -> Step:
-    """The step of a phase that has so many.
+def make_step(recipe: Recipe, phase: Phase, num_steps: int) -> TrainStep:
+    """The step of a phase of ``num_steps``.
 
     Raises:
       ConfigError: if the fields of the recipe do not go together, or a group of the phase has no parameter.
     """
     recipe.check()
     model = make_model(recipe)
-    paths = list(flat(nn.unbox(abstract_params(model))))
-    return Step(model, recipe.optimizer, rates(phase, paths), steps, recipe.chunk, recipe.z_loss)
+    paths = list(flatten_params(nn.unbox(abstract_params(model))))
+    scales = learning_rate_scales(phase, paths)
+    return TrainStep(model, recipe.optimizer, scales, num_steps, recipe.chunk, recipe.z_loss)
 
 
-def abstract_state(step: Step, mesh: AnyMesh, frozen_dtypes: dict[str, Any] | None = None) -> TrainState:
+def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, Any] | None = None) -> TrainState:
     """Shapes, dtypes and shardings of a state.
 
     Args:
@@ -160,22 +194,18 @@ def abstract_state(step: Step, mesh: AnyMesh, frozen_dtypes: dict[str, Any] | No
       ConfigError: listing the parameters that the mesh does not divide.
     """
     boxed = abstract_params(step.model)
-    places = flat(param_shardings(boxed, mesh))
+    shardings = flatten_params(param_shardings(boxed, mesh))
     frozen_dtypes = frozen_dtypes or {}
-
-    def leaf(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        dtype = jnp.float32 if path in step.rates else frozen_dtypes.get(path, step.model.dtype)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=places[path])
-
-    shapes = {path: leaf(path, x.shape) for path, x in flat(nn.unbox(boxed)).items()}
-    trained, frozen = split(unflatten_dict(shapes, sep="/"), step.rates)
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    return TrainState(number, trained, frozen, optax.ScaleByAdamState(count=number, mu=trained, nu=trained))  # type: ignore[arg-type]
-
-
-def fresh_moments(step: Step, trained: Any) -> optax.ScaleByAdamState:
-    """Moments of nothing yet, laid over the mesh as their parameters are; jit it with the shardings of a state."""
-    return adam(step.optimizer).init(trained)  # type: ignore[return-value]
+    leaves = {}
+    for path, leaf in flatten_params(nn.unbox(boxed)).items():
+        dtype = jnp.float32 if path in step.scales else frozen_dtypes.get(path, step.model.dtype)
+        leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path])
+    trained, frozen = split_params(unflatten_dict(leaves, sep="/"), step.scales)
+    # moments are sharded as their parameters are; everything else of the optimizer's state is a counter
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    moments = optax.ScaleByAdamState(count=scalar, mu=trained, nu=trained)  # type: ignore[arg-type]
+    optimizer = jax.eval_shape(step.transformation.init, trained)
+    return TrainState(scalar, trained, frozen, with_moments(optimizer, moments, scalar))  # type: ignore[arg-type]
 
 
 def abstract_batch(data: DataConfig, model: OmniConfig, mesh: AnyMesh, accumulate: int = 1) -> TrainBatch:
@@ -193,8 +223,8 @@ def abstract_batch(data: DataConfig, model: OmniConfig, mesh: AnyMesh, accumulat
     return jax.tree.map(leaf, one, batch_axes(one))
 
 
-def compiled(
-    step: Step, state: TrainState, mesh: Mesh, tpu_options: Mapping[str, str]
+def jit_step(
+    step: TrainStep, state: TrainState, mesh: Mesh, tpu_options: Mapping[str, str]
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]:
     """The step as a program that gives its state's memory to the next.
 
@@ -204,12 +234,14 @@ def compiled(
       mesh: over the devices that it will run on.
       tpu_options: for the compiler, where they are TPUs.
     """
-    places = jax.tree.map(lambda x: x.sharding, state)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     options: dict[str, Any] | None = dict(tpu_options) if mesh.devices.flat[0].platform == "tpu" else None
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
-def program(recipe: Recipe, mesh: Mesh, phase: int = -1) -> tuple[Callable[..., Any], tuple[TrainState, TrainBatch]]:
+def abstract_program(
+    recipe: Recipe, mesh: Mesh, phase: int = -1
+) -> tuple[Callable[..., Any], tuple[TrainState, TrainBatch]]:
     """A recipe's step and its abstract arguments, to be lowered under ``jax.set_mesh(mesh)`` for any devices.
 
     Args:
@@ -220,4 +252,4 @@ def program(recipe: Recipe, mesh: Mesh, phase: int = -1) -> tuple[Callable[..., 
     step = make_step(recipe, recipe.phases[phase], recipe.steps)
     state = abstract_state(step, mesh)
     batch = abstract_batch(recipe.data, recipe.model, mesh, recipe.optimizer.accumulate)
-    return compiled(step, state, mesh, recipe.tpu_options), (state, batch)
+    return jit_step(step, state, mesh, recipe.tpu_options), (state, batch)

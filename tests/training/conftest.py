@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from configs import RECIPES
-from omni_jax.training.recipe import Checkpoints, Recipe
+from omni_jax.training.recipe import CheckpointConfig, Recipe
 from tools.train_demo import write_rows
 
 
@@ -26,7 +26,7 @@ def make_recipe(tiny_model: Path, rows: Path) -> Callable[..., Recipe]:
 
     def make(name: str = "thinker-sft", **changes: Any) -> Recipe:
         recipe = dataclasses.replace(
-            RECIPES[f"{name}-tiny"], init=tiny_model, steps=6, checkpoint=Checkpoints(every=2, keep=9)
+            RECIPES[f"{name}-tiny"], init=tiny_model, steps=6, checkpoint=CheckpointConfig(every=2, keep=9)
         )
         changes["data"] = {"train": (str(rows),), **changes.get("data", {})}
         for field, value in changes.items():

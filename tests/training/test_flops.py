@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 
 from configs import RECIPES
-from omni_jax.checkpoint.name_map import make_name_table
-from omni_jax.training.flops import step_flops
-from omni_jax.training.optimizer import rates
+from omni_jax.checkpoint.name_map import table
+from omni_jax.training.flops import count_step_flops
+from omni_jax.training.optimizer import learning_rate_scales
 
 RECIPE = RECIPES["thinker-sft-7b"]
-SIZES = {"/".join(entry.path[1:]): entry.size for entry in make_name_table(RECIPE.model, ["thinker"])}
+SIZES = {"/".join(entry.path[1:]): entry.size for entry in table(RECIPE.model, ["thinker"])}
 LENGTH = 8192
 TEXT = {"tokens": LENGTH, "pairs": LENGTH * (LENGTH + 1) / 2}
 MEDIA = {"blocks": 10, "patches": 6400, "frame_pairs": 10 * 640**2}
 
 
 def flops(trained, counts):
-    return step_flops(RECIPE.model.thinker_config, SIZES, trained, counts)
+    return count_step_flops(RECIPE.model.thinker_config, SIZES, trained, counts)
 
 
 def test_a_row_of_text_of_the_7b() -> None:
@@ -28,7 +28,7 @@ def test_a_row_of_text_of_the_7b() -> None:
 
 
 def test_frozen_parts_cost_less() -> None:
-    adapters, encoders = (rates(phase, SIZES) for phase in RECIPES["pretrain1-7b"].phases)
+    adapters, encoders = (learning_rate_scales(phase, SIZES) for phase in RECIPES["pretrain1-7b"].phases)
     everything = flops(SIZES, TEXT | MEDIA)
     forward = flops((), TEXT | MEDIA)
     assert everything == pytest.approx(3 * forward, rel=1e-2)

@@ -12,15 +12,21 @@ import numpy as np
 import pytest
 
 import omni_jax
-from omni_jax.checkpoint import store
-from omni_jax.checkpoint import train_checkpoints as run
+from omni_jax.checkpoint import store, train_checkpoints
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.checkpoint.export import to_hf
+from omni_jax.checkpoint.train_checkpoints import (
+    CHECKPOINTS_FOLDER,
+    FILES_FILE,
+    find_damage,
+    resolve_checkpoint,
+    step_folder,
+)
 from omni_jax.errors import CheckpointError, ConfigError, TrainingError
-from omni_jax.training import feed, loop
+from omni_jax.training import device_batches, loop
 from omni_jax.training.loop import train
-from omni_jax.training.optimizer import flat
-from omni_jax.training.progress import METRICS_FILE, PLOT_FILE, read_metrics
+from omni_jax.training.metrics_log import METRICS_FILE, PLOT_FILE, read_metrics
+from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.recipe import Recipe
 
 STEPS = 4
@@ -37,7 +43,7 @@ FROZEN = {
 
 
 def params_of(folder: Path) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in flat(store.load(folder, ["thinker"])["thinker"]).items()}
+    return {path: np.asarray(leaf) for path, leaf in flatten_params(store.load(folder, ["thinker"])["thinker"]).items()}
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +70,14 @@ def stages(
 def test_each_stage_changes_what_it_trains_and_nothing_else(stages: dict[str, Path]) -> None:
     folders = list(stages.values())
     for stage, before, after in zip(FROZEN, folders, folders[1:], strict=False):
-        old, new = params_of(run.resolve(before)), params_of(run.resolve(after))
+        old, new = params_of(resolve_checkpoint(before)), params_of(resolve_checkpoint(after))
         for path in old:
             same = np.array_equal(old[path], new[path])
             assert same == path.startswith(FROZEN[stage]), f"{stage}: {path}"
 
 
 def test_the_adapters_come_before_the_encoders(stages: dict[str, Path]) -> None:
-    begin, after = params_of(stages["begin"]), params_of(stages["pretrain1"] / run.CHECKPOINTS / "00000002")
+    begin, after = params_of(stages["begin"]), params_of(step_folder(stages["pretrain1"], 2))
     changed = {path for path in begin if not np.array_equal(begin[path], after[path])}
     assert changed and all(path.startswith(("audio_encoder/proj", "vision_encoder/merger")) for path in changed)
 
@@ -79,7 +85,7 @@ def test_the_adapters_come_before_the_encoders(stages: dict[str, Path]) -> None:
 def test_what_a_run_leaves_behind(stages: dict[str, Path]) -> None:
     metrics = read_metrics(stages["pretrain2"] / METRICS_FILE)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-    assert all(np.isfinite(m["loss"]) and m["grad_norm"] > 0 and m["tokens"] > m["learnt"] > 0 for m in metrics)
+    assert all(np.isfinite(m["loss"]) and m["grad_norm"] > 0 and m["tokens"] > m["target_tokens"] > 0 for m in metrics)
     assert all(m["seconds"] > m["data_wait"] >= 0 for m in metrics)
     assert (stages["pretrain2"] / PLOT_FILE).read_bytes().startswith(b"\x89PNG")
     assert list((stages["pretrain2"] / "tensorboard").glob("events.*"))
@@ -87,7 +93,7 @@ def test_what_a_run_leaves_behind(stages: dict[str, Path]) -> None:
 
 def test_any_checkpoint_is_a_model(stages: dict[str, Path], tmp_path: Path) -> None:
     """It loads, speaks, and goes to PyTorch's layout and back; what did not train takes its room once."""
-    folder = stages["pretrain2"] / run.CHECKPOINTS / "00000002"
+    folder = step_folder(stages["pretrain2"], 2)
     assert set(store.components(folder)) == {"thinker", "talker", "token2wav"}
     model = omni_jax.load(folder)
     assert model.voices and model.config == omni_jax.OmniConfig.load(stages["begin"])
@@ -96,16 +102,18 @@ def test_any_checkpoint_is_a_model(stages: dict[str, Path], tmp_path: Path) -> N
     found, expected = store.load(tmp_path / "again"), store.load(folder)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     file = next(path for path in (folder / "params" / "talker").rglob("*") if path.is_file())
-    same = stages["pretrain2"] / run.CHECKPOINTS / "00000004" / file.relative_to(folder)
+    same = step_folder(stages["pretrain2"], 4) / file.relative_to(folder)
     assert file.samefile(same)
 
 
 def test_frozen_parameters_keep_the_dtype_of_the_checkpoint(stages: dict[str, Path]) -> None:
     """Which was bfloat16; what has trained is float32 from then on."""
-    kinds = {stage: {str(leaf.dtype) for leaf in params_of(run.resolve(stages[stage])).values()} for stage in FROZEN}
+    kinds = {
+        stage: {str(leaf.dtype) for leaf in params_of(resolve_checkpoint(stages[stage])).values()} for stage in FROZEN
+    }
     assert kinds["pretrain1"] == {"bfloat16", "float32"}
-    assert params_of(run.resolve(stages["pretrain1"]))["decoder/head/kernel"].dtype == "bfloat16"
-    assert params_of(run.resolve(stages["pretrain2"]))["decoder/head/kernel"].dtype == "float32"
+    assert params_of(resolve_checkpoint(stages["pretrain1"]))["decoder/head/kernel"].dtype == "bfloat16"
+    assert params_of(resolve_checkpoint(stages["pretrain2"]))["decoder/head/kernel"].dtype == "float32"
 
 
 @pytest.fixture
@@ -121,19 +129,20 @@ def test_damaged_checkpoints_are_named_and_passed_over(
 ) -> None:
     recipe, workdir = short_run
     expected = read_metrics(workdir / METRICS_FILE)
-    folders = [workdir / run.CHECKPOINTS / f"{step:08d}" for step in (2, 4, 6)]
-    (folders[2] / "moments" / "_CHECKPOINT_METADATA").unlink()
-    largest = max(
-        (p for p in (folders[1] / "params" / "thinker").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
-    )
+    folders = [step_folder(workdir, step) for step in (2, 4, 6)]
+    (folders[2] / "optimizer" / "moments" / "state" / "_METADATA").unlink()
+    # what Orbax reads to list its steps; it is written after files.json
+    (folders[2] / "_CHECKPOINT_METADATA").unlink()
+    arrays = [path for path in (folders[1] / "params" / "thinker").rglob("*") if path.is_file()]
+    largest = max(arrays, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     assert train(recipe, workdir)
     out = capsys.readouterr().out
-    assert f"checkpoint {folders[2]} is damaged and not used: moments/_CHECKPOINT_METADATA is missing" in out
+    assert f"checkpoint {folders[2]} is damaged and not used: optimizer/moments/state/_METADATA is missing" in out
     assert f"checkpoint {folders[1]} is damaged" in out and "goes on after step 2" in out
     again = read_metrics(workdir / METRICS_FILE)
     assert [(m["step"], m["loss"]) for m in again] == [(m["step"], m["loss"]) for m in expected]
-    assert [run.damage(folder) for folder in folders] == ["", "", ""]  # the damaged ones have been replaced
+    assert [find_damage(folder) for folder in folders] == ["", "", ""]  # the damaged ones have been replaced
     for folder in folders:
         (folder / "files.json").unlink()
     with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged; remove that folder"):
@@ -156,30 +165,56 @@ def _only_norms(recipe: Recipe):
 
 
 def test_old_checkpoints_go(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Also one that a kill left half removed; what it left half written goes at once."""
+    workdir = tmp_path / "run"
     recipe = make_recipe(data={"rows": 1}, checkpoint={"every": 1, "keep": 2})
-    assert train(recipe, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run" / run.CHECKPOINTS).iterdir()) == ["00000005", "00000006"]
+    assert train(dataclasses.replace(recipe, steps=3), workdir)
+    (step_folder(workdir, 2) / "_CHECKPOINT_METADATA").unlink()
+    (step_folder(workdir, 2) / FILES_FILE).unlink()
+    (workdir / CHECKPOINTS_FOLDER / "00000004.orbax-checkpoint-tmp").mkdir()
+    assert train(recipe, workdir)
+    assert sorted(path.name for path in (workdir / CHECKPOINTS_FOLDER).iterdir()) == ["00000005", "00000006"]
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written in the background; the run ends with the error, and the folder has no such step."""
+    write_json = train_checkpoints._write_json
+
+    def fail(path: Path, value: object) -> None:
+        if path.name == FILES_FILE:
+            raise OSError("no space left on device")
+        write_json(path, value)
+
+    monkeypatch.setattr(train_checkpoints, "_write_json", fail)
+    workdir = tmp_path / "run"
+    with pytest.raises(CheckpointError, match=r"could not be written.*no space left"):
+        train(make_recipe(data={"rows": 1}, steps=4), workdir)
+    assert not list((workdir / CHECKPOINTS_FOLDER).glob("0000000?"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, batches = make_recipe(data={"rows": 1}), []
+    recipe = make_recipe(data={"rows": 1})
+    batches = []
 
-    def place(parts, abstract):
-        batches.append(feed.place(parts, abstract))
-        return batches[-1].replace(weights=batches[-1].weights * np.nan) if len(batches) == 2 else batches[-1]
+    def damaged_batch(parts, abstract):
+        batch = device_batches.to_devices(parts, abstract)
+        batches.append(batch)
+        return batch.replace(weights=batch.weights * np.nan) if len(batches) == 2 else batch
 
-    monkeypatch.setattr(loop, "place", place)
+    monkeypatch.setattr(loop, "to_devices", damaged_batch)
     with pytest.raises(TrainingError, match=r"step 2: the loss is nan.* rows .*rows.jsonl:\d+.*after step 0 is saved"):
         train(recipe, tmp_path / "run")
-    assert not list((tmp_path / "run" / run.CHECKPOINTS).iterdir())
+    assert not list((tmp_path / "run" / CHECKPOINTS_FOLDER).iterdir())
 
 
 def test_nothing_to_begin_from(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to begin from"):
         train(make_recipe(init=None), tmp_path / "run")
-    (tmp_path / "empty" / run.CHECKPOINTS).mkdir(parents=True)
+    (tmp_path / "empty" / CHECKPOINTS_FOLDER).mkdir(parents=True)
     with pytest.raises(CheckpointError, match="a run without a whole checkpoint"):
         train(make_recipe(init=tmp_path / "empty"), tmp_path / "run")
 

@@ -38,7 +38,7 @@ def test_value_and_gradients(inputs, chunk, z_loss) -> None:
 
     expected = whole(*inputs, z_loss)
     np.testing.assert_allclose(ours(head, hidden), expected, rtol=TOLERANCE)  # without a gradient
-    found = jax.jit(jax.value_and_grad(lambda *a: 3 * ours(*a)[0], (0, 1)))(head, hidden)
+    found = jax.jit(jax.value_and_grad(lambda *a: 3 * ours(*a).total, (0, 1)))(head, hidden)
     theirs = jax.value_and_grad(lambda *a: 3 * whole(*a, targets, weights, z_loss)[0], (0, 1))(head, hidden)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(theirs), strict=True):
         assert np.abs(a - b).max() < TOLERANCE * np.abs(b).max()
@@ -48,7 +48,7 @@ def test_no_scores_of_all_positions_exist(inputs) -> None:
     head, hidden, targets, weights = inputs
 
     def text(chunk):
-        loss = jax.grad(lambda h, x: next_token_loss(h, x, targets, weights, chunk=chunk)[0], (0, 1))
+        loss = jax.grad(lambda h, x: next_token_loss(h, x, targets, weights, chunk=chunk).total, (0, 1))
         return jax.jit(loss).lower(head, hidden).as_text()
 
     assert f"tensor<{B}x1x{S}x{V}xf32>" in text(S)
@@ -57,7 +57,7 @@ def test_no_scores_of_all_positions_exist(inputs) -> None:
 
 def test_a_frozen_head_gets_no_gradient(inputs) -> None:
     head, hidden, targets, weights = inputs
-    loss = jax.grad(lambda h, x: next_token_loss(h, x, targets, weights, chunk=8, head_trains=False)[0], (0, 1))
+    loss = jax.grad(lambda h, x: next_token_loss(h, x, targets, weights, chunk=8, head_trains=False).total, (0, 1))
     by_head, by_hidden = loss(head, hidden)
     assert not np.any(by_head)
     theirs = jax.grad(lambda x: whole(head, x, targets, weights, 0.0)[0])(hidden)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from omni_jax.errors import ConfigError
-from omni_jax.training.feed import Share, share_of
+from omni_jax.sharding import MeshConfig
+from omni_jax.training.device_batches import BatchShard, batch_shard
 from omni_jax.training.loop import train
-from omni_jax.training.progress import METRICS_FILE, read_metrics
-from omni_jax.training.recipe import MeshConfig, Recipe
+from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
+from omni_jax.training.recipe import Recipe
 from tests.training.processes import finish, start
 
-STEPS = 20
+STEPS = 10
 TOLERANCE = 1e-5  # of a loss: float32 sums that several devices share out are added in another order
 CHANGES = dict(rows=4, streams=4, tokens=256, audio_blocks=2, canvases=1)
 # Adam divides by the size of a gradient, so where that is nothing but rounding its steps are rounding made large
@@ -27,7 +28,11 @@ OPTIMIZER = dict(learning_rate=1e-3, eps=1e-5)
 @pytest.fixture(scope="module")
 def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
     return make_recipe(
-        "pretrain2", steps=STEPS, data={**_rows(make_recipe), **CHANGES}, optimizer=OPTIMIZER, checkpoint={"every": 10}
+        "pretrain2",
+        steps=STEPS,
+        data={**_rows(make_recipe), **CHANGES},
+        optimizer=OPTIMIZER,
+        checkpoint={"every": STEPS // 2},
     )
 
 
@@ -37,7 +42,7 @@ def _rows(make_recipe: Callable[..., Recipe]) -> dict:
 
 @pytest.fixture(scope="module")
 def options(recipe: Recipe) -> list[str]:
-    about = {"init": recipe.init, "data.train": recipe.data.train[0], "steps": STEPS, "checkpoint.every": 10}
+    about = {"init": recipe.init, "data.train": recipe.data.train[0], "steps": STEPS, "checkpoint.every": STEPS // 2}
     about |= {f"data.{name.replace('_', '-')}": value for name, value in CHANGES.items()}
     about |= {f"optimizer.{name.replace('_', '-')}": value for name, value in OPTIMIZER.items()}
     return ["pretrain2-tiny", *(part for name, value in about.items() for part in (f"--{name}", str(value)))]
@@ -67,7 +72,7 @@ def eight_devices(options: list[str], tmp_path_factory: pytest.TempPathFactory) 
 def test_eight_devices(one_device: Path, eight_devices: Path) -> None:
     expected = losses(one_device)
     assert np.abs(losses(eight_devices) - expected).max() < TOLERANCE * np.abs(expected).max()
-    assert expected[-1] < 0.8 * expected[0]  # and something is learnt
+    assert expected[-1] < 0.8 * expected[0]  # and the loss falls
 
 
 def test_a_run_goes_on_over_another_mesh(recipe: Recipe, eight_devices: Path, tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_a_run_goes_on_over_another_mesh(recipe: Recipe, eight_devices: Path, tm
 
 
 def test_two_processes(options: list[str], eight_devices: Path, tmp_path: Path) -> None:
-    """Of four devices each: each feeds its own rows, and both write the checkpoints."""
+    """Of four devices each: each reads its own rows, and both write the checkpoints."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -93,10 +98,10 @@ def test_two_processes(options: list[str], eight_devices: Path, tmp_path: Path) 
     expected = losses(eight_devices)
     assert np.abs(losses(tmp_path / "run") - expected).max() < TOLERANCE * np.abs(expected).max()
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert saved == ["00000010", "00000020"]
+    assert saved == ["00000005", "00000010"]
 
 
-def test_shares_of_one_process() -> None:
-    assert share_of(MeshConfig().make(), 6) == Share(0, 1)
+def test_one_process_reads_the_whole_batch() -> None:
+    assert batch_shard(MeshConfig().make(), 6) == BatchShard(0, 1)
     with pytest.raises(ConfigError, match="needs 2 devices, there are 1"):
         MeshConfig(fsdp=2).make()

@@ -5,51 +5,65 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from omni_jax.training.loop import PREEMPTED
-from omni_jax.training.progress import METRICS_FILE, read_metrics
+from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
 from tests.training.processes import finish, start
 
-STEPS = 14
+NUM_STEPS = 12
+KILLED = -signal.SIGKILL
+# before the first step, between two checkpoints, while one is written, and after one
+KILLS = [("SIGKILL", "start"), ("SIGKILL", "step 3"), ("SIGKILL", "saving"), ("SIGKILL", "step 2")]
+
+
+class Run(NamedTuple):
+    workdir: Path
+    codes: list[int]  # how each of its processes ended
+    metrics: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def options(tiny_model: Path, rows: Path) -> list[str]:
-    about = {"init": tiny_model, "data.train": rows, "steps": STEPS, "checkpoint.every": 2, "data.rows": 1}
-    return ["thinker-sft-tiny", *(part for name, value in about.items() for part in (f"--{name}", str(value)))]
+def runs(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """The same run three times, all of them children of one process: unbroken, killed, and told to stop."""
+    folder = tmp_path_factory.mktemp("restarts")
+    options = ["thinker-sft-tiny", "--init", str(tiny_model), "--data.train", str(rows), "--data.rows", "1"]
+    options += ["--steps", str(NUM_STEPS), "--checkpoint.every"]
+    stops = {"unbroken": [], "killed": KILLS, "stopped": [("SIGTERM", "step 1")]}
+    every = {"unbroken": 2, "killed": 2, "stopped": 1000}
+    cases = []
+    for name in stops:
+        workdir = str(folder / name)
+        cases.append({"workdir": workdir, "stops": stops[name], "options": [*options, str(every[name])]})
+    output = finish(start("tests.training.killed", json.dumps(cases)))
+    runs = {}
+    for case, codes in zip(cases, json.loads(output.splitlines()[-1]), strict=True):
+        workdir = Path(case["workdir"])
+        runs[workdir.name] = Run(workdir, codes, read_metrics(workdir / METRICS_FILE))
+    return runs
 
 
-def run(workdir: Path, kills: int, how: str, options: list[str]) -> tuple[list[int], list[dict[str, Any]]]:
-    codes = json.loads(finish(start("tests.training.killed", str(workdir), str(kills), how, *options)).splitlines()[-1])
-    return codes, read_metrics(workdir / METRICS_FILE)
+def assert_same_metrics(run: Run, unbroken: Run) -> None:
+    assert unbroken.codes == [0]
+    assert [m["step"] for m in unbroken.metrics] == list(range(1, NUM_STEPS + 1))
+    for name in ("step", "loss", "grad_norm", "tokens", "target_tokens", "learning_rate"):
+        assert [m[name] for m in run.metrics] == [m[name] for m in unbroken.metrics], name
 
 
-@pytest.fixture(scope="module")
-def unbroken(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    codes, metrics = run(tmp_path_factory.mktemp("unbroken") / "run", 0, "SIGKILL", options)
-    assert codes == [0] and [m["step"] for m in metrics] == list(range(1, STEPS + 1))
-    return metrics
+def test_killed_four_times(runs: dict[str, Run]) -> None:
+    run = runs["killed"]
+    assert run.codes == [KILLED] * len(KILLS) + [0]
+    assert_same_metrics(run, runs["unbroken"])
+    # nothing is left of what was not finished
+    assert sorted(path.name for path in (run.workdir / "checkpoints").iterdir()) == ["00000008", "00000010", "00000012"]
 
 
-def assert_same(metrics: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    for name in ("step", "loss", "grad_norm", "tokens", "learnt", "learning_rate"):
-        assert [m[name] for m in metrics] == [m[name] for m in expected], name
-
-
-def test_killed_ten_times(options: list[str], unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
-    codes, metrics = run(tmp_path / "run", 10, "SIGKILL", options)
-    assert set(codes) <= {0, -signal.SIGKILL} and codes.count(-signal.SIGKILL) >= 4 and codes[-1] == 0
-    assert_same(metrics, unbroken)
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))  # nothing is left of what was not finished
-
-
-def test_told_to_stop(options: list[str], unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
-    codes, metrics = run(tmp_path / "run", 1, "SIGTERM", [*options, "--checkpoint.every", "1000"])
-    assert codes == [PREEMPTED, 0]
-    assert_same(metrics, unbroken)
+def test_told_to_stop(runs: dict[str, Run]) -> None:
+    run = runs["stopped"]
+    assert run.codes == [PREEMPTED, 0]
+    assert_same_metrics(run, runs["unbroken"])
     # what it saved when it was told, though no checkpoint was due, and its end
-    saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert len(saved) == 2 and saved[0] < saved[1] == STEPS
+    saved = sorted(int(path.name) for path in (run.workdir / "checkpoints").iterdir())
+    assert len(saved) == 2 and saved[0] < saved[1] == NUM_STEPS

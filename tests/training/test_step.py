@@ -12,9 +12,10 @@ import pytest
 
 from omni_jax.config import OmniConfig
 from omni_jax.models.thinker import Thinker, abstract_params
-from omni_jax.training.optimizer import flat, merge, split
-from omni_jax.training.recipe import MeshConfig, Optimizer
-from omni_jax.training.step import Step, TrainState, abstract_batch, abstract_state, counts, fresh_moments, program
+from omni_jax.sharding import MeshConfig
+from omni_jax.training.optimizer import flatten_params, merge_params, split_params
+from omni_jax.training.recipe import OptimizerConfig
+from omni_jax.training.step import TrainState, TrainStep, abstract_batch, abstract_program, abstract_state, count_work
 from tests.training.examples import BUDGET, KINDS, make_batch, make_examples
 
 CONFIG = OmniConfig.tiny()
@@ -28,20 +29,21 @@ def params():
     return jax.tree.map(lambda a: (0.3 * rng.standard_normal(a.shape)).astype(np.float32), shapes)
 
 
-def make_step(rates, **optimizer):
-    return Step(Thinker(CONFIG.thinker_config, remat="dots"), Optimizer(**optimizer), rates, steps=10, chunk=16)
+def make_step(scales, **optimizer):
+    model = Thinker(CONFIG.thinker_config, remat="dots")
+    return TrainStep(model, OptimizerConfig(**optimizer), scales, num_steps=10, loss_chunk=16)
 
 
 @pytest.fixture(scope="module")
 def gradients(params):
-    step = make_step(dict.fromkeys(flat(params), 1.0))
-    return jax.jit(lambda batch: step.gradients(TrainState(0, params, {}, None), batch))
+    step = make_step(dict.fromkeys(flatten_params(params), 1.0))
+    return jax.jit(lambda batch: step.loss_and_gradients(TrainState(0, params, {}, None), batch))
 
 
 def assert_same(ours, expected):
     largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
-    for path, leaf in flat(ours).items():
-        assert np.abs(np.asarray(leaf) - flat(expected)[path]).max() < TOLERANCE * largest, path
+    for path, leaf in flatten_params(ours).items():
+        assert np.abs(np.asarray(leaf) - flatten_params(expected)[path]).max() < TOLERANCE * largest, path
 
 
 def test_a_packed_row_has_the_losses_and_gradients_of_its_examples(gradients) -> None:
@@ -49,11 +51,11 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_examples(gradients) ->
     batch = make_batch(examples, CONFIG)
     assert batch.inputs.segment_ids.max() >= 2 and np.asarray(batch.inputs.vision[0].valid).max() >= 2
     loss, grads = gradients(batch)
-    shares = [example.weights.sum() / batch.weights.sum() for example in examples]
+    fractions = [example.weights.sum() / batch.weights.sum() for example in examples]
     alone = [gradients(make_batch([example], CONFIG)) for example in examples]
-    assert abs(sum(w * float(one) for w, (one, _) in zip(shares, alone, strict=True)) - float(loss)) < 1e-5
+    assert abs(sum(w * float(one) for w, (one, _) in zip(fractions, alone, strict=True)) - float(loss)) < 1e-5
     expected = jax.tree.map(
-        lambda *gs: sum(w * np.asarray(g) for w, g in zip(shares, gs, strict=True)), *(g for _, g in alone)
+        lambda *gs: sum(w * np.asarray(g) for w, g in zip(fractions, gs, strict=True)), *(g for _, g in alone)
     )
     assert_same(grads, expected)
 
@@ -61,9 +63,9 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_examples(gradients) ->
 def test_accumulated_batches_are_one(params, gradients) -> None:
     """Weighted by what each has to learn, not by batches."""
     batches = [make_batch(make_examples(kinds, CONFIG, seed), CONFIG) for seed, kinds in enumerate((KINDS, ["text"]))]
-    step = make_step(dict.fromkeys(flat(params), 1.0), accumulate=2)
+    step = make_step(dict.fromkeys(flatten_params(params), 1.0), accumulate=2)
     stacked = jax.tree.map(lambda *a: np.stack(a), *batches)
-    loss, grads = jax.jit(step.gradients)(TrainState(0, params, {}, None), stacked)
+    loss, grads = jax.jit(step.loss_and_gradients)(TrainState(0, params, {}, None), stacked)
     sizes = [b.weights.sum() for b in batches]
     alone = [gradients(batch) for batch in batches]
     mean = [np.average([float(one) for one, _ in alone], weights=sizes)]
@@ -72,27 +74,27 @@ def test_accumulated_batches_are_one(params, gradients) -> None:
 
 
 def test_what_is_frozen_has_neither_gradient_nor_moments_nor_another_dtype(params) -> None:
-    rates = {path: 1.0 for path in flat(params) if path.startswith("audio_encoder/proj")}
-    step = make_step(rates)
-    trained, frozen = split(params, rates)
+    scales = {path: 1.0 for path in flatten_params(params) if path.startswith("audio_encoder/proj")}
+    step = make_step(scales)
+    trained, frozen = split_params(params, scales)
     frozen = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), frozen)
-    state = TrainState(jnp.int32(0), trained, frozen, fresh_moments(step, trained))
+    state = TrainState(jnp.int32(0), trained, frozen, step.transformation.init(trained))
     made, metrics = jax.jit(step)(state, make_batch(make_examples(["audio"], CONFIG), CONFIG))
-    assert set(flat(made.moments.mu)) == set(flat(made.trained)) == set(rates)
+    assert set(flatten_params(made.moments.mu)) == set(flatten_params(made.trained)) == set(scales)
     jax.tree.map(np.testing.assert_array_equal, made.frozen, frozen)
-    assert all(np.any(flat(made.trained)[path] != flat(trained)[path]) for path in rates)
+    assert all(np.any(flatten_params(made.trained)[path] != flatten_params(trained)[path]) for path in scales)
     assert int(made.step) == int(made.moments.count) == 1 and float(metrics["grad_norm"]) > 0
-    assert set(flat(merge(trained, frozen))) == set(flat(params))
+    assert set(flatten_params(merge_params(trained, frozen))) == set(flatten_params(params))
 
 
-def test_counts() -> None:
+def test_work_is_counted_without_padding() -> None:
     examples = make_examples(["image", "image", "audio", "video"], CONFIG)
-    found = {name: float(value) for name, value in counts(make_batch(examples, CONFIG)).items()}
+    found = {name: float(value) for name, value in count_work(make_batch(examples, CONFIG)).items()}
     lengths = [len(example.tokens) for example in examples]
     frames = np.concatenate([(group.valid > 0).sum((1, 2)) for e in examples for group in e.vision])
     assert found == {
         "tokens": sum(lengths),
-        "learnt": sum((e.weights > 0).sum() for e in examples),
+        "target_tokens": sum((e.weights > 0).sum() for e in examples),
         "pairs": sum(n * (n + 1) / 2 for n in lengths),
         "blocks": examples[2].num_blocks,
         "patches": frames.sum(),
@@ -105,7 +107,7 @@ def test_a_step_is_lowered_without_its_devices(make_recipe) -> None:
     recipe = make_recipe(data=dict(rows=4, tokens=128), mesh=MeshConfig(fsdp=1), optimizer=dict(accumulate=2))
     mesh = recipe.mesh.make()
     with jax.set_mesh(mesh):
-        step, (state, batch) = program(recipe, mesh)
+        step, (state, batch) = abstract_program(recipe, mesh)
         lowered = step.lower(state, batch)
     assert batch.inputs.tokens.shape == (2, 4, 128)
     assert jax.tree.structure(lowered.out_info[0]) == jax.tree.structure(state)

@@ -9,9 +9,9 @@ import pytest
 from omni_jax.checkpoint.name_map import make_name_table
 from omni_jax.data.examples import make_example
 from omni_jax.models.thinker import Thinker
-from omni_jax.training.optimizer import flat
-from omni_jax.training.recipe import Optimizer
-from omni_jax.training.step import Step, TrainState
+from omni_jax.training.optimizer import flatten_params
+from omni_jax.training.recipe import OptimizerConfig
+from omni_jax.training.step import TrainState, TrainStep
 from tests.conftest import MODELS
 from tests.pairs import Pair
 from tests.training.examples import KINDS, make_batch, make_prompt, torch_arguments, weights_of
@@ -25,15 +25,15 @@ pytestmark = pytest.mark.parametrize("pair", [MODELS[1]], ids=["seven"], indirec
 
 @pytest.fixture(scope="module")
 def gradients(pair: Pair):
-    step = Step(
+    step = TrainStep(
         Thinker(pair.config.thinker_config, remat="full"),
-        Optimizer(),
-        dict.fromkeys(flat(pair.params), 1.0),
+        OptimizerConfig(),
+        dict.fromkeys(flatten_params(pair.params), 1.0),
         1,
-        chunk=32,
+        loss_chunk=32,
     )
     state = TrainState(0, pair.params, {}, None)
-    return jax.jit(lambda batch: step.gradients(state, batch))
+    return jax.jit(lambda batch: step.loss_and_gradients(state, batch))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,7 +49,7 @@ def test_loss_and_gradients(pair: Pair, gradients, kind: str) -> None:
     out.loss.backward()
     theirs = {f"thinker.{name}": p.grad for name, p in pair.torch.named_parameters()}
     assert abs(float(loss) - out.loss.item()) < TOLERANCE * out.loss.item()
-    ours = flat(grads)
+    ours = flatten_params(grads)
     largest = max(float(np.abs(g).max()) for g in ours.values())
     seen = 0
     for entry in make_name_table(pair.config, ["thinker"]):

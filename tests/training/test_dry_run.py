@@ -12,8 +12,9 @@ import pytest
 from configs import RECIPES
 from omni_jax.checkpoint.name_map import parameter_count
 from omni_jax.errors import ConfigError
-from omni_jax.training.plan import composition, memory, plan
-from omni_jax.training.recipe import MeshConfig, Phase
+from omni_jax.sharding import MeshConfig
+from omni_jax.training.dry_run import estimate_memory, measure_fill, summarize_parameters
+from omni_jax.training.recipe import Phase
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,10 +23,10 @@ ROOT = Path(__file__).parents[2]
 def test_every_parameter_is_in_the_plan(name: str) -> None:
     recipe = RECIPES[name]
     for phase in recipe.phases:
-        rows = plan(recipe, phase)
+        rows = summarize_parameters(recipe, phase)
         assert sum(row.size for row in rows) == parameter_count(recipe.model, ("thinker",))
         assert len({row.path for row in rows}) == len(rows)
-        rate = {row.path: row.rate for row in rows}
+        rate = {row.path: row.learning_rate for row in rows}
         assert rate["audio_encoder/bos_eos/embedding"] is None and rate["vision_encoder/merger/up/kernel"] is not None
         assert (rate["decoder/norm/scale"] is None) == name.startswith("pretrain1")
         assert (rate["vision_encoder/patch_embed/kernel"] is None) == (phase.name in ("adapters", "dialogues"))
@@ -33,14 +34,14 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
 
 def test_the_mesh_divides_what_it_should() -> None:
     recipe = dataclasses.replace(RECIPES["thinker-sft-7b"], mesh=MeshConfig(data=2, fsdp=16, tensor=4))
-    rows = {row.path: row for row in plan(recipe, recipe.phases[0])}
+    rows = {row.path: row for row in summarize_parameters(recipe, recipe.phases[0])}
     assert rows["decoder/layers/mlp/gate/kernel"].device_shape == (28, 3584 // 16, 18944 // 4)
     assert rows["decoder/head/kernel"].device_shape == (3584 // 16, 152064 // 4)
     assert rows["decoder/norm/scale"].device_shape == (3584,)
     whole, part = (sum(getattr(row, name) for row in rows.values()) for name in ("size", "device_size"))
     assert 1 / 64 <= part / whole < 1.01 / 64  # all but norms and biases are spread over fsdp x tensor
-    sizes = memory(recipe, recipe.phases[0])
-    trained = sum(row.device_size for row in rows.values() if row.rate is not None)
+    sizes = estimate_memory(recipe, recipe.phases[0])
+    trained = sum(row.device_size for row in rows.values() if row.learning_rate is not None)
     assert sizes["parameters that train"] == sizes["gradients"] == 4 * trained
     assert sizes["moments of the optimizer"] == 8 * trained
     assert sizes["frozen parameters"] == 2 * (part - trained)
@@ -49,7 +50,7 @@ def test_the_mesh_divides_what_it_should() -> None:
 def test_a_mesh_that_does_not_divide() -> None:
     recipe = dataclasses.replace(RECIPES["thinker-sft-7b"], mesh=MeshConfig(tensor=8))
     with pytest.raises(ConfigError, match=r"heads of 28 over \('tensor',\) = 8"):
-        plan(recipe, recipe.phases[0])
+        summarize_parameters(recipe, recipe.phases[0])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_a_mesh_that_does_not_divide() -> None:
     [
         (dict(mesh=MeshConfig(fsdp=3)), "data.rows is 64, which must be a multiple of mesh.data x mesh.fsdp = 3"),
         (dict(mesh=MeshConfig(sequence=3)), "mesh.sequence 3 does not divide data.tokens 8192"),
-        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(steps=0), "steps is 0; it must be from 1 to"),
         (dict(phases=(Phase("a", (), 3),)), "the last goes on to the end"),
         (dict(phases=(Phase("a", (), 3), Phase("a", ()))), "two phases have the same name"),
     ],
@@ -76,7 +77,7 @@ def test_phases_follow_each_other() -> None:
 
 
 def test_how_full_batches_are(make_recipe) -> None:
-    found = composition(make_recipe())
+    found = measure_fill(make_recipe())
     assert found["examples"] > 2 and 0 < found["target_tokens"] < found["tokens"] <= 1
 
 

@@ -1,0 +1,71 @@
+"""Which rows of a batch each of several processes reads, and how they come to the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from omni_jax.batch import TrainBatch
+from omni_jax.errors import ConfigError
+from omni_jax.sharding import RULES
+
+
+@dataclass(frozen=True)
+class BatchShard:
+    """The rows of every batch that this process reads: the ``index``-th of ``count`` equal parts.
+
+    Processes whose devices hold the same rows, because a row is spread over both, read the same ones.
+    """
+
+    index: int
+    count: int
+
+
+def batch_shard(mesh: Mesh, num_rows: int) -> BatchShard:
+    """This process's part of a batch of ``num_rows``.
+
+    Raises:
+      ConfigError: if the devices of a process do not hold rows that lie beside each other, as many as every other's.
+    """
+    spans = _row_spans(mesh, num_rows)
+    parts = sorted(set(spans.values()))
+    rows_per_part = num_rows // len(parts)
+    equal_parts = [(i * rows_per_part, (i + 1) * rows_per_part) for i in range(len(parts))]
+    if parts != equal_parts:
+        raise ConfigError(
+            f"the mesh gives the processes the rows {parts} of {num_rows}, which are not equal parts; make "
+            "mesh.sequence x mesh.tensor a divisor or a multiple of the devices of a process"
+        )
+    return BatchShard(parts.index(spans[jax.process_index()]), len(parts))
+
+
+def _row_spans(mesh: Mesh, num_rows: int) -> dict[int, tuple[int, int]]:
+    """First and last row, exclusive, that the devices of each process hold."""
+    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    spans: dict[int, tuple[int, int]] = {}
+    for device, (rows,) in sharding.devices_indices_map((num_rows,)).items():
+        begin, end, _ = rows.indices(num_rows)
+        known = spans.get(device.process_index, (begin, end))
+        spans[device.process_index] = (min(known[0], begin), max(known[1], end))
+    return spans
+
+
+def to_devices(batches: Sequence[TrainBatch], abstract: TrainBatch) -> TrainBatch:
+    """Copies this process's part of one batch, or of those to be accumulated, to its devices.
+
+    Args:
+      batches: numpy arrays, as the data gives them.
+      abstract: of the batch over all processes (``omni_jax.training.step.abstract_batch``).
+    """
+
+    def copy_leaf(target: jax.ShapeDtypeStruct, *parts: np.ndarray) -> jax.Array:
+        # batches to be accumulated are stacked on a leading axis, which no mesh axis divides
+        accumulated = len(target.shape) > parts[0].ndim
+        local = np.stack(parts) if accumulated else parts[0]
+        return jax.make_array_from_process_local_data(target.sharding, local, target.shape)
+
+    return jax.tree.map(copy_leaf, abstract, *batches)

@@ -1,0 +1,155 @@
+"""What a recipe will hold on each device, from abstract shapes alone: nothing is allocated, no device is needed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
+from omni_jax.data.packing import fill
+from omni_jax.data.pipeline import batches
+from omni_jax.processing.processor import Processor
+from omni_jax.training.optimizer import flatten_params
+from omni_jax.training.recipe import Phase, Recipe
+from omni_jax.training.run_state import bytes_per_device
+from omni_jax.training.step import abstract_batch, abstract_state, make_step
+
+_NUM_BATCHES = 4  # that a dry run looks at
+
+
+@dataclass(frozen=True)
+class ParameterSummary:
+    """One parameter: what it is, whether it trains, where its axes go, and how much of it one device holds."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    learning_rate: float | None  # at the peak of the schedule; None: frozen
+    spec: tuple[str | tuple[str, ...] | None, ...]
+    device_shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def device_size(self) -> int:
+        return math.prod(self.device_shape)
+
+
+def summarize_parameters(recipe: Recipe, phase: Phase) -> list[ParameterSummary]:
+    """Every parameter of the recipe's Thinker in one of its phases, sorted by path.
+
+    Raises:
+      ConfigError: listing the parameters that the mesh does not divide, or if the recipe is wrong otherwise.
+    """
+    step = make_step(recipe, phase, recipe.steps)
+    params = abstract_state(step, recipe.mesh.abstract()).params
+    peak = recipe.optimizer.learning_rate
+    summaries = []
+    for path, leaf in sorted(flatten_params(params).items()):
+        summary = ParameterSummary(
+            path=path,
+            shape=leaf.shape,
+            dtype=str(leaf.dtype),
+            learning_rate=peak * step.scales[path] if path in step.scales else None,
+            spec=tuple(leaf.sharding.spec),
+            device_shape=leaf.sharding.shard_shape(leaf.shape),
+        )
+        summaries.append(summary)
+    return summaries
+
+
+def estimate_memory(recipe: Recipe, phase: Phase) -> dict[str, int]:
+    """Bytes a device by what holds them: exact for what stays from step to step, counted for what a step makes.
+
+    What the compiler adds for the inside of one layer is not in it.
+    """
+    mesh = recipe.mesh.abstract()
+    state = abstract_state(make_step(recipe, phase, recipe.steps), mesh)
+    batch = abstract_batch(recipe.data, recipe.model, mesh, recipe.optimizer.accumulate)
+    text = recipe.model.thinker_config.text_config
+    compute_bytes = jnp.dtype(recipe.dtype).itemsize
+    float32_bytes = 4
+    # of one device; activations of a layer are recomputed, so only the inputs of the layers stay
+    rows = recipe.data.rows // (recipe.mesh.data * recipe.mesh.fsdp)
+    positions = rows * recipe.data.tokens // recipe.mesh.sequence
+    vocab = text.vocab_size // recipe.mesh.tensor
+    logits = rows * recipe.chunk * vocab * float32_bytes
+    return {
+        "parameters that train": bytes_per_device(state.trained),
+        "frozen parameters": bytes_per_device(state.frozen),
+        "moments of the optimizer": bytes_per_device((state.moments.mu, state.moments.nu)),
+        "gradients": bytes_per_device(state.trained),
+        "batch": bytes_per_device(batch),
+        "inputs of the decoder's layers": text.num_hidden_layers * positions * text.hidden_size * compute_bytes,
+        "logits of a chunk and their gradient": 2 * logits,
+        "head on every device, and its gradient": text.hidden_size * vocab * (compute_bytes + float32_bytes),
+    }
+
+
+def print_dry_run(recipe: Recipe) -> None:
+    """Prints every phase of the recipe, and how full the batches are where data is named."""
+    console = Console(width=160, highlight=False)  # a parameter's name must not be cut
+    for phase in recipe.phases:
+        _print_phase(console, recipe, phase)
+    _print_batches(console, recipe)
+
+
+def _print_phase(console: Console, recipe: Recipe, phase: Phase) -> None:
+    table = Table("parameter", "shape", "dtype", "rate", "mesh axes", "on a device", box=None, title=phase.name)
+    total = 0
+    trained = 0
+    for summary in summarize_parameters(recipe, phase):
+        total += summary.size
+        learning_rate = "frozen"
+        if summary.learning_rate is not None:
+            learning_rate = f"{summary.learning_rate:g}"
+            trained += summary.size
+        axes = ", ".join("-" if axis is None else str(axis) for axis in summary.spec)
+        table.add_row(summary.path, str(summary.shape), summary.dtype, learning_rate, axes, str(summary.device_shape))
+    console.print(table)
+    console.print(f"{total:,} parameters, of which {trained:,} train in the phase {phase.name}")
+    sizes = estimate_memory(recipe, phase)
+    for name, size in sizes.items():
+        console.print(f"  {size / 2**30:9.3f} GiB a device: {name}")
+    console.print(f"  {sum(sizes.values()) / 2**30:9.3f} GiB a device in all, and the inside of one layer\n")
+
+
+def _print_batches(console: Console, recipe: Recipe) -> None:
+    data = recipe.data
+    console.print(
+        f"a step reads {recipe.optimizer.accumulate} x {data.rows} rows of {data.tokens:,} tokens, with "
+        f"{data.rows * data.audio_blocks} blocks of audio and {data.rows * data.canvases} canvases of "
+        f"{data.windows} windows"
+    )
+    if not data.train or recipe.init is None:
+        console.print("give --data.train and --init to see how full the batches are")
+        return
+    for name, value in measure_fill(recipe).items():
+        console.print(f"  {name}: {value:.4g}")
+
+
+def measure_fill(recipe: Recipe) -> dict[str, float]:
+    """How full the first batches are: means of ``omni_jax.data.packing.Fill``, by name.
+
+    Raises:
+      InputError: if the rows cannot be read.
+    """
+    assert recipe.init is not None
+    data = batches(recipe.data, Processor.load(resolve_checkpoint(recipe.init), allow_urls=True))
+    values: dict[str, list[float]] = defaultdict(list)
+    try:
+        for batch in itertools.islice(data, _NUM_BATCHES):
+            for name, value in asdict(fill(batch)).items():
+                values[name].append(value)
+    finally:
+        data.close()
+    return {name: float(np.mean(found)) for name, found in values.items()}

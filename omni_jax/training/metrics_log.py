@@ -1,0 +1,120 @@
+"""What a person sees of a run: a line of progress, a file of metrics, TensorBoard, in the end a plot of the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "loss.png"
+
+
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The metrics of each step in a file, up to ``last_step``; a line that a kill cut short is passed over."""
+    metrics: list[dict[str, Any]] = []
+    if not path.exists():
+        return metrics
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if last_step is None or values["step"] <= last_step:
+            metrics.append(values)
+    return metrics
+
+
+class MetricsLog:
+    """Writes the metrics of each step; of several processes the main one does."""
+
+    def __init__(self, workdir: Path, first_step: int, num_steps: int, log_every: int) -> None:
+        """Opens the files of a run.
+
+        Args:
+          workdir: the run's folder.
+          first_step: the one that the run goes on from; later steps in the files are dropped, they come again.
+          num_steps: of the whole run.
+          log_every: steps from one printed line to the next where there is no terminal.
+        """
+        self._path = workdir / METRICS_FILE
+        self._log_every = log_every
+        self._num_steps = num_steps
+        kept = read_metrics(self._path, first_step)
+        self._path.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
+        self._console = Console()
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(20),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("", total=num_steps, completed=first_step)
+        self._bar.start()
+
+    def log_step(self, metrics: Mapping[str, Any], flops_per_device: float, peak: float | None) -> None:
+        """Writes the metrics of a step.
+
+        Args:
+          metrics: its line in the file: step, loss, grad_norm, tokens, seconds, data_wait and more.
+          flops_per_device: model FLOPs a second of each device.
+          peak: FLOPs a second that a device can do; None if it is not known.
+        """
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        step = metrics["step"]
+        seconds = max(metrics["seconds"], 1e-9)
+        tokens_per_second = metrics["tokens"] / seconds
+        utilization = f"{flops_per_device / 1e12:.3f} TFLOP/s a device"
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                self._board.add_scalar(name, value, step)
+        self._board.add_scalar("tokens_per_second", tokens_per_second, step)
+        if peak is not None:
+            mfu = flops_per_device / peak
+            self._board.add_scalar("mfu", mfu, step)
+            utilization = f"MFU {mfu:.1%}"
+        text = (
+            f"loss {metrics['loss']:.4f}, {tokens_per_second:,.0f} tokens/s, "
+            f"{metrics['data_wait'] / seconds:.0%} waiting for data, {utilization}"
+        )
+        self._bar.update(self._task, completed=step, description=text)
+        if not self._console.is_terminal and (step % self._log_every == 0 or step == self._num_steps):
+            self.print(f"step {step}/{self._num_steps}: {text}")
+
+    def print(self, text: str) -> None:
+        """Prints a line above the progress."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Ends the line of progress and both files."""
+        self._bar.stop()
+        self._file.close()
+        self._board.close()
+
+
+def plot_loss(workdir: Path) -> Path | None:
+    """Draws the loss of a run over its steps; None without matplotlib (``pip install omni_jax[plots]``)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    metrics = read_metrics(workdir / METRICS_FILE)
+    steps = [values["step"] for values in metrics]
+    losses = [values["loss"] for values in metrics]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, linewidth=1, marker="." if len(steps) < 100 else None)
+    axes.set(xlabel="step", ylabel="loss per target token (nats)", title=workdir.name)
+    axes.grid(alpha=0.3)
+    figure.savefig(workdir / PLOT_FILE, dpi=120)
+    return workdir / PLOT_FILE

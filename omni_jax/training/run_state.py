@@ -1,0 +1,134 @@
+"""Where the state of a run comes from: the model that it begins from, the phase before, or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from omni_jax.checkpoint import store
+from omni_jax.checkpoint.assemble_thinker import assemble_thinker
+from omni_jax.checkpoint.train_checkpoints import (
+    MODEL_FOLDER,
+    TrainCheckpoint,
+    TrainCheckpoints,
+    prepare_model,
+    read_dtypes,
+    resolve_checkpoint,
+)
+from omni_jax.config import OmniConfig
+from omni_jax.errors import ConfigError
+from omni_jax.training.optimizer import flatten_params, split_params, with_moments
+from omni_jax.training.recipe import Recipe
+from omni_jax.training.step import TrainState, TrainStep, abstract_state
+
+_PARTS_FOLDER = "initial"  # in the run's folder: the checkpoint that is made of parts
+
+
+def prepare_workdir(recipe: Recipe, workdir: Path, log: Callable[[str], None]) -> None:
+    """Makes the run's folder, with all that training does not change; one process does it.
+
+    Raises:
+      CheckpointError: if what the run is to begin from is no checkpoint, or its parts are not the model.
+      ConfigError: if nothing is named to begin from, or it is another model than the recipe's.
+    """
+    if (workdir / MODEL_FOLDER).exists():
+        return
+    if recipe.init is None:
+        raise ConfigError(
+            "there is nothing to begin from: --init takes a checkpoint (tools/convert.py to-jax makes one of a "
+            "PyTorch folder), or the folder of an earlier run"
+        )
+    init = resolve_checkpoint(recipe.init)
+    if OmniConfig.load(init).thinker_config != recipe.model.thinker_config:
+        raise ConfigError(f"{init} holds another model than the recipe's; take the recipe of its size")
+    if recipe.parts.folders:
+        init = workdir / _PARTS_FOLDER
+        if not init.exists():
+            random = assemble_thinker(recipe.init, init, recipe.parts.folders, recipe.seed)
+            log(f"{len(random)} tensors are in none of the parts and begin at random, like {random[0]}")
+    prepare_model(workdir, init)
+
+
+def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> TrainState:
+    """The state of a run that has no checkpoint yet, after ``prepare_workdir``.
+
+    Raises:
+      CheckpointError: if the checkpoint that it begins from is damaged.
+      ConfigError: if it is not named any more.
+    """
+    if recipe.parts.folders:
+        folder = workdir / _PARTS_FOLDER
+    elif recipe.init is not None:
+        folder = resolve_checkpoint(recipe.init)
+    else:
+        raise ConfigError(f"{workdir} has no checkpoint yet; name again what the run begins from, as --init")
+    # arrays are read straight into their shardings: no host ever holds the whole model
+    target = abstract_state(step, mesh, read_dtypes(folder))
+    params = store.load_tree(folder / "params" / "thinker", target.params)
+    return _assemble(step, target, 0, params)
+
+
+def begin_phase(state: TrainState, step: TrainStep, mesh: Mesh) -> TrainState:
+    """The same parameters at the beginning of another phase; what was trained and is frozen now stays in float32."""
+    params = state.params
+    target = abstract_state(step, mesh, {path: leaf.dtype for path, leaf in flatten_params(params).items()})
+    params = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, target.params)
+    return _assemble(step, target, int(state.step), params)
+
+
+def to_checkpoint(state: TrainState, step: int, data: Mapping[str, Any]) -> TrainCheckpoint:
+    """What a checkpoint holds of a state."""
+    return TrainCheckpoint(step, state.params, state.moments._asdict(), data)
+
+
+def restore_state(
+    checkpoints: TrainCheckpoints, step_at: Callable[[int], TrainStep], mesh: Mesh, log: Callable[[str], None]
+) -> tuple[TrainState, Mapping[str, Any]] | None:
+    """The state of the latest whole checkpoint and where its data goes on; None if there is none.
+
+    Args:
+      checkpoints: of the run.
+      step_at: gives the step that follows so many others.
+      mesh: to lay the state over, whatever it was saved from.
+      log: is told of damaged checkpoints.
+    """
+
+    def make_target(number: int, dtypes: Mapping[str, np.dtype]) -> TrainCheckpoint:
+        return to_checkpoint(abstract_state(step_at(number), mesh, dtypes), number, {})
+
+    saved = checkpoints.restore(make_target, log)
+    if saved is None:
+        return None
+    step = step_at(saved.step)
+    moments = optax.ScaleByAdamState(**saved.moments)
+    return _assemble(step, abstract_state(step, mesh), saved.step, saved.params, moments), saved.data
+
+
+def _assemble(
+    step: TrainStep, target: TrainState, number: int, params: Any, moments: optax.ScaleByAdamState | None = None
+) -> TrainState:
+    """A state after ``number`` steps, with fresh moments unless there are some."""
+    trained, frozen = split_params(params, step.scales)
+    if moments is None:
+        shardings = jax.tree.map(lambda x: x.sharding, target.optimizer)
+        optimizer = jax.jit(step.transformation.init, out_shardings=shardings)(trained)
+    else:
+        # a buffer of its own for the schedule: the step is given the memory of its state, and each buffer only once
+        count = jax.device_put(jnp.int32(int(moments.count)), target.step.sharding)
+        optimizer = with_moments(target.optimizer, moments, count)
+    return TrainState(jax.device_put(jnp.int32(number), target.step.sharding), trained, frozen, optimizer)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of the arrays of a tree on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total += int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+    return total
