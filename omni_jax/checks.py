@@ -28,9 +28,10 @@ def check_int(name: str, value: Any, low: int, high: int = INT32_MAX, hint: str 
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputError(f"{name} is {shown(value)}; it must be a whole number{_limits(low, high, hint)}")
-    if not low <= value <= high:
+    number = int(value)
+    if not low <= number <= high:
         raise InputError(f"{name} is {shown(value)}; it must be{_limits(low, high, hint)}")
-    return int(value)
+    return number
 
 
 def check_float(name: str, value: Any, low: float, high: float, *, above: bool = False, hint: str = "") -> float:

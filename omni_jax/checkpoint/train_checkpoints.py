@@ -147,7 +147,8 @@ def read_dtypes(folder: Path) -> dict[str, np.dtype]:
       CheckpointError: if it has none, or not the one that its config.json describes.
     """
     thinker = store.abstract(folder, ["thinker"])["thinker"]
-    return {path: np.dtype(leaf.dtype) for path, leaf in flatten_dict(thinker, sep="/").items()}
+    leaves: dict[str, Any] = flatten_dict(thinker, sep="/")
+    return {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()}
 
 
 class TrainCheckpoints:
@@ -249,10 +250,12 @@ class TrainCheckpoints:
         # method: Orbax copies its context deeply, and would copy the object of a method with it
         context.asynchronous.post_finalization_callback = lambda: self._complete()
         self._open_contexts.enter_context(store.quiet_orbax())
+        preservation: Any = ocp.training.preservation_policies.LatestN(self._keep)
+        directory: Any = self._parent.absolute()
         return ocp.training.Checkpointer(
-            self._parent.absolute(),
+            directory,
             context=context,
-            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+            preservation_policy=preservation,
             step_name_format=ocp.path.step.standard_name_format(step_format_fixed_length=_STEP_DIGITS),
             cleanup_tmp_directories=True,
         )

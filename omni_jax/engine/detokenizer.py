@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Protocol
 
-from omni_jax.processing.tokenizer import TextStream
+
+class TextStream(Protocol):
+    """From token ids to characters (``processing.tokenizer.TextStream``)."""
+
+    def push(self, token: int) -> str:
+        """Takes a token; returns the characters that it completes."""
+        ...
+
+    def flush(self) -> str:
+        """Ends the text; returns what is left of it."""
+        ...
 
 
 class Detokenizer:

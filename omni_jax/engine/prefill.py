@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 
+from omni_jax.batch import Array
 from omni_jax.config import OmniConfig
 from omni_jax.engine.decode_state import Context
 from omni_jax.engine.outputs import SlotUse, Timings, Utilization
@@ -143,7 +144,7 @@ class Prefix:
 
 
 def prefill_talker(
-    engines: Engines, prefix: Context, talker_inputs: jax.Array | None, chunk: PrefillChunk, start: int
+    engines: Engines, prefix: Context, talker_inputs: Array | None, chunk: PrefillChunk, start: int
 ) -> Context:
     """The Talker's prefix after one more chunk; it is resized where the chunk needs it.
 

@@ -259,6 +259,7 @@ class TalkerStage(SlotStage):
     def _text_counters(self, talker_state: TalkerState) -> TextCounters:
         thinker_state = self._thinker.device_state
         if thinker_state is None:  # nothing is followed; arrays of the usual shape, so that one program serves both
+            assert isinstance(talker_state.remaining, jax.Array)
             none = jax.device_put(np.zeros(self._thinker.num_slots, np.int32), talker_state.remaining.sharding)
             return TextCounters(none, none)
         return TextCounters(thinker_state.num_tokens, thinker_state.remaining)

@@ -171,7 +171,7 @@ def _make_state(engines: Engines, length: int, *, live: bool) -> RequestState:
     speech = None
     if engines.talker is not None:
         dit = c.token2wav_config.dit_config
-        voice = Voice("none", np.zeros((1, dit.enc_emb_dim)), np.zeros((1, 1, dit.mel_dim)), 0)
+        voice = Voice("none", 0, np.zeros((1, dit.enc_emb_dim)), np.zeros((1, 1, dit.mel_dim)))
         speech = SpeechParams(voice, TalkerParams(SamplingParams(), 4 * sizes.codes), 0)
     piece = _make_piece(engines, length)
     text = TextRequest(piece.prompt.tokens, SamplingParams(), sizes.first_tokens + 2 * sizes.tokens, ())
