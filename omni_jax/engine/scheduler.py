@@ -27,9 +27,7 @@ Events = list[tuple[RequestState, Event]]
 
 
 class Scheduler:
-    """Requests at work on one model. Dropping it frees all that it holds.
-
-    Whatever a request raises, in any stage, fails that request; an error of a call that several share fails these.
+    """Requests at work on one model. An error of a call fails the requests that it was for, and no others.
 
     Attributes:
       timings: where the time went.

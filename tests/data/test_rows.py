@@ -101,8 +101,8 @@ def test_sound_of_videos():
     videos = [part("video", f"/data/{name}.mp4", use_audio_in_video=True) for name in "ab"]
     assert always == [videos[0], text("What "), videos[1], text("is?")]
     assert [p.get("use_audio_in_video") for p in never] == [False, None, None, False, None]
-    said = talk([part("video", "a.mp4", use_audio_in_video=True)], "Rain.")
-    assert read(said, sound="never").messages[0]["content"][0]["use_audio_in_video"] is True
+    content = talk([part("video", "a.mp4", use_audio_in_video=True)], "Rain.")
+    assert read(content, sound="never").messages[0]["content"][0]["use_audio_in_video"] is True
 
 
 def test_weights_of_messages():

@@ -177,7 +177,7 @@ def test_the_end_is_cut_off_and_ids_that_are_no_sound_are_never_drawn(parts: Par
     assert max(code for row in codes for code in row) <= CONFIG.token2wav_config.dit_config.num_embeds
 
 
-def test_barred_codes_of_the_published_models() -> None:
+def test_suppressed_codes_of_the_published_models() -> None:
     for config in (OmniConfig.qwen2_5_omni_7b(), OmniConfig.qwen2_5_omni_3b()):
         suppressed = suppressed_codes(config)
         assert np.flatnonzero(~suppressed).tolist() == [*range(8194), 8292, 8294]

@@ -223,7 +223,7 @@ def seen(processor: Processor, frames: Sequence[np.ndarray]) -> VisionInput:
     return video_input([media.read_image(f) for f in frames], len(frames), 2.0, processor.settings.pixels, {})
 
 
-def test_bad_sound_is_refused_and_the_rest_is_heard(processor: Processor) -> None:
+def test_bad_sound_is_refused_and_the_rest_is_taken(processor: Processor) -> None:
     live = LivePrompt(processor, (), audio=True, video=False)
     x = sound(40_000)
     bad = np.where(np.arange(100) == 3, np.nan, 0).astype(np.float32)
@@ -287,7 +287,7 @@ def test_the_context_is_not_overrun(processor: Processor) -> None:
         LivePrompt(processor, before * 2, audio=True, video=False)
 
 
-def test_what_cannot_be_heard_live(processor: Processor) -> None:
+def test_what_cannot_be_taken_live(processor: Processor) -> None:
     with pytest.raises(InputError, match="audio and video are both false"):
         LivePrompt(processor, (), audio=False, video=False)
     with pytest.raises(InputError, match="must be at least 1"):

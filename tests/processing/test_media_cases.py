@@ -89,13 +89,13 @@ def test_a_range_of_frames_where_packets_are_more():
 def test_frames_of_a_variable_rate(name, error_before):
     times, pixels = decode_all(name)
     video = media.read_video(CASES / name, PIXELS, {})
-    said = times[0] + np.arange(video.count) / video.fps
-    nearest = [int(np.argmin(np.abs(times - second))) for second in said]
+    grid_times = times[0] + np.arange(video.count) / video.fps
+    nearest = [int(np.argmin(np.abs(times - second))) for second in grid_times]
     # frames are up to half of the longest gap from where they are said to be
-    assert np.abs(times[nearest] - said).max() <= np.diff(times).max() / 2 + 1e-6
+    assert np.abs(times[nearest] - grid_times).max() <= np.diff(times).max() / 2 + 1e-6
     # and an even choice by number is not
     by_number = times[frame_indices(len(times), video.count)]
-    assert np.abs(by_number - said).max() > error_before
+    assert np.abs(by_number - grid_times).max() > error_before
     for frame, i in zip(pixels_of(video), nearest, strict=True):
         if name.endswith("mp4"):
             np.testing.assert_array_equal(frame, pixels[i])
@@ -112,10 +112,10 @@ def test_a_small_jitter_is_a_constant_rate():
 
 def test_pictures_that_begin_late_stand_from_the_beginning():
     choice = choose_frames(2.0 + np.arange(30) / 10, 10.0, PIXELS, {})
-    said = np.arange(len(choice.indices)) / choice.fps
-    np.testing.assert_array_equal(choice.indices[said <= 2.0], 0)
-    late = said > 2.0
-    np.testing.assert_allclose(2.0 + choice.indices[late] / 10, said[late], atol=0.051)
+    grid_times = np.arange(len(choice.indices)) / choice.fps
+    np.testing.assert_array_equal(choice.indices[grid_times <= 2.0], 0)
+    late = grid_times > 2.0
+    np.testing.assert_allclose(2.0 + choice.indices[late] / 10, grid_times[late], atol=0.051)
 
 
 def test_late_sound_lies_where_its_time_stamps_say():

@@ -24,12 +24,12 @@ def video(path=VIDEO, **options):
 
 def test_text_in_and_out(processor):
     prompt = processor([{"role": "user", "content": "hello world"}])
-    said = "system\nYou are a helpful assistant.\nuser\nhello world\nassistant\n"
-    assert processor.decode(prompt.tokens) == said
+    expected = "system\nYou are a helpful assistant.\nuser\nhello world\nassistant\n"
+    assert processor.decode(prompt.tokens) == expected
     stream = processor.text_stream()
-    assert "".join(stream.push(int(i)) for i in prompt.tokens) + stream.flush() == said
+    assert "".join(stream.push(int(i)) for i in prompt.tokens) + stream.flush() == expected
     shorter = processor([{"role": "user", "content": "hello world"}], add_generation_prompt=False)
-    assert said.startswith(processor.decode(shorter.tokens)) and len(shorter) < len(prompt)
+    assert expected.startswith(processor.decode(shorter.tokens)) and len(shorter) < len(prompt)
 
 
 def test_typed_placeholders_stay_text(ask, config):
@@ -38,7 +38,7 @@ def test_typed_placeholders_stay_text(ask, config):
 
 
 @pytest.mark.parametrize("setting", ["auto", True, None])
-def test_a_video_is_heard_if_it_has_sound(ask, setting):
+def test_a_video_has_its_sound(ask, setting):
     prompt = ask(video(use_audio_in_video=setting))
     assert any(isinstance(s, Interleaved) for s in prompt.segments)
     assert [type(m).__name__ for m in prompt.media] == ["VisionInput", "AudioInput"]
@@ -66,7 +66,7 @@ def test_seconds_of_a_video_are_measured_or_assumed(ask):
     assert grid_of(ask(video(nframes=10))).frames == 5
 
 
-def test_a_range_of_a_video_is_seen_and_heard(ask):
+def test_a_range_of_a_video_has_pictures_and_sound(ask):
     prompt = ask(video(video_start=1.0, video_end=2.0, fps=10))
     assert grid_of(prompt).frames == 5
     assert prompt.usage.audio_seconds == pytest.approx(1.0, abs=0.05)
@@ -190,8 +190,8 @@ def test_the_preprocessor_file_is_followed():
 
 
 def test_a_dialogue_says_whose_words_its_tokens_are(processor):
-    said = [("user", "hello"), ("assistant", "\nworld"), ("user", "and"), ("assistant", "")]
-    prompt, replies = processor.dialogue([{"role": role, "content": text} for role, text in said])
+    messages = [("user", "hello"), ("assistant", "\nworld"), ("user", "and"), ("assistant", "")]
+    prompt, replies = processor.dialogue([{"role": role, "content": text} for role, text in messages])
     end = processor.tokenizer.special_id("<|im_end|>")
     assert processor.decode(prompt.tokens[replies == 0]) == "\nworld"
     assert prompt.tokens[replies == 1].tolist() == [end] and (prompt.tokens[replies >= 0] == end).sum() == 2
