@@ -55,6 +55,7 @@ class Token2WavEngine:
     Attributes:
       config: of Token2Wav.
       params: of both of its networks.
+      streams: what ``stream`` computes with.
     """
 
     def __init__(self, model: Token2Wav, params: Any, mesh: Mesh | None = None):
@@ -62,7 +63,7 @@ class Token2WavEngine:
         self.params = params
         self._mesh = mesh
         self._dit, self._bigvgan = parts(model)
-        self._streams = StreamEngine(self._dit, self._bigvgan, params, mesh)
+        self.streams = StreamEngine(self._dit, self._bigvgan, params, mesh)
         self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
 
     @property
@@ -204,7 +205,7 @@ class Token2WavEngine:
         for i, voice in enumerate(voices):
             speaker.rows[i] = self._encode_speaker(voice)
             speaker.cond[i] = voice.cond[0]
-        return Token2WavStream(self._streams, speaker, seeds, noise, chunk_blocks=(first_blocks, later_blocks))
+        return Token2WavStream(self.streams, speaker, seeds, noise, chunk_blocks=(first_blocks, later_blocks))
 
     def warm_up_streams(self, voices: Sequence[Voice], first_chunk_codes: int, chunk_codes: int) -> None:
         """Compiles what a stream needs, by speaking some codes.

@@ -55,22 +55,23 @@ class StreamEngine:
 
     Attributes:
       config: of the DiT.
+      vocoder: as a part that streams; it declares its block and look-ahead.
       samples_per_frame: of the vocoder.
     """
 
     def __init__(self, dit: DiT, bigvgan: BigVGAN, params: Any, mesh: Mesh | None):
         self.config = dit.config
         self._dit = CarriedDiT(dit)
-        self._vocoder = StreamedBigVGAN(bigvgan)
+        self.vocoder = StreamedBigVGAN(bigvgan)
         self._params = params
         self._mesh = mesh
         self._placement = host_sharding(params, mesh)
-        self.samples_per_frame = self._vocoder.streaming.outputs
+        self.samples_per_frame = self.vocoder.streaming.outputs
 
     def init_state(self, num_rows: int) -> tuple[Any, Any]:
         """The states of both networks before the first chunk."""
         with on_mesh(self._mesh):
-            states = _init_state(self._dit, num_rows), _init_state(self._vocoder, num_rows)
+            states = _init_state(self._dit, num_rows), _init_state(self.vocoder, num_rows)
         # arrays of the host and arrays of a step must lie in the same place: else a program is compiled for each
         return jax.device_put(states, self._placement)
 
@@ -82,7 +83,7 @@ class StreamEngine:
     def vocode(self, state: Any, mel: Block, active: Bool[np.ndarray, " B"]) -> tuple[Block, Any]:
         """The samples of as many frames as the mel has; the state is used up."""
         with on_mesh(self._mesh):
-            return vocode_chunk(self._vocoder, self._params["bigvgan"], state, mel, active)
+            return vocode_chunk(self.vocoder, self._params["bigvgan"], state, mel, active)
 
     def make_padding(self, num_rows: int, num_frames: int) -> Block:
         """Mel after the end of a row."""
