@@ -177,7 +177,7 @@ def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tupl
     )
     try:
         with jax.set_mesh(mesh):
-            compiled = wanted.function.lower(*wanted.arguments).compile()
+            compiled = wanted.function.lower(*wanted.static, *wanted.arguments).compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise

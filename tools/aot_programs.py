@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from omni_jax.engine.talker_programs import NO_SLOT, TextCounters, decode_codes, suppressed_codes
 
 from omni_jax.batch import Spans
 from omni_jax.config import OmniConfig
-from omni_jax.engine import talker_engine as speech
-from omni_jax.engine import thinker_engine as text
-from omni_jax.engine.sampling import SamplingParams, SamplingState
-from omni_jax.engine.token2wav_streaming import Feed, solve_step
+from omni_jax.engine.talker_engine import TalkerEngine
+from omni_jax.engine.thinker_engine import ThinkerEngine, ThinkerPrefix, ThinkerState, decode_text, prefill_chunk
+from omni_jax.engine.token2wav_streaming import CodeChunk, solve_chunk, vocode_chunk
 from omni_jax.layers.streaming import Block
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.dit_streaming import CarriedDiT, Speaker
-from omni_jax.processing.prefill_plan import WIDE, Chunk
+from omni_jax.processing.prefill_plan import WIDE_CHUNK
 from omni_jax.sharding import RULES, param_shardings
 
 
@@ -33,8 +33,8 @@ class Shapes:
     """Sizes of a program of generation.
 
     Attributes:
-      batch: rows.
-      cache: slots of each.
+      batch: slots.
+      cache: positions of each.
       blocks: of 24 mel frames in a step of Token2Wav.
     """
 
@@ -50,82 +50,96 @@ class Program:
     Attributes:
       function: jitted, its state donated.
       arguments: abstract, with their shardings.
+      static: arguments before these, which are no arrays.
       floor: bytes that a chip must at least move, weights and cache read once; 0 where nobody has worked it out.
       shard: bytes of the largest array of the cache on a chip.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    static: tuple[Any, ...] = ()
     floor: float = 0.0
     shard: float = 0.0
 
 
 def thinker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
-    """A word of every row."""
-    model, params = _thinker(config, mesh)
-    state = _text_state(model, mesh, shapes)
-    over = _abstract(jax.ShapeDtypeStruct((shapes.batch,), jnp.bool_), mesh)
-    steps = _abstract(jax.ShapeDtypeStruct((), jnp.int32), mesh)
-    function = jax.jit(functools.partial(text.decode_text, model, 1), donate_argnums=1)
-    read = {k: v for k, v in params["decoder"].items() if k != "embed"}
-    return _with_cache(Program(function, (params, state, over, steps)), read, state.cache)
+    """A token of every slot."""
+    model, params = _abstract_thinker(config, mesh)
+    state: ThinkerState = jax.eval_shape(lambda: _thinker_engine(model, params).init_state(shapes.batch, shapes.cache))
+    state = _place_abstract(state, mesh)
+    finished = np.zeros(shapes.batch, bool)
+    rest = _place_abstract((finished, np.int32(1)), mesh)
+    read = _without_embedding(params["decoder"])
+    return _with_floor(Program(decode_text, (params, state, *rest), (model, 1)), read, state.context.cache)
 
 
 def thinker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
-    """A chunk of every row's prompt."""
-    model, params = _thinker(config, mesh)
-    state, wide = _text_state(model, mesh, shapes), (shapes.batch, WIDE)
+    """A chunk of every slot's prompt."""
+    model, params = _abstract_thinker(config, mesh)
+    prefix: ThinkerPrefix = jax.eval_shape(
+        lambda: _thinker_engine(model, params).init_prefix(shapes.batch, shapes.cache)
+    )
+    prefix = _place_abstract(prefix, mesh)
+    wide = (shapes.batch, WIDE_CHUNK)
     ids = np.zeros(wide, np.int32)
-    chunk = Chunk(ids, ids == 0, Spans(ids, ids, ids, ids, ids, ids.astype(np.float32)))
+    spans = Spans(ids, ids, ids, ids, ids, ids.astype(np.float32))
     x = jax.ShapeDtypeStruct((*wide, config.thinker_config.text_config.hidden_size), model.dtype)
-    function = jax.jit(functools.partial(text.read_chunk, model), donate_argnums=1)
-    given = _abstract((chunk, x, ids == 0), mesh)
-    return _with_cache(Program(function, (params, state, *given)), params["decoder"]["layers"], state.cache)
+    rest = _place_abstract((spans, ids == 0, x, ids == 0), mesh)
+    program = Program(prefill_chunk, (params, prefix, *rest), (model,))
+    return _with_floor(program, params["decoder"]["layers"], prefix.context.cache)
 
 
 def talker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
-    """A code of every row."""
-    c = config.talker_config
-    model = talker.Talker(c, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    params = _params(talker.abstract_params(model), mesh)
-    hidden, cache, marks = jax.eval_shape(lambda: speech.empty_rows(model, shapes.batch, shapes.cache))
-    suppressed = speech.suppressed_codes(config)
-    sampling = _sampling(shapes.batch, c.vocab_size, suppressed)
-    number = np.zeros(shapes.batch, np.int32)
-    state = _abstract(speech.SpeechState(hidden, number, cache, sampling, number, marks), mesh)
-    shares = _abstract(jax.ShapeDtypeStruct((shapes.batch, 1, c.embedding_size), model.dtype), mesh)
-    function = jax.jit(functools.partial(speech.decode_codes, model), donate_argnums=1)
-    given = (params, state, shares, _abstract(number, mesh))
-    read = {"proj": params["proj"], **{k: v for k, v in params["decoder"].items() if k != "embed"}}
-    return _with_cache(Program(function, given), read, state.cache)
+    """A code of every slot."""
+    model = talker.Talker(config.talker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    params = _place_params(talker.abstract_params(model), mesh)
+    engine = TalkerEngine(model, params, config, jnp.zeros_like)  # a state needs no embeddings of text
+    state = _place_abstract(jax.eval_shape(lambda: engine.init_state(shapes.batch, shapes.cache)), mesh)
+    none = np.zeros(shapes.batch, np.int32)
+    thinker_slot = np.full(shapes.batch, NO_SLOT, np.int32)
+    rest = (suppressed_codes(config), thinker_slot, none, none == 0, TextCounters(none, none))
+    program = Program(decode_codes, (params, state, *_place_abstract(rest, mesh)), (model, 1))
+    read = {"proj": params["proj"], **_without_embedding(params["decoder"])}
+    return _with_floor(program, read, state.context.cache)
 
 
 def dit_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """Blocks of mel for every row, all evaluations of the solver, with the past carried."""
     model = token2wav.Token2Wav(config.token2wav_config)
-    params = _params(token2wav.abstract_params(model), mesh)["dit"]
-    c, rows = config.token2wav_config.dit_config, shapes.batch
-    part = CarriedDiT(token2wav.parts(model)[0])
-    frames = shapes.blocks * c.block_size
-    codes = np.zeros((rows, frames // c.repeats), np.int32)
-    number, noise = np.zeros(rows, np.int32), np.zeros((rows, frames, c.mel_dim), np.float32)
-    feed = Feed(codes, codes == 0, number == 0, number, number.astype(np.uint32), number == 0, noise)
-    speaker = Speaker(np.zeros((rows, 2, c.enc_dim), np.float32), np.zeros((rows, c.enc_emb_dim), np.float32))
-    state = jax.eval_shape(lambda: part.init_state(rows))
-    function = jax.jit(functools.partial(solve_step, part), donate_argnums=1)
-    return Program(function, (params, *_abstract((state, feed, speaker), mesh)))
+    params = _place_params(token2wav.abstract_params(model), mesh)["dit"]
+    dit, _ = token2wav.parts(model)
+    part = CarriedDiT(dit)
+    c = config.token2wav_config.dit_config
+    num_rows = shapes.batch
+    num_frames = shapes.blocks * c.block_size
+    codes = np.zeros((num_rows, num_frames // c.repeats), np.int32)
+    none = np.zeros(num_rows, np.int32)
+    chunk = CodeChunk(
+        codes=codes,
+        valid=codes == 0,
+        active=none == 0,
+        block_index=none,
+        seed=none.astype(np.uint32),
+        draws=none == 0,
+        noise=np.zeros((num_rows, num_frames, c.mel_dim), np.float32),
+    )
+    rows = np.zeros((num_rows, 2, c.enc_dim), np.float32)
+    speaker = Speaker(rows, np.zeros((num_rows, c.enc_emb_dim), np.float32))
+    state = jax.eval_shape(lambda: part.init_state(num_rows))
+    return Program(solve_chunk, (params, *_place_abstract((state, chunk, speaker), mesh)), (part,))
 
 
 def vocoder_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """The samples of blocks of mel for every row."""
     model = token2wav.Token2Wav(config.token2wav_config)
-    params = _params(token2wav.abstract_params(model), mesh)["bigvgan"]
-    part = StreamedBigVGAN(token2wav.parts(model)[1])
-    c, rows = config.token2wav_config.dit_config, shapes.batch
-    mel = np.zeros((rows, shapes.blocks * c.block_size, c.mel_dim), np.float32)
-    state = jax.eval_shape(lambda: part.init_state(rows))
-    given = _abstract((state, Block(mel, mel[..., 0] == 0), np.zeros(rows, bool)), mesh)
-    return Program(jax.jit(part.step, donate_argnums=1), (params, *given))
+    params = _place_params(token2wav.abstract_params(model), mesh)["bigvgan"]
+    _, bigvgan = token2wav.parts(model)
+    part = StreamedBigVGAN(bigvgan)
+    c = config.token2wav_config.dit_config
+    mel = np.zeros((shapes.batch, shapes.blocks * c.block_size, c.mel_dim), np.float32)
+    state = jax.eval_shape(lambda: part.init_state(shapes.batch))
+    rest = (state, Block(mel, mel[..., 0] == 0), np.zeros(shapes.batch, bool))
+    return Program(vocode_chunk, (params, *_place_abstract(rest, mesh)), (part,))
 
 
 PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
@@ -137,55 +151,53 @@ PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
 }
 
 
-def _thinker(config: OmniConfig, mesh: Mesh) -> tuple[thinker.Thinker, Any]:
+def _abstract_thinker(config: OmniConfig, mesh: Mesh) -> tuple[thinker.Thinker, Any]:
     model = thinker.Thinker(config.thinker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    return model, _params(thinker.abstract_params(model), mesh)
+    return model, _place_params(thinker.abstract_params(model), mesh)
 
 
-def _text_state(model: thinker.Thinker, mesh: Mesh, shapes: Shapes) -> text.TextState:
-    rows = shapes.batch
-    hidden, cache, heard = jax.eval_shape(lambda: text.empty_rows(model, True, rows, shapes.cache))
-    number, stop = np.zeros(rows, np.int32), np.zeros((rows, 8), np.int32)
-    sampling = _sampling(rows, model.config.text_config.vocab_size, None)
-    return _abstract(text.TextState(hidden, number, cache, sampling, number, stop, heard), mesh)
+def _thinker_engine(model: thinker.Thinker, params: Any) -> ThinkerEngine:
+    return ThinkerEngine(model, params, collect_talker_inputs=True)
 
 
-def _sampling(rows: int, vocab: int, suppressed: np.ndarray | None) -> SamplingState:
-    return SamplingState.create([SamplingParams()] * rows, [np.zeros(0, np.int32)] * rows, vocab, suppressed)
+def _without_embedding(decoder: Any) -> Any:
+    """What a step reads of a decoder's parameters: of its embeddings only a few rows."""
+    return {name: tree for name, tree in decoder.items() if name != "embed"}
 
 
-def _params(boxed: Any, mesh: Mesh) -> Any:
-    def one(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+def _place_params(boxed: Any, mesh: Mesh) -> Any:
+    def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(one, nn.unbox(boxed), param_shardings(boxed, mesh))
+    return jax.tree.map(place, nn.unbox(boxed), param_shardings(boxed, mesh))
 
 
-def _abstract(tree: Any, mesh: Mesh) -> Any:
-    """Arrays as shapes, laid where a running state has them: caches over batch and heads, rows over batch."""
+def _place_abstract(tree: Any, mesh: Mesh) -> Any:
+    """Arrays as shapes, sharded as those of a running state: caches over batch and heads, the rest over batch."""
 
-    def one(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         names: list[str | None] = [None] * leaf.ndim
         if leaf.ndim == 5 and any(getattr(key, "name", "") == "cache" for key in path):
             names = [None, "batch", "kv_heads", None, None]
         elif leaf.ndim >= 2 and leaf.dtype in (jnp.bfloat16, jnp.float32):
             names[0] = "batch"
-        sizes = zip(names, leaf.shape, strict=True)
-        spec = [RULES[name] if name and _divides(mesh, name, size) else None for name, size in sizes]
+        spec = []
+        for name, size in zip(names, leaf.shape, strict=True):
+            spec.append(RULES[name] if name and _divides(mesh, name, size) else None)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def _divides(mesh: Mesh, name: str, size: int) -> bool:
     return size % int(np.prod([mesh.shape[axis] for axis in RULES[name]])) == 0
 
 
-def _with_cache(program: Program, read: Any, cache: KVCache) -> Program:
-    """With what a step must move on a chip: these weights and the cache, once."""
-    arrays = jax.tree.leaves((cache.k, cache.v))
-    floor = sum(map(on_chip, jax.tree.leaves(read))) + sum(map(on_chip, arrays))
-    return Program(program.function, program.arguments, floor, max(map(on_chip, arrays)))
+def _with_floor(program: Program, read: Any, cache: KVCache) -> Program:
+    """With what a step must move on a chip: the parameters that it reads, and the cache, once."""
+    arrays = [on_chip(array) for array in jax.tree.leaves((cache.k, cache.v))]
+    floor = sum(map(on_chip, jax.tree.leaves(read))) + sum(arrays)
+    return dataclasses.replace(program, floor=floor, shard=max(arrays))
 
 
 def on_chip(leaf: Any) -> float:

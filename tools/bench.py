@@ -1,4 +1,4 @@
-"""Times omni_jax beside the PyTorch reference, in one run, on random weights.
+"""Times omni_jax beside the PyTorch reference, in one run, on random parameters.
 
 Both do the same work on the same inputs in float32 with all cores, in turns; a figure is the median of several. Quote
 the ratios: the seconds belong to the machine.
@@ -20,13 +20,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs what the command line asks for; ``args`` stand for it where they are given."""
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         sys.exit("the benchmark runs beside PyTorch: pip install -e '.[test]'")
-    # here, for the processes of ``speak`` and ``latency`` import this file and must not hold what they do not use
-    from benchmarks.bench_batch import batch
-    from benchmarks.bench_data import data
-    from benchmarks.bench_first_packet import first_packet
-    from benchmarks.bench_latency import latency
-    from benchmarks.bench_speak import speak
-    from benchmarks.bench_understand import understand
+    # not at the top: the processes of the sides import this file and must not hold what they do not use
+    from benchmarks.batch import batch
+    from benchmarks.data import data
+    from benchmarks.first_packet import first_packet
+    from benchmarks.latency import latency
+    from benchmarks.speak import speak
+    from benchmarks.understand import understand
 
     commands = {
         "understand": understand,

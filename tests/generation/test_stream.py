@@ -137,3 +137,17 @@ def test_nothing_compiles_after_warm_up(tiny_model: Path) -> None:
             *_, last = model.stream(QUESTIONS[names[i % len(names)]], **spoken, **options, talker=talker, voice=voice)
             assert last.reply is not None
     assert after.count == 0
+
+
+def test_a_second_model_of_equal_config_compiles_nothing(tiny_model: Path) -> None:
+    """Programs belong to the module that computes, not to the object that was loaded."""
+    options = dict(**SPEAK, max_tokens=8, talker=dict(max_tokens=40, **GREEDY))
+    first = omni_jax.load(tiny_model)
+    reply = first.generate(QUESTIONS["all"], **options)
+    *_, last = first.stream(QUESTIONS["all"], **options)
+    with Compilations() as compiled:
+        second = omni_jax.load(tiny_model)
+        assert second.generate(QUESTIONS["all"], **options) == reply
+        *_, again = second.stream(QUESTIONS["all"], **options)
+    assert again.reply == last.reply
+    assert compiled.count == 0
