@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from omni_jax.engine.talker_programs import NO_SLOT, TextCounters
-from omni_jax.generation.options import Options
 
 import omni_jax
 from benchmarks.budget import AUDIBLE, PromptPlan, StreamPlan
@@ -51,10 +49,12 @@ from omni_jax.engine.prefill import Prefix
 from omni_jax.engine.request import BLOCK_SIZES, ChunkSizes, RequestState, SchedulerConfig, TalkerParams
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.engine.talker_engine import SpeechRequest, TalkerEngine, TextProgress
+from omni_jax.engine.talker_programs import NO_SLOT, TextCounters
 from omni_jax.engine.thinker_engine import TextRequest
 from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.model import OmniModel
+from omni_jax.generation.options import Options
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
 from omni_jax.models.dit_streaming import CarriedDiT

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from omni_jax.engine.decode_state import DecodeResult
 
 from benchmarks.side import Call, Part
+from omni_jax.engine.decode_state import DecodeResult
 from omni_jax.engine.talker_engine import TalkerEngine
 from omni_jax.engine.thinker_engine import ThinkerEngine
 from omni_jax.engine.token2wav_engine import Token2WavEngine

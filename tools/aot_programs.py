@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from omni_jax.engine.talker_programs import NO_SLOT, TextCounters, decode_codes, suppressed_codes
 
 from omni_jax.batch import Spans
 from omni_jax.config import OmniConfig
 from omni_jax.engine.talker_engine import TalkerEngine
+from omni_jax.engine.talker_programs import NO_SLOT, TextCounters, decode_codes, suppressed_codes
 from omni_jax.engine.thinker_engine import ThinkerEngine, ThinkerPrefix, ThinkerState, decode_text, prefill_chunk
 from omni_jax.engine.token2wav_streaming import CodeChunk, solve_chunk, vocode_chunk
 from omni_jax.layers.streaming import Block
