@@ -119,6 +119,7 @@ class Prefix:
         start = self.length
         self.length += chunk.num_tokens
         thinker = self._engines.thinker
+        # resized as the prompt grows: nobody knows a live prompt's length before it ends
         self.thinker = thinker.prefill(thinker.resize_prefix(self.thinker, self.length), chunk, self._features)
         if self.talker is not None:
             self.talker = prefill_talker(self._engines, self.talker, self.thinker.talker_inputs, chunk, start)
@@ -135,6 +136,7 @@ class Prefix:
 
     def _encode(self, piece: PromptPiece) -> None:
         stopwatch = Stopwatch(self._engines.clock)
+        # slots that only the mesh needs prefill nothing
         spare = [PromptPiece(EMPTY_PROMPT, ())] * (self._num_slots - 1)
         plan = plan_prefill([piece, *spare], self._engines.config)
         features = [self._engines.thinker.encode(media) for media in plan.encoder_inputs]

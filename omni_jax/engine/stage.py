@@ -112,6 +112,7 @@ def decode_together(stages: Sequence[SlotStage], clock: Clock) -> StageOutput:
             continue
         if result is not None:
             results.append((stage, result))
+    # waited for one by one, so that an error is laid at the right stage, and time too
     healthy = []
     for stage, result in results:
         try:

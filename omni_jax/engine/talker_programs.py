@@ -181,6 +181,7 @@ def begin_speech(
     is_new = jnp.asarray(is_new)
     special_embeds = jnp.where(is_new[:, None, None], special_embeds, state.special_embeds)
     text = jnp.concatenate([special_embeds[:, :1], state.reply_embeds[:, :1]], axis=1)  # [B, 2, E]
+    # the voice goes with the padding code and the reply's first token with the begin mark, as the reference has them
     codes = jnp.array([c.tts_codec_pad_token_id, c.tts_codec_start_token_id])
     codes = jnp.broadcast_to(codes, (len(is_new), 2))
     valid = jnp.broadcast_to(is_new[:, None], codes.shape)
@@ -233,6 +234,7 @@ def decode_codes(
     Returns:
       The state after them, and the array of a ``DecodeResult``.
     """
+    # the Thinker's counters are read here and not on the host, so that this call need not wait for its result
     follows = thinker_slot != NO_SLOT
     slot = jnp.maximum(thinker_slot, 0)
     num_tokens = jnp.where(follows, jnp.asarray(counters.num_tokens)[slot], num_tokens)  # [B]
@@ -285,6 +287,7 @@ def _decode_code(
 ) -> tuple[TalkerState, Int[jax.Array, " B"]]:
     """One code of every active slot; ``PAD_TOKEN`` where there is none or it is an end."""
     before = state.context
+    # the logits of the last position are made when they are needed, so a slot may wait here for its text
     logits = apply_method(model, "logits", params, before.hidden)  # [B, V]
     with jax.named_scope("sample"):
         codes, sampling = sample(logits, state.sampling, active, suppressed)  # [B]

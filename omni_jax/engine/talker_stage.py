@@ -75,6 +75,7 @@ class TalkerStage(SlotStage):
 
     def enqueue(self, state: RequestState) -> None:
         """Takes a request whose text is complete out of the Thinker's stage; it waits for a slot here."""
+        # a copy, so that the Thinker's slot is free for the next request at once
         talker_inputs, chunks = self._thinker.take_talker_inputs(state)
         self._thinker.remove(state)
         self._waiting.append(_WaitingSpeech(state, talker_inputs, chunks))
@@ -125,11 +126,13 @@ class TalkerStage(SlotStage):
             return None
         engine = self._engines.talker
         assert engine is not None
+        # in this order: a slot begins with its reply's first token, which must be there
         self._append_live()
         self._begin_new()
         started = [record for record in self._records.values() if record.has_started]
         if not any(self._has_text(state) for state in self._records):
             return None
+        # the host counts lengths itself: reading them would wait for the device
         steps = min(engine.codes_per_call, max(record.remaining for record in started))
         length = max(record.length for record in started)
         resized = engine.resize(self._device_state, length + steps)
@@ -250,6 +253,7 @@ class TalkerStage(SlotStage):
             if state is None or not self._records[state].has_started:
                 continue
             followed = self._thinker.slot_of(state)
+            # what a stop string may remove is not to be spoken, and only the host knows of stop strings
             if followed is not None and self._follows_device(state):
                 thinker_slot[slot] = followed
             num_tokens[slot] = state.detokenizer.num_spoken

@@ -190,12 +190,14 @@ class ThinkerEngine:
           prefix: of any capacity; the one of the two with less is resized.
           request: how to answer.
         """
+        # both must have one capacity: a copy between caches of equal shape is one program for each capacity
         state = self.resize(state, prefix.context.capacity)
         prefix = self.resize_prefix(prefix, state.context.capacity)
         width = bucket(len(request.stop_ids), state.stop_ids.shape[1])
         stop_ids = np.full((1, width), PAD_TOKEN, np.int32)
         stop_ids[0, : len(request.stop_ids)] = request.stop_ids
         sampling = make_sampling_state([request.sampling], [request.prompt], self._config.vocab_size)
+        # one transfer for all, and committed to where the state lies: else the program is compiled twice
         host = (sampling, np.array([request.max_tokens], np.int32), stop_ids)
         sampling, remaining, stop_ids = jax.device_put(host, self._placement)
         with on_mesh(self._mesh):
@@ -289,6 +291,7 @@ def prefill_chunk(
     ids, delta = position_ids(spans, valid.astype(jnp.int32), model.config.position_id_per_seconds)  # [3, R, C], [R]
     hidden, cache = apply_method(model, "extend", params, x, ids, valid, before.cache)  # [R, C, D]
     talker_inputs = prefix.talker_inputs
+    # the Talker reads what the Thinker made of a position: features of media count in the hidden state alone
     if talker_inputs is not None:
         rows = hidden + jnp.where(is_media[..., None], 0, x)  # [R, C, D]
         talker_inputs = _write_rows(talker_inputs, rows, before.cache.lengths, valid)
@@ -343,8 +346,10 @@ def decode_text(
 
     state = dataclasses.replace(state, remaining=jnp.where(finished, 0, state.remaining))
     tokens = jnp.full((len(state.remaining), tokens_per_call), PAD_TOKEN, jnp.int32)
+    # the loop runs on the device: the host is waited for once in K tokens, not at each
     with jax.named_scope("decode_text"):
         _, tokens, state = jax.lax.while_loop(goes_on, decode_step, (jnp.int32(0), tokens, state))
+    # counters are whole on every device: each host reads them, and the next call must find them where this one did
     context = dataclasses.replace(state.context, position=replicate(state.context.position))
     state = dataclasses.replace(
         state,
@@ -364,6 +369,7 @@ def _decode_token(model: Thinker, params: Any, state: ThinkerState) -> tuple[Thi
     logits = apply_method(model, "logits", params, before.hidden)  # [B, V]
     with jax.named_scope("sample"):
         tokens, sampling = sample(logits, state.sampling, active)  # [B]
+    # a stop id is decoded and kept, so that the Talker learns of the end; nothing follows it
     is_stop = jnp.any(tokens[:, None] == state.stop_ids, axis=1)
     x = apply_method(model, "embed_tokens", params, tokens)[:, None]  # [B, 1, D]
     valid = active[:, None]

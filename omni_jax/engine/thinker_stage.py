@@ -70,7 +70,9 @@ class ThinkerStage(SlotStage):
         if self._device_state is None:
             return None
         num_tokens = self._num_tokens()
+        # a reply that a stop string ended goes on for the device, until it is told
         finished = [state is None or state.detokenizer.finished for state in self._slots]
+        # the host counts lengths itself: reading them would wait for the device
         length = max(record.length for record in self._records.values())
         remaining = max(record.remaining for record in self._records.values())
         resized = self._engine.resize(self._device_state, length + min(num_tokens, remaining))

@@ -113,6 +113,7 @@ class Token2WavEngine:
         if not codes:
             return []
         frames = [np.repeat(np.asarray(request, np.int32), c.repeats) for request in codes]
+        # requests of one voice share its row
         used = list({id(voice): voice for voice in voices}.values())
         numbers = {id(voice): number for number, voice in enumerate(used)}
         which = [numbers[id(voice)] for voice in voices]
@@ -142,6 +143,7 @@ class Token2WavEngine:
         num_frames = starts.pop() - gap_frames
         num_blocks = round_num_blocks(-(-num_frames // block_frames), block_sizes)
         num_places = max(num_blocks, bucket(len(mels)))  # so that their number makes no programs of its own
+        # one row for all: rows of their own would each be padded to the longest
         row = np.zeros((1, block_frames * num_blocks, mels[0].shape[1]), np.float32)
         length = np.zeros((1, num_places), np.int32)
         start = np.full((1, num_places), NOWHERE, np.int32)
@@ -235,6 +237,7 @@ class Token2WavEngine:
     def _encode_speaker(self, voice: Voice) -> Float[np.ndarray, "2 enc_dim"]:
         """What the speaker encoder makes of a voice, once for all of its requests."""
         known = self._speakers.get(voice.name)
+        # a voice of the same name may have been replaced by another
         if known is None or known[0] is not voice:
             with on_mesh(self._mesh):
                 rows = encode_speakers(self._dit, self.params["dit"], voice.ref_mel)

@@ -165,6 +165,7 @@ class Token2WavStream:
             got = f"{len(codes)} rows of codes and {len(is_last)} of ends"
             raise InputError(f"got {got}; this stream has {len(self._rows)} rows, give each")
         c = self._engine.config
+        # all rows are checked before any is changed, so that a push that raises leaves the stream as it was
         new = [np.asarray(row) for row in codes]
         for i, (row, more) in enumerate(zip(self._rows, new, strict=True)):
             where = f"stream {i}"
@@ -195,6 +196,7 @@ class Token2WavStream:
                 due[i] = chunk
         if not due:
             return {}
+        # a step is one program for one size of chunk; rows of the other size are due at the next
         size = next(iter(due.values()))
         return {i: blocks for i, blocks in due.items() if blocks == size}
 

@@ -92,6 +92,7 @@ class VocoderStage:
         """
         stopwatch = Stopwatch(self._engines.clock)
         output = self._step_streams()
+        # a list costs a whole solve, so streams go first and a list waits until it is worth one
         if self._waiting and (self._is_list_full() or (is_idle and not self._streams)):
             output.extend(self._synthesize(self._take_list()))
         self._timings.token2wav += stopwatch.lap()
