@@ -50,7 +50,8 @@ class JsonLines:
         begins = np.concatenate([[0], ends + 1])
         after = np.concatenate([ends, [size]])
         filled = after - begins > 1  # shorter than an object
-        self._begins, self._ends = begins[filled], after[filled]
+        self._begins = begins[filled]
+        self._ends = after[filled]
         self._lines = np.flatnonzero(filled) + 1
         self._file: BinaryIO | None = None
 
@@ -58,7 +59,8 @@ class JsonLines:
         return len(self._begins)
 
     def __getitem__(self, index: int) -> Row:
-        begin, end = int(self._begins[index]), int(self._ends[index])
+        begin = int(self._begins[index])
+        end = int(self._ends[index])
         return Row(self._path, int(self._lines[index]), self._read(begin, end))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +76,8 @@ class JsonLines:
 
 def _line_ends(path: str) -> tuple[int, np.ndarray]:
     """The size of a file, and the place of each of its line breaks."""
-    ends, size = [], 0
+    ends = []
+    size = 0
     with open_file(path) as file:
         while piece := file.read(_SCAN):
             ends.append(np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + size)

@@ -140,7 +140,8 @@ def _warm_up_stages(engines: Engines, config: SchedulerConfig, capacity: int) ->
 
 def _warm_up_resizing(engines: Engines, config: SchedulerConfig, capacity: int) -> None:
     """Caches of this capacity are doubled."""
-    thinker, talker = engines.thinker, engines.talker
+    thinker = engines.thinker
+    talker = engines.talker
     thinker.resize_prefix(thinker.init_prefix(engines.round_slots(1), capacity), 2 * capacity)
     thinker.resize(thinker.init_state(engines.round_slots(config.thinker_slots), capacity), 2 * capacity)
     if talker is not None:

@@ -117,9 +117,11 @@ class LivePrompt:
         self._check_media()
         after = self._tokens_after(text)
         self._check_room(self._num_frames_so_far, self._grid, len(after))
-        head, part = self.head.prompt, self._lay_out_media(self._num_frames_so_far, self._grid, after)
+        head = self.head.prompt
+        part = self._lay_out_media(self._num_frames_so_far, self._grid, after)
         tokens = np.concatenate([head.tokens, part.tokens])
-        nowhere, first = np.full(len(tokens), -1, np.int32), np.zeros(len(tokens), np.int32)
+        nowhere = np.full(len(tokens), -1, np.int32)
+        first = np.zeros(len(tokens), np.int32)
         return Prompt(tokens, (*head.segments, *part.segments), (), nowhere, first, _add_usage(head.usage, part.usage))
 
     def end(self, text: str) -> list[PromptPiece]:
@@ -187,7 +189,10 @@ class LivePrompt:
 
     def _next_window(self) -> PromptPiece | None:
         """The next window, if the sound and the pictures of it are all there."""
-        frames, grids, sound, sight = self._frames, self._grids, None, None
+        frames = self._frames
+        grids = self._grids
+        sound = None
+        sight = None
         if self._video is not None:
             grids = self._window_ends[self._window]
             if len(self._video.grids) < grids - self._grids:
@@ -195,18 +200,22 @@ class LivePrompt:
         if self._audio is not None:
             if not self._audio.blocks:
                 return None
-            frames, sound = frames + self._block, AudioInput(self._audio.blocks.pop(0))
+            frames = frames + self._block
+            sound = AudioInput(self._audio.blocks.pop(0))
         if self._video is not None:
             sight = _concatenate_grids([self._video.grids.pop(0) for _ in range(grids - self._grids)])
         part = self._lay_out_media(frames, dataclasses.replace(self._grid, frames=grids), [])
         piece = self._make_piece(part, len(part) - self._num_delimiters, sight, sound)
-        self._window, self._frames, self._grids = self._window + 1, frames, grids
+        self._window = self._window + 1
+        self._frames = frames
+        self._grids = grids
         return piece
 
     def _lay_out_media(self, frames: int, grid: Grid, after: Sequence[int]) -> Prompt:
         """What follows the head, laid out as it would be if this were all; of the media there is only the size."""
         c = self._thinker
-        merge, nothing = c.vision_config.spatial_merge_size, np.float32(0)
+        merge = c.vision_config.spatial_merge_size
+        nothing = np.float32(0)
         sound = AudioInput(np.broadcast_to(nothing, (frames, 1)))
         shape = (grid.frames, grid.height * merge, grid.width * merge)
         sight = VisionInput(np.broadcast_to(nothing, (math.prod(shape), 1)), shape, "video", grid.seconds)
@@ -219,13 +228,16 @@ class LivePrompt:
     def _make_piece(self, part: Prompt, end: int, sight: VisionInput | None, sound: AudioInput | None) -> PromptPiece:
         """The tokens of a part from where the last piece ended, and what is new of the media."""
         new: list[Media] = []
-        numbers, done = [], []  # of each of the part's media: its number in the piece, its features in earlier pieces
+        # of each of the part's media: its number in the piece, its features in earlier pieces
+        numbers = []
+        done = []
         for item in part.media:
             fresh = sound if isinstance(item, AudioInput) else sight
             numbers.append(len(new))
             done.append(audio_tokens(self._frames) if isinstance(item, AudioInput) else self._grids * self._cells)
             new += [] if fresh is None else [fresh]
-        here, own = slice(self._num_tokens, end), part.media_item[self._num_tokens : end]
+        here = slice(self._num_tokens, end)
+        own = part.media_item[self._num_tokens : end]
         spans = mrope.resolve(part.segments, self._thinker, start=self._start)
         piece = Prompt(
             tokens=part.tokens[here],
@@ -244,8 +256,11 @@ class _AudioInput:
 
     def __init__(self, settings: MelSettings, block: int):
         self.blocks: list[np.ndarray] = []  # that no piece holds yet
-        self._settings, self._block, self._mel = settings, block, MelStream(settings, block)
-        self._rate, self._taken = 0, 0
+        self._settings = settings
+        self._block = block
+        self._mel = MelStream(settings, block)
+        self._rate = 0
+        self._taken = 0
         self._resampler: Resampler | None = None
 
     def frames_with(self, more: int, rate: int) -> int:
@@ -269,7 +284,8 @@ class _AudioInput:
             )
         if not np.isfinite(samples).all():
             raise InputError("the samples hold NaN or infinity; they were not taken, the sound can go on")
-        seconds, most = (self._taken + len(samples)) / rate, self._settings.max_seconds
+        seconds = (self._taken + len(samples)) / rate
+        most = self._settings.max_seconds
         if seconds > most:
             raise InputError(
                 f"the sound would last {seconds:.2f} s, over the limit of {most:g} s; these samples were not taken; "
@@ -278,7 +294,8 @@ class _AudioInput:
 
     def push(self, samples: np.ndarray, rate: int) -> None:
         if self._resampler is None:
-            self._rate, self._resampler = rate, Resampler(rate, self._settings.sampling_rate)
+            self._rate = rate
+            self._resampler = Resampler(rate, self._settings.sampling_rate)
         self._taken += len(samples)
         self.blocks += self._mel.push(self._resampler.push(samples))
 
@@ -325,7 +342,8 @@ class _VideoInput:
             raise InputError(
                 f"the picture has {picture.size} pixels, the first has {self._last.size}; all must be of one size"
             )
-        most, fps = self._settings.max_frames, self._settings.fps
+        most = self._settings.max_frames
+        fps = self._settings.fps
         if self._count_due(seconds) > most:
             raise InputError(
                 f"a picture at {seconds:g} s is over the limit of {most / fps:g} s ({most} pictures at {fps:g} a "
@@ -333,12 +351,15 @@ class _VideoInput:
             )
 
     def push(self, picture: Image.Image, seconds: float) -> None:
-        due, before = self._count_due(seconds), self._last or picture
+        due = self._count_due(seconds)
+        before = self._last or picture
         for number in range(self._count, due):
             self._waiting.append(picture if number == due - 1 else before)
             if len(self._waiting) == self._settings.temporal_patch_size:
                 self._make_grid()
-        self._count, self._last, self._seconds = due, picture, seconds
+        self._count = due
+        self._last = picture
+        self._seconds = seconds
 
     def finish(self) -> VisionInput | None:
         """What no piece holds yet."""
@@ -353,7 +374,8 @@ class _VideoInput:
     def _grid_of(self, picture: Image.Image, count: int) -> Grid:
         # a video's pictures share a budget of pixels, but nobody knows yet how many there will be; it is 115,200
         # tokens, which do not fit a context anyway
-        deep, cell = self._settings.temporal_patch_size, self._settings.cell
+        deep = self._settings.temporal_patch_size
+        cell = self._settings.cell
         height, width = video_size(picture.height, picture.width, deep, self._settings, {})
         return Grid(-(-count // deep), height // cell, width // cell, deep / self._settings.fps)
 
