@@ -1,8 +1,7 @@
 """The scheduler: requests come in, pieces of replies come out, as many at once as there are slots.
 
 A request is prefilled, its text decoded by the Thinker, its codes by the Talker, and these become sound in Token2Wav.
-Each stage works on batches of fixed shape whose slots come and go. A step does a little of each, so a request may join
-or leave between two steps.
+A step does a little of each, so a request may join or leave between two steps.
 
 Where sound is to come as it is made, Thinker, Talker and Token2Wav take turns. Any other reply is spoken when its text
 is complete, so that a slot of the Thinker's is not kept while the Talker takes its many more steps, and the sound of
@@ -86,14 +85,14 @@ class Scheduler:
             yield from self.step()
 
     def run_alone(self, state: RequestState) -> Generator[Event, None, None]:
-        """What comes of the only request of this scheduler; its error is raised. Closing it ends the request."""
+        """What comes of the scheduler's only request; its error is raised."""
         for _, event in self.run():
             if state.error is not None:
                 raise state.error
             yield event
 
     def step(self) -> Events:
-        """Does a little of everything, and returns what has come of it."""
+        """Does a little of everything; returns what came of it."""
         self._step_prefill()
         self._step_decode()
         self._step_vocoder()
@@ -159,11 +158,12 @@ class Scheduler:
 
     def _apply(self, output: StageOutput) -> None:
         """Takes on what came of a stage's step."""
-        self._events += output.events
         for state, error in output.failed:
             self._fail([state], error)
+        self._events += [(state, event) for state, event in output.events if not state.ended]
         for state in output.finished:
-            self._advance(state)
+            if not state.ended:  # it may have failed in another stage
+                self._advance(state)
 
     def _advance(self, state: RequestState) -> None:
         """Takes a request from the stage that is done with it to the next one."""

@@ -69,6 +69,11 @@ class TalkerStage(SlotStage):
         """Requests whose text is complete and that have no slot yet."""
         return [speech.state for speech in self._waiting]
 
+    def reserve(self, capacity: int) -> None:
+        """Allocates the slots with room for so many positions; otherwise the first request has them allocated."""
+        assert self._engines.talker is not None
+        self._device_state = self._engines.talker.init_state(self.num_slots, capacity)
+
     def admit_live(self, state: RequestState, prefix: Context) -> None:
         """Puts a request whose prompt the Talker has prefilled along into a free slot."""
         self._insert(state, prefix)

@@ -132,6 +132,8 @@ def _warm_up_stages(engines: Engines, config: SchedulerConfig, capacity: int) ->
             for _ in range(3):
                 decode_together([thinker, talker], engines.clock)
             if state.speaks and not live:
+                if not talker.states:
+                    talker.reserve(capacity)
                 talker.enqueue(state)
                 talker.admit_waiting(num_kept=0)
             for _ in range(2):

@@ -89,7 +89,7 @@ class LivePrompt:
     def audio(self, samples: np.ndarray, rate: int) -> list[PromptPiece]:
         """Hears more, see ``LiveSession.audio``; returns the windows that are full now."""
         if self._audio is None:
-            raise InputError("this dialogue audio nothing; begin it with audio=True")
+            raise InputError("this dialogue takes no sound; begin it with audio=True")
         self._audio.check(samples, rate)
         self._check_room(self._audio.frames_with(len(samples), rate), self._grid, self._min_tokens_after)
         self._audio.push(samples, rate)
@@ -98,7 +98,7 @@ class LivePrompt:
     def video(self, picture: Any, seconds: float) -> list[PromptPiece]:
         """Sees more, see ``LiveSession.video``; returns the windows that are full now."""
         if self._video is None:
-            raise InputError("this dialogue video nothing; begin it with video=True")
+            raise InputError("this dialogue takes no pictures; begin it with video=True")
         image = media.read_image(picture)
         self._video.check(image, seconds)
         self._check_room(self._num_frames_so_far, self._video.grid_with(image, seconds), self._min_tokens_after)

@@ -121,7 +121,8 @@ def _assemble(
         optimizer = jax.jit(step.transformation.init, out_shardings=shardings)(trained)
     else:
         # a buffer of its own for the schedule: the step is given the memory of its state, and each buffer only once
-        count = jax.device_put(jnp.asarray(moments.count, jnp.int32), target.step.sharding)
+        stored_count: Any = moments.count
+        count = jax.device_put(jnp.int32(int(stored_count)), target.step.sharding)
         optimizer = with_moments(target.optimizer, moments, count)
     return TrainState(jax.device_put(jnp.int32(number), target.step.sharding), trained, frozen, optimizer)
 

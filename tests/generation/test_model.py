@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,14 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path, tiny_checkpoint: Path) -
     for folder in (tmp_path, tiny_checkpoint):
         with pytest.raises(CheckpointError, match=r"is no checkpoint of omni_jax: .*tools/convert\.py to-jax"):
             omni_jax.load(folder)
+
+
+def test_timings_hold_all_calls(tiny_model: Path) -> None:
+    """Also the last call of a reply, and the only one."""
+    model = omni_jax.load(tiny_model)
+    ticks = itertools.count()
+    model.engines = dataclasses.replace(model.engines, clock=lambda: float(next(ticks)))
+    timings = model.generate(ask("hello"), max_tokens=1).timings
+    assert timings.prepare > 0 and timings.prefill > 0 and timings.decode > 0
+    spoken = model.generate(ask("hello"), max_tokens=4, modalities=("text", "audio"), talker=dict(max_tokens=4)).timings
+    assert spoken.talker > 0 and spoken.token2wav > 0

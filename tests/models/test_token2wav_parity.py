@@ -243,11 +243,11 @@ def test_from_codes_to_mel_to_samples(speaking: Speaking, monkeypatch: pytest.Mo
     waves = [vocoder(torch.tensor(mel.T[None].copy())).numpy() for mel in mels[::2]]
     voices, seeds = [speaking.voice] * len(mels), [0] * len(mels)
     for model, params in speaking.models():
-        loop = Token2WavEngine(model, params)
-        ours = loop.mel(speaking.codes, voices, speaking.noise, seeds)
+        engine = Token2WavEngine(model, params)
+        ours = engine.make_mels(speaking.codes, voices, speaking.noise, seeds)
         for mel, theirs in zip(ours, mels, strict=True):
             assert relative_error(mel, theirs) < TOLERANCE
-    for wave, theirs in zip(loop.vocode(ours[::2]), waves, strict=True):
+    for wave, theirs in zip(engine.vocode(ours[::2]), waves, strict=True):
         assert relative_error(wave, theirs) < WAVE_TOLERANCE
         assert np.abs(theirs).mean() > 0.01
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from omni_jax import mrope
 from omni_jax.batch import NO_FEATURE, PADDING, AudioBlocks
 from omni_jax.processing.collate import collate
-from omni_jax.processing.prefill_plan import BLOCKS, NARROW, WIDE, feed
+from omni_jax.processing.prefill_plan import AUDIO_BLOCKS, NARROW_CHUNK, WIDE_CHUNK, PromptPiece, plan_prefill
 from tests.processing.test_collate import CONFIG, features, prompts
 from tests.rope_index import expand_table
 
 
-def pad_text(batch, more=WIDE):
+def pad_text(batch, more=WIDE_CHUNK):
     """The batch with more padding behind its text, for the last chunk to end in."""
 
     def pad(array, value):
@@ -36,24 +36,24 @@ def test_chunks_hold_what_the_whole_holds(prompts):
     whole = pad_text(collate(prompts, CONFIG))
     ids, _ = expand_table(whole.spans, whole.segment_ids)
     values = features(whole)
-    plan = feed(prompts, [mrope.resolve(p.segments, CONFIG.thinker_config) for p in prompts], CONFIG)
-    of_calls = [features(part) for part in map(only, plan.calls)]
-    assert {c.mel.shape[0] for c in plan.calls if isinstance(c, AudioBlocks)} <= {1, BLOCKS}
+    pieces = [PromptPiece(p, mrope.resolve(p.segments, CONFIG.thinker_config)) for p in prompts]
+    plan = plan_prefill(pieces, CONFIG)
+    of_calls = [features(part) for part in map(only, plan.encoder_inputs)]
+    assert {c.mel.shape[0] for c in plan.encoder_inputs if isinstance(c, AudioBlocks)} <= {1, AUDIO_BLOCKS}
     begin = 0
-    for stretch in plan.stretches:
-        chunk = stretch.chunk
+    for chunk in plan.chunks:
         part = slice(begin, begin + chunk.tokens.shape[1])
-        assert part.stop - begin in (NARROW, WIDE)
+        assert part.stop - begin in (NARROW_CHUNK, WIDE_CHUNK)
         np.testing.assert_array_equal(chunk.valid, whole.segment_ids[:, part] == 1)
         np.testing.assert_array_equal(chunk.tokens[chunk.valid], whole.tokens[:, part][chunk.valid])
         own, _ = expand_table(chunk.spans, chunk.valid.astype(np.int32))
         np.testing.assert_array_equal(own[:, chunk.valid], ids[:, :, part][:, chunk.valid])
         found = np.full(chunk.tokens.shape, -1.0)
-        for number, index in stretch.takes.items():
+        for number, index in chunk.feature_index.items():
             assert (found[index >= 0] == -1).all()
             found[index >= 0] = of_calls[number][index[index >= 0]]
         index = whole.media_index[:, part]
-        np.testing.assert_array_equal(stretch.media, index >= 0)
+        np.testing.assert_array_equal(chunk.is_media, index >= 0)
         np.testing.assert_array_equal(found[index >= 0], values[index[index >= 0]])
         begin = part.stop
     assert begin >= max(map(len, prompts))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from configs import RECIPES
-from omni_jax.checkpoint.name_map import table
+from omni_jax.checkpoint.name_map import make_name_table
 from omni_jax.training.flops import count_step_flops
 from omni_jax.training.optimizer import learning_rate_scales
 
 RECIPE = RECIPES["thinker-sft-7b"]
-SIZES = {"/".join(entry.path[1:]): entry.size for entry in table(RECIPE.model, ["thinker"])}
+SIZES = {"/".join(entry.path[1:]): entry.size for entry in make_name_table(RECIPE.model, ["thinker"])}
 LENGTH = 8192
 TEXT = {"tokens": LENGTH, "pairs": LENGTH * (LENGTH + 1) / 2}
 MEDIA = {"blocks": 10, "patches": 6400, "frame_pairs": 10 * 640**2}
