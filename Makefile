@@ -51,7 +51,7 @@ train-demo: $(VENV)/installed-run
 	$(BIN)/python tools/train_demo.py out/train
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-aot: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m aot tests/tools/test_aot.py
@@ -62,7 +62,7 @@ check: $(VENV)/installed-check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test-newest: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m pytest -n 2 --ignore-glob='*_parity.py' --ignore=tests/tools/test_aot.py
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore-glob='*_parity.py' --ignore=tests/tools/test_aot.py
 
 # a stamp in the environment says what is installed; it is made again when the requirements change
 $(BIN)/python:

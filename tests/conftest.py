@@ -18,6 +18,22 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+# files that take minutes go first, so that no worker is left with one of them at the end
+SLOW_FILES = """
+    engine/test_scheduler.py serving/test_batch.py training/test_loop.py training/test_mesh.py serving/test_batch_ray.py
+    tools/test_aot.py benchmarks/test_latency_parity.py test_sharding.py generation/test_stream.py
+    training/test_restarts.py benchmarks/test_cases_parity.py benchmarks/test_batch_parity.py test_readme.py
+    serving/test_batch_cases.py models/test_token2wav_parity.py models/test_thinker_parity.py
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts tests by file, the slow ones first."""
+    folder = Path(__file__).parent
+    order = {folder / name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 MODELS = [("tiny", 0), ("seven", 1), ("one", 2)]  # of tests/oracle.py, and a seed
 BOTH_FORMS = "seven"  # the one whose layers are compared scanned and single
 

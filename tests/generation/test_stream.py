@@ -81,9 +81,7 @@ def test_a_stop_string_ends_speech_where_it_ends_text(model: OmniModel) -> None:
     assert last.reply == whole
 
 
-@pytest.mark.parametrize(
-    "sizes", [ChunkSizes(1, 1, 1, 12, 12), ChunkSizes(3, 5, 40, 24, 48), ChunkSizes(64, 64, 64, 60, 24)]
-)
+@pytest.mark.parametrize("sizes", [ChunkSizes(1, 1, 1, 12, 12), ChunkSizes(64, 64, 64, 60, 24)])
 def test_chunk_sizes_change_nothing_but_the_pieces(tiny_model: Path, model: OmniModel, sizes: ChunkSizes) -> None:
     options = dict(**SPEAK, max_tokens=20, talker=dict(max_tokens=66, **GREEDY))
     *_, usual = model.stream(QUESTIONS["picture"], **options)
@@ -114,9 +112,9 @@ def test_a_closed_stream_leaves_nothing(model: OmniModel) -> None:
     options = dict(**SPEAK, max_tokens=60, talker=dict(max_tokens=100, **GREEDY))
     list(model.stream(QUESTIONS["picture"], **options))
     before = held()
-    for i in range(50):
+    for count in (1, 2, 3, 5, 8, 12) * 2:
         stream = model.stream(QUESTIONS["picture"], **options)
-        taken = list(itertools.islice(stream, 1 + i % 12))
+        taken = list(itertools.islice(stream, count))
         assert taken and held() > before
         stream.close()
         del stream, taken
@@ -130,7 +128,7 @@ def test_nothing_compiles_after_warm_up(tiny_model: Path) -> None:
     assert warm.count > 20
     rng, names = np.random.default_rng(0), list(QUESTIONS)
     with Compilations() as after:
-        for i in range(30):
+        for i in range(14):
             spoken = SPEAK if i % 3 else {}
             options = dict(temperature=float(i % 2), top_p=0.9, seed=i, max_tokens=int(rng.integers(1, 60)))
             talker = dict(max_tokens=int(rng.integers(1, 120)))
