@@ -320,15 +320,19 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) 
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def tree_shapes(path: Path) -> dict[str, Any]:
+def tree_shapes(path: Path, name: str = "AUTO") -> dict[str, Any]:
     """Shapes and dtypes of one Orbax checkpoint, a component or a part of a training state.
+
+    Args:
+      path: of the checkpoint.
+      name: of the tree in it; what Orbax finds there if "AUTO".
 
     Raises:
       CheckpointError: if it is missing or damaged.
     """
     try:
         with quiet_orbax():
-            stored: Any = ocp.metadata(str(path.resolve())).metadata
+            stored: Any = ocp.metadata(str(path.resolve()), name).metadata
     except Exception as e:  # Orbax has no one kind of error for a folder that is missing or damaged
         raise CheckpointError(f"{path} is missing or damaged ({_first_line(e)}); convert the checkpoint again") from e
     if not isinstance(stored, dict):  # what it gives for a folder whose arrays are not all there
@@ -336,15 +340,20 @@ def tree_shapes(path: Path) -> dict[str, Any]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
 
 
-def load_tree(path: Path, target: Any) -> Any:
+def load_tree(path: Path, target: Any, name: str = "AUTO") -> Any:
     """One Orbax checkpoint, cast and laid out as the abstract arrays of ``target`` say.
+
+    Args:
+      path: of the checkpoint.
+      target: abstract arrays.
+      name: of the tree in it; what Orbax finds there if "AUTO".
 
     Raises:
       CheckpointError: if values are missing or damaged.
     """
     try:
         with quiet_orbax():
-            return ocp.load(str(path.resolve()), target)
+            return ocp.load(str(path.resolve()), target, checkpointable_name=name)
     except Exception as e:  # as above
         raise CheckpointError(f"cannot read the parameters in {path}: {_first_line(e.__cause__ or e)}") from e
 

@@ -57,6 +57,9 @@ FILES_FILE = "files.json"
 _THINKER = Path("params") / "thinker"
 _MOMENTS = Path("optimizer") / "moments"
 _TREE = "state"  # what Orbax calls the tree of a checkpoint that holds one tree; ``store`` reads that
+# another name for the moments: several processes wait for each other at barriers that Orbax names after the last part
+# of a tree's path, and two trees of one name would wait at one barrier
+_MOMENTS_TREE = "moments"
 _STEP_DIGITS = 8
 # Orbax writes these when it commits, after ``files.json``
 _COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -215,7 +218,7 @@ class TrainCheckpoints:
         assert self._checkpointer is not None, "restore comes first"
         self.wait()
         self._saving = state
-        trees = {f"{_THINKER}/{_TREE}": state.params, f"{_MOMENTS}/{_TREE}": state.moments}
+        trees = {f"{_THINKER}/{_TREE}": state.params, f"{_MOMENTS}/{_MOMENTS_TREE}": state.moments}
         try:
             self._checkpointer.save_checkpointables_async(state.step, trees, force=True)
         except Exception as e:  # Orbax has no one kind of error for a disk that is full or a path that is taken
@@ -294,7 +297,7 @@ class TrainCheckpoints:
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"{RUN_FILE} cannot be read ({e!r})") from e
         target = make_target(step, read_dtypes(folder))
-        saved_paths = set(flatten_dict(store.tree_shapes(folder / _MOMENTS)["mu"]))
+        saved_paths = set(flatten_dict(store.tree_shapes(folder / _MOMENTS, _MOMENTS_TREE)["mu"]))
         target_paths = set(flatten_dict(target.moments["mu"]))
         if saved_paths != target_paths:
             raise ConfigError(
@@ -302,7 +305,7 @@ class TrainCheckpoints:
                 "go on with the same recipe, or begin a new run from it: another --workdir, and --init with this one"
             )
         params = store.load_tree(folder / _THINKER, target.params)
-        moments = store.load_tree(folder / _MOMENTS, target.moments)
+        moments = store.load_tree(folder / _MOMENTS, target.moments, _MOMENTS_TREE)
         return dataclasses.replace(target, params=params, moments=moments, data=data)
 
 

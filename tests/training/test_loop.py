@@ -138,7 +138,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(
     largest.write_bytes(largest.read_bytes()[:-1])
     assert train(recipe, workdir)
     out = capsys.readouterr().out
-    assert f"checkpoint {folders[2]} is damaged and not used: optimizer/moments/state/_METADATA is missing" in out
+    assert f"checkpoint {folders[2]} is damaged and not used: optimizer/moments/moments/_METADATA is missing" in out
     assert f"checkpoint {folders[1]} is damaged" in out and "goes on after step 2" in out
     again = read_metrics(workdir / METRICS_FILE)
     assert [(m["step"], m["loss"]) for m in again] == [(m["step"], m["loss"]) for m in expected]
