@@ -139,7 +139,7 @@ class _WindowLayout:
 
 @lru_cache(maxsize=256)
 def _lay_out_windows(height: int, width: int, side: int, merge: int) -> _WindowLayout:
-    """Windows of ``side x side`` cells row by row, the cells of a window row by row (docs/reference.md, 4.4).
+    """Windows of ``side x side`` cells row by row, the cells of a window row by row (docs/reference.md, 4).
 
     A window at the edge holds fewer cells; they take its first slots.
     """

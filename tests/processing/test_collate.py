@@ -97,7 +97,7 @@ def test_shapes_are_bucketed_and_windows_hold_what_they_say(prompts):
 
 
 def test_windows_of_a_picture():
-    """3 x 5 cells in windows of 4 x 4: the worked example of docs/reference.md, 4.4."""
+    """3 x 5 cells in windows of 4 x 4 (docs/reference.md, 4)."""
     prompt = lay_out(marked(sight(0, 1, 3, 5)), [sight(0, 1, 3, 5)], CONFIG.thinker_config)
     (frames,) = collate([prompt], CONFIG).vision
     assert frames.patches.shape == (1, 2, 64, 1)
