@@ -130,7 +130,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(
     recipe, workdir = short_run
     expected = read_metrics(workdir / METRICS_FILE)
     folders = [step_folder(workdir, step) for step in (2, 4, 6)]
-    (folders[2] / "optimizer" / "moments" / "state" / "_METADATA").unlink()
+    (folders[2] / "optimizer" / "moments" / "moments" / "_METADATA").unlink()
     # what Orbax reads to list its steps; it is written after files.json
     (folders[2] / "_CHECKPOINT_METADATA").unlink()
     arrays = [path for path in (folders[1] / "params" / "thinker").rglob("*") if path.is_file()]
