@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ class StageOutput:
         self.failed += other.failed
 
 
-class SlotStage:
+class SlotStage(abc.ABC):
     """A fixed number of slots on the device, some of them taken by requests.
 
     A subclass holds the device state in ``_device_state``, None while no slot is taken, and a record for each slot.
@@ -83,17 +84,20 @@ class SlotStage:
             self.remove(state)
         return lost
 
+    @abc.abstractmethod
     def dispatch(self) -> DecodeResult | None:
         """Starts a call of the decode loop on the device; None where there is nothing to decode."""
-        raise NotImplementedError
+        ...
 
+    @abc.abstractmethod
     def collect(self, decoded: DecodedTokens) -> StageOutput:
         """Takes what that call has decoded."""
-        raise NotImplementedError
+        ...
 
+    @abc.abstractmethod
     def add_seconds(self, seconds: float) -> None:
         """Adds to the time that the stage has taken."""
-        raise NotImplementedError
+        ...
 
 
 def decode_together(stages: Sequence[SlotStage], clock: Clock) -> StageOutput:
