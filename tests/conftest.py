@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import jax
+# before JAX is imported, and for the processes that tests start
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # parity is a matter of float32
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # workers share the cores, and threads that wait for each other hold them up
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
 import pytest
 
 import tests.torchvision_stub  # noqa: F401
@@ -12,11 +20,6 @@ from omni_jax.checkpoint.convert import to_jax
 from omni_jax.config import OmniConfig
 from tests.bucket import gs  # noqa: F401, a fixture
 from tools.make_checkpoint import write_checkpoint
-
-# parity is a matter of float32; and tests in one process compile many equal programs
-jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # files that take minutes go first, so that no worker is left with one of them at the end
 SLOW_FILES = """

@@ -27,6 +27,8 @@ from omni_jax.config import (
     VisionEncoderConfig,
 )
 
+SIX_STAGES = BigVGANConfig(upsample_initial_channel=64)  # rates, kernels and dilations as published
+
 
 def _seven_queries_a_key() -> OmniConfig:
     """The ratio of the published 7B, windows of two cells a side, audio blocks of one second, heads of H = D / N."""
@@ -40,7 +42,7 @@ def _seven_queries_a_key() -> OmniConfig:
     talker = TalkerConfig.tiny(embedding_size=56, hidden_size=24, head_dim=64, rope_scaling=no_width)
     talker = dataclasses.replace(talker, num_attention_heads=7)
     dit = DiTConfig.tiny(hidden_size=24, num_attention_heads=4, head_dim=8, num_hidden_layers=4, ff_mult=3)
-    wav = Token2WavConfig.tiny(dit_config=dit, bigvgan_config=BigVGANConfig.tiny(upsample_initial_channel=128))
+    wav = Token2WavConfig.tiny(dit_config=dit, bigvgan_config=BigVGANConfig(upsample_initial_channel=128))
     thinker = ThinkerConfig.tiny(text_config=text, audio_config=audio, vision_config=vision)
     return OmniConfig.tiny(thinker_config=thinker, talker_config=talker, token2wav_config=wav)
 
@@ -55,15 +57,17 @@ def _one_query_a_key() -> OmniConfig:
     talker = TalkerConfig.tiny(num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=1)
     dit = DiTConfig.tiny(num_hidden_layers=2, look_ahead_layers=(0,), look_backward_layers=(1,), enc_res2net_scale=4)
     thinker = ThinkerConfig.tiny(text_config=text, audio_config=audio, vision_config=vision)
-    wav = Token2WavConfig.tiny(dit_config=dit)
+    wav = Token2WavConfig.tiny(dit_config=dit, bigvgan_config=SIX_STAGES)
     return OmniConfig.tiny(thinker_config=thinker, talker_config=talker, token2wav_config=wav)
 
 
 # two test processes share two cores, and threads of PyTorch that wait for each other hold them up
 torch.set_num_threads(1)
 
+_TINY = OmniConfig.tiny(token2wav_config=Token2WavConfig.tiny(bigvgan_config=SIX_STAGES))
+
 # name of the configuration (for test ids) -> the configuration
-CONFIGS = {"tiny": OmniConfig.tiny(), "seven": _seven_queries_a_key(), "one": _one_query_a_key()}
+CONFIGS = {"tiny": _TINY, "seven": _seven_queries_a_key(), "one": _one_query_a_key()}
 
 
 def load(folder: Path, attention: str = "eager") -> Qwen2_5OmniForConditionalGeneration:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,21 +15,13 @@ from omni_jax.errors import InputError
 from omni_jax.processing.layout import Usage
 from omni_jax.serving.chat import describe_reply, make_messages, make_options
 from omni_jax.serving.commands import ChatCommand
+from tests.processes import ROOT, run
 
-ROOT = Path(__file__).parents[1]
 MEDIA = ROOT / "tests" / "media"
 
 
 def run_serve(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    # the precision that the tests of this process run in, so that both say the same
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    }
-    command = [sys.executable, str(ROOT / "serve.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return run("serve.py", *arguments)
 
 
 def chat(*arguments: str) -> ChatCommand:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.sharding import MESH_AXES, RULES, MeshConfig, make_mesh, param_shardings
+from tests.processes import finish, start
 
 # every axis above one, and each with others; a sequence axis alone too, for it splits what the others keep whole
 MESHES = [{"sequence": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "sequence": 2, "tensor": 2}]
@@ -33,12 +31,8 @@ TOLERANCE = 1e-5
 
 def run(*arguments: str) -> list[dict[str, Any]]:
     """What tests/eight_devices.py prints."""
-    root = Path(__file__).parents[1]
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.eight_devices", *arguments]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    printed = finish(start("-m", "tests.eight_devices", *arguments, devices=8))
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def test_replies_over_eight_devices_equal_one(tiny_model: Path) -> None:

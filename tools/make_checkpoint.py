@@ -33,7 +33,15 @@ from omni_jax.checkpoint.export import SHARD_BYTES
 from omni_jax.checkpoint.name_map import Entry, make_constants, make_name_table
 from omni_jax.checkpoint.pytorch import write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor
-from omni_jax.config import AudioEncoderConfig, OmniConfig, TalkerConfig, ThinkerConfig, VisionEncoderConfig
+from omni_jax.config import (
+    AudioEncoderConfig,
+    BigVGANConfig,
+    OmniConfig,
+    TalkerConfig,
+    ThinkerConfig,
+    Token2WavConfig,
+    VisionEncoderConfig,
+)
 from tools.tokenizer_files import write_tokenizer
 
 Size = Literal["tiny", "small", "2gb", "3b", "7b"]
@@ -68,7 +76,10 @@ def _small() -> OmniConfig:
         audio_config=dataclasses.replace(tiny.audio_config, **audio),
         vision_config=dataclasses.replace(tiny.vision_config, out_hidden_size=width, **vision),
     )
-    return OmniConfig.tiny(thinker_config=thinker, talker_config=TalkerConfig.tiny(embedding_size=width))
+    talker = TalkerConfig.tiny(embedding_size=width)
+    vocoder = BigVGANConfig(upsample_initial_channel=64)
+    token2wav = Token2WavConfig.tiny(bigvgan_config=vocoder)
+    return OmniConfig.tiny(thinker_config=thinker, talker_config=talker, token2wav_config=token2wav)
 
 
 def _two_gigabytes() -> OmniConfig:

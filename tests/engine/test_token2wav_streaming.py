@@ -14,7 +14,7 @@ import pytest
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.checkpoint.voices import Voice
-from omni_jax.config import BigVGANConfig, OmniConfig, Token2WavConfig
+from omni_jax.config import OmniConfig, Token2WavConfig
 from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.errors import InputError
@@ -28,18 +28,15 @@ TOLERANCE = 1e-4
 
 TINY = OmniConfig.tiny()
 DIT = TINY.token2wav_config.dit_config
-# as many samples a frame as the published vocoder makes, in a third of its stages
-QUICK = BigVGANConfig.tiny(upsample_rates=(16, 15), upsample_kernel_sizes=(33, 31))
 LENGTHS = (1, 2, 11, 12, 13, 24, 35, 36, 60, 0, 85)
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Token2WavEngine:
     folder = tmp_path_factory.mktemp("quick")
-    sizes = Token2WavConfig.tiny(bigvgan_config=QUICK)
-    write_checkpoint(folder / "published", OmniConfig.tiny(token2wav_config=sizes), dtype="float32")
+    write_checkpoint(folder / "published", TINY, dtype="float32")
     to_jax(folder / "published", folder / "model", components=["token2wav"])
-    return loaded(sizes, folder / "model")
+    return loaded(TINY.token2wav_config, folder / "model")
 
 
 def loaded(config: Token2WavConfig, folder: Path) -> Token2WavEngine:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +11,7 @@ import pytest
 from omni_jax.layers.attention import Mask, attention
 from omni_jax.layers.splash import kernel_fits, splash_attention
 from omni_jax.sharding import make_mesh
+from tests.processes import finish, start
 
 TOLERANCE = 2e-5  # float32, sums of some hundred numbers of size one in another order
 
@@ -45,12 +42,8 @@ def test_on_one_device(causal: bool) -> None:
 
 
 def test_over_eight_devices() -> None:
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.layers.test_splash"]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(error < TOLERANCE for error in json.loads(done.stdout)), done.stdout
+    printed = finish(start("-m", "tests.layers.test_splash", devices=8))
+    assert all(error < TOLERANCE for error in json.loads(printed)), printed
 
 
 def test_lengths_that_are_no_blocks_are_left_to_the_plain_form() -> None:

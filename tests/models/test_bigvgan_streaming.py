@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from omni_jax.config import BigVGANConfig, OmniConfig
+from omni_jax.config import BigVGANConfig
 from omni_jax.layers.streaming import Block
 from omni_jax.models.bigvgan import BigVGAN
 from omni_jax.models.bigvgan_streaming import StreamedBigVGAN, reach
@@ -19,7 +19,7 @@ from tests.streaming import Case, check_contract
 # the same sums, cut into pieces by the length of the window
 TOLERANCE = 1e-5
 
-SIX_STAGES = OmniConfig.tiny().token2wav_config.bigvgan_config  # the published kernels and rates
+SIX_STAGES = BigVGANConfig(upsample_initial_channel=64)  # the published kernels and rates
 TWO_STAGES = dataclasses.replace(
     SIX_STAGES, upsample_initial_channel=16, upsample_rates=(5, 3), upsample_kernel_sizes=(11, 7)
 )

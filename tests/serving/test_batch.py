@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import signal
 import socket
 import subprocess
-import sys
 import time
 import wave
 from pathlib import Path
@@ -29,8 +27,8 @@ from omni_jax.serving.batch import make_spec, run_batch
 from omni_jax.serving.commands import BatchCommand
 from omni_jax.sharding import MeshConfig
 from tests.bucket import Bucket
+from tests.processes import ROOT, run, start
 from tests.serving import requests
-from tests.test_serve import ROOT
 from tools.make_checkpoint import write_checkpoint
 
 NUM_GOOD = 35  # every medium, spoken and not
@@ -41,30 +39,10 @@ SLOWEST_START = 120.0  # seconds
 TIMES = ("created", "expires_at")
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "XLA_FLAGS": flags,
-    }
-
-
 def command(model: Path, folder: Path, name: str, *options: str) -> list[str]:
     files = ["-i", str(folder / "requests.jsonl"), "-o", str(folder / f"{name}.jsonl")]
     usual = ["--warmup-tokens", "0", "--workers", "2", "--slots", "8", "--audio-dir", str(folder / name)]
-    return [sys.executable, str(ROOT / "serve.py"), "batch", "--model", str(model), *files, *usual, *options]
-
-
-def run(words: list[str], devices: int = 1) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, env=environment(devices), timeout=900)
-
-
-def piped() -> dict[str, Any]:
-    return dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    return ["serve.py", "batch", "--model", str(model), *files, *usual, *options]
 
 
 def results(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -104,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(tiny_model: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    return run([*command(tiny_model, folder, "unbroken"), "--media-root", str(ROOT)])
+    return run(*command(tiny_model, folder, "unbroken"), "--media-root", str(ROOT))
 
 
 def test_every_line_has_its_result(folder: Path, unbroken: subprocess.CompletedProcess[str]) -> None:
@@ -166,7 +144,7 @@ def test_killed_it_goes_on(tiny_model: Path, folder: Path, unbroken: Any) -> Non
     words = [*command(tiny_model, folder, "killed"), "--media-root", str(ROOT)]
     file = folder / "killed.jsonl"
     for num_results in KILLED_AFTER:
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+        process = start(*words)
         started = time.monotonic()
         while not file.exists() or file.read_bytes().count(b"\n") < num_results:
             assert process.poll() is None, "it ended before it could be killed"
@@ -178,7 +156,7 @@ def test_killed_it_goes_on(tiny_model: Path, folder: Path, unbroken: Any) -> Non
             with file.open("ab") as out:
                 out.write(b'{"id": "batch_req_00000499", "custom')
     assert file.read_bytes().count(b"\n") < NUM_LINES
-    done = run(words)
+    done = run(*words)
     assert done.returncode == 0, done.stderr
     assert len(results(folder, "killed")) == NUM_LINES
     assert comparable(folder, "killed") == comparable(folder, "unbroken")
@@ -201,7 +179,7 @@ def test_over_a_mesh_and_over_hosts_the_ids_are_the_same(tmp_path: Path) -> None
     ids_of_runs = {}
     for name, mesh in (("one", ()), ("two", ("--mesh.tensor", "2"))):
         words = [*command(tmp_path / "model", tmp_path, name), "--media-root", str(ROOT), *mesh]
-        done = run(words, devices=2)
+        done = run(*words, devices=2)
         assert done.returncode == 0, done.stderr
         ids_of_runs[name] = {values["custom_id"]: ids(values) for values in results(tmp_path, name)}
     assert len(ids_of_runs["one"]) == len(lines) and ids_of_runs["one"] == ids_of_runs["two"]
@@ -214,7 +192,7 @@ def test_over_a_mesh_and_over_hosts_the_ids_are_the_same(tmp_path: Path) -> None
         address = f"localhost:{s.getsockname()[1]}"
     together = ["--mesh.tensor", "2", "--distributed", "--coordinator", address, "--processes", "2"]
     words = [*command(tmp_path / "model", tmp_path, "hosts"), "--media-root", str(ROOT), *together]
-    hosts = [subprocess.Popen([*words, "--process", str(i)], **piped()) for i in range(2)]
+    hosts = [start(*words, "--process", str(i)) for i in range(2)]
     outputs = [host.communicate(timeout=900) for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], outputs
     assert json.loads(outputs[0][0].splitlines()[-1])["answered"] == len(lines) - 2

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.processes import run, start
 from tests.serving import requests
-from tests.serving.test_batch import command, comparable, environment, results, run
+from tests.serving.test_batch import command, comparable, results
 
 LINES = 40  # ten blocks or so
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     lines.insert(5, "{not json")
     lines.insert(30, requests.good(3))  # whose custom_id was there before
     (folder / "requests.jsonl").write_text("\n".join(lines) + "\n")
-    done = run([*command(tiny_model, folder, "alone"), "--media-root", "/"])
+    done = run(*command(tiny_model, folder, "alone"), "--media-root", "/")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -38,7 +38,7 @@ def over_ray(model: Path, folder: Path, name: str) -> list[str]:
 
 
 def test_two_actors(tiny_model: Path, folder: Path) -> None:
-    done = run(over_ray(tiny_model, folder, "ray"))
+    done = run(*over_ray(tiny_model, folder, "ray"))
     assert done.returncode == 0, done.stderr
     assert comparable(folder, "ray") == comparable(folder, "alone")
     summary = json.loads(done.stdout)
@@ -46,8 +46,7 @@ def test_two_actors(tiny_model: Path, folder: Path) -> None:
 
 
 def test_an_actor_is_killed_half_way(tiny_model: Path, folder: Path) -> None:
-    words = over_ray(tiny_model, folder, "killed")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True)
+    process = start(*over_ray(tiny_model, folder, "killed"))
     file = folder / "killed.jsonl"
     started = time.monotonic()
     while process.poll() is None and time.monotonic() - started < 240:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from omni_jax.errors import ConfigError
 from omni_jax.sharding import MeshConfig
 from omni_jax.training.dry_run import estimate_memory, measure_fill, summarize_parameters
 from omni_jax.training.recipe import Phase
+from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,10 +81,9 @@ def test_how_full_batches_are(make_recipe) -> None:
 
 
 def test_the_command() -> None:
-    command = [sys.executable, "train.py", "thinker-sft-tiny", "--dry-run", "--data.streams", "2", "--mesh.fsdp", "2"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "decoder/layers/attention/query/kernel" in run.stdout and "frozen" in run.stdout
-    assert "218,016 parameters, of which 123,056 train" in run.stdout and "GiB a device in all" in run.stdout
-    command[-1] = "5"
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr.splitlines()[-1].startswith("error: data.rows is 2")) == (1, True), run.stderr
+    arguments = ["train.py", "thinker-sft-tiny", "--dry-run", "--data.streams", "2", "--mesh.fsdp"]
+    done = run(*arguments, "2")
+    assert "decoder/layers/attention/query/kernel" in done.stdout and "frozen" in done.stdout
+    assert "218,016 parameters, of which 123,056 train" in done.stdout and "GiB a device in all" in done.stdout
+    done = run(*arguments, "5")
+    assert (done.returncode, done.stderr.splitlines()[-1].startswith("error: data.rows is 2")) == (1, True), done.stderr

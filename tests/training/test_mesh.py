@@ -16,7 +16,7 @@ from omni_jax.training.device_batches import BatchShard, batch_shard
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
 from omni_jax.training.recipe import Recipe
-from tests.training.processes import finish, start
+from tests.processes import finish, start
 
 STEPS = 10
 TOLERANCE = 1e-5  # of a loss: float32 sums that several devices share out are added in another order
@@ -65,7 +65,7 @@ def one_device(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path
 def eight_devices(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("eight") / "run"
     mesh = ["--mesh.fsdp", "4", "--mesh.tensor", "2"]
-    finish(start("train", *options, *mesh, "--workdir", str(workdir), devices=8))
+    finish(start("train.py", *options, *mesh, "--workdir", str(workdir), devices=8))
     return workdir
 
 
@@ -92,7 +92,7 @@ def test_two_processes(options: list[str], eight_devices: Path, tmp_path: Path) 
         port = s.getsockname()[1]
     each = ["--mesh.fsdp", "4", "--mesh.tensor", "2", "--workdir", str(tmp_path / "run")]
     together = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", "2"]
-    runs = [start("train", *options, *each, *together, "--process", str(i), devices=4) for i in range(2)]
+    runs = [start("train.py", *options, *each, *together, "--process", str(i), devices=4) for i in range(2)]
     for process in runs:
         finish(process)
     expected = losses(eight_devices)

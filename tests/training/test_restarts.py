@@ -11,7 +11,7 @@ import pytest
 
 from omni_jax.training.loop import PREEMPTED
 from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
-from tests.training.processes import finish, start
+from tests.processes import finish, start
 
 NUM_STEPS = 12
 KILLED = -signal.SIGKILL
@@ -37,7 +37,7 @@ def runs(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
     for name in stops:
         workdir = str(folder / name)
         cases.append({"workdir": workdir, "stops": stops[name], "options": [*options, str(every[name])]})
-    output = finish(start("tests.training.killed", json.dumps(cases)))
+    output = finish(start("-m", "tests.training.killed", json.dumps(cases)))
     runs = {}
     for case, codes in zip(cases, json.loads(output.splitlines()[-1]), strict=True):
         workdir = Path(case["workdir"])
