@@ -88,6 +88,7 @@ def batch(
       slots: of the scheduler, fewest first.
       text_batch: requests in each of PyTorch's batches.
     """
+    # before half an hour of work
     check_at_least_one(requests=requests, seconds=seconds, slots=slots, text_batch=text_batch)
     check_picture(picture)
     with tempfile.TemporaryDirectory() as name:
@@ -102,6 +103,7 @@ def batch(
 def make_requests(count: int, seconds: Sequence[int], seed: int = 0) -> list[ReplyRequest]:
     """Questions of 2 to 40 words, with replies of these lengths in turn."""
     rng = random.Random(seed)
+    # lengths in turns, so that slots are free at different times
     requests = []
     for i in range(count):
         question = " ".join(rng.choices(WORDS, k=rng.randint(2, 40)))
@@ -130,8 +132,10 @@ def run_all(
     """
     speech_seconds = sum(request.num_codes for request in requests) / CODES_PER_SECOND
     results = BatchResults(len(requests), sum(request.num_tokens for request in requests), speech_seconds, [])
+    # a process of its own makes the inputs of both sides, and its memory is nobody's figure
     with process(OmniJaxSide, folder) as ours:
         prepared = ours.run(OmniJaxSide.make_inputs, requests)
+    # name, side, requests at once, whether spoken
     ways: list[tuple[str, type[Side], int, bool]] = [
         ("PyTorch, spoken one by one", PyTorchSide, 1, True),
         (f"PyTorch, written in batches of {text_batch}", PyTorchSide, text_batch, False),
@@ -147,6 +151,7 @@ def run_all(
             with process(side, folder) as work:
                 throughput = work.run(Side.answer_all, prepared, count, spoken=spoken)
                 memory = work.memory
+            # by what was asked for: a reply of another length is an error
             rates = {
                 "requests": results.requests / throughput.seconds,
                 "tokens": results.tokens / throughput.seconds,
@@ -154,6 +159,7 @@ def run_all(
             if spoken:
                 rates["speech"] = speech_seconds / throughput.seconds
             our_slots = count if side is OmniJaxSide else None
+            # each way is written as it is done: a long run may be broken off
             results.runs.append(BatchRun(name, spoken, our_slots, rates, memory / 1e9, throughput))
             write_json(json_out, asdict(results))
             progress.advance(bar)
@@ -162,20 +168,25 @@ def run_all(
 
 def print_results(results: BatchResults) -> None:
     """A row for each way, beside PyTorch's of the same kind."""
+    # PyTorch's way of each kind, spoken or written; the first of ours has the fewest slots
     pytorch = {run.spoken: run for run in results.runs if run.slots is None}
     first = next(run for run in results.runs if run.slots is not None)
     heads = ("seconds", "requests/s", "tokens/s", "speech s/s", "over PyTorch", "over the fewest slots", "memory, GB")
     table = Table("", *heads, "padding")
     for run in results.runs:
+        # how throughput grows with slots: of spoken replies alone, as only these have several numbers of slots
         rate = run.rates["requests"]
         growth = ""
         if run.slots is not None and run.spoken:
             growth = f"{rate / first.rates['requests']:.2f}"
         padding = [f"{stage} {share:.0%}" for stage, share in run.throughput.padding.items()]
+        rates = []
+        for key in ("requests", "tokens", "speech"):
+            rates.append(f"{run.rates[key]:.2f}" if key in run.rates else "")
         table.add_row(
             run.name,
             format_seconds(run.throughput.seconds),
-            *(f"{run.rates[key]:.2f}" if key in run.rates else "" for key in ("requests", "tokens", "speech")),
+            *rates,
             f"{rate / pytorch[run.spoken].rates['requests']:.2f}",
             growth,
             f"{run.gigabytes:.1f}",
@@ -186,14 +197,16 @@ def print_results(results: BatchResults) -> None:
 
 def draw_results(results: BatchResults, picture: Path) -> None:
     """Draws throughput over slots, beside PyTorch's, and where the time of a request goes."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # an extra, which only pictures need
 
+    # ours, one for each number of slots
     runs = [run for run in results.runs if run.slots is not None and run.spoken]
     slots = [run.slots for run in runs]
     names = [str(count) for count in slots]
     figure, (rates, stages) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     _draw_rates(rates, runs, results.runs[0].rates["speech"])
     rates.set_xticks(slots, names)
+    # a bar for each number of slots, in which the stages stand upon each other
     bottoms = [0.0] * len(runs)
     for stage in runs[0].throughput.stages:
         heights = [run.throughput.stages[stage] / results.requests for run in runs]
@@ -208,9 +221,11 @@ def draw_results(results: BatchResults, picture: Path) -> None:
 def _draw_rates(axes: Any, runs: Sequence[BatchRun], pytorch: float) -> None:
     slots = [run.slots or 0 for run in runs]
     speech = [run.rates["speech"] for run in runs]
+    # what it would be if a step took the same time, however many slots it serves
     proportional = [speech[0] * count / slots[0] for count in slots]
     axes.plot(slots, speech, "o-", label="omni_jax")
     axes.plot(slots, proportional, ":", color="grey", label="as many times as slots")
     axes.axhline(pytorch, color="tab:red", label="PyTorch, one by one")
+    # on two logarithmic axes what grows in proportion is a straight line
     axes.set(xscale="log", yscale="log", xlabel="slots", ylabel="seconds of speech a second")
     axes.legend()

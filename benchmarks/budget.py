@@ -15,6 +15,7 @@ from benchmarks.side import CODES_PER_SECOND, TOKENS_PER_SECOND, Call, Part, Str
 SAMPLE_RATE = 24_000
 AUDIBLE = 0.01  # of full scale, 40 dB under it: the least sample that is called audible
 
+# the Talker starts when two tokens are there; until then nothing else can be done
 UNTIL_TALKER = "Thinker, until the Talker may start"
 WHILE_TALKER_WAITS = "Thinker, while the Talker waits"
 # lines of the budget, in the order of the work, and the parts whose calls each adds up; text has two lines
@@ -90,6 +91,7 @@ class StreamPlan:
 
     def chunks(self) -> tuple[int, ...]:
         """Codes of the chunks that the first packet with any sound is made from."""
+        # what the networks look ahead is missing at the end; a small first chunk may give no sound at all
         chunks = [self.first_chunk_codes]
         while self._num_frames(chunks) <= 0:
             chunks.append(self.chunk_codes)
@@ -112,17 +114,20 @@ class StreamPlan:
         Returns:
           Tokens until the Talker begins and after that, and codes.
         """
+        # a short reply ends before its first packet would be full
         needed = min(sum(self.chunks()), length.num_codes)
         num_tokens = 0
         num_codes = 0
         before_talker = 0
         step = self.first_tokens
         while num_codes < needed:
+            # a call of the Thinker
             num_tokens += min(step, length.num_tokens - num_tokens)
             step = self.tokens
             if num_tokens < 2:
                 continue
             before_talker = before_talker or num_tokens
+            # and one of the Talker, of the codes that there are rows of text for
             ready = length.num_codes if num_tokens == length.num_tokens else num_tokens - 2
             num_codes += min(ready - num_codes, length.num_codes - num_codes, self.codes)
         return {
@@ -134,6 +139,7 @@ class StreamPlan:
     def predict_work(self, length: ReplyLength, prompt: PromptPlan) -> dict[str, float]:
         """What every part has to do until the first packet of a reply that is longer."""
         chunks = self.chunks()
+        # the vocoder computes what it looks back and ahead at anew with every chunk
         window = self.vocoder_look_back + self.vocoder_look_ahead
         return {
             Part.INPUT: 1,
@@ -142,8 +148,8 @@ class StreamPlan:
             Part.SPEAKER: 1,
             Part.BEGIN: 1,
             **self.count_steps(length),
-            Part.DIT: sum(chunks) / self.block_codes,
-            Part.VOCODER: sum(window + codes * self.code_frames for codes in chunks),
+            Part.DIT: sum(chunks) / self.block_codes,  # blocks
+            Part.VOCODER: sum(window + codes * self.code_frames for codes in chunks),  # frames
             Part.COPY: len(chunks),
         }
 
@@ -159,7 +165,7 @@ def name_calls(calls: Sequence[Call]) -> list[tuple[str, Call]]:
     The Talker may start when two tokens are there: the Thinker's calls until then have another name than those after.
     """
     named: list[tuple[str, Call]] = []
-    num_tokens = 0.0
+    num_tokens = 0.0  # before the call
     for call in calls:
         name: str = call.part
         if call.part is Part.TEXT:
@@ -194,10 +200,12 @@ def measured_budget(calls: Sequence[Call], moment: float) -> dict[str, float]:
     """The budget until then, in seconds, line by line; all lines together are ``moment``."""
     budget = dict.fromkeys(LINES, 0.0)
     for name, call in name_calls(calls):
+        # text has two lines, by the names of its calls; any other part has one
         line = name
         if call.part is not Part.TEXT:
             line = next(line for line, parts in LINES.items() if call.part in parts)
         budget[line] += call.seconds
+    # no call overlaps another, so what no call has taken is the host's
     budget[REST] = moment - sum(budget.values())
     return budget
 
@@ -208,8 +216,12 @@ def predicted_budget(work: Mapping[str, float], costs: Mapping[str, float]) -> d
     for line, parts in LINES.items():
         if line in (UNTIL_TALKER, WHILE_TALKER_WAITS):
             budget[line] = work[line] * costs[Part.TEXT]
-        else:
-            budget[line] = sum(work[part] * costs[part] for part in parts if part in work)
+            continue
+        budget[line] = 0.0
+        for part in parts:
+            # the Talker's prefill has no work of its own: its cost is in that of the Thinker's positions
+            if part in work:
+                budget[line] += work[part] * costs[part]
     return budget
 
 
@@ -230,8 +242,9 @@ def play_packets(arrivals: Sequence[float], num_samples: Sequence[int], rate: in
     """Plays packets of so many samples that arrived then."""
     begins: list[float] = []
     gaps: list[float] = []
-    end: float | None = None
+    end: float | None = None  # of what is being heard
     for arrived, count in zip(arrivals, num_samples, strict=True):
+        # early packets wait for those before them; a late one is heard after a silence
         begin = arrived if end is None else max(arrived, end)
         if end is not None and arrived > end:
             gaps.append(arrived - end)
@@ -244,12 +257,15 @@ def summarize_reply(reply: StreamedReply) -> dict[str, Any]:
     """The figures of a streamed reply, as they are written; the budget, where calls were timed."""
     playback = play_packets(reply.arrivals, reply.num_samples)
     num_seconds = [count / SAMPLE_RATE for count in reply.num_samples]
+    # speech may begin with silence, so the first packet is not yet the first that is heard
     audible = None
     for begin, sample in zip(playback.begins, reply.first_audible, strict=True):
         if sample is not None:
             audible = begin + sample / SAMPLE_RATE
             break
     first_packet = reply.arrivals[0]
+    # named as servers of such models name them, in seconds; audio_rtf is the time from the request to the last packet
+    # for a second of sound
     figures: dict[str, Any] = {
         "ttft": reply.first_text,
         "audio_ttfp": first_packet,
@@ -261,6 +277,7 @@ def summarize_reply(reply: StreamedReply) -> dict[str, Any]:
         "largest_gap": max(playback.gaps, default=0.0),
         "packets": list(zip(reply.arrivals, num_seconds, strict=True)),
     }
+    # only our side has its calls timed, and counts what it compiles
     if reply.calls:
         calls = calls_until(reply.calls, first_packet)
         figures["budget"] = measured_budget(calls, first_packet)

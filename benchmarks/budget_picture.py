@@ -16,9 +16,10 @@ def draw_latency(results: dict[str, Any], picture: Path) -> None:
       results: of ``bench.py latency``.
       picture: where to; its folder is made.
     """
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # an extra, which only pictures need
 
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    # name of a bar -> its budget, line by line
     warm = {}
     cold = {}
     for reply in reversed(results["replies"]):  # bars are drawn from the bottom up
@@ -51,7 +52,9 @@ def _draw_bars(axes: Any, budgets: dict[str, dict[str, float]], title: str) -> N
 
     names = list(budgets)
     ends = [0.0] * len(budgets)
+    # one line of all bars at a time, each where the line before has ended, so that a line has one colour
     for i, line in enumerate((*LINES, REST)):
+        # a predicted budget has no rest
         widths = [budgets[name].get(line, 0.0) for name in names]
         axes.barh(names, widths, left=ends, color=colormaps["tab20"](i), label=line)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
@@ -61,6 +64,7 @@ def _draw_bars(axes: Any, budgets: dict[str, dict[str, float]], title: str) -> N
 
 
 def _finish(figure: Any, axes: Any, picture: Path) -> None:
+    # one legend for all panels, whose lines have the same colours
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle("From the request to the first packet of sound, for replies of several lengths")

@@ -29,6 +29,7 @@ def data(json_out: Path | None = None, repeats: int = 5) -> None:
     check_at_least_one(repeats=repeats)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # no model: only what a processor is loaded from
         write_processor(folder, make_middle_config())
         write_media(folder)
         with (
@@ -46,6 +47,7 @@ def make_cases(folder: Path) -> list[Case]:
     cases = []
     for name, file in files.items():
         cases.append(Case(name, Side.prepare_files, ((file,), False), work=1, unit="files/s"))
+    # the last argument: whether our side packs them into a batch, too
     together = (tuple(files.values()), True)
     cases.append(Case("one of each, ours packed too", Side.prepare_files, together, work=len(files), unit="files/s"))
     return cases

@@ -88,17 +88,21 @@ def run_all(
     with process(OmniJaxSide, folder) as ours, Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("warming up", total=1 + repeats * len(requests))
         warmed = ours.run(Side.warm_up, requests)
+        # a first reply takes longer than those after it, and counts for nothing
         ours.run(Side.stream_reply, requests[0], first_packet_only=True)
         progress.update(bar, advance=1, description="replies")
+        # in turns, so that a slow minute of the machine hits all lengths alike
         for _ in range(repeats):
             for request, figures in zip(requests, rounds, strict=True):
                 reply = ours.run(Side.stream_reply, request, first_packet_only=True)
                 figures.append(summarize_reply(reply))
                 progress.advance(bar)
+    # of each length, the round with the median time and the times of all
     replies = []
     for length, figures in zip(seconds, rounds, strict=True):
         times = [one["audio_ttfp"] for one in figures]
         replies.append({**median_round(figures, "audio_ttfp"), "seconds": length, "rounds": times})
+    # over the shortest reply: near 1 if the first packet does not wait for the rest
     first = statistics.median(replies[0]["rounds"])
     for reply in replies:
         reply["ratio"] = statistics.median(reply["rounds"]) / first
@@ -109,6 +113,7 @@ def print_results(results: dict[str, Any]) -> None:
     """The budgets, the times, and how they grow with the length of the reply."""
     replies = results["replies"]
     warmed = results["warmup"]
+    # a column for each reply, in the order of ``names`` below
     columns = []
     for reply in replies:
         rounds = reply["rounds"]

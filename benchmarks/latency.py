@@ -39,6 +39,7 @@ from benchmarks.report import (
 )
 from benchmarks.side import CODES_PER_SECOND, TOKENS_PER_SECOND, ReplyRequest, Side, SideProcess
 
+# what is asked: three seconds of speech, and a question in writing
 QUESTION = "What do you hear?"
 SOUND = Path(__file__).resolve().parents[1] / "tests" / "media" / "speech.wav"
 CALIBRATION = ReplyLength(4)  # of the reply that the cost of a unit of work is taken from
@@ -81,6 +82,7 @@ def latency(
       repeats: rounds of the warm replies.
       sound: what the request has before its question.
     """
+    # before half an hour of work
     check_seconds(seconds, reference_seconds)
     check_at_least_one(repeats=repeats)
     check_sound(sound)
@@ -119,6 +121,7 @@ class LatencyRun:
     def run(self, seconds: Sequence[int], reference_seconds: Sequence[int], repeats: int) -> dict[str, Any]:
         """All figures, as they are written."""
         lengths = [ReplyLength(length) for length in seconds]
+        # of each reply, what is filled in as it is measured
         replies = []
         for length in lengths:
             replies.append({"seconds": length.seconds, "tokens": length.num_tokens, "codes": length.num_codes})
@@ -130,9 +133,11 @@ class LatencyRun:
             "replies": replies,
         }
         with Progress(console=Console(stderr=True)) as progress:
+            # cold replies and warm ones, the prediction, PyTorch's replies
             total = len(seconds) * (1 + repeats) + 1 + len(reference_seconds)
             bar = progress.add_task("cold replies", total=total)
 
+            # a run that is broken off leaves the figures that it had
             def finish_step(next_steps: str) -> None:
                 write_json(self.json_out, results)
                 progress.update(bar, advance=1, description=next_steps)
@@ -148,9 +153,10 @@ class LatencyRun:
                 self._predict(ours, lengths, results)
                 finish_step("warm replies")
                 self._answer_warm(ours, lengths, repeats, replies, finish_step)
-                inputs = ours.run(OmniJaxSide.make_inputs, [make_request(self.sound, length) for length in lengths])
-            first, last = replies[0], replies[-1]
-            results["ratio"] = last["warm"]["audio_ttfp"] / first["warm"]["audio_ttfp"]
+                requests = [make_request(self.sound, length) for length in lengths]
+                inputs = ours.run(OmniJaxSide.make_inputs, requests)
+            results["ratio"] = replies[-1]["warm"]["audio_ttfp"] / replies[0]["warm"]["audio_ttfp"]
+            # our process has ended, and its memory is free for PyTorch's
             if reference_seconds:
                 with self.process(PyTorchSide, self.folder) as pytorch:
                     results["pytorch_load_seconds"] = pytorch.run(Side.load)
@@ -168,6 +174,7 @@ class LatencyRun:
         warmed = ours.run(Side.warm_up, requests)
         prompt = ours.run(OmniJaxSide.plan_prompt, requests[0])
         stream = ours.run(OmniJaxSide.plan_stream)
+        # of another length than those that are predicted, so that nothing is predicted from itself
         calibration = ours.run(Side.stream_reply, make_request(self.sound, CALIBRATION))
         costs = unit_costs(calibration.calls)
         results["warmup"] = {"programs": warmed.count, "seconds": warmed.seconds}
@@ -187,6 +194,7 @@ class LatencyRun:
         finish_step: Callable[[str], None],
     ) -> None:
         rounds: dict[ReplyLength, list[dict[str, Any]]] = {length: [] for length in lengths}
+        # in turns, so that a slow minute of the machine hits all lengths alike
         for _ in range(repeats):
             for length in lengths:
                 reply = ours.run(Side.stream_reply, make_request(self.sound, length))
@@ -203,7 +211,8 @@ def print_results(results: dict[str, Any]) -> None:
     warmed = results["warmup"]
     packet = results["first_packet"]
     chunks = " + ".join(map(str, packet["chunks"]))
-    shortest, longest = replies[0]["seconds"], replies[-1]["seconds"]
+    shortest = replies[0]["seconds"]
+    longest = replies[-1]["seconds"]
     print_tables(
         _make_budget_table(replies),
         _make_reply_table(replies),
@@ -214,6 +223,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def _make_budget_table(replies: Sequence[dict[str, Any]]) -> Table:
+    # a column for each
     budgets = {}
     for reply in replies:
         budgets[f"{reply['seconds']} s, cold"] = reply["cold"]["budget"]
@@ -221,9 +231,12 @@ def _make_budget_table(replies: Sequence[dict[str, Any]]) -> Table:
         budgets[f"{reply['seconds']} s, predicted"] = reply["predicted"]
     table = Table("to the first packet", *budgets)
     for line in (*LINES, REST):
-        add_seconds(table, line, [budget.get(line) for budget in budgets.values()])
+        seconds = [budget.get(line) for budget in budgets.values()]  # a prediction has no rest
+        add_seconds(table, line, seconds)
+    # each column's sum, which of a measured one is audio_ttfp
     table.add_section()
-    add_seconds(table, "together", [sum(budget.values()) for budget in budgets.values()])
+    totals = [sum(budget.values()) for budget in budgets.values()]
+    add_seconds(table, "together", totals)
     return table
 
 
@@ -232,16 +245,18 @@ def _make_reply_table(replies: Sequence[dict[str, Any]]) -> Table:
     table = Table("reply", "", *heads, title=f"first audible: the first sample of at least {AUDIBLE:g} of full scale")
     for reply in replies:
         for kind in ("cold", "warm", "pytorch"):
+            # PyTorch speaks some of the lengths
             if kind not in reply:
                 continue
             one = reply[kind]
             compiled = str(one.get("compilations", "-"))
             if one.get("compilations"):
                 compiled += f" in {format_seconds(one['compile_seconds'])}"
+            times = [format_seconds(one[key]) for key in ("ttft", "audio_ttfp", "first_audible", "wall")]
             table.add_row(
                 f"{reply['seconds']} s",
                 kind,
-                *(format_seconds(one[key]) for key in ("ttft", "audio_ttfp", "first_audible", "wall")),
+                *times,
                 f"{one['audio_rtf']:.2f}",
                 str(one["underruns"]),
                 format_seconds(one["largest_gap"]),

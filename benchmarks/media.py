@@ -35,6 +35,7 @@ def write_media(
       size: width and height of the picture.
     """
     rng = np.random.default_rng(0)
+    # stereo at 44.1 kHz, so that mixing and resampling are part of the time
     with av.open(folder / "sound.wav", "w") as file:
         stream = file.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="stereo")
         _mux(file, stream, _make_audio_frames(sound_seconds, rng))
@@ -44,6 +45,7 @@ def write_media(
             video = file.add_stream("mpeg4", rate=FRAME_RATE)
             video.width, video.height = VIDEO_SIZE
             video.pix_fmt = "yuv420p"
+            # both streams before the first packet: the header lists them
             audio = None
             if name == WITH_SOUND:
                 audio = file.add_stream("aac", rate=SAMPLE_RATE, layout="stereo")
@@ -55,6 +57,7 @@ def write_media(
 def _mux(file: OutputContainer, stream: av.VideoStream | av.AudioStream, frames: Iterator) -> None:
     for frame in frames:
         file.mux(stream.encode(frame))
+    # what the encoder has held back
     file.mux(stream.encode(None))
 
 
@@ -63,9 +66,11 @@ def _make_audio_frames(seconds: int, rng: np.random.Generator) -> Iterator[av.Au
     times = np.arange(seconds * SAMPLE_RATE) / SAMPLE_RATE
     tone = 0.3 * np.sin(2 * np.pi * 220 * times * (1 + 0.1 * np.sin(times)))
     left = tone + 0.02 * rng.standard_normal(len(times))
-    stereo = np.stack([left, 0.5 * left], axis=1)
+    stereo = np.stack([left, 0.5 * left], axis=1)  # [samples, 2]
     samples = (32767 * stereo).clip(-32768, 32767).astype(np.int16)
+    # 1024 samples is what AAC takes at a time
     for start in range(0, len(samples), 1024):
+        # s16 is not planar: left and right in turns, in one row
         packed = samples[start : start + 1024].reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(packed, format="s16", layout="stereo")
         frame.sample_rate = SAMPLE_RATE
@@ -81,8 +86,9 @@ def _make_video_frames(count: int, rng: np.random.Generator) -> Iterator[av.Vide
 
 def _make_picture(width: int, height: int, time: float, rng: np.random.Generator) -> np.ndarray:
     """Waves that move, and a little noise, so that it does not compress to nothing. uint8 [height, width, 3]"""
-    x = np.arange(width) / width
-    y = np.arange(height)[:, None] / height
+    x = np.arange(width) / width  # [width]
+    y = np.arange(height)[:, None] / height  # [height, 1]
+    # waves across and down a picture, of red, green and blue
     channels = []
     for across, down in ((3, 1), (1, 4), (5, 5)):
         channels.append(np.sin(2 * np.pi * (across * x + down * y + time)))

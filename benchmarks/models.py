@@ -48,6 +48,7 @@ def make_middle_config() -> OmniConfig:
     with the published codes, the DiT 6 layers of 512; the vocoder has half the published channels.
     """
     text = TextConfig(1024, 4096, 12, 16, 4, 32_000, rope_scaling=RopeScaling(mrope_section=(8, 12, 12)))
+    # the ids of special tokens are the tiny ones, which the small tokenizer has
     thinker_config = dataclasses.replace(
         ThinkerConfig.tiny(),
         text_config=text,
@@ -99,14 +100,17 @@ def write_model(folder: Path, config: OmniConfig) -> None:
     mark but always whole characters; and no end is ever among the 40 likeliest codes, which the published sampling
     draws from, as of thousands of random logits about half are above zero.
     """
+    # PyTorch's layout first; ours is converted from it, so that both sides have the same parameters
     published = folder / PUBLISHED
     write_checkpoint(published, config, dtype="float32")
+    # whole characters alone: a token that is a part of one would hold back the first piece of text
     tokenizer = Processor.load(published).tokenizer
     is_text = np.zeros(config.thinker_config.text_config.vocab_size, bool)
     for token in range(len(is_text)):
         text = tokenizer.token_bytes(token)
         is_text[token] = bool(text) and text.isascii()
     _zero_rows(published, "thinker.lm_head.weight", ~is_text)
+    # the two ends, beside the codes that are suppressed anyway
     talker = config.talker_config
     excluded = suppressed_codes(config)
     excluded[[talker.tts_codec_pad_token_id, talker.tts_codec_end_token_id]] = True
@@ -122,6 +126,7 @@ def write_processor(folder: Path, config: OmniConfig) -> None:
 
 def _zero_rows(folder: Path, name: str, rows: np.ndarray) -> None:
     """Zeros in these rows of a tensor of the folder's files."""
+    # in place: rows of a safetensors file follow each other, and zeros are zeros in every dtype
     tensor = read_headers(folder)[name]
     row_bytes = tensor.nbytes // tensor.shape[0]
     with open(tensor.file, "r+b") as file:
@@ -132,6 +137,7 @@ def _zero_rows(folder: Path, name: str, rows: np.ndarray) -> None:
 
 def make_voice(config: OmniConfig, num_frames: int) -> VoiceArrays:
     """A voice with a clip of so many frames."""
+    # the published voices have clips of other lengths, which the speaker encoder's time depends on
     rng = np.random.default_rng(1)
     dit = config.token2wav_config.dit_config
     cond = rng.standard_normal((1, dit.enc_emb_dim), np.float32)
@@ -146,7 +152,9 @@ def count_token2wav_flops(config: OmniConfig) -> dict[str, float]:
       evaluations; its attention is 1 % of it. "vocoder": the weights of each convolution at each of its places in time.
     """
     sizes = config.token2wav_config
+    # abstract parameters: shapes suffice, and nothing is made
     shapes = nn.unbox(abstract_params(Token2Wav(sizes)))
+    # modulation is computed once for an evaluation, and not for each frame
     layers = {name: tree for name, tree in shapes["dit"]["layers"].items() if name != "modulation"}
     dit = MEL_FRAMES_PER_SECOND * 2 * SOLVER_EVALUATIONS * _kernel_size(layers)
     bigvgan = shapes["bigvgan"]
@@ -156,6 +164,7 @@ def count_token2wav_flops(config: OmniConfig) -> dict[str, float]:
     rates = list(upsampling)  # of mel frames, then of each stage's output
     vocoder = rates[0] * _kernel_size(bigvgan["conv_in"]) + rates[-1] * _kernel_size(bigvgan["conv_out"])
     for i, (before, after) in enumerate(itertools.pairwise(rates)):
+        # each input frame of a transposed convolution meets the whole kernel; the residual blocks run at the new rate
         stage = dict(bigvgan[f"stage_{i}"])
         vocoder += before * _kernel_size(stage.pop("upsample"))
         vocoder += after * _kernel_size(stage)
@@ -165,6 +174,7 @@ def count_token2wav_flops(config: OmniConfig) -> dict[str, float]:
 def count_decoding_bytes(config: OmniConfig) -> int:
     """Bytes of float32 parameters that a step of the Thinker reads: its layers and its head."""
     decoder = nn.unbox(thinker.abstract_params(thinker.Thinker(config.thinker_config)))["decoder"]
+    # of the embeddings a step reads one row a slot
     read = {name: tree for name, tree in decoder.items() if name != "embed"}
     return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(read))
 

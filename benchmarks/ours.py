@@ -65,12 +65,14 @@ from omni_jax.processing.prefill_plan import PromptPiece, plan_prefill
 from omni_jax.processing.processor import Processor
 
 BUDGET = Budget.of(DataConfig(tokens=16_384, windows=128))  # holds one of each file; the picture has 108 windows
+# of a spoken reply, and the parts whose calls each adds up
 STAGES = {
     "Thinker": (Part.ENCODERS, Part.PREFILL, Part.TEXT),
     "Talker": (Part.TALKER_PREFILL, Part.BEGIN, Part.CODES),
     "DiT": (Part.DIT,),
     "vocoder": (Part.VOCODER,),
 }
+# of a row, by the kind of file: the tag in the text, and the key of the media
 MEDIA_FIELDS = {".wav": ("<audio>", "audios"), ".jpg": ("<image>", "images"), ".mp4": ("<video>", "videos")}
 
 
@@ -137,6 +139,7 @@ class OmniJaxSide(Side):
         return self._compiler.time(lambda: self._prefill_text(tokens, len(tokens)).thinker)
 
     def _prefill_text(self, tokens: Int[np.ndarray, " S"], capacity: int) -> Prefix:
+        # through the class that serves requests, so that the time is that of a request
         prefix = Prefix(self._thinker_model.engines, capacity, Timings(), with_talker=False)
         prefix.add([make_piece(tokens.tolist(), [], self._config)])
         prefix.run()
@@ -144,6 +147,7 @@ class OmniJaxSide(Side):
 
     def decode_text(self, tokens: Int[np.ndarray, " S"], batch: int, num_tokens: int) -> float:
         engine = self._thinker_model.engines.thinker
+        # a copy, for the prefilled state serves all rounds
         state = jax.tree.map(jnp.copy, self._prefilled_text(tuple(tokens.tolist()), batch, num_tokens))
         jax.block_until_ready(state)  # a call uses its state up
 
@@ -163,6 +167,7 @@ class OmniJaxSide(Side):
         capacity = len(ids) + num_tokens
         prefix = self._prefill_text(ids, capacity)
         state = engine.init_state(batch, capacity)
+        # no end tokens, so that every slot decodes to the limit
         request = TextRequest(ids, SamplingParams(), num_tokens, ())
         for slot in range(batch):
             state = engine.insert(state, slot, prefix.thinker, request)
@@ -173,7 +178,8 @@ class OmniJaxSide(Side):
         engine = self._talker_engine
         state = jax.tree.map(jnp.copy, self._prefilled_codes(batch, prompt_length, num_codes))
         jax.block_until_ready(state)
-        no_slot = np.full(batch, NO_SLOT, np.int32)
+        # the text of every slot is complete, with as many rows as there are codes to decode
+        no_slot = np.full(batch, NO_SLOT, np.int32)  # [B]
         progress = TextProgress(no_slot, np.full(batch, num_codes, np.int32), np.ones(batch, bool))
         none = jnp.zeros(batch, jnp.int32)  # no slot follows the Thinker: the text is complete
         calls: list[Any] = []
@@ -187,7 +193,11 @@ class OmniJaxSide(Side):
 
         seconds = self._compiler.time(decode)
         codes = [result.to_host() for result in calls]
-        steps = max(sum(len(call.at_slot(slot)) for call in codes) for slot in range(batch))
+        # a call runs as many steps as the slot that goes on longest
+        steps = 0
+        for slot in range(batch):
+            num_decoded = sum(len(call.at_slot(slot)) for call in codes)
+            steps = max(steps, num_decoded)
         return seconds / steps
 
     @functools.cache  # noqa: B019
@@ -201,7 +211,7 @@ class OmniJaxSide(Side):
         piece = make_piece(rng.integers(0, 500, prompt_length).tolist(), [], self._config)
         # one prompt serves all slots: the time of a step does not depend on what they hold
         prefix = engine.init_prefix(1, capacity)
-        start = 0
+        start = 0  # of the chunk, among the rows of ``talker_inputs``
         for chunk in plan_prefill([piece], self._config).chunks:
             prefix = engine.prefill(prefix, talker_inputs, chunk, start)
             start += chunk.num_tokens
@@ -210,8 +220,9 @@ class OmniJaxSide(Side):
         request = SpeechRequest(prompt_length, 0, TalkerParams().sampling, num_codes, span)
         for slot in range(batch):
             state = engine.insert(state, slot, prefix)
-        thinker_slot = np.zeros(batch, np.int32)
-        lengths = np.full(batch, prompt_length, np.int32)
+        # the reply's rows come from the one slot of a Thinker that is not there: any rows will do
+        thinker_slot = np.zeros(batch, np.int32)  # [B]
+        lengths = np.full(batch, prompt_length, np.int32)  # [B]
         for _ in range(0, num_codes, engine.append_width):
             state = engine.append_reply(state, talker_inputs, np.array([num_codes]), thinker_slot, lengths)
         return engine.begin(state, dict.fromkeys(range(batch), request))
@@ -232,7 +243,10 @@ class OmniJaxSide(Side):
         return time.perf_counter() - started
 
     def warm_up(self, requests: Sequence[ReplyRequest], num_slots: int | None = None) -> CompileCount:
-        lengths = [len(self._make_prompt(request)) + max(request.num_tokens, request.num_codes) for request in requests]
+        # positions of the longest: of its prompt and text in the Thinker, of its prompt and codes in the Talker
+        lengths = []
+        for request in requests:
+            lengths.append(len(self._make_prompt(request)) + max(request.num_tokens, request.num_codes))
         config = None if num_slots is None else SchedulerConfig(num_slots, num_slots, BLOCK_SIZES)
         compiled = self._model.warmup(tokens=max(lengths) + 2, windows=0, scheduler=config)
         return CompileCount(compiled.count, compiled.seconds)
@@ -246,6 +260,7 @@ class OmniJaxSide(Side):
         packets: list[np.ndarray] = []
         events: list[Event] = []
         with Compilations() as compilations:
+            # making the stream reads the input; the model begins with the first event that is asked for
             started = time.perf_counter()
             stream = trace.run(Part.INPUT, lambda: model.stream(make_messages(request), **_options(request)), _one)
             for event in stream:
@@ -261,6 +276,7 @@ class OmniJaxSide(Side):
                     if first_packet_only:
                         break
             stream.close()
+        # there is none where the stream was closed behind its first packet
         reply = events[-1].reply
         if reply is not None:
             request.check_reply(len(reply.token_ids), len(reply.codec_ids))
@@ -277,19 +293,16 @@ class OmniJaxSide(Side):
     def answer_all(self, requests: Sequence[ReplyRequest], num_slots: int, *, spoken: bool) -> Throughput:
         """After a warm-up, which does not count."""
         self.warm_up(requests, num_slots)
+        # the sizes are of Token2Wav's lists, which text alone does not need
         config = SchedulerConfig(num_slots, num_slots, BLOCK_SIZES if spoken else ())
         with Compilations() as compilations:
             started = time.perf_counter()
             scheduler = self._run_requests(self._model, requests, config, spoken=spoken)
             seconds = time.perf_counter() - started
         use = scheduler.utilization
+        used = {"prompts": use.prefill, "text": use.text, "speech": use.speech, "sound": use.vocoder}
         padding = {}
-        for stage, slots in (
-            ("prompts", use.prefill),
-            ("text", use.text),
-            ("speech", use.speech),
-            ("sound", use.vocoder),
-        ):
+        for stage, slots in used.items():
             if slots.computed:
                 padding[stage] = 1 - slots.used / slots.computed
         timings = scheduler.timings
@@ -310,6 +323,7 @@ class OmniJaxSide(Side):
         for request in requests:
             options = Options.create(**_options(request) if spoken else {"max_tokens": request.num_tokens})
             submitted[model.submit(scheduler, self._make_prompt(request), options)] = request
+        # an error of one request would only be in its reply; a figure must not leave that request out
         for state, event in scheduler.run():
             if event.reply is not None:
                 if state.error is not None:
@@ -327,6 +341,7 @@ class OmniJaxSide(Side):
         prepare = self._prepare
         rows = [_make_row(i + 1, file) for i, file in enumerate(files)]
         part = BatchPart(BUDGET)
+        # decoding, features and tokens; then the arrays of a batch
         started = time.perf_counter()
         examples = [prepare.example(row) for row in rows]
         if packed:
@@ -356,10 +371,15 @@ class OmniJaxSide(Side):
     def plan_prompt(self, request: ReplyRequest) -> PromptPlan:
         """What its prompt costs."""
         prompt = self._make_prompt(request)
-        spans = mrope.resolve(prompt.segments, self._config.thinker_config)
+        spans = mrope.resolve_spans(prompt.segments, self._config.thinker_config)
         plan = plan_prefill([PromptPiece(prompt, spans)], self._config)
-        audio_blocks = sum(len(media.length) for media in plan.encoder_inputs if isinstance(media, AudioBlocks))
-        return PromptPlan(len(prompt), audio_blocks, sum(chunk.tokens.shape[1] for chunk in plan.chunks))
+        # padding included, for it takes as long
+        audio_blocks = 0
+        for media in plan.encoder_inputs:
+            if isinstance(media, AudioBlocks):
+                audio_blocks += len(media.length)
+        positions = sum(chunk.tokens.shape[1] for chunk in plan.chunks)
+        return PromptPlan(len(prompt), audio_blocks, positions)
 
     def plan_stream(self) -> StreamPlan:
         """What the parts of the model declare."""
@@ -391,6 +411,7 @@ class CompilerClock:
         jax.monitoring.register_event_duration_secs_listener(self._note)
 
     def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
+        # JAX tells of an event when it has ended
         if event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
             self._spans.append((now - duration_secs, now))
@@ -428,7 +449,7 @@ def make_stream_plan(config: OmniConfig, chunk_sizes: ChunkSizes) -> StreamPlan:
 def make_piece(ids: Sequence[int], items: Sequence[Any], config: OmniConfig) -> PromptPiece:
     """A whole prompt of these ids and media."""
     prompt = lay_out(ids, items, config.thinker_config)
-    return PromptPiece(prompt, mrope.resolve(prompt.segments, config.thinker_config))
+    return PromptPiece(prompt, mrope.resolve_spans(prompt.segments, config.thinker_config))
 
 
 def make_messages(request: ReplyRequest) -> list[dict[str, Any]]:

@@ -41,16 +41,24 @@ from benchmarks.side import (
     VoiceArrays,
 )
 
-ATTENTION = "sdpa"
+ATTENTION = "sdpa"  # PyTorch's fused one, the fastest that needs no other library
+# of a reply that is spoken before any is timed
 WARM_UP_TOKENS = 4
 WARM_UP_CODES = 8
 
 
 def time_call(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Wall-clock seconds of one call, and of what it left to be done on an accelerator."""
     started = time.perf_counter()
     work()
+    synchronize()
     return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    """Waits for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class PyTorchSide(Side):
@@ -67,11 +75,13 @@ class PyTorchSide(Side):
     def _load_component(self, name: str, kind: Any) -> Any:
         """One component of the checkpoint, so that the memory of this process is that component's."""
         model = kind._from_config(getattr(self._config, f"{name}_config"), attn_implementation=ATTENTION)
+        # the files one after the other; of each only this component's tensors
         tensors = {}
         for file in sorted(self._published.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
-                names = [key for key in opened.keys() if key.startswith(f"{name}.")]  # noqa: SIM118, no dict
-                tensors |= {key.removeprefix(f"{name}."): opened.get_tensor(key) for key in names}
+                for key in opened.keys():  # noqa: SIM118, no dict
+                    if key.startswith(f"{name}."):
+                        tensors[key.removeprefix(f"{name}.")] = opened.get_tensor(key)
         model.float().load_state_dict(tensors)
         return model.eval()
 
@@ -102,30 +112,33 @@ class PyTorchSide(Side):
     def encode_audio(self, mel: Float[np.ndarray, "F M"]) -> float:
         features = torch.tensor(mel.T.copy())  # [M, F]
         lengths = torch.tensor([len(mel)])  # [1]
+        # the lengths that the reference works out before it calls the tower
         after_conv = (lengths - 1) // 2 + 1
         tower = self._thinker.audio_tower
         return time_call(lambda: tower(features, feature_lens=lengths, aftercnn_lens=after_conv))
 
     @torch.inference_mode()
     def encode_image(self, patches: Float[np.ndarray, "N P"], grid: tuple[int, int, int]) -> float:
-        values = torch.tensor(patches)
-        grids = torch.tensor([grid])
+        values = torch.tensor(patches)  # [N, P]
+        grids = torch.tensor([grid])  # [1, 3]
         tower = self._thinker.visual
         return time_call(lambda: tower(values, grids))
 
     @torch.inference_mode()
     def prefill(self, tokens: Int[np.ndarray, " S"]) -> float:
-        prompt = torch.tensor(tokens[None])
+        prompt = torch.tensor(tokens[None])  # [1, S]
         thinker = self._thinker
         return time_call(lambda: _step_thinker(thinker, prompt, 0, DynamicCache()))
 
     @torch.inference_mode()
     def decode_text(self, tokens: Int[np.ndarray, " S"], batch: int, num_tokens: int) -> float:
         thinker = self._thinker
+        # the cache is shared by all rounds, and cut back to the prompt after each
         cache, token = self._prefilled_text(tuple(tokens.tolist()), batch)
         started = time.perf_counter()
         for i in range(num_tokens):
             token = _step_thinker(thinker, token, len(tokens) + i, cache)
+        synchronize()
         seconds = time.perf_counter() - started
         cache.crop(len(tokens))  # for the next round
         return seconds / num_tokens
@@ -148,6 +161,7 @@ class PyTorchSide(Side):
         for i, embeds in enumerate(text):
             inputs = talker.get_input_embeddings()(codes) + embeds
             codes = _step_talker(talker, inputs, prompt_length + i, cache)
+        synchronize()
         seconds = time.perf_counter() - started
         cache.crop(prompt_length)  # for the next round
         return seconds / num_codes
@@ -155,12 +169,14 @@ class PyTorchSide(Side):
     @functools.cache  # noqa: B019
     def _prefilled_codes(self, batch: int, prompt_length: int) -> DynamicCache:
         cache = DynamicCache()
+        # [B, S, E], in the width of the Thinker
         inputs = torch.randn(batch, prompt_length, self._talker.config.embedding_size)
         _step_talker(self._talker, inputs, 0, cache)
         return cache
 
     @torch.inference_mode()
     def solve_mel(self, codes: Int[np.ndarray, "B K"], voice: VoiceArrays) -> float:
+        # 36 evaluations from fresh noise, as the reference does it
         cond = torch.tensor(voice.cond)
         mel = torch.tensor(voice.mel)
         ids = torch.tensor(codes)
@@ -187,6 +203,7 @@ class PyTorchSide(Side):
         started = time.perf_counter()
         num_tokens, audio = self._generate(inputs, request.num_tokens, request.num_codes)
         seconds = time.perf_counter() - started
+        # codes are not returned; each has become 480 samples
         request.check_reply(num_tokens, CODES_PER_SECOND * len(audio) // SAMPLE_RATE)
         audible = np.flatnonzero(np.abs(audio) >= AUDIBLE)
         first = int(audible[0]) if len(audible) else None
@@ -206,6 +223,7 @@ class PyTorchSide(Side):
         """Text alone, in batches of like lengths; a batch is as long as its longest reply."""
         thinker = self._model.thinker
         pad = self._config.thinker_config.pad_token_id
+        # sorted, so that little is padded and few rows wait for the longest of their batch
         ordered = sorted(requests, key=lambda request: (request.num_tokens, len(_inputs(request).tokens)))
         started = time.perf_counter()
         for first in range(0, len(ordered), batch):
@@ -218,6 +236,7 @@ class PyTorchSide(Side):
     @torch.inference_mode()
     def _generate(self, inputs: PromptInputs, num_tokens: int, num_codes: int) -> tuple[int, np.ndarray]:
         """Tokens of a spoken reply, and its samples: greedy text, and codes sampled in the published way."""
+        # equal draws in each round
         torch.manual_seed(0)
         arrays = _pad_left([inputs.tokens], 0)
         if inputs.mel is not None:
@@ -233,6 +252,7 @@ class PyTorchSide(Side):
             thinker_pad_token_id=self._config.thinker_config.pad_token_id,
             talker_pad_token_id=self._config.talker_config.tts_codec_pad_token_id,
         )
+        # the reference returns the prompt before the reply
         return ids.shape[1] - len(inputs.tokens), audio.flatten().numpy()
 
     def prepare_files(self, files: Sequence[Path], packed: bool) -> float:
@@ -253,7 +273,7 @@ def _step_thinker(thinker: Any, tokens: torch.Tensor, start: int, cache: Dynamic
 def _step_talker(talker: Any, inputs: torch.Tensor, start: int, cache: DynamicCache) -> torch.Tensor:
     """The next codes [B, 1] after embeddings [B, S, E]; only the last position's logits are computed."""
     positions = torch.arange(start, start + inputs.shape[1]).expand(3, len(inputs), -1)  # [3, B, S]
-    projected = talker.thinker_to_talker_proj(inputs)
+    projected = talker.thinker_to_talker_proj(inputs)  # [B, S, width of the Talker]
     output = talker.model(inputs_embeds=projected, position_ids=positions, past_key_values=cache, use_cache=True)
     return talker.codec_head(output[0][:, -1:]).argmax(-1)
 
@@ -266,9 +286,10 @@ def _inputs(request: ReplyRequest) -> PromptInputs:
 
 def _pad_left(prompts: Sequence[np.ndarray], pad: int) -> dict[str, torch.Tensor]:
     """Prompts of one length, with padding before them."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
+    # before and not behind, since generation goes on at the right edge of every row
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)  # [B, S]
+    mask = torch.zeros_like(ids)  # [B, S]
     for i, prompt in enumerate(prompts):
         ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         mask[i, longest - len(prompt) :] = 1

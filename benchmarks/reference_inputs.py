@@ -45,13 +45,16 @@ def prepare_file(processor: Any, file: Path) -> Any:
     kind = KINDS[file.suffix]
     with_sound = file.name == WITH_SOUND
     audio = images = videos = None
+    # decoding is omni_jax's on both sides, so that the processors are what differs
     if kind == "image":
         images = [media.read_image(file)]
     if kind == "video":
         frames = media.read_video(file, PIXELS, {}).frames
+        # [frames, 3, height, width], as torchvision has it
         videos = [np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in frames])]
     if kind == "audio" or with_sound:
         audio = [media.read_audio(file, MEL)]
+    # the dialogue that our side reads as a row
     question = [{"type": kind, "text": ""}, {"type": "text", "text": "What is it?"}]
     answer = [{"type": "text", "text": "It is noise."}]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

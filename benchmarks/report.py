@@ -39,6 +39,7 @@ def print_cases(results: Sequence[CaseResult]) -> None:
     """A row for each case, with both sides beside each other."""
     table = Table("", "omni_jax", "PyTorch", "PyTorch / omni_jax", "rate", "memory, GB")
     for result in results:
+        # some cases are ours alone, for PyTorch would take too long
         sides = [result.ours] if result.pytorch is None else [result.ours, result.pytorch]
         theirs = "" if result.pytorch is None else format_seconds(result.pytorch.seconds)
         ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
@@ -54,6 +55,7 @@ def _pair(values: Sequence[float | None]) -> str:
 
 def print_tables(*parts: Table | str) -> None:
     """Prints as wide as it needs, also where the output is no terminal."""
+    # a file or a pipe would otherwise get 80 columns, and broken rows
     console = Console(width=170)
     for part in parts:
         console.print(part)
@@ -72,7 +74,7 @@ def format_seconds(seconds: float | None) -> str:
 
 def save_figure(figure: Figure, picture: Path) -> None:
     """Writes a drawing; its folder is made."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # an extra, which only pictures need
 
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
@@ -99,9 +101,11 @@ def check_at_least_one(**options: int | Sequence[int]) -> None:
 
 def check_seconds(seconds: Sequence[int], reference_seconds: Sequence[int] = ()) -> None:
     """Exits, saying why, if replies of these lengths cannot be made and compared."""
+    # the published DiT takes so many mel frames at most
     dit = OmniConfig.qwen2_5_omni_7b().token2wav_config.dit_config
     longest = dit.max_position_embeddings // dit.repeats // CODES_PER_SECOND
     in_range = all(1 <= length <= longest for length in seconds)
+    # the first and the last are compared, and tables have a column for each
     if not seconds or not in_range or list(seconds) != sorted(set(seconds)):
         sys.exit(f"--seconds {_shown(seconds)}: give different lengths of 1 to {longest}, shortest first")
     if set(reference_seconds) - set(seconds):

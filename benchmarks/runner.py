@@ -61,16 +61,19 @@ def run_case(
     """Runs a case ``repeats`` times on each side in turns; ``warm_up`` puts a round before them that does not count."""
     our_seconds: list[float] = []
     their_seconds: list[float] = []
+    # in turns: a ratio is that of two times which lie side by side
     for _ in range(repeats + warm_up):
         our_seconds.append(ours.run(case.method, *case.args) / case.divisor)
         if case.with_pytorch:
             their_seconds.append(pytorch.run(case.method, *case.args) / case.divisor)
+    # the first round, in which a side loads what the case needs, does not count
     if warm_up:
         del our_seconds[:1]
         del their_seconds[:1]
     result = _summarize(case, our_seconds, ours.memory)
     if not case.with_pytorch:
         return CaseResult(case.name, case.unit, result)
+    # the median of the ratios, and not the ratio of the medians, which may be of different rounds
     ratios = [their / our for their, our in zip(their_seconds, our_seconds, strict=True)]
     pytorch_result = _summarize(case, their_seconds, pytorch.memory)
     return CaseResult(case.name, case.unit, result, pytorch_result, statistics.median(ratios))

@@ -84,6 +84,7 @@ class ReplyRequest:
         Raises:
           RuntimeError: if it has another.
         """
+        # nothing ends by itself, so a reply of another length is a mistake of the benchmark
         wanted = (self.num_tokens, self.num_codes if spoken else 0)
         if (num_tokens, num_codes) != wanted:
             raise RuntimeError(
@@ -94,6 +95,7 @@ class ReplyRequest:
 class Part(enum.StrEnum):
     """The parts of the model, and of the work around it, whose calls are timed."""
 
+    # in the order of the work
     INPUT = "input"
     ENCODERS = "encoders"
     PREFILL = "prefill"
@@ -247,6 +249,7 @@ class SideProcess(Generic[AnySide]):
 
     def __init__(self, side: type[AnySide], folder: Path, *, one_core: bool = False):
         """``one_core`` holds the process, and the threads that it will start, to one core."""
+        # one worker, in which everything that a side has loaded stays from call to call;
         # not forked: threads of a parent that has used JAX would be missing
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, context, _make_side, (side, folder, one_core))
@@ -265,6 +268,7 @@ class SideProcess(Generic[AnySide]):
         **kwargs: Arguments.kwargs,
     ) -> Result:
         """What a method of the side returns; ``process.run(Side.vocode, mel)`` is ``side.vocode(mel)`` over there."""
+        # a method goes over by its name: a subclass's, where the caller names the one of ``Side``
         result, self.memory = self._pool.submit(_run_method, method.__name__, args, kwargs).result()
         return result
 
@@ -273,6 +277,7 @@ _sides: list[Side] = []  # of a process that SideProcess has started: its only o
 
 
 def _make_side(side: type[Side], folder: Path, one_core: bool) -> None:
+    # threads that are started from here on take the affinity of this one
     if one_core:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     _sides.append(side(folder))
@@ -281,10 +286,12 @@ def _make_side(side: type[Side], folder: Path, one_core: bool) -> None:
 def _run_method(name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, int]:
     """The result, and the high-water mark of this process's memory while it was made."""
     method = getattr(_sides[0], name)
+    # Linux's account of a process, which other systems do not have
     if not (_PROCESS / "clear_refs").exists():
         return method(*args, **kwargs), 0
     (_PROCESS / "clear_refs").write_text("5")  # sets the mark back to what is held now
     result = method(*args, **kwargs)
+    # the high-water mark, in kB
     status = (_PROCESS / "status").read_text().splitlines()
     peak = next(line for line in status if line.startswith("VmHWM"))
     return result, 1024 * int(peak.split()[1])

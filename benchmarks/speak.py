@@ -37,9 +37,11 @@ from benchmarks.runner import Case, CaseResult, run_cases
 from benchmarks.side import CODES_PER_SECOND, ReplyRequest, Side, SideProcess
 from omni_jax.config import OmniConfig
 
-VOICE_FRAMES = 300
-TALKER_PROMPT = 250
+VOICE_FRAMES = 300  # of the voice's clip, three seconds
+# ten seconds of sound in the prompt, and somewhat over one of speech in the reply
+TALKER_PROMPT = 250  # positions
 TALKER_CODES = 64
+# eight, of 40 and of 60 codes in turns, so that slots do not all end together
 REPLIES = tuple(ReplyRequest("What do you hear and see?", 16, (40, 60)[i % 2]) for i in range(8))
 
 
@@ -95,6 +97,7 @@ def speak(
     check_seconds(seconds, reference_seconds)
     check_at_least_one(batches=batches, repeats=repeats)
     results: dict[str, Any] = {}
+    # a model and two processes for each part, so that none holds what another has loaded
     for part in parts:
         config = make_middle_config()
         if part is SpeechPart.TOKEN2WAV:
@@ -130,17 +133,19 @@ def make_token2wav_cases(
     config: OmniConfig, seconds: Sequence[int], reference_seconds: Sequence[int], batches: Sequence[int]
 ) -> list[Case]:
     """Both networks over the lengths, one request each; then over batches of the shortest. In seconds a second."""
+    # a rate of operations, which shows how much of the machine a network uses, whatever its size
     rng = np.random.default_rng(2)
     flops = count_token2wav_flops(config)
     dit = config.token2wav_config.dit_config
     voice = make_voice(config, VOICE_FRAMES)
+    # seconds, and requests at once
     shapes = [(length, 1) for length in seconds]
     shapes += [(min(seconds), batch) for batch in sorted(batches) if batch > 1]
     cases = []
     for length, batch in shapes:
         num_codes = CODES_PER_SECOND * length
-        codes = rng.integers(0, dit.num_embeds, (batch, num_codes))
-        mel = rng.standard_normal((batch, dit.repeats * num_codes, dit.mel_dim), np.float32)
+        codes = rng.integers(0, dit.num_embeds, (batch, num_codes))  # [B, K]
+        mel = rng.standard_normal((batch, dit.repeats * num_codes, dit.mel_dim), np.float32)  # [B, F, M]
         title = f"{length} s of speech" if batch == 1 else f"{batch} x {length} s of speech"
         networks: dict[str, tuple[Callable[..., float], tuple[Any, ...]]] = {
             "DiT": (Side.solve_mel, (codes, voice)),
@@ -151,7 +156,7 @@ def make_token2wav_cases(
                 f"{network}, {title}",
                 method,
                 args,
-                with_pytorch=batch == 1 and length in reference_seconds,
+                with_pytorch=batch == 1 and length in reference_seconds,  # the reference takes one request at a time
                 divisor=batch * length,
                 work=flops[network] / 1e9,
                 unit="GFLOP/s",
@@ -173,11 +178,14 @@ def make_talker_cases(
 
 def time_replies(ours: SideProcess[OmniJaxSide], requests: Sequence[ReplyRequest]) -> list[StageResult]:
     """Each request answered alone, then all together: the seconds of every stage, the singles' added up."""
+    # seconds by stage
     singles = []
     for request in track(requests, "replies one by one", console=Console(stderr=True)):
         singles.append(ours.run(OmniJaxSide.time_stages, [request]))
     together = ours.run(OmniJaxSide.time_stages, list(requests))
-    single_seconds = {stage: sum(single[stage] for single in singles) for stage in STAGES}
+    single_seconds = {}
+    for stage in STAGES:
+        single_seconds[stage] = sum(single[stage] for single in singles)
     single_seconds["all"] = sum(single_seconds.values())
     total = sum(together.values())
     results = []
@@ -192,6 +200,11 @@ def print_replies(results: Sequence[StageResult], num_replies: int) -> None:
     heads = ("one by one", "together", "together / one by one", "share of together")
     table = Table(f"{num_replies} spoken replies", *heads)
     for result in results:
-        times = format_seconds(result.single_seconds), format_seconds(result.batch_seconds)
-        table.add_row(result.stage, *times, f"{result.ratio:.2f}", f"{result.share:.0%}")
+        table.add_row(
+            result.stage,
+            format_seconds(result.single_seconds),
+            format_seconds(result.batch_seconds),
+            f"{result.ratio:.2f}",
+            f"{result.share:.0%}",
+        )
     print_tables(table)

@@ -36,6 +36,7 @@ class Trace:
 
     def run(self, part: Part, call: Callable[[], Result], count_work: Callable[[Result], float]) -> Result:
         """Does a call, waits for its result, and notes both its time and its work."""
+        # JAX returns before the device has finished; without the wait the next call would pay for this one
         started = time.perf_counter()
         result = jax.block_until_ready(call())
         ended = time.perf_counter()
@@ -53,6 +54,7 @@ class Trace:
 class _Traced:
     """An engine that shares all that another one holds: parameters and compiled programs."""
 
+    # the constructor of the engine is left out, since it would place the parameters anew
     def __init__(self, engine: Any, trace: Trace):
         vars(self).update(vars(engine))
         self.trace = trace
@@ -113,6 +115,7 @@ class _TracedToken2WavEngine(_Traced, Token2WavEngine):
 class _TracedStreamEngine(_Traced, StreamEngine):
     def solve(self, state: Any, chunk: Any, speaker: Any) -> Any:
         call = super().solve
+        # codes to mel frames to blocks
         num_blocks = chunk.codes.shape[1] * self.config.repeats / self.config.block_size
         return self.trace.run(Part.DIT, lambda: call(state, chunk, speaker), lambda _: num_blocks)
 
@@ -120,6 +123,7 @@ class _TracedStreamEngine(_Traced, StreamEngine):
         """The samples are copied to the host here, and not in the stream, so that the copy has a time of its own."""
         call = super().vocode
         declared = self.vocoder.streaming
+        # with what it looks back and ahead at, which is computed anew
         num_frames = declared.look_ahead + (declared.look_back or 0) + mel.valid.shape[1]
         block, state = self.trace.run(Part.VOCODER, lambda: call(state, mel, active), lambda _: num_frames)
         values, valid = self.trace.run(Part.COPY, lambda: jax.device_get((block.values, block.valid)), lambda _: 1)
@@ -129,6 +133,7 @@ class _TracedStreamEngine(_Traced, StreamEngine):
 def _count_steps(result: tuple[Any, DecodeResult]) -> int:
     """Steps of a call of a decode loop: the tokens of the slot that got most."""
     _, decoded = result
+    # slots that have ended go through the steps of the others
     tokens = decoded.to_host()
     return max(len(tokens.at_slot(slot)) for slot in range(len(tokens.remaining)))
 
@@ -137,6 +142,7 @@ def trace_model(model: OmniModel) -> tuple[OmniModel, Trace]:
     """The same model with engines whose calls are noted; it compiles nothing anew."""
     trace = Trace()
     engines = model.engines
+    # all three are there: only whole models are timed
     assert engines.talker is not None and engines.token2wav is not None
     traced = dataclasses.replace(
         engines,

@@ -15,6 +15,7 @@ from benchmarks.runner import Case, run_cases
 from benchmarks.side import Side, SideProcess
 from omni_jax.config import OmniConfig
 
+# what one usual request has
 PROMPT_TOKENS = 1024
 DECODED_TOKENS = 32
 AUDIO_FRAMES = 3000  # 30 seconds
@@ -44,16 +45,18 @@ def understand(json_out: Path | None = None, repeats: int = 5) -> None:
 
 def make_cases(config: OmniConfig, num_tokens: int = PROMPT_TOKENS) -> list[Case]:
     """30 seconds of sound, a picture, a prompt of so many tokens, and replies to it."""
+    # random inputs: times do not depend on what they are
     rng = np.random.default_rng(1)
     thinker = config.thinker_config
-    mel = rng.standard_normal((AUDIO_FRAMES, thinker.audio_config.num_mel_bins), np.float32)
-    patches = rng.standard_normal((np.prod(IMAGE_GRID), thinker.vision_config.patch_dim), np.float32)
-    prompt = rng.integers(0, 500, num_tokens)
+    mel = rng.standard_normal((AUDIO_FRAMES, thinker.audio_config.num_mel_bins), np.float32)  # [F, M]
+    patches = rng.standard_normal((np.prod(IMAGE_GRID), thinker.vision_config.patch_dim), np.float32)  # [N, P]
+    prompt = rng.integers(0, 500, num_tokens)  # [S], below the special tokens
     cases = [
         Case("audio encoder, 30 s", Side.encode_audio, (mel,)),
         Case("vision encoder, 480 x 640", Side.encode_image, (patches, IMAGE_GRID)),
         Case(f"prefill, {num_tokens} tokens", Side.prefill, (prompt,)),
     ]
+    # a step reads all weights once, whatever the batch: the rate says how near it comes to the memory's
     gigabytes = count_decoding_bytes(config) / 1e9
     for batch in BATCHES:
         name = f"decoding a token, batch {batch}"

@@ -35,6 +35,7 @@ def _axes(*names: str | None) -> dict[str, Any]:
     return {_AXES: names}
 
 
+# positions of text may be sharded; blocks and frames are sharded as the rows that they belong to
 _TEXT = _axes("batch", "sequence")
 _ROWS = _axes("batch")
 _ROWS_2D = _axes("batch", None)
@@ -127,6 +128,7 @@ def batch_axes(batch: Tree) -> Tree:
 
 
 def _declared_axes(batch: Any, path: KeyPath) -> PartitionSpec:
+    # from the batch down to the dataclass that has the array: through fields, and through the groups of frames
     node = batch
     for key in path[:-1]:
         if isinstance(key, SequenceKey):
@@ -139,7 +141,7 @@ def _declared_axes(batch: Any, path: KeyPath) -> PartitionSpec:
     return PartitionSpec(*fields[path[-1].name].metadata[_AXES])
 
 
-# 1, 2, 3, 4, 6, 8, 12, ...: a length is at most a third shorter than its bucket
+# 1, 2, 3, 4, 6, 8, 12, ...: a length is at most a third shorter than its bucket; up to 2**40 units, beyond any length
 _BUCKET_LADDER = sorted({1, *(k << i for k in (2, 3) for i in range(40))})
 
 

@@ -26,8 +26,10 @@ def check_int(name: str, value: Any, low: int, high: int = INT32_MAX, hint: str 
     Raises:
       InputError: for anything else.
     """
+    # numpy's integers are Integral, too; so is a bool, which is a mistake where a number is asked for
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputError(f"{name} is {shown(value)}; it must be a whole number{_limits(low, high, hint)}")
+    # a plain int from here on, which JSON and jitted functions take
     number = int(value)
     if not low <= number <= high:
         raise InputError(f"{name} is {shown(value)}; it must be{_limits(low, high, hint)}")
@@ -57,6 +59,7 @@ def check_float(name: str, value: Any, low: float, high: float, *, above: bool =
     # as float32, for that is how it is computed with: a tiny number may become 0 there
     with np.errstate(over="ignore"):
         rounded = float(np.float32(number))
+    # asked in this way, NaN is refused: it is neither over a limit nor under it
     if not (low < rounded if above else low <= rounded) or not rounded <= high:
         raise InputError(f"{name} is {shown(value)}; it must be {wanted}")
     return number

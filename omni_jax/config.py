@@ -141,13 +141,13 @@ class DecoderConfig(ConfigSection):
     FIXED = {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False}
 
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of the MLP
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
     head_dim: int = 0  # 0: hidden_size // num_attention_heads
-    max_position_embeddings: int = 32768
+    max_position_embeddings: int = 32768  # the context, prompt and reply together
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     rope_scaling: RopeScaling = RopeScaling()
@@ -155,16 +155,21 @@ class DecoderConfig(ConfigSection):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = CONFIG_FILE) -> Self:
         # null, as Hugging Face configurations have it where the width follows from hidden_size
-        without_null = {key: value for key, value in values.items() if key != "head_dim" or value is not None}
-        return super().from_dict(without_null, where)
+        values = dict(values)
+        if values.get("head_dim") is None:
+            values.pop("head_dim", None)
+        return super().from_dict(values, where)
 
     def __post_init__(self) -> None:
         where = type(self).__name__
+        # the Talker of the 7B has heads of its own width, 12 x 128 over a hidden size of 896
         if not self.head_dim:
             check_divides(where, "num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        # query heads are shared out evenly among the key heads
         queries = self.num_attention_heads
         check_divides(where, "num_key_value_heads", self.num_key_value_heads, "num_attention_heads", queries)
+        # a frequency rotates a pair of a head's channels
         if 2 * sum(self.rope_scaling.mrope_section) != self.head_dim:
             sections = self.rope_scaling.mrope_section
             raise ConfigError(f"{where}: mrope_section {sections} must add up to half of head_dim {self.head_dim}")
@@ -187,9 +192,11 @@ class TextConfig(DecoderConfig):
 class _MediaIds(ConfigSection):
     """Token ids and times that the Thinker and the Talker both carry."""
 
+    # the placeholders of features, one for each
     audio_token_index: int = 151646
     image_token_index: int = 151655
     video_token_index: int = 151656
+    # around the placeholders of a medium
     audio_start_token_id: int = 151647
     audio_end_token_id: int = 151648
     vision_start_token_id: int = 151652
@@ -202,6 +209,7 @@ _TINY_MEDIA_IDS = dict(audio_token_index=515, audio_start_token_id=516, audio_en
 _TINY_MEDIA_IDS |= dict(
     vision_start_token_id=521, vision_end_token_id=522, image_token_index=524, video_token_index=525
 )
+# both spellings are in published files, of different releases
 _MEDIA_ALIASES = {f"{m}_token_id": f"{m}_token_index" for m in ("audio", "image", "video")}
 
 
@@ -288,9 +296,9 @@ class DiTConfig(ConfigSection):
     num_hidden_layers: int = 22
     num_attention_heads: int = 16
     head_dim: int = 64
-    ff_mult: int = 2
+    ff_mult: int = 2  # width of the MLP over hidden_size
     emb_dim: int = 512  # of a code
-    num_embeds: int = 8193
+    num_embeds: int = 8193  # one less than the table's rows
     repeats: int = 2  # mel frames of a code
     mel_dim: int = 80
     block_size: int = 24  # mel frames; attention reaches whole blocks
@@ -300,11 +308,11 @@ class DiTConfig(ConfigSection):
     max_position_embeddings: int = 32768
     enc_emb_dim: int = 192  # of a voice's speaker vector
     enc_dim: int = 128  # of the speaker encoder's output
-    enc_channels: tuple[int, ...] = (256, 256, 256, 256, 768)
+    enc_channels: tuple[int, ...] = (256, 256, 256, 256, 768)  # the last block takes the three before it side by side
     enc_kernel_sizes: tuple[int, ...] = (5, 3, 3, 3, 1)
     enc_dilations: tuple[int, ...] = (1, 2, 3, 4, 1)
     enc_attention_channels: int = 64
-    enc_res2net_scale: int = 2
+    enc_res2net_scale: int = 2  # parts that a block's channels are split into
     enc_se_channels: int = 64
 
     @classmethod
@@ -325,10 +333,10 @@ class BigVGANConfig(ConfigSection):
     FIXED = {"use_bias_at_final": False}
 
     mel_dim: int = 80
-    upsample_initial_channel: int = 1536
+    upsample_initial_channel: int = 1536  # halved by each stage
     upsample_rates: tuple[int, ...] = (5, 3, 2, 2, 2, 2)  # their product is the samples of a mel frame
     upsample_kernel_sizes: tuple[int, ...] = (11, 7, 4, 4, 4, 4)
-    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)  # of each stage's residual blocks, whose mean it takes
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
 
     @classmethod
@@ -366,6 +374,7 @@ class OmniConfig(ConfigSection):
     enable_audio_output: bool = True
 
     def __post_init__(self) -> None:
+        # the Talker is given what the Thinker computes, in the Thinker's width
         talker_width = self.talker_config.embedding_size
         thinker_width = self.thinker_config.text_config.hidden_size
         if talker_width != thinker_width:
@@ -396,6 +405,7 @@ class OmniConfig(ConfigSection):
 
     @classmethod
     def _from_thinker(cls, thinker: ThinkerConfig) -> OmniConfig:
+        # sections that no part will be made from, but every configuration has; their widths must agree
         talker = dataclasses.replace(
             cls.qwen2_5_omni_7b().talker_config, embedding_size=thinker.text_config.hidden_size
         )
@@ -424,6 +434,7 @@ class OmniConfig(ConfigSection):
     @classmethod
     def qwen2_5_omni_7b(cls) -> OmniConfig:
         """The published 7B."""
+        # hidden size, MLP, layers, query heads, key heads, vocabulary
         text = TextConfig(3584, 18944, 28, 28, 4, 152064)
         talker = TalkerConfig(896, 18944, 24, 12, 4, 8448, head_dim=128, embedding_size=3584)
         return cls(ThinkerConfig(text_config=text), talker)

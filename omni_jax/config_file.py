@@ -35,6 +35,7 @@ _LIBRARY_KEYS = frozenset(
     torchscript transformers_version typical_p use_bfloat16 use_cache
     """.split()
 )
+# of PyTorch's training, which has its own settings here
 _TRAINING_KEYS = frozenset({"initializer_range", "init_std", "dropout", "attention_dropout", "activation_dropout"})
 
 
@@ -56,6 +57,7 @@ class ConfigSection:
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         types = typing.get_type_hints(cls)
         arguments: dict[str, Any] = {}
+        # in this order, for some sections have as a field what is bookkeeping in others, such as eos_token_id
         for key, value in values.items():
             name = cls.ALIASES.get(key, key)
             if key in cls.FIXED:
@@ -63,6 +65,7 @@ class ConfigSection:
                     raise ConfigError(f"{where}: {key} is {shown(value)}; only {cls.FIXED[key]!r} is supported")
             elif name in fields:
                 argument = _decode_value(types[name], value, f"{where}: {key}")
+                # a file may have both spellings, as long as they agree
                 if name in arguments and arguments[name] != argument:
                     raise ConfigError(f"{where}: {key} is {argument}, but its other spelling gives {arguments[name]}")
                 arguments[name] = argument
@@ -77,6 +80,7 @@ class ConfigSection:
     def to_dict(self) -> dict[str, Any]:
         """The section as transformers 4 spells it."""
         values: dict[str, Any] = {"model_type": self.MODEL_TYPE} if self.MODEL_TYPE else {}
+        # written too: transformers has other defaults for some of them, such as tied embeddings
         values.update(self.FIXED)
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             values[field.name] = _encode_value(getattr(self, field.name))
@@ -132,6 +136,7 @@ def to_transformers_4(values: Mapping[str, Any], where: str = CONFIG_FILE) -> di
     rope = section.pop("rope_parameters", None)
     if rope is None:
         return section
+    # a file may have both spellings; one that is null says nothing
     for key, value in _split_rope_parameters(rope, f"{where}: rope_parameters").items():
         if section.get(key) not in (None, value):
             raise ConfigError(f"{where}: {key} is {shown(section[key])}, but rope_parameters gives {shown(value)}")
@@ -142,7 +147,7 @@ def to_transformers_4(values: Mapping[str, Any], where: str = CONFIG_FILE) -> di
 def _split_rope_parameters(rope: Any, where: str) -> dict[str, Any]:
     if not isinstance(rope, Mapping):
         raise ConfigError(f"{where} must be a section, got {shown(rope)}")
-    scaling = dict(rope)
+    scaling = dict(rope)  # a copy, from which what is known is taken
     split: dict[str, Any] = {}
     if "rope_theta" in scaling:
         split["rope_theta"] = scaling.pop("rope_theta")
@@ -165,6 +170,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 def _decode_value(kind: Any, value: Any, where: str) -> Any:
     """A value of the file as the field of type ``kind`` holds it."""
+    # a section within this one
     if isinstance(kind, type) and issubclass(kind, ConfigSection):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must be a section, got {shown(value)}")
@@ -174,6 +180,7 @@ def _decode_value(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} must be a list, got {shown(value)}")
         item_kind = typing.get_args(kind)[0]
         return tuple(_decode_value(item_kind, item, where) for item in value)
+    # Python takes false for 0 and true for 1; a file that mixes them up is wrong
     if kind is bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{where} must be true or false, got {shown(value)}")
@@ -184,6 +191,7 @@ def _decode_value(kind: Any, value: Any, where: str) -> Any:
         # JSON written by other languages may hold 25.0 for 25
         is_whole_float = isinstance(value, float) and value.is_integer()
         return check_int(where, int(value) if is_whole_float else value, 0)
+    # the same words under another name: it is a file that is wrong here, and no request
     except InputError as e:
         raise ConfigError(str(e)) from None
 

@@ -38,9 +38,9 @@ def gather(value: Any) -> list[Any]:
     """The values of all processes, of JSON's types, in the order of the processes; the same on all of them."""
     if jax.process_count() == 1:
         return [value]
-    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)  # [bytes]
     # arrays that are gathered must be of one length
-    lengths = np.ravel(multihost_utils.process_allgather(np.array([len(encoded)])))
+    lengths = np.ravel(multihost_utils.process_allgather(np.array([len(encoded)])))  # [processes]
     padded = np.zeros(int(np.max(lengths)), np.uint8)
     padded[: len(encoded)] = encoded
     values = []
@@ -71,4 +71,5 @@ def allreduce_min(values: Sequence[int], max_values: int) -> list[int]:
         return list(values)
     padded = np.zeros(max_values, np.uint8)
     padded[: len(values)] = values
+    # [processes, max_values], of which the padding is cut off
     return multihost_utils.process_allgather(padded).min(axis=0)[: len(values)].tolist()

@@ -6,8 +6,8 @@ of their frame, and a video with its sound is interleaved in chunks: two seconds
 
 Three terms, from the outside in. A *segment* is what a message holds: text, a picture, a video, a video with its sound
 (``Text``, ``Grid``, ``Interleaved``). A *chunk* is the picture or the sound of about two seconds of such a video. A
-*span* is a run of tokens whose ids follow one rule; ``resolve`` turns segments into spans, and ``position_ids``, which
-is jitted, expands a table of spans to ids.
+*span* is a run of tokens whose ids follow one rule; ``resolve_spans`` turns segments into spans, and ``position_ids``,
+which is jitted, expands a table of spans to ids.
 
 Every quirk of the reference is kept, since the published weights were trained with them (docs/reference.md, 5):
 
@@ -127,6 +127,7 @@ def interleave(segment: Interleaved, config: ThinkerConfig) -> list[Chunk]:
             chunks.append(Chunk(False, *video_interval))
         if audio_interval is not None:
             chunks.append(Chunk(True, *audio_interval))
+    # without sound, or without pictures, there is one chunk of them, and it is empty
     return [chunk for chunk in chunks if chunk.end > chunk.begin]
 
 
@@ -142,7 +143,7 @@ class Span:
     seconds: float = 0.0
 
 
-def resolve(segments: Iterable[Segment], config: ThinkerConfig, begin: int = 0, start: int = 0) -> list[Span]:
+def resolve_spans(segments: Iterable[Segment], config: ThinkerConfig, begin: int = 0, start: int = 0) -> list[Span]:
     """Resolves segments to spans.
 
     Args:
@@ -159,6 +160,7 @@ def resolve(segments: Iterable[Segment], config: ThinkerConfig, begin: int = 0, 
                 start += segment.length
         elif isinstance(segment, Grid):
             spans.append(_grid_span(segment, begin, start, 0))
+            # on all axes: what follows a picture starts behind its largest id
             start = _next_id(segment, start, Chunk(False, 0, segment.length), config)
         else:
             inner, start = _resolve_interleaved(segment, config, begin, start)
@@ -185,6 +187,7 @@ def _resolve_interleaved(segment: Interleaved, config: ThinkerConfig, begin: int
     # both begin tokens have the same id
     spans = [Span(begin, start), Span(begin + 1, start)]
     begin += _NUM_EDGE_TOKENS
+    # pictures and sound count from one id, right behind the begin tokens
     first_id = start + 1
     next_id = first_id
     for chunk in interleave(segment, config):
@@ -200,20 +203,21 @@ def _resolve_interleaved(segment: Interleaved, config: ThinkerConfig, begin: int
     return spans, next_id + 1
 
 
-def cut(spans: Sequence[Span], begin: int, end: int) -> list[Span]:
+def cut_spans(spans: Sequence[Span], begin: int, end: int) -> list[Span]:
     """The spans of text positions ``begin`` to ``end``, counted from ``begin``.
 
     A span that goes on from before keeps its true beginning, which is then below 0.
     """
     inside = []
     for i, span in enumerate(spans):
+        # a span has no length of its own: it ends where the next one begins
         span_end = spans[i + 1].begin if i + 1 < len(spans) else end
         if span.begin < end and span_end > begin:
             inside.append(dataclasses.replace(span, begin=span.begin - begin))
     return inside
 
 
-def stack(rows: Sequence[Sequence[Span]], length: int, width: int | None = None) -> Spans:
+def stack_spans(rows: Sequence[Sequence[Span]], length: int, width: int | None = None) -> Spans:
     """Stacks the spans of each row into a table of ``width`` columns.
 
     Args:
@@ -227,6 +231,7 @@ def stack(rows: Sequence[Sequence[Span]], length: int, width: int | None = None)
     columns = {}
     for field in dataclasses.fields(Span):
         dtype = np.float32 if field.name == "seconds" else np.int32
+        # entries that are not used begin behind the row, so that no position is theirs
         column = np.full(shape, length if field.name == "begin" else 0, dtype)  # [B, N]
         for i, row in enumerate(rows):
             column[i, : len(row)] = [getattr(span, field.name) for span in row]

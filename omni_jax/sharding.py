@@ -18,6 +18,8 @@ from jax.tree_util import KeyPath, keystr
 
 from omni_jax.errors import ConfigError
 
+# data: rows. fsdp: rows, and parameters, which are gathered where they are used. sequence: positions of text.
+# tensor: heads, hidden units and the vocabulary.
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 # The width of a parameter is sharded over fsdp and gathered where it is used; its heads, hidden units or vocabulary
@@ -97,7 +99,11 @@ class MeshConfig:
 
 def logical_sharding(axes: PartitionSpec | Sequence[str | None], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of an array whose axes have these logical names; None: an axis that lies in full on every device."""
-    return NamedSharding(mesh, PartitionSpec(*(RULES[name] or None if name else None for name in axes)))
+    mesh_axes = []
+    for name in axes:
+        # a name without mesh axes and no name at all mean the same
+        mesh_axes.append((RULES[name] or None) if name else None)
+    return NamedSharding(mesh, PartitionSpec(*mesh_axes))
 
 
 def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -113,9 +119,10 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     Raises:
       ConfigError: listing every parameter and axis whose size the mesh does not divide.
     """
-    undivided: list[str] = []
+    undivided: list[str] = []  # all are gathered, so that one error names them together
 
     def leaf_sharding(path: KeyPath, leaf: Any) -> NamedSharding:
+        # a parameter that names no axes lies in full on every device
         boxed_leaf = _is_box(leaf)
         names = leaf.names if boxed_leaf else (None,) * leaf.ndim
         shape = leaf.value.shape if boxed_leaf else leaf.shape
@@ -159,6 +166,7 @@ def host_sharding(params: Any, mesh: Mesh | None) -> Sharding:
     """
     if mesh is not None:
         return NamedSharding(mesh, PartitionSpec())
+    # parameters may be abstract, where a program is only planned
     leaf = jax.tree.leaves(params)[0]
     if isinstance(leaf, jax.Array):
         return SingleDeviceSharding(next(iter(leaf.devices())))

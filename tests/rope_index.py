@@ -43,7 +43,7 @@ def expand(
 ) -> tuple[Int[np.ndarray, "3 B S"], Int[np.ndarray, " B"]]:
     """Ids and deltas of rows of spans, whose real positions a mask says. [B, S]"""
     mask = np.asarray(mask, np.int32)
-    return expand_table(mrope.stack(rows, mask.shape[1]), mask, ids_per_second)
+    return expand_table(mrope.stack_spans(rows, mask.shape[1]), mask, ids_per_second)
 
 
 def rope_index(
@@ -58,7 +58,7 @@ def rope_index(
     for ids, real in zip(tokens, mask, strict=True):
         own = ids[real == 1]
         segments = segments_from_tokens(own, lengths, config, use_audio_in_video=inputs["use_audio_in_video"])
-        rows.append(mrope.resolve(segments, config, begin=int(np.argmax(real))))
+        rows.append(mrope.resolve_spans(segments, config, begin=int(np.argmax(real))))
     return expand(rows, mask, config.position_id_per_seconds)
 
 

@@ -56,8 +56,8 @@ segment = st.one_of(
 @given(st.lists(segment, min_size=1, max_size=5), st.integers(0, 7))
 def test_ids_do_not_depend_on_the_padding(segments, pad):
     length = sum(s.length for s in segments)
-    on_left, delta_left = expand([mrope.resolve(segments, THINKER, begin=pad)], [[0] * pad + [1] * length])
-    on_right, delta_right = expand([mrope.resolve(segments, THINKER)], [[1] * length + [0] * pad])
+    on_left, delta_left = expand([mrope.resolve_spans(segments, THINKER, begin=pad)], [[0] * pad + [1] * length])
+    on_right, delta_right = expand([mrope.resolve_spans(segments, THINKER)], [[1] * length + [0] * pad])
     np.testing.assert_array_equal(on_left[..., pad:], on_right[..., :length])
     np.testing.assert_array_equal(on_left[..., :pad], 1)
     np.testing.assert_array_equal(delta_left, delta_right)
@@ -65,6 +65,6 @@ def test_ids_do_not_depend_on_the_padding(segments, pad):
 
 def test_a_dialogue_goes_on_from_the_next_free_id():
     first, second = [mrope.Text(4), mrope.Grid(1, 2, 3)], [mrope.Text(3), mrope.Grid(2, 2, 2)]
-    whole = mrope.resolve([*first, mrope.Text(1), *second], THINKER)
-    rest = mrope.resolve([mrope.Text(1), *second], THINKER, begin=10, start=4 + 3)
+    whole = mrope.resolve_spans([*first, mrope.Text(1), *second], THINKER)
+    rest = mrope.resolve_spans([mrope.Text(1), *second], THINKER, begin=10, start=4 + 3)
     assert whole[2:] == rest

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+# before jax is imported, which reads them once
 os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler is asked for by name
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -53,20 +54,22 @@ class Report:
     program: str
     topology: str
     mesh: dict[str, int]
+    # memory
     fits: bool
     peak_bytes_per_chip: int
-    hbm_bytes: int
+    hbm_bytes: int  # that a chip has
     argument_bytes: int
     state_bytes: int  # of the arguments, from their shapes: more in ``argument_bytes`` is padding, or lost sharding
-    donated_bytes: int
-    collective_bytes: dict[str, int]
-    synchronous_all_gather_bytes: int
-    pallas_calls: int
-    traffic_bytes: int
+    donated_bytes: int  # of the arguments, in whose memory results are written
+    # what moves
+    collective_bytes: dict[str, int]  # by kind, between chips
+    synchronous_all_gather_bytes: int  # those of them that nothing runs beside
+    pallas_calls: int  # in the text
+    traffic_bytes: int  # between HBM and the cores, at least
     traffic_ratio: float | None  # over weights and cache read once
-    largest_copy_bytes: int
-    cache_shard_bytes: int
-    estimated_cycles: int
+    largest_copy_bytes: int  # if it is as large as the next, the cache is copied instead of written in place
+    cache_shard_bytes: int  # of the largest array of the cache on a chip
+    estimated_cycles: int  # of the compiler, without Pallas calls and collectives
     unknown_loops: int  # how often they turn depends on the data; counted once, in all figures
     compile_seconds: float
     libtpu: str
@@ -108,6 +111,7 @@ class Compile:
     def run(self) -> Report:
         """Raises ConfigError for a program, a topology or a mesh that there is not."""
         devices = describe(self.topology)
+        # a step of training, or a program of generation
         if self.program in RECIPES:
             recipe = self._recipe(RECIPES[self.program], len(devices))
             mesh = recipe.mesh.make(devices)
@@ -116,7 +120,9 @@ class Compile:
         else:
             name, _, size = self.program.rpartition("-")
             if name not in PROGRAMS or size not in MODELS:
-                known = [*RECIPES, *(f"{p}-{s}" for p in PROGRAMS for s in MODELS)]
+                known = [*RECIPES]
+                for program in PROGRAMS:
+                    known += [f"{program}-{model}" for model in MODELS]
                 raise ConfigError(f"there is no program {self.program!r}; there are {', '.join(known)}")
             mesh = self._laid(MeshConfig(tensor=len(devices))).make(devices)
             wanted = PROGRAMS[name](MODELS[size](), mesh, self.shapes)
@@ -133,6 +139,7 @@ class Compile:
 
     def _recipe(self, recipe: Recipe, chips: int) -> Recipe:
         mesh = self._laid(MeshConfig(fsdp=chips))
+        # a row for each part of the mesh that holds rows, as the smallest batch that can be sharded
         rows = mesh.data * mesh.fsdp if self.rows is None else self.rows
         data = dataclasses.replace(recipe.data, rows=rows, streams=rows, tokens=self.tokens or recipe.data.tokens)
         if self.text_alone:
@@ -154,18 +161,22 @@ def describe(topology: str) -> list[Any]:
         raise ConfigError(f"topology is {topology!r}; it must begin with one of {', '.join(HBM)}")
     try:
         grid = tuple(map(int, sizes.split("x")))
+        # whether each axis of the grid closes into a ring
         if generation == "v5p":
             wrap = tuple(n >= 4 for n in grid) if min(grid) >= 4 else (False,) * len(grid)
         else:
             wrap = (*(n == 16 for n in grid), False) if grid == (16, 16) else (False,) * 3
         return list(topologies.get_topology_desc(topology, platform="tpu", wrap=wrap).devices)
+    # libtpu raises what it likes, in many lines
     except Exception as e:
         raise ConfigError(f"topology {topology!r}: {str(e).splitlines()[0]}") from e
 
 
 def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tuple[Report, str | None]:
     """Compiles; returns the report and the text, which there is not where the program does not fit."""
-    started, hbm = time.perf_counter(), int(HBM[topology.partition(":")[0]])
+    started = time.perf_counter()
+    hbm = int(HBM[topology.partition(":")[0]])
+    # what is known before compiling, and so also of a program that does not fit
     known: dict[str, Any] = dict(
         program=name,
         topology=topology,
@@ -181,12 +192,14 @@ def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tupl
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
+        # the compiler gives up where memory does not suffice, and gives no figures but those in its message
         unknown: dict[str, Any] = {f.name: 0 for f in dataclasses.fields(Report) if f.name not in known}
         unknown |= dict(fits=False, collective_bytes={}, traffic_ratio=None, error=str(e).splitlines()[0])
         unknown["compile_seconds"] = time.perf_counter() - started
         return Report(**known, **unknown), None
     seconds = time.perf_counter() - started
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+    text = compiled.as_text()
+    memory = compiled.memory_analysis()
     counts = Text(text).count()
     return Report(
         **known,
@@ -209,6 +222,7 @@ def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tupl
 def show(report: Report) -> None:
     """Prints the report, and what to do where the program does not fit."""
     table = Table("", "one chip, one run", box=None)
+    # bytes first, then what has other units
     sizes = {
         "memory at its peak": report.peak_bytes_per_chip,
         "memory of the chip": report.hbm_bytes,

@@ -17,13 +17,16 @@ from dataclasses import dataclass, field
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PALLAS = "tpu_custom_call"
 
+# bytes of a number
 _WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2}
 _WIDTHS |= {"u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
+# the parts of the text: an array's type, sizes and layout; the first line of a computation; an instruction
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*->.*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _METADATA = re.compile(r"kernel_metadata=\{\n.*?\n\}\}", re.DOTALL)  # of Mosaic, the only text over several lines
+# what the compiler notes beside an instruction
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CALLED = re.compile(r"\b(body|calls|to_apply|called_computations|branch_computations)=\{?([%\w.\-, ]+)\}?")
@@ -44,6 +47,8 @@ class Shape:
 
 @dataclass
 class Instruction:
+    """A line of a computation; a type that is a tuple has several arrays."""
+
     name: str
     shapes: list[Shape]
     op: str
@@ -52,26 +57,38 @@ class Instruction:
 
     @property
     def size(self) -> float:
+        """Bytes of the result."""
         return sum(s.size for s in self.shapes)
 
     @property
     def hbm(self) -> float:
+        """Bytes of the result that lie in HBM."""
         return sum(s.size for s in self.shapes if s.in_hbm)
 
     @property
     def called(self) -> list[str]:
         """The computations that run inside, a loop's condition left out."""
-        return [n.strip().lstrip("%") for _, names in _CALLED.findall(self.text) for n in names.split(",") if n.strip()]
+        called = []
+        for _, names in _CALLED.findall(self.text):
+            for name in names.split(","):
+                if name.strip():
+                    called.append(name.strip().lstrip("%"))
+        return called
 
 
 @dataclass
 class Computation:
+    """Instructions by name, the root of which gives the result."""
+
     instructions: dict[str, Instruction] = field(default_factory=dict)
     root: str = ""
 
     def parameter(self, number: int) -> str | None:
-        wanted = f"parameter({number})"
-        return next((n for n, i in self.instructions.items() if i.text.startswith(wanted)), None)
+        """The name of an argument by its place; None if there is none."""
+        for name, instruction in self.instructions.items():
+            if instruction.text.startswith(f"parameter({number})"):
+                return name
+        return None
 
     def users(self, name: str) -> Iterator[tuple[Instruction, int]]:
         """Who takes a value, and as which operand."""
@@ -100,10 +117,12 @@ def arrays(text: str) -> list[Shape]:
     """The arrays of a type."""
     out = []
     for kind, sizes, layout in _ARRAY.findall(text):
+        # tokens and other types without numbers have no bytes
         if kind in _WIDTHS:
             size = float(_WIDTHS[kind])
             for n in filter(None, sizes.split(",")):
                 size *= int(n)
+            # S(n) in a layout is the memory space: none, or 0, is HBM
             out.append(Shape(size, re.search(r"S\([1-9]", layout) is None))
     return out
 
@@ -119,8 +138,10 @@ def _closing(text: str, begin: int) -> int:
 
 
 def _instruction(name: str, line: str) -> Instruction:
+    # "type operation(operands), attributes"; the type of a tuple is in parentheses and has blanks in it
     end = _closing(line, 0) + 1 if line.startswith("(") else line.index(" ")
-    kind, text = line[:end], line[end:].lstrip()
+    kind = line[:end]
+    text = line[end:].lstrip()
     begin = text.index("(")
     operands = re.findall(r"%([\w.\-]+)", text[begin : _closing(text, begin)])
     return Instruction(name, arrays(kind), text[:begin], operands, text)
@@ -131,11 +152,13 @@ class Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
-        self.entry, current = "", None
+        self.entry = ""
+        current = None  # the computation whose lines come
         for line in _METADATA.sub("kernel_metadata={}}", text).splitlines():
             if header := _HEADER.match(line):
                 current = self.computations.setdefault(header[2], Computation())
                 self.entry = header[2] if header[1] else self.entry
+            # braces within a computation are indented
             elif line.startswith("}"):
                 current = None
             elif current is not None and (found := _LINE.match(line)):
@@ -158,6 +181,7 @@ class Program:
         for i in computation.instructions.values():
             self._collective(i, times, counts, seen, beside)
             counts.pallas += f'custom_call_target="{PALLAS}"' in i.text
+            # what is inside a fusion does not go through HBM; the fusion is counted as a whole
             if not fused:
                 cycles = _CYCLES.search(i.text)
                 if cycles and int(cycles[1]) < _NO_ESTIMATE:
@@ -173,17 +197,23 @@ class Program:
                 times_inside = times
                 if "to_apply=" in i.text and i.op not in ("call", "call-start", "async-start"):
                     inner = []  # the sum of a reduction
+            # what has been started runs beside the instructions that follow
             apart = beside or i.op in ("call-start", "async-start")
             for called in inner:
                 if called in self.computations:
                     self._walk(called, times_inside, counts, seen=seen, fused=fused or i.op == "fusion", beside=apart)
 
     def _trips(self, loop: Instruction, counts: Counts) -> int:
+        """How often a loop runs."""
         if found := _TRIPS.search(loop.text):
             return int(found[1])
+        # a loop that counts to a limit has that one number in its condition
         condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
         body = self.computations[condition[1]].instructions.values() if condition else ()
-        limits = [int(n) for i in body if i.op == "constant" for n in re.findall(r"constant\((\d+)\)", i.text)]
+        limits: list[int] = []
+        for instruction in body:
+            if instruction.op == "constant":
+                limits += map(int, re.findall(r"constant\((\d+)\)", instruction.text))
         if len(limits) == 1:
             return limits[0]
         counts.unknown_loops += 1
@@ -195,7 +225,8 @@ class Program:
         if kind not in COLLECTIVES:
             return
         # fused with computing, one collective stands in the text up to three times
-        chain, channel = re.search(r'chain_id="(\d+)"', i.text), re.search(r"channel_id=(\d+)", i.text)
+        chain = re.search(r'chain_id="(\d+)"', i.text)
+        channel = re.search(r"channel_id=(\d+)", i.text)
         if chain and channel:
             if (chain[1], channel[1]) in seen:
                 return
@@ -213,25 +244,31 @@ class Program:
         def of(name: str) -> Instruction | None:
             return where.instructions.get(name)
 
+        # what a loop or a call moves is counted in its own computation
         if i.op in _FREE or i.op.endswith("-done") or i.op in ("while", "call", "conditional"):
             return 0
         if i.op == "fusion":
             inner = self.computations[i.called[0]]
             taken = 0.0
             for place, operand in enumerate(i.operands):
-                source, parameter = of(operand), inner.parameter(place)
+                source = of(operand)
+                parameter = inner.parameter(place)
                 if source is not None and source.hbm:
                     taken += self._read(inner, parameter, source.hbm) if parameter else source.hbm
             return taken + self._written(inner, i)
+        # its type is destination, source and a handle
         if i.op == "copy-start":
             return sum(s.size for s in i.shapes[:2] if s.in_hbm)
+        # operand, result, handle: of the operand only the slice is read
         if i.op.endswith("slice-start") and len(i.shapes) > 1:
             return i.shapes[1].size * (2 if i.shapes[1].in_hbm else 1)
         if i.op == "dynamic-slice":
             return i.size + i.hbm
+        # in place: the update is read, and written
         if i.op == "dynamic-update-slice":
             update = of(i.operands[1])
             return 2 * update.size if update else 0
+        # everything else reads each operand once, whole, and writes its result
         sources = [of(name) for name in set(i.operands)]
         return sum(s.hbm for s in sources if s is not None) + i.hbm
 
@@ -251,10 +288,12 @@ class Program:
                 part = self._read(deeper, parameter, whole) if parameter else whole
             else:
                 part = whole
+            # several slices add up; whoever reads all of it has read the slices, too
             total = max(total, part) if part >= whole else total + part
         return min(total, whole)
 
     def _written(self, inside: Computation, fusion: Instruction) -> float:
+        """How much of a fusion's results goes to HBM."""
         root = inside.instructions[inside.root]
         if root.op != "tuple":
             return min(fusion.hbm, self._result(inside, root.name)) if fusion.hbm else 0.0

@@ -67,6 +67,7 @@ def thinker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     model, params = _abstract_thinker(config, mesh)
     state: ThinkerState = jax.eval_shape(lambda: _thinker_engine(model, params).init_state(shapes.batch, shapes.cache))
     state = _place_abstract(state, mesh)
+    # one step: no slot has finished, and the limit is 1
     finished = np.zeros(shapes.batch, bool)
     rest = _place_abstract((finished, np.int32(1)), mesh)
     read = _without_embedding(params["decoder"])
@@ -81,9 +82,10 @@ def thinker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     )
     prefix = _place_abstract(prefix, mesh)
     wide = (shapes.batch, WIDE_CHUNK)
-    ids = np.zeros(wide, np.int32)
+    ids = np.zeros(wide, np.int32)  # [B, C]
+    # a table as wide as the chunk, as generation has it
     spans = Spans(ids, ids, ids, ids, ids, ids.astype(np.float32))
-    x = jax.ShapeDtypeStruct((*wide, config.thinker_config.text_config.hidden_size), model.dtype)
+    x = jax.ShapeDtypeStruct((*wide, config.thinker_config.text_config.hidden_size), model.dtype)  # [B, C, D]
     rest = _place_abstract((spans, ids == 0, x, ids == 0), mesh)
     program = Program(prefill_chunk, (params, prefix, *rest), (model,))
     return _with_floor(program, params["decoder"]["layers"], prefix.context.cache)
@@ -95,6 +97,7 @@ def talker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     params = _place_params(talker.abstract_params(model), mesh)
     engine = TalkerEngine(model, params, config, jnp.zeros_like)  # a state needs no embeddings of text
     state = _place_abstract(jax.eval_shape(lambda: engine.init_state(shapes.batch, shapes.cache)), mesh)
+    # no slot follows one of the Thinker: all text is there
     none = np.zeros(shapes.batch, np.int32)
     thinker_slot = np.full(shapes.batch, NO_SLOT, np.int32)
     rest = (suppressed_codes(config), thinker_slot, none, none == 0, TextCounters(none, none))
@@ -112,7 +115,7 @@ def dit_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     c = config.token2wav_config.dit_config
     num_rows = shapes.batch
     num_frames = shapes.blocks * c.block_size
-    codes = np.zeros((num_rows, num_frames // c.repeats), np.int32)
+    codes = np.zeros((num_rows, num_frames // c.repeats), np.int32)  # [B, K]
     none = np.zeros(num_rows, np.int32)
     chunk = CodeChunk(
         codes=codes,
@@ -123,7 +126,7 @@ def dit_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
         draws=none == 0,
         noise=np.zeros((num_rows, num_frames, c.mel_dim), np.float32),
     )
-    rows = np.zeros((num_rows, 2, c.enc_dim), np.float32)
+    rows = np.zeros((num_rows, 2, c.enc_dim), np.float32)  # of the speaker encoder, with and without condition
     speaker = Speaker(rows, np.zeros((num_rows, c.enc_emb_dim), np.float32))
     state = jax.eval_shape(lambda: part.init_state(num_rows))
     return Program(solve_chunk, (params, *_place_abstract((state, chunk, speaker), mesh)), (part,))
@@ -176,12 +179,14 @@ def _place_abstract(tree: Any, mesh: Mesh) -> Any:
     """Arrays as shapes, sharded as those of a running state: caches over batch and heads, the rest over batch."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        # a cache is [L, B, K, capacity, H]; of the rest, floats are sharded over slots and counters are not
         names: list[str | None] = [None] * leaf.ndim
         if leaf.ndim == 5 and any(getattr(key, "name", "") == "cache" for key in path):
             names = [None, "batch", "kv_heads", None, None]
         elif leaf.ndim >= 2 and leaf.dtype in (jnp.bfloat16, jnp.float32):
             names[0] = "batch"
         spec = []
+        # an axis that the mesh does not divide lies in full on every chip, as ``sharding.constrain`` has it
         for name, size in zip(names, leaf.shape, strict=True):
             spec.append(RULES[name] if name and _divides(mesh, name, size) else None)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))

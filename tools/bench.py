@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs what the command line asks for; ``args`` stand for it where they are given."""
+    # found without importing them: this process uses neither
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         sys.exit("the benchmark runs beside PyTorch: pip install -e '.[test]'")
     # not at the top: the processes of the sides import this file and must not hold what they do not use
+    from benchmarks.accelerator import accelerator
     from benchmarks.batch import batch
     from benchmarks.data import data
     from benchmarks.first_packet import first_packet
@@ -35,6 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "first-packet": first_packet,
         "data": data,
         "batch": batch,
+        "accelerator": accelerator,
     }
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=args)
 

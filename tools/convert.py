@@ -54,6 +54,7 @@ def to_jax(
       verify: compare the logits of the result with those of PyTorch, on a text, a sound and a picture. Needs torch
         and transformers, and memory for the model in float32.
     """
+    # before the conversion, which takes minutes
     if verify:
         _check_that_verify_can_run(components)
     _convert_with_progress(
@@ -94,9 +95,11 @@ def _convert_with_progress(dst: Path, convert_folder: Callable[[convert.Progress
     started = time.monotonic()
     columns = TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn()
     with Progress(*columns) as bar:
+        # not shown before the first tensor: an error of the checks is to stand alone
         task = bar.add_task("", total=None, visible=False)
         done = convert_folder(lambda n, total: bar.update(task, completed=n, total=total, visible=True))
     seconds = time.monotonic() - started
+    # tensors are converted one at a time, so memory follows from the largest and not from the model
     promised = int(1.2 * done.largest) + 10**9
     print(f"{dst}: {', '.join(done.components)}; {done.tensors} tensors, {done.nbytes:,} bytes in {seconds:.1f} s")
     print(f"peak host memory {_peak_memory():,} bytes; at most {promised:,} are promised here")

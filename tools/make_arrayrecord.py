@@ -49,6 +49,7 @@ def write(src: str, dst: Path, *, embed: bool = False, progress: Callable[[int, 
         raise InputError(f"{dst} exists already; name another file")
     rows = open_rows(src)
     dst.parent.mkdir(parents=True, exist_ok=True)
+    # beside the destination, since a rename is one step only within a file system
     partial_file = dst.with_name(f"{dst.name}.partial")
     try:
         writer = ArrayRecordWriter(str(partial_file), "group_size:1")  # a row at a time is read
@@ -57,6 +58,7 @@ def write(src: str, dst: Path, *, embed: bool = False, progress: Callable[[int, 
             writer.write(record(row, dst.parent, embed))
         writer.close()
         os.replace(partial_file, dst)
+    # after a rename there is none left
     finally:
         partial_file.unlink(missing_ok=True)
     progress(len(rows), len(rows))
@@ -65,6 +67,7 @@ def write(src: str, dst: Path, *, embed: bool = False, progress: Callable[[int, 
 
 def record(row: Row, folder: Path, embed: bool) -> bytes:
     """The JSON of a row whose media are found from ``folder``, or are in it."""
+    # TypeError: what Parquet may hold and JSON cannot, such as dates
     try:
         place = partial(_embedded if embed else _linked, from_folder=os.path.dirname(row.file), to_folder=folder)
         values = map_media_sources(row_values(row), place)
@@ -75,6 +78,7 @@ def record(row: Row, folder: Path, embed: bool) -> bytes:
 
 def _linked(source: str | bytes, from_folder: str, to_folder: Path) -> str:
     """A relative path, seen from where the new file is; anything else as it is."""
+    # JSON has no bytes; rows of Parquet do
     if isinstance(source, bytes):
         return _data_url(source)
     place = resolve_source(source, from_folder)
@@ -82,8 +86,10 @@ def _linked(source: str | bytes, from_folder: str, to_folder: Path) -> str:
 
 
 def _embedded(source: str | bytes, from_folder: str, to_folder: Path) -> str:
+    # inside already
     if isinstance(source, str) and source.startswith("data:"):
         return source
+    # whoever runs this has chosen the rows, so what they name is fetched
     try:
         with locate_source(
             source if isinstance(source, bytes) else resolve_source(source, from_folder), allow_urls=True
@@ -94,6 +100,7 @@ def _embedded(source: str | bytes, from_folder: str, to_folder: Path) -> str:
 
 
 def _data_url(data: bytes) -> str:
+    # readers look at the contents and not at the type
     return f"data:application/octet-stream;base64,{base64.b64encode(data).decode()}"
 
 

@@ -64,7 +64,7 @@ def make_config(size: Size) -> OmniConfig:
 
 def _small() -> OmniConfig:
     """Some tens of megabytes, with the tiny vocabulary."""
-    width = 256
+    width = 256  # of the Thinker, and so of what the encoders give and the Talker takes
     tiny = ThinkerConfig.tiny()
     text = dict(hidden_size=width, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, head_dim=32)
     rope = dataclasses.replace(tiny.text_config.rope_scaling, mrope_section=(4, 6, 6))
@@ -118,6 +118,7 @@ def write_checkpoint(
     Raises:
       ConfigError: if the special tokens of ``config`` do not follow the published order.
     """
+    # the small files first: what is wrong with a configuration shows before gigabytes are written
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, config)
     config.save(folder)
@@ -132,6 +133,7 @@ def _make_tensors(config: OmniConfig, seed: int, dtype: np.dtype, progress: Prog
     entries = make_name_table(config)
     counter = ProgressCounter(entries, progress)
 
+    # called when the tensor is written, so that one of them is in memory at a time
     def make(entry: Entry, name: str, tensor_dtype: np.dtype) -> np.ndarray:
         tensor = _init_tensor(entry, name, seed).astype(tensor_dtype)
         counter.advance()
@@ -141,6 +143,7 @@ def _make_tensors(config: OmniConfig, seed: int, dtype: np.dtype, progress: Prog
         tensor_dtype = np.dtype(np.float32) if entry.component == "token2wav" else dtype
         for name in entry.names:
             yield NewTensor(name, entry.shape, tensor_dtype, functools.partial(make, entry, name, tensor_dtype))
+    # the published files hold a few arrays that are no parameters, which a converter has to pass over
     for name, values in make_constants(config).items():
         yield NewTensor(name, values.shape, values.dtype, lambda values=values: values)
 
@@ -149,6 +152,7 @@ def _make_voices(config: OmniConfig, seed: int) -> dict[str, voices.Voice]:
     dit = config.token2wav_config.dit_config
     made = {}
     for name, (place, frames) in _SPEAKERS.items():
+        # seeded by name, as tensors are: a voice does not depend on those before it
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         cond = rng.standard_normal((1, dit.enc_emb_dim), dtype=np.float32)
         mel = 2 * rng.standard_normal((1, frames, dit.mel_dim), dtype=np.float32) - 4  # about as loud as speech
@@ -158,15 +162,17 @@ def _make_voices(config: OmniConfig, seed: int) -> dict[str, voices.Voice]:
 
 def _init_tensor(entry: Entry, name: str, seed: int) -> np.ndarray:
     """float32 [entry.shape]: kernels keep the variance of what they multiply, scales lie around 1."""
+    # seeded by name, so that the order of the tensors does not matter; hash() would differ from run to run
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     x = rng.standard_normal(entry.shape, dtype=np.float32)
     kind = entry.path[-1]
     if kind == "kernel":
-        fan_in = math.prod(entry.shape[1:])
+        fan_in = math.prod(entry.shape[1:])  # PyTorch's [out, in, ...]
         if entry.path[-2] == "upsample":
             # [in, out, k], of which about half of the kernel reaches each sample
             fan_in = entry.shape[0] * entry.shape[2] / 2
         return x / np.float32(math.sqrt(fan_in))
+    # around 1 and not at it, so that a norm that leaves its scale out shows
     if kind == "scale":
         return np.float32(1) + np.float32(0.2) * x
     if kind == "embedding":

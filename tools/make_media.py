@@ -20,6 +20,7 @@ QUESTION = "What can you see in this picture?"
 
 
 def run_program(*command: str | Path) -> None:
+    # what the program writes is not shown; where it fails, the error has its command
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
 
 
@@ -38,8 +39,9 @@ def make_sounds(folder: Path, scratch: Path) -> None:
 
 def draw_frame(width: int, height: int, time: float = 0.0) -> Image.Image:
     """A colour gradient, a disc that moves to the right and a square that moves down."""
-    rows, columns = np.mgrid[0:height, 0:width]
+    rows, columns = np.mgrid[0:height, 0:width]  # [height, width] each
     pixels = np.stack([columns * 255 // width, rows * 255 // height, 160 + 0 * rows], -1).astype(np.uint8)
+    # what moves depends on time alone, so a frame can be drawn at any time
     picture = Image.fromarray(pixels)
     pen = ImageDraw.Draw(picture)
     size = min(width, height) // 4
@@ -52,6 +54,7 @@ def draw_frame(width: int, height: int, time: float = 0.0) -> Image.Image:
 
 def make_pictures(folder: Path) -> None:
     draw_frame(320, 240).save(folder / "picture.jpg", quality=85)
+    # odd sides, and transparent from top to bottom, more and more opaque: what is behind it must become white
     clear = draw_frame(171, 123).convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize(clear.size))
     clear.save(folder / "picture.png", optimize=True)
@@ -60,6 +63,7 @@ def make_pictures(folder: Path) -> None:
 def make_videos(folder: Path, scratch: Path) -> None:
     for i in range(30):
         draw_frame(160, 120, i / 10).save(scratch / f"{i:03}.png")
+    # -bitexact leaves out versions and times, so that the same programs make the same bytes
     frames = ("-framerate", "10", "-i", scratch / "%03d.png")
     encoder = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "28", "-bitexact")
     sound = ("-i", folder / "speech.wav", "-c:a", "aac", "-b:a", "48k", "-t", "3")

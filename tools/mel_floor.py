@@ -29,16 +29,25 @@ PROMPTS = ("What was that?", "Write down what you hear.", "Who speaks?", "Answer
 
 def make_sounds() -> dict[str, np.ndarray]:
     """The real sounds of the tests, and what may come before somebody speaks: three seconds of it."""
-    files = {name: read_audio(str(MEDIA / name), MelSettings()) for name in ("speech.wav", "speech2.mp3", "video.mp4")}
+    files = {}
+    for name in ("speech.wav", "speech2.mp3", "video.mp4"):
+        files[name] = read_audio(str(MEDIA / name), MelSettings())
     speech = files["speech.wav"]
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(3 * RATE).astype(np.float32)
     loudness = float(np.sqrt(np.mean(speech**2)))
-    quiet = np.resize(speech, 3 * RATE)
-    before = {f"the same speech, {db} dB": 10 ** (db / 20) * quiet for db in (-20, -40)}
-    before |= {f"noise, {db} dB under the speech": loudness * 10 ** (db / 20) * noise for db in (-30, -60)}
+    repeated = np.resize(speech, 3 * RATE)
+    # the quieter the beginning, the lower its floor while nothing louder has come
+    before = {}
+    for decibels in (-20, -40):
+        before[f"the same speech, {decibels} dB"] = 10 ** (decibels / 20) * repeated
+    for decibels in (-30, -60):
+        before[f"noise, {decibels} dB under the speech"] = loudness * 10 ** (decibels / 20) * noise
     before["digital silence"] = 0 * noise
-    return files | {f"{name}, then speech.wav": np.concatenate([x, speech]) for name, x in before.items()}
+    sounds = dict(files)
+    for name, samples in before.items():
+        sounds[f"{name}, then speech.wav"] = np.concatenate([samples, speech])
+    return sounds
 
 
 def live_log_mel(samples: np.ndarray) -> np.ndarray:
@@ -51,6 +60,7 @@ def count_changed_replies(model: OmniModel, samples: np.ndarray) -> int:
     """How many of the prompts get another reply than to the sound as a file."""
     count = 0
     for prompt in PROMPTS:
+        # the same question twice: after the live sound, and after the same samples as a file
         listener = model.listen(max_tokens=32)
         listener.audio(samples, RATE)
         *_, last = listener.answer(prompt)
@@ -71,7 +81,7 @@ def main(model: Path | None = None) -> None:
     print("| sound | frames touched | bins touched | mean change of these | largest | replies changed |")
     print("|---|---|---|---|---|---|")
     for name, samples in make_sounds().items():
-        difference = np.abs(live_log_mel(samples) - log_mel(samples, MelSettings()))
+        difference = np.abs(live_log_mel(samples) - log_mel(samples, MelSettings()))  # [T, mel bins]
         touched = difference > 0
         mean = difference[touched].mean() if touched.any() else 0.0
         replies = "" if omni_model is None else f"{count_changed_replies(omni_model, samples)} of {len(PROMPTS)}"

@@ -17,6 +17,7 @@ from omni_jax.processing.audio import MelSettings, log_mel
 from omni_jax.processing.layout import FRAMES_PER_SECOND
 from omni_jax.processing.media import read_audio
 
+# an optional dependency; without it there is nothing to do here
 try:
     from matplotlib import pyplot
 except ImportError:
@@ -34,6 +35,7 @@ def main(sound: tyro.conf.Positional[Path], picture: tyro.conf.Positional[Path])
     mel = log_mel(read_audio(sound, settings), settings)
     seconds = len(mel) / FRAMES_PER_SECOND
     figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
+    # [mel bins, frames], low bands at the bottom
     image = axes.imshow(mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, mel.shape[1]))
     axes.set(xlabel="seconds", ylabel="mel band (0 to 8 kHz)", title=f"{sound.name}, {seconds:.2f} s")
     figure.colorbar(image, label="log power, as the audio encoder gets it")

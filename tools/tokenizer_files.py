@@ -29,6 +29,7 @@ ADDED_TOKENS = (
 )
 PLAIN_TOKENS = frozenset(ADDED_TOKENS[14:])
 
+# how Qwen2 splits a text before its pieces are merged: contractions, words, single digits, punctuation, blanks
 PRE_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -37,6 +38,7 @@ PRE_SPLIT = (
 _WORDS = """user assistant system You are Qwen virtual human helpful the The and of to in is it this that what What
 say describe picture video sound audio hear see read one two three four five hello world"""
 
+# the keys by which the processor of transformers finds the names of media tokens
 _TOKEN_ROLES = {
     "image_token": "<|IMAGE|>",
     "audio_token": "<|AUDIO|>",
@@ -79,9 +81,11 @@ def write_tokenizer(folder: Path, config: OmniConfig) -> None:
     Raises:
       ConfigError: if the config's special ids do not follow the published order, or leave no room for 256 bytes.
     """
+    # every id before the first added token is one of the vocabulary
     first = _first_added_id(config.thinker_config)
     vocab, merges = _make_vocabulary(first)
     folder.mkdir(parents=True, exist_ok=True)
+    # the slow tokenizer of transformers reads these two, everything else tokenizer.json
     _write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -102,6 +106,7 @@ def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tok
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[assignment]
     for token in ADDED_TOKENS:
+        # never normalised, so that a name is found as it is written
         is_special = token not in PLAIN_TOKENS
         added = AddedToken(token, normalized=False, special=is_special)
         if is_special:
@@ -150,6 +155,7 @@ def _make_vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
         for form in (word, "Ġ" + word):  # at the beginning of a text, and after a space
             for length in range(1, len(form)):
                 pairs.add((form[:length], form[length]))
+    # short ones first: a prefix must be a piece before a letter can be merged to it
     merges: list[tuple[str, str]] = []
     for prefix, letter in sorted(pairs, key=lambda pair: (len(pair[0]), pair)):
         if len(pieces) < size and prefix in pieces:
@@ -161,6 +167,7 @@ def _make_vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _make_tokenizer_config(first: int) -> dict[str, Any]:
+    # blanks around a special token stay what they are
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     decoder = {
         str(first + i): {"content": token, **flags, "special": token not in PLAIN_TOKENS}

@@ -35,15 +35,18 @@ def make_rows() -> list[dict[str, Any]]:
         turns = [{"from": "human", "value": f"<{tag}>{question}"}, {"from": "gpt", "value": answer}]
         return {"conversations": turns, kind: [str(MEDIA / file)]}
 
-    return [
+    rows = [
         make_row("image", "images", "picture.jpg", "What is it?", "A red disc and a yellow square."),
         make_row("image", "images", "picture.png", "What is it?", "A disc and a square that fade."),
         make_row("audio", "audios", "speech.wav", "What is said?", "The quick brown fox."),
         make_row("audio", "audios", "speech2.mp3", "What is asked?", "What is in the picture."),
         make_row("video", "videos", "silent.mp4", "What happens?", "The disc moves to the right."),
         make_row("video", "videos", "video.mp4", "What is seen and said?", "A disc, and a fox."),
-        *({"text": f"{n} and {n} is {2 * n}. " * 4} for n in range(1, 15)),
     ]
+    # documents, all of whose text is a target
+    for n in range(1, 15):
+        rows.append({"text": f"{n} and {n} is {2 * n}. " * 4})
+    return rows
 
 
 def write_rows(path: Path) -> Path:
@@ -68,9 +71,11 @@ def main(out: tyro.conf.Positional[Path], steps: int = 20, options: Sequence[str
     """
     data = write_rows(out / "rows.jsonl")
     init = out / "model"
+    # it is there already when the command is run again
     if not init.exists():
         write_checkpoint(out / "published", OmniConfig.tiny())
         to_jax(out / "published", init)
+    # a process for each, as on the command line; the checkpoint of one is where the next begins
     for stage in STAGES:
         print(f"\n{stage}", flush=True)
         train(

@@ -32,8 +32,10 @@ def verify(source: Path, converted: Path) -> None:
     Raises:
       SystemExit: if logits differ by more than TOLERANCE of the largest.
     """
+    # one processor for both, so that nothing but the models can differ
     processor = Processor.load(converted)
     prompts = {name: processor(messages) for name, messages in _make_requests().items()}
+    # PyTorch's parameters are rounded to what was stored; then both compute in float32
     (dtype,) = store.components(converted)["thinker"]
     expected = _torch_logits(source, prompts, processor.config.thinker_config, getattr(torch, dtype))
     found = _jax_logits(converted, prompts, processor)
@@ -52,10 +54,12 @@ def verify(source: Path, converted: Path) -> None:
 
 def _make_requests() -> dict[str, list[dict[str, Any]]]:
     rng = np.random.default_rng(0)
+    # five seconds of sound: two full blocks of the audio encoder, and a part of one
     rate = 16_000  # Hz
     time = np.arange(5 * rate) / rate
     chirp = 0.3 * np.sin(2 * np.pi * (200 + 150 * time) * time)
     chirp += 0.01 * rng.standard_normal(len(time))
+    # 7 x 9 cells, so that windows at the right and at the bottom are smaller ones
     picture = rng.integers(0, 256, (7, 9, 3), dtype=np.uint8).repeat(28, 0).repeat(28, 1)
     parts = {
         "text": {"type": "text", "text": "Why is the sky blue?"},
@@ -73,6 +77,7 @@ def _torch_logits(
     # our configuration, for the folder's may be spelt for a release of transformers other than the installed
     torch_config = Qwen2_5OmniThinkerConfig(**config.to_dict())
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(source, config=torch_config, dtype=dtype)
+    # rounded when it was loaded, widened here
     model = model.float().eval()
     logits = {}
     with torch.no_grad():
@@ -82,11 +87,11 @@ def _torch_logits(
 
 
 def _torch_arguments(prompt: Prompt) -> dict[str, torch.Tensor]:
-    tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None]
+    tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None]  # [1, S]
     arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     for item in prompt.media:
         if isinstance(item, AudioInput):
-            arguments["input_features"] = torch.from_numpy(item.mel.T[None])
+            arguments["input_features"] = torch.from_numpy(item.mel.T[None])  # [1, mel bins, frames]
             arguments["feature_attention_mask"] = torch.ones(1, len(item.mel), dtype=torch.long)
         elif isinstance(item, VisionInput):
             arguments["pixel_values"] = torch.from_numpy(item.patches)

@@ -39,20 +39,25 @@ class TensorSource:
     names: tuple[str, ...]
 
 
-# a tensor of the Thinker, as a regular expression -> its source; the first that matches
+# A tensor of the Thinker, as a regular expression -> its source; the first that matches. The audio encoder's projection
+# and its ``bos_eos`` match none, since Whisper has neither: they always begin at random.
 SOURCES: dict[str, TensorSource] = {
     # small language models use their embeddings as the head too, and have no tensor of that name
     r"thinker\.lm_head\.weight": TensorSource("llm", ("lm_head.weight", "model.embed_tokens.weight")),
     r"thinker\.(model\..*)": TensorSource("llm", (r"\1",)),
+    # before the pattern for all of ``visual``, which matches these names too
     r"thinker\.visual\.(blocks\.\d+\.attn)\.[qkv]\.(weight|bias)": TensorSource(
         "vision", (r"visual.\1.qkv.\2", r"model.visual.\1.qkv.\2")
     ),
+    # with and without the module that newer releases of transformers put around both towers
     r"thinker\.visual\.(.*)": TensorSource("vision", (r"visual.\1", r"model.visual.\1")),
+    # of Whisper with its language modelling head, and of Whisper saved without one
     r"thinker\.audio_tower\.ln_post\.(.*)": TensorSource(
         "audio", (r"model.encoder.layer_norm.\1", r"encoder.layer_norm.\1")
     ),
     r"thinker\.audio_tower\.((conv|layers).*)": TensorSource("audio", (r"model.encoder.\1", r"encoder.\1")),
 }
+# tensors of which Qwen2.5-VL holds three in one, stacked along the first axis in the order q, k, v
 _FUSED = re.compile(r"thinker\.visual\.blocks\.\d+\.attn\.([qkv])\.")
 
 
@@ -61,7 +66,7 @@ class _FoundTensor:
     """A tensor of another model, or its first, second or third part."""
 
     tensor: StoredTensor
-    third: int | None = None
+    third: int | None = None  # 0, 1, 2 for q, k, v of a fused tensor; None: all of it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,17 +94,23 @@ def assemble_thinker(files: Path, target: Path, models: Mapping[str, Path], seed
       CheckpointError: if a model lacks a tensor of the Thinker, or has it in another shape.
       ConfigError: if config.json is not the model's.
     """
+    # Look up every tensor of the Thinker; headers alone are read. One whose model is given must be there. One whose
+    # model is not given, or that no model has, begins at random.
     entries = make_name_table(OmniConfig.load(files), ["thinker"])
     headers = {model: read_headers(folder) for model, folder in models.items()}
     found: dict[str, _FoundTensor] = {}
     expected: dict[str, tuple[int, ...]] = {}
+    random_names: list[str] = []
     for entry in entries:
         for name in entry.names:
             tensor = _find_tensor(name, headers)
-            if tensor is not None:
+            if tensor is None:
+                random_names.append(name)
+            else:
                 found[name] = tensor
             if _source_model(name) in models:
                 expected[name] = entry.shape
+
     trouble = describe_differences(expected, found)
     if trouble:
         folders = ", ".join(f"{model} {folder}" for model, folder in models.items())
@@ -108,6 +119,7 @@ def assemble_thinker(files: Path, target: Path, models: Mapping[str, Path], seed
 
     def make_leaf(entry: Entry) -> store.Leaf:
         def read() -> Iterator[np.ndarray]:
+            # called when the leaf is written, so that one tensor is in memory at a time
             for name in entry.names:
                 yield entry.to_jax(found[name].read() if name in found else _init_tensor(entry, name, seed))
 
@@ -116,10 +128,11 @@ def assemble_thinker(files: Path, target: Path, models: Mapping[str, Path], seed
     def write_beside(folder: Path) -> None:
         for file in side_files(files):
             shutil.copyfile(file, folder / file.name)
+        # a Thinker has no constants; the file is there because ``export`` takes a checkpoint without it for an old one
         write_file(folder / CONSTANTS_FILE, [])
 
     store.save(target, [make_leaf(entry) for entry in entries], write_beside)
-    return [name for entry in entries for name in entry.names if name not in found]
+    return random_names
 
 
 def _choose_dtypes(entries: tuple[Entry, ...], found: Mapping[str, _FoundTensor]) -> dict[tuple[str, ...], np.dtype]:
@@ -127,7 +140,11 @@ def _choose_dtypes(entries: tuple[Entry, ...], found: Mapping[str, _FoundTensor]
     dtypes: dict[tuple[str, ...], np.dtype] = {}
     mixed: list[str] = []
     for entry in entries:
-        kinds = {found[name].tensor.dtype for name in entry.names if name in found}
+        kinds: set[np.dtype] = set()
+        for name in entry.names:
+            if name in found:
+                kinds.add(found[name].tensor.dtype)
+        # the layers of a stack become one array, which has one dtype
         if len(kinds) > 1:
             mixed.append(entry.names[0])
         dtypes[entry.path] = next(iter(kinds), np.dtype(np.float32))
@@ -145,6 +162,7 @@ def _source_model(name: str) -> str | None:
 
 
 def _find_tensor(name: str, headers: Mapping[str, Mapping[str, StoredTensor]]) -> _FoundTensor | None:
+    """Where the files have a tensor of the Thinker; None if they do not."""
     for pattern, source in SOURCES.items():
         match = re.fullmatch(pattern, name)
         if match is None:
@@ -155,7 +173,7 @@ def _find_tensor(name: str, headers: Mapping[str, Mapping[str, StoredTensor]]) -
             if tensor is not None:
                 fused = _FUSED.match(name)
                 return _FoundTensor(tensor, "qkv".index(fused[1]) if fused else None)
-        return None
+        return None  # later patterns do not count, even where they match too
     return None
 
 
@@ -166,6 +184,8 @@ def _init_tensor(entry: Entry, name: str, seed: int) -> np.ndarray:
         return np.ones(entry.shape, np.float32)
     if kind == "bias":
         return np.zeros(entry.shape, np.float32)
+    # a published kernel has its outputs on the first axis, so the other axes are the inputs of one output
     std = 0.02 if kind == "embedding" else 1 / math.sqrt(math.prod(entry.shape[1:]))
+    # seeded by the name, so that values do not depend on which other tensors begin at random
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return np.float32(std) * rng.standard_normal(entry.shape, dtype=np.float32)

@@ -83,7 +83,10 @@ def to_jax(
     # a Thinker saved alone has names without "thinker." in transformers 4, and with it in some folders of 5
     tensors = pytorch.read_headers(source, "thinker" if is_thinker_alone else None)
     found = pytorch.check_tensors(source, tensors, config, components)
+    # text alone needs no voice, so a folder without them can be converted for it
     speakers = _read_voices(source, config) if {"talker", "token2wav"} & set(found) else {}
+
+    # nothing is read here: a leaf has a generator that reads its tensors when ``save`` comes to it
     entries = make_name_table(config, found)
     counter = ProgressCounter(entries, progress)
     leaves = [_make_leaf(entry, tensors, dtype, counter) for entry in entries]
@@ -91,6 +94,7 @@ def to_jax(
     def write_beside(folder: Path) -> None:
         copy_published_files(source, folder)
         if speakers:
+            # the published file too: it goes back to PyTorch byte by byte, where the voices are still the same
             shutil.copyfile(source / voices.PUBLISHED_FILE, folder / voices.PUBLISHED_FILE)
             voices.save_voices(folder, speakers)
         _write_constants(folder, tensors, config, found)
@@ -115,7 +119,9 @@ def _read_voices(source: Path, config: OmniConfig) -> dict[str, voices.Voice]:
 def _make_leaf(
     entry: Entry, tensors: dict[str, StoredTensor], dtype: DTypeLike | None, counter: ProgressCounter
 ) -> store.Leaf:
+    # Token2Wav stays in float32: its 36 evaluations would add up the errors of narrower weights
     keeps_dtype = entry.component == "token2wav" or dtype is None
+    # any layer will do: ``check_tensors`` refuses a stack whose layers differ in dtype
     leaf_dtype = tensors[entry.names[0]].dtype if keeps_dtype else np.dtype(dtype)
 
     def read() -> Iterator[np.ndarray]:
@@ -131,6 +137,7 @@ def _write_constants(
 ) -> None:
     constants = []
     for name in optional_constants(config):
+        # transformers 5 does not save them; ``export`` computes what is missing
         if name in tensors and name.split(".")[0] in components:
             constants.append(NewTensor.of(name, tensors[name]))
     write_file(folder / CONSTANTS_FILE, constants)

@@ -59,6 +59,7 @@ def to_hf(
     store.refuse_existing(target)
     components = _check_components(source)
     is_thinker_alone = components == ("thinker",)
+    # ``abstract`` compares all shapes with config.json; the dtypes are those that the tensors are written in
     shapes: dict[tuple[str, ...], Any] = flatten_dict(store.abstract(source))
     dtypes = {path: np.dtype(leaf.dtype) for path, leaf in shapes.items()}
     config = OmniConfig.load(source)
@@ -67,10 +68,13 @@ def to_hf(
     # a Thinker has no voices; whatever else is exported must have those of its config.json's sizes
     speakers = {} if is_thinker_alone else voices.load_voices(source)
     voices.check(speakers, config, source / voices.VOICES_FILE)
+
+    # the tensors with their sizes, from which the files are cut; values are read when their turn to be written comes
     entries = make_name_table(config, components)
     counter = ProgressCounter(entries, progress)
     tensors = list(_make_tensors(source, entries, dtypes, counter, is_thinker_alone))
     tensors += constants
+
     with store.new_folder(target) as unfinished:
         for file in files:
             shutil.copyfile(file, unfinished / file.name)
@@ -101,6 +105,7 @@ def _make_tensors(
 
     for entry in entries:
         for layer, name in enumerate(entry.names):
+            # transformers 4 saves a Thinker alone without the name of the component
             written_name = name.removeprefix("thinker.") if is_thinker_alone else name
             yield NewTensor(written_name, entry.shape, dtypes[entry.path], functools.partial(read, entry, layer))
 
@@ -108,10 +113,16 @@ def _make_tensors(
 def _check_components(source: Path) -> tuple[str, ...]:
     """The components of a checkpoint that PyTorch has a model for."""
     found = store.components(source)
-    components = tuple(name for name in COMPONENTS if name in found)
+    present: list[str] = []
+    absent: list[str] = []
+    for name in COMPONENTS:
+        if name in found:
+            present.append(name)
+        else:
+            absent.append(name)
+    components = tuple(present)
     if components in (COMPONENTS, ("thinker",)):
         return components
-    absent = [name for name in COMPONENTS if name not in found]
     raise CheckpointError(
         f"{source} has no {' and no '.join(absent)}, and PyTorch loads all three components or a Thinker alone; it was "
         f"converted with --components {' '.join(found)}. Convert the PyTorch folder again without --components"
@@ -124,7 +135,11 @@ def _make_constants(source: Path, config: OmniConfig, components: Sequence[str])
     if not path.is_file():
         raise CheckpointError(f"{source} has no {CONSTANTS_FILE}: an older release made it; convert it again")
     stored = read_header(path)
-    expected = {name: shape for name, shape in optional_constants(config).items() if name in stored}
+    # any of them may be missing, but nothing else may be there
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in optional_constants(config).items():
+        if name in stored:
+            expected[name] = shape
     trouble = describe_differences(expected, stored)
     if trouble:
         raise CheckpointError(f"{path} does not hold the constants of the model in config.json:{trouble}")
@@ -133,6 +148,7 @@ def _make_constants(source: Path, config: OmniConfig, components: Sequence[str])
         if name in stored:
             constants.append(NewTensor.of(name, stored[name]))
         elif name.split(".")[0] in components:
+            # the default binds the values of this round; without it all lambdas would give those of the last
             constants.append(NewTensor(name, values.shape, values.dtype, lambda values=values: values))
     return constants
 
@@ -142,8 +158,15 @@ def _write_voices(source: Path, target: Path, speakers: dict[str, voices.Voice])
     original = source / voices.PUBLISHED_FILE
     if original.is_file():
         published = voices.read_spk_dict(original)
-        has_same_names = list(published) == list(speakers)
-        if has_same_names and all(published[name].equals(speakers[name]) for name in published):
+        if _are_same_voices(published, speakers):
             shutil.copyfile(original, target / original.name)
             return
     voices.write_spk_dict(target / voices.PUBLISHED_FILE, speakers)
+
+
+def _are_same_voices(one: dict[str, voices.Voice], other: dict[str, voices.Voice]) -> bool:
+    """Whether both have the same names in the same order, and equal values under each."""
+    # the order counts: the first voice is the default where there is no Chelsie
+    if list(one) != list(other):
+        return False
+    return all(voice.equals(other[name]) for name, voice in one.items())

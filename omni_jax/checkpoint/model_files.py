@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from omni_jax.errors import CheckpointError
 # tensors of the source that are no parameters (name_map.optional_constants); without them PyTorch misses something
 CONSTANTS_FILE = "constants.safetensors"
 
+# transformers 4 keeps the preprocessors in the first two files, version 5 in sections of the third
 _PREPROCESSOR_FILE = "preprocessor_config.json"
 _VIDEO_PREPROCESSOR_FILE = "video_preprocessor_config.json"
 _PROCESSOR_FILE = "processor_config.json"
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
+# without these nothing can be loaded; a preprocessor's file has to be there as well, under either name
 REQUIRED_FILES = (CONFIG_FILE, "tokenizer.json")
+# copied where they are there, since PyTorch reads them or a licence asks for it
 OTHER_FILES = (
     _PREPROCESSOR_FILE,
     _VIDEO_PREPROCESSOR_FILE,
@@ -59,15 +62,29 @@ def side_files(source: Path) -> list[Path]:
     Raises:
       CheckpointError: if one that must be there is missing.
     """
-    missing = [name for name in REQUIRED_FILES if not (source / name).is_file()]
-    if not any((source / name).is_file() for name in (_PREPROCESSOR_FILE, _PROCESSOR_FILE)):
+    missing: list[str] = []
+    for name in REQUIRED_FILES:
+        if not (source / name).is_file():
+            missing.append(name)
+    # either release's file of the preprocessors will do
+    if not _find_files(source, (_PREPROCESSOR_FILE, _PROCESSOR_FILE)):
         missing.append(_PREPROCESSOR_FILE)
     if missing:
         raise CheckpointError(
             f"{source} has no {' and no '.join(missing)}; fetch all files of the model into it. (What PyTorch's "
             "save_pretrained leaves out, AutoProcessor.from_pretrained(MODEL).save_pretrained(FOLDER) writes)"
         )
-    return [source / name for name in REQUIRED_FILES + OTHER_FILES if (source / name).is_file()]
+    return _find_files(source, REQUIRED_FILES + OTHER_FILES)
+
+
+def _find_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Those of the named files that a folder has."""
+    found = []
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            found.append(path)
+    return found
 
 
 def copy_published_files(source: Path, target: Path) -> None:
@@ -81,6 +98,7 @@ def copy_published_files(source: Path, target: Path) -> None:
     """
     for file in side_files(source):
         shutil.copyfile(file, target / file.name)
+    # written again only where the form changed, so that a file of version 4 keeps its bytes
     values = read_config_file(source)
     if values != _read_object(source / CONFIG_FILE):
         write_config_file(target, values)
@@ -102,6 +120,7 @@ def _split_processor_config(folder: Path) -> None:
     path = folder / _PROCESSOR_FILE
     if not path.is_file():
         return
+    # the sections that version 5 writes, each of which must be an object
     values = _read_object(path)
     sections = {}
     for name in ("feature_extractor", "image_processor", "video_processor"):
@@ -113,9 +132,13 @@ def _split_processor_config(folder: Path) -> None:
         sections[name] = dict(section)
     if "feature_extractor" not in sections or "image_processor" not in sections:
         return  # of version 4, where it names a class
+
+    # version 4 has one file for sound and pictures; a key of both sections comes from the one that it belongs to
     image = sections["image_processor"]
     preprocessor = {**image, **sections["feature_extractor"]}
-    preprocessor.update({key: image[key] for key in _IMAGE_KEYS if key in image})
+    for key in _IMAGE_KEYS:
+        if key in image:
+            preprocessor[key] = image[key]
     # version 5 keeps the limits of a picture in ``size``, where a copy of version 4's keys may stand beside it
     size = preprocessor.pop("size", None) or {}
     for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -126,6 +149,7 @@ def _split_processor_config(folder: Path) -> None:
     _write_object(folder / _PREPROCESSOR_FILE, preprocessor)
     if "video_processor" in sections:
         _write_object(folder / _VIDEO_PREPROCESSOR_FILE, sections["video_processor"])
+    # one form of each preprocessor stays, not two that might disagree
     path.unlink()
 
 
@@ -134,11 +158,13 @@ def _rename_special_tokens(folder: Path) -> None:
     path = folder / _TOKENIZER_CONFIG_FILE
     if not path.is_file():
         return
+    # nothing to do for a file of version 4, which then keeps its bytes
     values = _read_object(path)
     if not isinstance(values.get("extra_special_tokens"), list) and "backend" not in values:
         return
     for key in _TOKENIZER_LOADING_KEYS:
         values.pop(key, None)
+    # popped first, since version 5's dictionary then takes the key
     extra = values.pop("extra_special_tokens", None)
     if isinstance(extra, list):
         values["additional_special_tokens"] = extra

@@ -163,7 +163,11 @@ def published_name(name: str, component: str | None = None) -> str:
 
 def parameter_count(config: OmniConfig, under: tuple[str, ...] = ()) -> int:
     """Parameters of the model, or of the leaves whose path begins with ``under``, from the shapes alone."""
-    return sum(entry.size for entry in make_name_table(config) if entry.path[: len(under)] == under)
+    total = 0
+    for entry in make_name_table(config):
+        if entry.path[: len(under)] == under:
+            total += entry.size
+    return total
 
 
 class Shaped(Protocol):
@@ -180,11 +184,13 @@ def describe_differences(expected: Mapping[str, tuple[int, ...]], found: Mapping
       expected: name to shape, for every tensor that must be there.
       found: name to tensor, for every tensor that is.
     """
-    missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
+    missing = []
     reshaped = []
     for name, shape in expected.items():
-        if name in found and tuple(found[name].shape) != shape:
+        if name not in found:
+            missing.append(name)
+        elif tuple(found[name].shape) != shape:
             reshaped.append(f"{name}: config.json makes it {list(shape)}, found {list(found[name].shape)}")
     text = describe_list("missing", missing)
     text += describe_list("unexpected", unexpected)
@@ -195,9 +201,12 @@ def describe_list(heading: str, lines: list[str]) -> str:
     """``lines`` under a heading with their count; the first twenty, then how many more. Empty for none."""
     if not lines:
         return ""
-    shown = "".join(f"\n    {line}" for line in lines[:_MAX_LISTED])
-    more = f"\n    ... and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
-    return f"\n  {len(lines)} {heading}:{shown}{more}"
+    text = f"\n  {len(lines)} {heading}:"
+    for line in lines[:_MAX_LISTED]:
+        text += f"\n    {line}"
+    if len(lines) > _MAX_LISTED:
+        text += f"\n    ... and {len(lines) - _MAX_LISTED} more"
+    return text
 
 
 # What the model is made of. A path is written with slashes, a name with dots; every helper returns a list of entries.
@@ -333,6 +342,7 @@ def _map_audio_encoder(config: AudioEncoderConfig) -> list[Entry]:
     layer = [
         *_map_norm("attention_norm", "self_attn_layer_norm", width, bias=True),
         *_map_to_heads("attention/query", "self_attn.q_proj", width, heads),
+        # as in Whisper: a bias of the keys would add the same to all logits of a query, which softmax takes out again
         *_map_to_heads("attention/key", "self_attn.k_proj", width, heads, bias=False),
         *_map_to_heads("attention/value", "self_attn.v_proj", width, heads),
         *_map_from_heads("attention/out", "self_attn.out_proj", heads, width),
@@ -370,6 +380,7 @@ def _map_vision_encoder(config: VisionEncoderConfig) -> list[Entry]:
     cell = width * config.spatial_merge_size**2
     merger = [
         *_map_norm("norm", "ln_q", width),
+        # mlp.1 is the activation; numbers left out further below are activations and dropout too, without parameters
         *_map_linear("up", "mlp.0", cell, cell),
         *_map_linear("down", "mlp.2", cell, config.out_hidden_size),
     ]
@@ -394,6 +405,7 @@ def _map_dit(config: DiTConfig) -> list[Entry]:
     width = config.hidden_size
     heads = (config.num_attention_heads, config.head_dim)
     layer = [
+        # shift, scale and gate of the attention, then of the MLP; the norms have no parameters of their own
         *_map_linear("modulation", "attn_norm.linear", width, 6 * width),
         *_map_to_heads("attention/query", "attn.to_q", width, heads),
         *_map_to_heads("attention/key", "attn.to_k", width, heads),
@@ -458,6 +470,7 @@ def _map_bigvgan(config: BigVGANConfig) -> list[Entry]:
     entries = _map_conv("conv_in", "conv_pre", config.mel_dim, channels, _VOCODER_KERNEL)
     blocks = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True))
     for s, width in enumerate(config.upsample_kernel_sizes):
+        # the published stages are lists of one element, hence the 0; the blocks of all stages are in one list
         entries += _map_transposed_conv(f"stage_{s}/upsample", f"ups.{s}.0", channels, channels // 2, width)
         channels //= 2
         for b, (kernel, dilations) in enumerate(blocks):

@@ -7,7 +7,7 @@ from the headers before a tensor is read, and then one tensor is read at a time,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +45,10 @@ def read_headers(folder: Path, component: str | None = None) -> dict[str, Stored
         found = _read_shards(folder)
     else:
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read")
+
+    # the two schemes have two names for a tensor, so a folder of both could hold it twice
     tensors: dict[str, StoredTensor] = {}
-    file_names: dict[str, str] = {}
+    file_names: dict[str, str] = {}  # published name -> the name in the file
     doubled: list[str] = []
     for name, tensor in found.items():
         published = published_name(name, component)
@@ -73,10 +75,16 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     # an index from a stranger reads no file but those beside it
     if outside:
         raise CheckpointError(f"{index} names files outside its folder:{describe_list('of them', outside)}")
-    absent = [file for file in files if not (folder / file).is_file()]
+    # named together, so that a download that was interrupted can be completed at once
+    absent: list[str] = []
+    for file in files:
+        if not (folder / file).is_file():
+            absent.append(file)
     if absent:
         trouble = describe_list("missing", absent)
         raise CheckpointError(f"{folder}: {INDEX_FILE} names files that are not there:{trouble}")
+
+    # index and files must agree in both directions, or files of two models lie in one folder
     found: dict[str, StoredTensor] = {}
     unlisted: list[str] = []
     for file in files:
@@ -84,7 +92,10 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
             found[name] = tensor
             if files_of_tensors.get(name) != file:
                 unlisted.append(f"{name} (in {file})")
-    lost = [f"{name} (should be in {file})" for name, file in files_of_tensors.items() if name not in found]
+    lost: list[str] = []
+    for name, file in files_of_tensors.items():
+        if name not in found:
+            lost.append(f"{name} (should be in {file})")
     if unlisted or lost:
         trouble = describe_list("in a file where the index does not have them", unlisted)
         trouble += describe_list("in no file", lost)
@@ -110,6 +121,7 @@ def check_tensors(
     Raises:
       CheckpointError: with all that is missing, unexpected or of a shape other than the configuration's.
     """
+    # which components there are, and whether those that are asked for are among them
     present = {name.split(".")[0] for name in tensors}
     if not present & set(COMPONENTS):
         first = next(iter(tensors), "none at all")
@@ -117,11 +129,13 @@ def check_tensors(
             f"{folder} holds no tensor of {', '.join(COMPONENTS)} (the first is {first}), but its config.json is that "
             "of the whole model. A Thinker saved alone has its own config.json; no other part can be read alone"
         )
-    absent = [component for component in components or () if component not in present]
+    held = _order_components(present)
+    requested = held if components is None else components
+    absent = [component for component in requested if component not in present]
     if absent:
-        held = ", ".join(component for component in COMPONENTS if component in present)
-        raise CheckpointError(f"{folder} holds no {' and no '.join(absent)}; it has {held}")
-    wanted = tuple(c for c in COMPONENTS if c in (present if components is None else components))
+        raise CheckpointError(f"{folder} holds no {' and no '.join(absent)}; it has {', '.join(held)}")
+    wanted = _order_components(requested)
+
     # a component that was not asked for may lack tensors, but those that are there must be right
     expected: dict[str, tuple[int, ...]] = {}
     for entry in make_name_table(config):
@@ -139,11 +153,19 @@ def check_tensors(
     return wanted
 
 
+def _order_components(names: Container[str]) -> tuple[str, ...]:
+    """Those of COMPONENTS that are among ``names``, in their order."""
+    return tuple(component for component in COMPONENTS if component in names)
+
+
 def _mixed_stacks(tensors: dict[str, StoredTensor], entries: Iterable[Entry]) -> list[str]:
     """The stacked leaves whose layers do not share a dtype."""
     mixed = []
     for entry in entries:
-        dtypes = {str(tensors[name].dtype) for name in entry.names if name in tensors}
+        dtypes: set[str] = set()
+        for name in entry.names:
+            if name in tensors:  # what is missing is reported elsewhere
+                dtypes.add(str(tensors[name].dtype))
         if len(dtypes) > 1:
             mixed.append(f"{entry.names[0]} to {entry.names[-1]}: {', '.join(sorted(dtypes))}")
     return mixed
@@ -157,10 +179,12 @@ def read_layers(entry: Entry, tensors: dict[str, StoredTensor]) -> Iterator[np.n
 
 def write_tensors(folder: Path, tensors: Iterable[NewTensor], shard_bytes: int) -> None:
     """Writes tensors as one file, or as several of at most ``shard_bytes`` (or one tensor) with their index."""
+    # cut by the sizes that are announced, since a file's name has the number of files in it
     shards = list(_cut_into_shards(tensors, shard_bytes))
     if len(shards) == 1:
         write_file(folder / SINGLE_FILE, shards[0])
         return
+
     files_of_tensors: dict[str, str] = {}
     total_size = 0
     for number, shard in enumerate(shards, start=1):
@@ -177,6 +201,7 @@ def _cut_into_shards(tensors: Iterable[NewTensor], shard_bytes: int) -> Iterator
     shard: list[NewTensor] = []
     size = 0
     for tensor in tensors:
+        # a tensor larger than the limit has a shard of its own
         if shard and size + tensor.nbytes > shard_bytes:
             yield shard
             shard = []

@@ -42,7 +42,7 @@ from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
 
 ABOUT_FILE = "omni_jax.json"
-FORMAT = 1
+FORMAT = 1  # of the folder's layout; another one is refused and not guessed at
 
 # what is written at a time: few chunks, and these so large that the C library returns their memory at once
 _CHUNK_BYTES = 64 * 2**20
@@ -91,7 +91,10 @@ def save(folder: Path, leaves: Sequence[Leaf], write_beside: Callable[[Path], No
       CheckpointError: if ``folder`` exists.
     """
     with new_folder(folder) as unfinished:
+        # first, because small files take no time and may turn out to be wrong
         write_beside(unfinished)
+
+        # one Orbax checkpoint for each component, so that one can be read without the others
         leaves_of: dict[str, list[Leaf]] = {}
         for leaf in leaves:
             leaves_of.setdefault(leaf.path[0], []).append(leaf)
@@ -99,6 +102,7 @@ def save(folder: Path, leaves: Sequence[Leaf], write_beside: Callable[[Path], No
         for component, component_leaves in leaves_of.items():
             _write_component(unfinished / "params" / component, component_leaves)
             dtypes_of[component] = sorted({str(leaf.dtype) for leaf in component_leaves})
+
         text = json.dumps({"format": FORMAT, "components": dtypes_of}, indent=2)
         (unfinished / ABOUT_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -116,10 +120,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     refuse_existing(folder)
     folder = folder.resolve()  # Orbax refuses a path with ".." in it
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # beside the folder: only within one file system is a rename a single step
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
         partial.mkdir()
         yield partial
+        # all of it on the disk before the name: after a power failure the name alone might have been kept
         os.sync()
         partial.rename(folder)
     finally:  # gone already where all went well
@@ -137,10 +143,18 @@ def refuse_existing(folder: Path) -> None:
 
 
 def _write_component(folder: Path, leaves: Sequence[Leaf]) -> None:
-    zeros = {leaf.path[1:]: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for leaf in leaves}
-    stacked = {leaf.path[1:] for leaf in leaves if leaf.stacked}
+    # Orbax lays out the checkpoint with arrays that repeat one zero: of full shape, but without memory of their own
+    zeros: dict[tuple[str, ...], np.ndarray] = {}
+    stacked: set[tuple[str, ...]] = set()
+    for leaf in leaves:
+        path = leaf.path[1:]
+        zeros[path] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+        if leaf.stacked:
+            stacked.add(path)
     with _orbax_layout(stacked), quiet_orbax():
         ocp.save(str(folder), unflatten_dict(zeros))
+
+    # then the values are written over them; each write is waited for, so that one block is in memory at a time
     for leaf in leaves:
         store = _open_array(folder, leaf.path[1:])
         chunk: Any = store.chunk_layout.write_chunk.shape
@@ -150,6 +164,7 @@ def _write_component(folder: Path, leaves: Sequence[Leaf]) -> None:
 
 def _open_array(component: Path, path: Sequence[str], cache_bytes: int = 0) -> ts.TensorStore:
     """One array of a component, as Orbax keeps it; up to ``cache_bytes`` of it stay decompressed once they are read."""
+    # the folder between has the name that Orbax gives to a single tree
     (array,) = component.glob(f"*/{'.'.join(path)}/zarr.json")
     spec = {
         "driver": "zarr3",
@@ -169,13 +184,16 @@ def _orbax_layout(stacked: set[tuple[str, ...]]) -> ocp.Context:
 
     def choose_options(key: Any, value: Any) -> Any:
         path = tuple(part.key for part in key)
+        # the layers of a large stack come one by one, and each is then written into chunks of its own
         by_layer = value.nbytes > _CHUNK_BYTES and path in stacked
         return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,)) if by_layer else None
 
     context = ocp.Context()
+    # a folder for each array, which tensorstore can open by its path
     context.array.saving.use_ocdbt = False
     context.array.saving.storage_options = options(chunk_byte_size=_CHUNK_BYTES)
     context.array.saving.scoped_storage_options_creator = choose_options
+    # a copy of an array that repeats one zero would take all of its memory
     context.memory.deepcopy_host_arrays = False
     return context
 
@@ -185,13 +203,15 @@ def _read_blocks(leaf: Leaf, chunk: Sequence[int]) -> Iterator[tuple[tuple[slice
     # along the axis with most chunks; the layers of a stack come along the first
     axis = 0 if leaf.stacked else max(range(len(chunk)), key=lambda axis: leaf.shape[axis] // chunk[axis])
     chunks_in_block = max(1, _BLOCK_BYTES * leaf.shape[axis] // (leaf.nbytes * chunk[axis]))
-    length = chunk[axis] * chunks_in_block
+    length = chunk[axis] * chunks_in_block  # of a block, along the axis
     all_before = (slice(None),) * axis
     layers = leaf.read()
+    # an array that is not stacked is read whole and cut; the layers of a stack are read as their block comes
     array = None if leaf.stacked else next(layers)
     for start in range(0, leaf.shape[axis], length):
         where = (*all_before, slice(start, min(start + length, leaf.shape[axis])))
         if array is not None:
+            # a copy: what was read may be a transposed view, in another dtype
             yield where, np.array(array[where], leaf.dtype, order="C")
             continue
         block = np.empty((where[0].stop - start, *leaf.shape[1:]), leaf.dtype)
@@ -203,7 +223,8 @@ def _read_blocks(leaf: Leaf, chunk: Sequence[int]) -> Iterator[tuple[tuple[slice
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
     """Keeps back what Orbax says of files that it looks for and does not need."""
-    loggers = (logging.getLogger("absl"), logging.getLogger())  # it logs by either
+    # It logs by either. A logger's filter does not see what comes from another one, so both need it.
+    loggers = (logging.getLogger("absl"), logging.getLogger())
 
     def is_unexpected(record: logging.LogRecord) -> bool:
         return not any(text in record.getMessage() for text in _EXPECTED_MESSAGES)
@@ -253,11 +274,13 @@ def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike
     Raises:
       CheckpointError: if a component or a part of one is missing, or does not fit config.json.
     """
+    # what is there, by the folder's own account
     found = components(folder)
     wanted = tuple(found) if wanted is None else tuple(wanted)
     absent = [name for name in wanted if name not in found]
     if absent:
         raise CheckpointError(f"{folder} has no {', '.join(absent)}; it has {', '.join(found)}")
+    # what should be there, by the model's configuration
     try:
         config = OmniConfig.load(folder)
     except ConfigError as e:
@@ -267,8 +290,11 @@ def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike
 
 def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
     path = folder / "params" / component
+    # a tree that lacks a parameter would be loaded as it is, so all paths and shapes are compared here
     found: dict[str, Any] = flatten_dict(tree_shapes(path), sep="/")
-    expected = {"/".join(entry.path[1:]): entry.leaf_shape for entry in make_name_table(config, [component])}
+    expected: dict[str, tuple[int, ...]] = {}
+    for entry in make_name_table(config, [component]):
+        expected["/".join(entry.path[1:])] = entry.leaf_shape
     trouble = describe_differences(expected, found)
     if trouble:
         raise CheckpointError(f"{path} does not hold the {component} that config.json describes:{trouble}")
@@ -302,6 +328,7 @@ def load(
       CheckpointError: as ``abstract``, and if values are missing.
     """
     trees = abstract(folder, wanted, dtype)
+    # a single sharding stands for that of every array, of all components or of one
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
@@ -311,6 +338,7 @@ def load(
         placement = shardings[name]
         if isinstance(placement, jax.sharding.Sharding):
             placement = jax.tree.map(lambda _, sharding=placement: sharding, tree)
+        # Orbax reads and casts straight into these, so that no host holds more than its devices do
         target = jax.tree.map(_with_sharding, tree, placement)
         params[name] = load_tree(folder / "params" / name, target)
     return params
@@ -377,6 +405,7 @@ def open_leaf(folder: Path, path: Sequence[str]) -> Callable[[int | None], np.nd
       CheckpointError: from that function, if values are missing or damaged.
     """
     component = folder.resolve() / "params" / path[0]
+    # opened once to learn how it is cut into chunks, and then again with a cache of the size that follows
     store = _open_array(component, path[1:])
     # Several layers may share a chunk: small layers, and those that a training run has written from devices that each
     # hold a part of all. Such a chunk is not to be decompressed for each of its layers again.

@@ -8,10 +8,11 @@ tensor's parts, and any other name is an error.
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickletools
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,24 @@ from omni_jax.errors import CheckpointError
 LARGEST_FILE = 64 * 2**20
 _LARGEST_PROGRAM = 2**20
 
+# The only names that a program may give, with a space between module and name as ``pickletools`` has them. These are
+# the classes of storages, which stand for the dtype of a tensor.
 _DTYPES = {
-    "FloatStorage": np.dtype(np.float32),
-    "DoubleStorage": np.dtype(np.float64),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
+    "torch FloatStorage": np.dtype(np.float32),
+    "torch DoubleStorage": np.dtype(np.float64),
+    "torch HalfStorage": np.dtype(np.float16),
+    "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch LongStorage": np.dtype(np.int64),
+    "torch IntStorage": np.dtype(np.int32),
+    "torch ShortStorage": np.dtype(np.int16),
 }
 _STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
+# and these the two functions that a program may ask for; their results are made here, without calling them
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _ORDERED = "collections OrderedDict"  # a tensor's hooks, of which it has none
-_NAMES = {_TENSOR, _ORDERED, *(f"torch {name}" for name in _DTYPES)}
+_NAMES = {_TENSOR, _ORDERED, *_DTYPES}
 
+# instructions that push a fixed value, that push their argument, and that make a tuple of so many values
 _CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None}
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -66,6 +71,7 @@ def read(path: Path) -> Any:
         tensors; what was found is named.
     """
     try:
+        # before anything of it is in memory
         size = path.stat().st_size
         if size > LARGEST_FILE:
             raise CheckpointError(f"{path} has {size:,} bytes; a file of voices has {LARGEST_FILE:,} at most")
@@ -73,11 +79,12 @@ def read(path: Path) -> Any:
             return _PickleMachine(path, _open_entries(path, archive)).run()
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
-    except CheckpointError:
+    except CheckpointError:  # a ValueError too, but with the right message already
         raise
     except (zipfile.BadZipFile, EOFError, RuntimeError) as e:  # RuntimeError: a password, or an unknown method
         raise CheckpointError(f"{path} is damaged or no file of torch.save ({e}); fetch it again") from e
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        # a program that takes what it never pushed, or gives an instruction values of the wrong kind
         what = f"{type(e).__name__}: {e}"
         raise CheckpointError(f"{path} holds a pickle that cannot be followed ({what}); fetch it again") from e
 
@@ -85,7 +92,11 @@ def read(path: Path) -> Any:
 def _open_entries(path: Path, archive: zipfile.ZipFile) -> Callable[[str], bytes]:
     """A function that reads an entry of the archive by its name below the archive's one folder."""
     infos = {info.filename: info for info in archive.infolist()}
-    roots = [name.removesuffix("/data.pkl") for name in infos if name.endswith("/data.pkl")]
+    # the folder is named after the file as it was when it was saved, so it is found by what lies in it
+    roots = []
+    for name in infos:
+        if name.endswith("/data.pkl"):
+            roots.append(name.removesuffix("/data.pkl"))
     if len(roots) != 1 or len(infos) != len(archive.infolist()):
         raise CheckpointError(f"{path} is no file of torch.save: it must hold one data.pkl, and no name twice")
     claimed = sum(info.file_size for info in infos.values())
@@ -98,6 +109,7 @@ def _open_entries(path: Path, archive: zipfile.ZipFile) -> Callable[[str], bytes
         info = infos.get(f"{roots[0]}/{name}")
         if info is None:
             raise CheckpointError(f"{path} is not whole: it has no {name}; fetch it again")
+        # a compressed entry could unfold into far more than the file's size
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise CheckpointError(f"{path}: {name} is compressed, which torch.save never does; not read")
         if name == "data.pkl" and info.file_size > _LARGEST_PROGRAM:
@@ -123,9 +135,10 @@ class _PickleMachine:
         self.nbytes = 0  # of all tensors made so far
 
     def run(self) -> Any:
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = {}  # values that the program refers to again, by their number
         stack = self.stack
         argument: Any
+        # genops splits the bytes into instructions and runs none of them
         for instruction, argument, _ in pickletools.genops(self.read_entry("data.pkl")):
             match name := instruction.name:
                 case "PROTO":
@@ -178,6 +191,7 @@ class _PickleMachine:
         return self._pop_values(len(self.stack) - self.mark_positions.pop())
 
     def _set_items(self, items: list[Any]) -> None:
+        """Puts key, value, key, value, ... into the dictionary on top of the stack."""
         if not isinstance(self.stack[-1], dict):
             raise TypeError("items for what is no dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -192,11 +206,12 @@ class _PickleMachine:
 
     def _load_storage(self, reference: Any) -> _Storage:
         """The storage that ("storage", type, key, device, count) refers to."""
-        what, kind, key, _, count = reference
+        what, kind, key, _, count = reference  # the device does not matter here
         is_well_typed = isinstance(kind, _Name) and isinstance(key, str) and type(count) is int
         if what != "storage" or not is_well_typed:
             raise self._make_refusal("a reference to something else than the storage of a tensor")
-        dtype = _DTYPES[kind.text.removeprefix("torch ")]
+        # read once and kept, since several tensors may be views of one storage
+        dtype = _DTYPES[kind.text]
         if key not in self.storages:
             data = self.read_entry(f"data/{key}")
             if len(data) != count * dtype.itemsize:
@@ -211,22 +226,27 @@ class _PickleMachine:
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
             raise self._make_refusal("a call of what is no function")
         if function.text == _TENSOR:
+            # what follows the fourth, requires_grad and hooks, does not change the values
             return self._build_tensor(*arguments[:4])
         if function.text == _ORDERED and not arguments:
             return {}
         raise self._make_refusal(f"a call of {function.text.replace(' ', '.')}")
 
     def _build_tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+        """A view of a storage. Offset and strides count values; numbers come from the file and are all checked."""
         counts = (offset, *shape, *strides)
-        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in counts):
+        if not isinstance(storage, _Storage) or not all(map(_is_count, counts)):
             raise TypeError("a tensor of something else than a storage")
         values = storage.values
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        last = offset
+        for length, stride in zip(shape, strides, strict=True):
+            last += (length - 1) * stride
         size = math.prod(shape)
         # the last value that strides reach must lie in the storage. A tensor no larger than its storage cannot claim
         # memory that the file does not have, which strides of 0 could otherwise do
         if size == 0 or last >= values.size or size > values.size:
             raise CheckpointError(f"{self.path} has a tensor {list(shape)} that {values.size} values do not fill")
+        # many tensors of one storage are many copies of it once they are used
         self.nbytes += size * values.itemsize
         if self.nbytes > LARGEST_FILE:
             raise CheckpointError(f"{self.path} makes more than {LARGEST_FILE:,} bytes of tensors of its storages")
@@ -234,12 +254,20 @@ class _PickleMachine:
         return np.lib.stride_tricks.as_strided(values[offset:], shape, byte_strides, writeable=False)
 
 
+def _is_count(value: Any) -> bool:
+    """Whether it is an integer from 0 on; a bool, which ``isinstance`` would admit, is none."""
+    return type(value) is int and value >= 0
+
+
 def write(path: Path, value: Mapping[str, Any]) -> None:
     """Writes nested dictionaries of strings, 32-bit integers and arrays, for ``torch.load(weights_only=True)``."""
     arrays: list[np.ndarray] = []
+    # PROTO 2, the value, STOP
     program = b"\x80\x02" + _encode(value, arrays) + b"."
+    # torch.load looks for these three by name; 3 is the version of the archive's layout
     entries = {"data.pkl": program, "byteorder": b"little", "version": b"3\n"}
-    entries |= {f"data/{i}": np.ascontiguousarray(array).tobytes() for i, array in enumerate(arrays)}
+    for i, array in enumerate(arrays):
+        entries[f"data/{i}"] = np.ascontiguousarray(array).tobytes()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, data in entries.items():
             archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}"), data)  # without the time, so that bytes repeat
@@ -247,26 +275,41 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
 
 def _encode(value: Any, arrays: list[np.ndarray]) -> bytes:
     """The instructions that put ``value`` on the stack; arrays among it are appended to ``arrays``."""
+    # BINUNICODE: the length in bytes, then UTF-8
     if isinstance(value, str):
         text = value.encode()
         return b"X" + len(text).to_bytes(4, "little") + text
+    # NEWTRUE, NEWFALSE; before the numbers, since a bool is an int
     if isinstance(value, bool):
         return b"\x88" if value else b"\x89"
+    # BININT
     if isinstance(value, int):
         return b"J" + value.to_bytes(4, "little", signed=True)
+    # MARK, the items, TUPLE
     if isinstance(value, tuple):
-        return b"(" + b"".join(_encode(item, arrays) for item in value) + b"t"
+        return b"(" + _encode_each(value, arrays) + b"t"
+    # EMPTY_DICT, MARK, key, value, key, value, ..., SETITEMS
     if isinstance(value, Mapping):
-        return b"}(" + b"".join(_encode(part, arrays) for item in value.items() for part in item) + b"u"
+        return b"}(" + _encode_each(itertools.chain.from_iterable(value.items()), arrays) + b"u"
+    # GLOBAL: module and name, each on a line
     if isinstance(value, _Name):
         return b"c" + value.text.replace(" ", "\n").encode() + b"\n"
     if not isinstance(value, np.ndarray) or value.dtype not in _STORAGES:
         raise TypeError(f"cannot write {value!r}")
     # _rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, backward_hooks), as torch.save writes it
     arrays.append(value)
-    kind = _Name(f"torch {_STORAGES[value.dtype]}")
+    kind = _Name(_STORAGES[value.dtype])
+    # the reference to the storage, BINPERSID
     storage = _encode(("storage", kind, str(len(arrays) - 1), "cpu", value.size), arrays) + b"Q"
+    # values are written in C order; strides count values and not bytes
     strides = tuple(math.prod(value.shape[axis + 1 :]) for axis in range(value.ndim))
-    rest = b"".join(_encode(x, arrays) for x in (0, value.shape, strides, False))
+    rest = _encode_each((0, value.shape, strides, False), arrays)
+    # no hooks: a call (REDUCE) of OrderedDict with EMPTY_TUPLE
     hooks = _encode(_Name(_ORDERED), arrays) + b")R"
+    # the function, MARK, its arguments, TUPLE, REDUCE
     return _encode(_Name(_TENSOR), arrays) + b"(" + storage + rest + hooks + b"tR"
+
+
+def _encode_each(values: Iterable[Any], arrays: list[np.ndarray]) -> bytes:
+    """The instructions that put several values on the stack, the first at the bottom."""
+    return b"".join(_encode(value, arrays) for value in values)

@@ -99,6 +99,7 @@ def resolve_checkpoint(init: Path) -> Path:
     """
     if not (init / CHECKPOINTS_FOLDER).is_dir():
         return init
+    # the latest may have been damaged since it was written
     for folder in reversed(_list_steps(init / CHECKPOINTS_FOLDER)):
         if not find_damage(folder):
             return folder
@@ -111,6 +112,7 @@ def find_damage(folder: Path) -> str:
         sizes: dict[str, int] = json.loads((folder / FILES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         return f"{FILES_FILE} cannot be read ({e})"
+    # lengths alone, which take no time; contents that cannot be decoded show when they are loaded
     for name, size in sizes.items():
         try:
             found = (folder / name).stat().st_size
@@ -129,6 +131,7 @@ def prepare_model(workdir: Path, init: Path) -> None:
     """
     if (workdir / MODEL_FOLDER).exists():
         return
+    # the Thinker trains, so each checkpoint has its own
     components = store.components(init)
     components.pop("thinker", None)
     files = side_files(init)
@@ -172,6 +175,7 @@ class TrainCheckpoints:
         self._parent = workdir / CHECKPOINTS_FOLDER
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._saving: TrainCheckpoint | None = None  # what Orbax is writing in the background
+        # what stays open as long as the checkpointer does
         self._open_contexts = contextlib.ExitStack()
 
     def restore(self, make_target: MakeTarget, log: Callable[[str], None]) -> TrainCheckpoint | None:
@@ -187,6 +191,7 @@ class TrainCheckpoints:
           CheckpointError: if there are checkpoints and all are damaged.
           ConfigError: if the run trained other parameters.
         """
+        # the latest that can be read. A ConfigError is no damage: it ends the run, and nothing is removed.
         folders = _list_steps(self._parent)
         restored = None
         for folder in reversed(folders):
@@ -199,12 +204,14 @@ class TrainCheckpoints:
             raise CheckpointError(
                 f"all checkpoints in {self._parent} are damaged; remove that folder to begin from the start"
             )
+
         barrier("restored")  # nobody may still read what is removed next
         if restored is not None and is_main_process():
             for folder in folders:
                 # an earlier one is incomplete where a kill came while it was being removed
                 if int(folder.name) > restored.step or find_damage(folder):
                     shutil.rmtree(folder)
+        # Orbax lists the steps when it opens the folder; every process must find the same ones, and whole ones alone
         barrier("removed damaged checkpoints")
         self._checkpointer = self._make_checkpointer()
         return restored
@@ -217,9 +224,11 @@ class TrainCheckpoints:
         """
         assert self._checkpointer is not None, "restore comes first"
         self.wait()
+        # before Orbax begins: its thread calls ``_complete``, which reads this
         self._saving = state
         trees = {f"{_THINKER}/{_TREE}": state.params, f"{_MOMENTS}/{_MOMENTS_TREE}": state.moments}
         try:
+            # ``force`` ignores Orbax's own policy of when to save; it does not write over a step that is there
             self._checkpointer.save_checkpointables_async(state.step, trees, force=True)
         except Exception as e:  # Orbax has no one kind of error for a disk that is full or a path that is taken
             raise self._failure(e) from e
@@ -252,6 +261,7 @@ class TrainCheckpoints:
         # called when all arrays are written, before the folder gets the name of its step. A function and not the
         # method: Orbax copies its context deeply, and would copy the object of a method with it
         context.asynchronous.post_finalization_callback = lambda: self._complete()
+        # for as long as it is open: it logs from its threads too
         self._open_contexts.enter_context(store.quiet_orbax())
         preservation: Any = ocp.training.preservation_policies.LatestN(self._keep)
         directory: Any = self._parent.absolute()
@@ -269,15 +279,20 @@ class TrainCheckpoints:
         if state is None or not is_main_process():
             return
         model = self._workdir / MODEL_FOLDER
+        # Orbax writes into a folder of this name with an ending, which it takes off when the step is complete
         (unfinished,) = self._parent.glob(f"{step_folder(self._workdir, state.step).name}.*")
         for file in model.iterdir():
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)
         _link_files(model / "params", unfinished / "params")
+
+        # of the arrays only dtypes are read: the step after may have taken their memory already
         dtypes = {str(np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(state.params)}
         components = {"thinker": sorted(dtypes), **store.components(model)}
         _write_json(unfinished / ABOUT_FILE, {"format": FORMAT, "components": components})
         _write_json(unfinished / RUN_FILE, {"step": state.step, "data": state.data})
+
+        # last, because it has the length of everything else
         sizes = {}
         for file in sorted(unfinished.rglob("*")):
             name = str(file.relative_to(unfinished))
@@ -288,6 +303,8 @@ class TrainCheckpoints:
         self._saving = None
 
     def _read(self, folder: Path, make_target: MakeTarget) -> TrainCheckpoint:
+        """The checkpoint in a folder; a CheckpointError says that another is to be tried."""
+        # what can be checked without an array comes first
         if damage := find_damage(folder):
             raise CheckpointError(damage)
         try:
@@ -296,6 +313,8 @@ class TrainCheckpoints:
             data = dict(about["data"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"{RUN_FILE} cannot be read ({e!r})") from e
+
+        # moments are kept for what trains, so their paths say what the run has trained
         target = make_target(step, read_dtypes(folder))
         saved_paths = set(flatten_dict(store.tree_shapes(folder / _MOMENTS, _MOMENTS_TREE)["mu"]))
         target_paths = set(flatten_dict(target.moments["mu"]))
@@ -313,7 +332,12 @@ def _list_steps(parent: Path) -> list[Path]:
     """The folders of a run's checkpoints, oldest first."""
     if not parent.is_dir():
         return []
-    return sorted(path for path in parent.iterdir() if re.fullmatch(r"\d+", path.name))
+    folders = []
+    for path in parent.iterdir():
+        # what Orbax has not completed has an ending after the number
+        if re.fullmatch(r"\d+", path.name):
+            folders.append(path)
+    return sorted(folders)
 
 
 def _link_files(source: Path, target: Path) -> None:
@@ -323,6 +347,7 @@ def _link_files(source: Path, target: Path) -> None:
             continue
         link = target / file.relative_to(source)
         link.parent.mkdir(parents=True, exist_ok=True)
+        # both names stand for the same bytes, which nothing changes once a checkpoint is written
         try:
             os.link(file, link)
         except OSError:

@@ -45,6 +45,7 @@ class Voice:
         """Whether name, token and every value of the arrays are the same."""
         if (self.name, self.bos_token) != (other.name, other.bos_token):
             return False
+        # exactly equal: a voice that went to PyTorch and back has the same bits
         return np.array_equal(self.cond, other.cond) and np.array_equal(self.ref_mel, other.ref_mel)
 
 
@@ -79,6 +80,7 @@ def check(voices: Mapping[str, Voice], config: OmniConfig, where: Path) -> None:
     for kernel, dilation in zip(dit.enc_kernel_sizes, dit.enc_dilations, strict=True):
         paddings.append((kernel - 1) * dilation // 2)
     min_frames = 1 + max(paddings)
+    # all that is wrong with a voice is told at once
     for name, voice in voices.items():
         frames, bands = voice.ref_mel.shape[1:]
         wrong = []
@@ -106,6 +108,7 @@ def read_spk_dict(path: Path) -> dict[str, Voice]:
 
 
 def _parse_voice(path: Path, name: str, entry: Any) -> Voice:
+    # messages quote no more than the start of a name or a key, which may be as long as the file
     if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
         start = f"{name[:_LONGEST_NAME]!r}{'...' if len(name) > _LONGEST_NAME else ''}"
         raise CheckpointError(f"{path} has a voice named {start}; a name has 1 to {_LONGEST_NAME} printable characters")
@@ -125,6 +128,7 @@ def _parse_token(where: str, value: Any) -> int:
     """An id, written as a number or as a tensor of one."""
     if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind == "i":
         value = int(value.item())
+    # not isinstance, to which True is an int; the upper bound is that of int32, in which ids are on a device
     if type(value) is not int or not 0 <= value < 2**31:
         raise CheckpointError(f"{where} has a bos_token that is no token id but {_describe(value)}")
     return value
@@ -164,6 +168,8 @@ def write_spk_dict(path: Path, voices: Mapping[str, Voice]) -> None:
 
 def save_voices(folder: Path, voices: Mapping[str, Voice]) -> None:
     """Writes the voices beside a checkpoint of ours, over those that are there."""
+    # Keys are file names within the archive, and not every voice's name can be one. So voices are numbered, and their
+    # names are an array.
     arrays: dict[str, Any] = {"names": np.array(list(voices))}
     arrays["bos_tokens"] = np.array([voice.bos_token for voice in voices.values()], np.int64)
     for i, voice in enumerate(voices.values()):
@@ -180,6 +186,7 @@ def load_voices(folder: Path) -> dict[str, Voice]:
     """
     path = folder / VOICES_FILE
     try:
+        # an array of objects would be a pickle, which may run a program
         with np.load(path, allow_pickle=False) as arrays:
             voices = {}
             for i, (name, bos_token) in enumerate(zip(arrays["names"], arrays["bos_tokens"], strict=True)):

@@ -11,6 +11,7 @@ from omni_jax.checks import SEED_MAX
 from omni_jax.data.rows import VideoSound
 from omni_jax.errors import ConfigError
 
+# the least that each count may be; 0 where a run can do without
 _MINIMA = {
     "rows": 1,
     "tokens": 2,  # the first is never a target
@@ -77,10 +78,13 @@ class DataConfig:
             raise ConfigError("data.train is empty; name at least one file of rows (--data.train ROWS.jsonl)")
         if self.weights and len(self.weights) != len(self.train):
             raise ConfigError(f"data.weights has {len(self.weights)} numbers, but data.train {len(self.train)} files")
-        if not all(0 < weight < math.inf for weight in self.weights):
-            raise ConfigError(
-                f"data.weights must be finite and over 0, got {self.weights}; leave out what is not to be drawn"
-            )
+        for weight in self.weights:
+            if not 0 < weight < math.inf:
+                raise ConfigError(
+                    f"data.weights must be finite and over 0, got {self.weights}; leave out what is not to be drawn"
+                )
+
+        # every stream packs as many rows, and every process has as many streams
         if self.streams < 1 or self.rows % self.streams:
             raise ConfigError(f"data.rows is {self.rows}, which data.streams, {self.streams}, must divide")
         if self.streams % process_count:
@@ -88,6 +92,7 @@ class DataConfig:
                 f"data.streams is {self.streams}, but must be a multiple of the {process_count} processes; "
                 f"data.streams={self.rows} gives every row of the batch a stream of its own"
             )
+
         for name, minimum in _MINIMA.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"data.{name} must be at least {minimum}, got {getattr(self, name)}")
@@ -99,5 +104,10 @@ class DataConfig:
     @property
     def pixels(self) -> dict[str, Any]:
         """What it changes of ``PixelSettings``."""
-        names = ("max_pixels", "video_max_pixels", "fps", "max_frames")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        # None leaves what the checkpoint's preprocessor says
+        settings: dict[str, Any] = {}
+        for name in ("max_pixels", "video_max_pixels", "fps", "max_frames"):
+            value = getattr(self, name)
+            if value is not None:
+                settings[name] = value
+        return settings

@@ -68,22 +68,32 @@ class Reject:
 def make_example(prompt: Prompt, weights: Float[np.ndarray, " T"], name: str, config: OmniConfig) -> Example:
     """Cuts a prompt's media into units and says which of them each token takes its feature from."""
     c = config.thinker_config
+    # no padding of blocks and frames: they are copied into a batch, which has its own
     media = collate_media([prompt], config, blocks=_exact_blocks, frames=_exact_frames)
-    index = media_index_of(prompt, [media.features[0, i] for i in range(len(prompt.media))])  # [T]
-    has_feature = index != NO_FEATURE
-    unit_starts = np.cumsum([0, *_features_per_unit(media, config)])
-    unit = np.where(has_feature, np.searchsorted(unit_starts, index, side="right") - 1, NO_FEATURE)
-    feature = np.where(has_feature, index - unit_starts[unit], 0)
-    windows_per_frame = [group.valid.any(-1).sum(-1) for group in media.vision]
-    spans = mrope.resolve(prompt.segments, c)
+
+    # An index into all features of the prompt would be of no use in a batch, where its units lie between others'. So
+    # each index becomes a unit, which packing knows the place of, and a feature within the unit.
+    media_features = [media.features[0, i] for i in range(len(prompt.media))]
+    index = media_index_of(prompt, media_features)  # [T]
+    has_feature = index != NO_FEATURE  # [T]
+    unit_starts = np.cumsum([0, *_features_per_unit(media, config)])  # [units + 1]
+    # the unit of a feature is the last that begins at it or before
+    unit = np.where(has_feature, np.searchsorted(unit_starts, index, side="right") - 1, NO_FEATURE)  # [T]
+    # without a feature ``unit`` is -1 and finds the last start, which the condition drops
+    feature = np.where(has_feature, index - unit_starts[unit], 0)  # [T]
+
+    # a frame's windows that hold a patch come first, those of padding after them
+    windows_per_frame = [group.valid.any(-1).sum(-1) for group in media.vision]  # [F, W, P] -> [F], of each group
+    spans = mrope.resolve_spans(prompt.segments, c)
     return Example(
         tokens=prompt.tokens,
         weights=weights.astype(np.float32),
         unit=unit.astype(np.int32),
         feature=feature.astype(np.int32),
-        spans=mrope.stack([spans], len(prompt), width=len(spans)),
+        spans=mrope.stack_spans([spans], len(prompt), width=len(spans)),
         audio=media.audio,
         vision=media.vision,
+        # an example without frames has an empty array, which needs a dtype
         windows=np.concatenate([np.zeros(0, np.int64), *windows_per_frame]),
         name=name,
     )
@@ -100,6 +110,7 @@ def _exact_frames(num_windows: int, num_frames: int) -> int:
 def _features_per_unit(media: CollatedMedia, config: OmniConfig) -> list[int]:
     """How many features each unit has, with those of padding."""
     c = config.thinker_config
+    # the encoders give features for padding too, so every block has as many, and every frame of a group
     sizes = []
     if media.audio is not None:
         sizes += [c.audio_config.block_tokens] * len(media.audio.length)
@@ -130,6 +141,7 @@ class Prepare:
 
     def example(self, row: Row) -> Example:
         """Raises InputError if the row has no target, or is not what it should be."""
+        # the code that inference uses, so that a model is trained on the tokens that it will be given
         content = read_row(row, self.use_audio_in_video)
         if isinstance(content, Document):
             prompt = self.processor.document(content.text, max_length=self.max_length)
@@ -138,8 +150,10 @@ class Prepare:
             prompt, replies = self.processor.dialogue(content.messages, max_length=self.max_length)
             # a token that belongs to no reply has the number -1, and so the last weight, 0
             weights = np.array([*content.weights, 0.0], np.float32)[replies]
+        # the first token is predicted by nothing, so its weight does not count
         if not weights[1:].any():
             raise InputError("it has no target tokens: no text of the assistant with a loss")
         example = make_example(prompt, weights, row.name, self.processor.config)
+        # here and not in packing: what fits no batch is a reject like any other, and never waits for a place
         self.check(example)
         return example

@@ -44,6 +44,7 @@ class Budget:
     @classmethod
     def of(cls, config: DataConfig) -> Budget:
         """The budget of one stream."""
+        # budgets of media are given for a row, and the rows of a stream share theirs
         rows = config.rows // config.streams
         return cls(
             rows=rows,
@@ -68,6 +69,7 @@ class Budget:
             "windows in a frame",
             "of a canvas (data.windows); make pictures smaller with data.max_pixels, videos with data.video_max_pixels",
         )
+        # each frame fits on a canvas; whether all of them fit together shows when they are placed
         if _place_frames(example.windows, [0] * self.canvases, self.windows) is None:
             raise InputError(
                 f"it takes {len(example.windows)} frames of up to {widest_frame} windows, more than fit on "
@@ -91,12 +93,20 @@ def _place_frames(windows: Sequence[int] | np.ndarray, used: list[int], capacity
     """
     places = []
     for needed in windows:
-        canvas = next((i for i, taken in enumerate(used) if taken + needed <= capacity), None)
+        canvas = _find_canvas(needed, used, capacity)
         if canvas is None:
             return None
         places.append(CanvasPlace(canvas, used[canvas]))
         used[canvas] += int(needed)
     return places
+
+
+def _find_canvas(needed: int, used: Sequence[int], capacity: int) -> int | None:
+    """The first canvas with ``needed`` free windows."""
+    for i, taken in enumerate(used):
+        if taken + needed <= capacity:
+            return i
+    return None
 
 
 @dataclass(frozen=True)
@@ -132,11 +142,14 @@ class Part:
 
     def place(self, example: Example) -> bool:
         """Puts an example into the fullest row that it fits in; False if it fits in none, or its media do not."""
+        # a copy, so that an example that does not fit leaves nothing behind
         windows = self._windows.copy()
         frames = _place_frames(example.windows, windows, self._budget.windows)
         row = self._find_row(example)
         if row is None or frames is None or self._blocks + example.num_blocks > self._budget.blocks:
             return False
+
+        # segments of a row count from 1; 0 is padding
         self._segments[row] += 1
         self.placed.append(
             PlacedExample(
@@ -156,6 +169,7 @@ class Part:
         return True
 
     def _find_row(self, example: Example) -> int | None:
+        """The fullest row with room for an example's tokens and spans: the emptier ones are left to longer examples."""
         fitting = []
         for row, (tokens, spans) in enumerate(zip(self._tokens, self._spans, strict=True)):
             fits_tokens = tokens + len(example.tokens) <= self._budget.tokens
@@ -175,17 +189,20 @@ def assemble(parts: Sequence[Part], budget: Budget, config: OmniConfig, *, first
       streams: of all processes; their batches make up the batch of a step, one after the other on the leading axis,
         and ``media_index`` counts the features of all of them.
     """
+    # the parts come one after the other on every leading axis: rows, blocks and canvases
     num_parts = len(parts)
     text = _TextArrays.create((num_parts * budget.rows, budget.tokens), budget.spans, config)
     blocks = _empty_blocks(num_parts * budget.blocks, config)
     canvases = _Canvases.create((num_parts * budget.canvases, budget.windows), config)
     features = _FeatureCounter(budget, config, streams)
     for i, part in enumerate(parts):
+        # places in the arrays count from the first stream of this process, features from the first of all
         stream = first + i
         for placed in part.placed:
             _copy_blocks(blocks, placed.example, i * budget.blocks + placed.block)
             canvases.write(placed, i * budget.canvases)
             text.write(placed, i * budget.rows + placed.row, features.unit_starts(placed, stream))
+    # without a budget there is no array, and so no encoder in the compiled step
     audio = blocks if budget.blocks else None
     vision = (canvases.frames,) if budget.canvases else ()
     inputs = OmniBatch(text.tokens, text.segment_ids, text.media_index, text.spans, audio, vision)
@@ -205,11 +222,13 @@ class _FeatureCounter:
         c = self.config.thinker_config
         per_block = c.audio_config.block_tokens
         per_window = c.vision_config.window_cells**2
-        blocks = np.arange(placed.example.num_blocks) + stream * self.budget.blocks + placed.block
-        windows = np.zeros(len(placed.frames), np.int64)
+        # numbers of the blocks and of each frame's first window, counted over all streams
+        blocks = np.arange(placed.example.num_blocks) + stream * self.budget.blocks + placed.block  # [blocks]
+        windows = np.zeros(len(placed.frames), np.int64)  # [frames]
         for i, place in enumerate(placed.frames):
             canvas = stream * self.budget.canvases + place.canvas
             windows[i] = canvas * self.budget.windows + place.window
+        # padding has features too, so the blocks of all streams count in full
         num_audio_features = self.streams * self.budget.blocks * per_block
         return np.concatenate([blocks * per_block, num_audio_features + windows * per_window])
 
@@ -231,6 +250,7 @@ class _TextArrays:
         num_rows, length = shape
         table = (num_rows, num_spans)
         pad_token = config.thinker_config.pad_token_id
+        # a span that is not used begins after the last position, so that no position is in it
         spans = Spans(
             begin=np.full(table, length, np.int32),
             start=np.zeros(table, np.int32),
@@ -255,12 +275,16 @@ class _TextArrays:
         own = (row, slice(placed.begin, end))
         self.tokens[own] = example.tokens
         self.segment_ids[own] = placed.segment
-        has_feature = example.unit != NO_FEATURE
+        # a slice is a view, which the mask then writes through
+        has_feature = example.unit != NO_FEATURE  # [T]
         self.media_index[own][has_feature] = unit_starts[example.unit[has_feature]] + example.feature[has_feature]
+
         # a position predicts the token after it; the last token of an example predicts nothing
         predicting = (row, slice(placed.begin, end - 1))
         self.targets[predicting] = example.tokens[1:]
         self.weights[predicting] = example.weights[1:]
+
+        # position ids count from the example's first token, so only the place of a span moves
         table = (row, slice(placed.span, placed.span + example.num_spans))
         for name in ("start", "height", "width", "skip", "seconds"):
             getattr(self.spans, name)[table] = getattr(example.spans, name)[0]
@@ -269,7 +293,8 @@ class _TextArrays:
 
 def _empty_blocks(num_blocks: int, config: OmniConfig) -> AudioBlocks:
     sizes = config.thinker_config.audio_config
-    mel = np.zeros((num_blocks, sizes.block_frames, sizes.num_mel_bins), np.float32)
+    mel = np.zeros((num_blocks, sizes.block_frames, sizes.num_mel_bins), np.float32)  # [A, T, M]
+    # a block of length 0 is padding
     return AudioBlocks(mel, np.zeros(num_blocks, np.int32))
 
 
@@ -308,8 +333,10 @@ class _Canvases:
             canvas = first_canvas + place.canvas
             self.num_frames[canvas] += 1
             own = (canvas, slice(place.window, place.window + num_windows))
+            # a frame of a group of larger ones ends in windows of padding, which are not copied
             for name in ("patches", "row", "column"):
                 getattr(self.frames, name)[own] = getattr(source, name)[:num_windows]
+            # ``valid`` is a bool in an example and the number of the frame on a canvas; patches of padding stay 0
             np.asarray(self.frames.valid)[own] = source.valid[:num_windows] * self.num_frames[canvas]
 
 
@@ -327,11 +354,12 @@ class Fill:
 
 def fill(batch: TrainBatch) -> Fill:
     """Measures a batch of numpy arrays."""
-    segment_ids = np.asarray(batch.inputs.segment_ids)
+    segment_ids = np.asarray(batch.inputs.segment_ids)  # [B, S]
     audio = batch.inputs.audio
     vision = batch.inputs.vision
     has_patch = np.asarray(vision[0].valid) > 0 if vision else np.zeros((1, 1, 1), bool)  # [F, W, P]
     return Fill(
+        # segments count from 1 in each row, so the largest id is their number
         examples=int(segment_ids.max(axis=1).sum()),
         tokens=float((segment_ids != PADDING).mean()),
         target_tokens=float((np.asarray(batch.weights) > 0).mean()),

@@ -56,6 +56,8 @@ def batches(config: DataConfig, processor: Processor, *, process_index: int = 0,
     budget = Budget.of(config)
     prepare = Prepare(processor.with_pixels(**config.pixels), config.tokens, budget.check, config.use_audio_in_video)
     rejects = RejectsFile(_rejects_path(config.rejects, process_index, process_count))
+
+    # every process has the same endless order of rows, and takes each ``streams``-th row of it for a stream
     rows = mixture(sources, config.weights, config.seed)
     streams_per_process = config.streams // process_count
     first = process_index * streams_per_process
@@ -77,9 +79,11 @@ def mixture(sources: Sequence[Files], weights: Sequence[float], seed: int) -> gr
     """
     if not weights:
         return grain.MapDataset.source(Files(sources)).shuffle(seed=seed).repeat()
+    # with one seed for all, files of equal length would be shuffled alike
     seeds = np.random.SeedSequence(seed).generate_state(len(sources))
     shuffled = []
     for rows, own_seed in zip(sources, seeds, strict=True):
+        # repeated after the shuffle, because grain then shuffles each epoch with another seed
         shuffled.append(grain.MapDataset.source(rows).shuffle(seed=int(own_seed)).repeat())
     return grain.MapDataset.mix(shuffled, weights)
 
@@ -95,8 +99,10 @@ def _identity(config: DataConfig, sources: Sequence[Files]) -> dict[str, Any]:
     """What must not change when a run goes on, or its batches would be others. Files may have moved."""
     identity: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
+        # these change how rows are found, decoded and reported, but no batch
         if name not in ("train", "workers", "rejects", "max_reject_share"):
             identity[name] = value
+    # a list, as it comes back from JSON
     identity["weights"] = list(config.weights)
     identity["rows of data.train"] = [len(rows) for rows in sources]
     return identity
@@ -119,6 +125,7 @@ class _Stream:
         self._waiting: list[_WaitingExample] = []
         self._num_rejected = 0
         self._reasons: list[str] = []  # of the last rejects
+        # started by the first read, so that a state can be set before a worker runs
         self._iterator: Iterator[Example | Reject] | None = None
 
     def fill_part(self) -> Part:
@@ -128,10 +135,13 @@ class _Stream:
           InputError: if too many rows cannot be used.
         """
         part = Part(self._budget)
+        # the oldest one is placed for certain, since the part is empty and each example fits alone: none waits forever
         waiting = []
         for waiter in self._waiting:
             if not part.place(waiter.example):
                 waiting.append(waiter)
+
+        # then new ones, until the part is full or as many wait as may
         while len(waiting) < self._config.lookahead and not part.full:
             number = self._next
             element = self._read()
@@ -143,6 +153,7 @@ class _Stream:
         return part
 
     def get_state(self) -> State:
+        # numbers instead of the examples that wait: a row becomes the same example again
         return {
             "next": self._next,
             "waiting": [number for number, _ in self._waiting],
@@ -151,12 +162,14 @@ class _Stream:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
+        # workers read ahead from the old place
         self.close()
         self._next = state["next"]
         self._num_rejected = state["rejected"]
         self._reasons = list(state["reasons"])
         self._waiting = []
         for number in state["waiting"]:
+            # decoded here: there are few, and the iterator begins after them
             element = self._examples[number]
             if isinstance(element, Reject):
                 raise InputError(f"a row that could be used before cannot be used now: {_describe_reject(element)}")
@@ -184,6 +197,7 @@ class _Stream:
         # grain 0.2.18 reads a flag of absl's, whoever started the program (google/grain #1355)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
+        # within a worker one row after the other; it is the workers that run beside each other
         in_worker = rest.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_PREFETCHED_EXAMPLES)
         return iter(in_worker.mp_prefetch(options))
@@ -191,6 +205,7 @@ class _Stream:
     def _reject(self, reject: Reject) -> None:
         self._rejects.add(reject)
         self._num_rejected += 1
+        # no more than the last ones, for they are part of every state
         self._reasons = [*self._reasons, _describe_reject(reject)][-_MAX_REASONS:]
         limit = self._config.max_reject_share
         if self._num_rejected <= limit * max(self._next, _MIN_ROWS_FOR_SHARE):
@@ -233,16 +248,19 @@ class _PackedBatches:
         batch = assemble(parts, budget, self._model, first=self._first, streams=self._config.streams)
         names: list[str] = []
         for part in parts:
-            names += [placed.example.name for placed in part.placed]
+            for placed in part.placed:
+                names.append(placed.example.name)
         return _NamedBatch(batch, tuple(names))
 
     def get_state(self) -> State:
         states = {}
         for i, stream in enumerate(self._streams):
+            # by its number among all streams, so that any other number of processes finds its own
             states[str(self._first + i)] = stream.get_state()
         return {"data": self._identity, "streams": states}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
+        # all that would make other batches is named at once
         changes = []
         for key, value in self._identity.items():
             before = state["data"].get(key)
@@ -272,6 +290,7 @@ class Batches(grain.DatasetIterator[TrainBatch]):
 
     def __init__(self, packing: _PackedBatches) -> None:
         super().__init__()
+        # in a list, so that ``_stop`` can take the iterator out of it without holding this object
         self._running: list[grain.DatasetIterator] = [
             grain.experimental.ThreadPrefetchDatasetIterator(packing, PREFETCHED_BATCHES)
         ]
@@ -286,6 +305,7 @@ class Batches(grain.DatasetIterator[TrainBatch]):
 
     def get_state(self) -> State:
         """What the next batch follows from; the union of ``streams`` of all processes fits each of them."""
+        # grain keeps the state behind each batch beside it, so those that were made ahead do not count
         return self._running[0].get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -307,5 +327,6 @@ class Batches(grain.DatasetIterator[TrainBatch]):
 
 
 def _stop(running: list[grain.DatasetIterator], packing: _PackedBatches) -> None:
+    # the thread first, because it reads from the streams
     running.pop().close()
     packing.close()

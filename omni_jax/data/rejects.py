@@ -14,6 +14,7 @@ class RejectsFile:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        # (file, row) of those that the file names
         self._known: set[tuple[str, int]] = set()
         if path is not None and path.exists():
             self._known = _read_known(path)
@@ -26,7 +27,8 @@ class RejectsFile:
         self._known.add(row)
         line = json.dumps({"file": reject.file, "row": reject.number, "reason": reject.reason}, ensure_ascii=False)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # a name of a file need not be UTF-8; what is not must not end the run
+        # Opened for each line, so that what a run has rejected can be read while it goes on. The name of a file need
+        # not be UTF-8; one that is not must not end the run.
         with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
@@ -35,9 +37,12 @@ def _read_known(path: Path) -> set[tuple[str, int]]:
     # not splitlines: a name may hold other characters that end a line for it
     *lines, rest = path.read_text(encoding="utf-8").split("\n")
     if rest:  # a run was killed while it wrote
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     try:
         values = [json.loads(line) for line in lines]
-        return {(value["file"], value["row"]) for value in values}
+        known = set()
+        for value in values:
+            known.add((value["file"], value["row"]))
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path} is not a file of rejected rows ({e}); name another as data.rejects") from e
+    return known

@@ -30,14 +30,16 @@ VideoSound: TypeAlias = Literal["auto", "always", "never"]
 MapSource: TypeAlias = Callable[[str | bytes], Any]
 Part: TypeAlias = Mapping[str, Any]
 
-MAX_LOSS_SCALE = 1e4
+MAX_LOSS_SCALE = 1e4  # that each factor of a message's weight may be
 
 _KINDS = ("image", "audio", "video")
 _SHAPES = ("messages", "conversations", "text")
 _TAG = re.compile(r"<(image|audio|video)>")
+# sharegpt's names of the speakers, beside the roles themselves
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # A colon alone makes no URL: recordings are named after times, call-12:30.wav.
 _URL = re.compile(r"(data|file):|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# a regular pair is one character once JSON is read, so any surrogate that is left is half of one
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # keys of a message that say how much of it is a target
 _WEIGHT_KEYS = ("loss", "loss_scale", "weight")
@@ -81,9 +83,11 @@ def read_row(row: Row, sound: VideoSound = "auto") -> Dialogue | Document:
     def resolve(source: str | bytes) -> str | bytes:
         return source if isinstance(source, bytes) else resolve_source(source, folder)
 
+    # what kind of row it is, and whether it can be trained on
     values = map_media_sources(row_values(row), resolve)
     shape = _find_shape(values)
     _check_keys(values)
+    # its media, which the messages then take in their order
     media = {kind: _media_list(values, kind) for kind in _KINDS}
     if shape == "text":
         return _read_document(values["text"], media)
@@ -110,6 +114,7 @@ def row_values(row: Row) -> dict[str, Any]:
 def _drop_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
+    # a null in a list is kept: without it the others would have other places
     if isinstance(value, list):
         return [_drop_nulls(inner) for inner in value]
     return value
@@ -135,10 +140,12 @@ def map_media_sources(values: Mapping[str, Any], map_source: MapSource) -> dict[
       InputError: for a medium that is none of these.
     """
     out = dict(values)
+    # the row's own lists, whose keys are singular or plural
     for kind in _KINDS:
         for key in (kind, f"{kind}s"):
             if out.get(key):
                 out[key] = _map_source(out[key], map_source)
+    # parts of messages that name their medium themselves; ``conversations`` have texts alone
     if isinstance(out.get("messages"), list):
         out["messages"] = [_map_message(message, map_source) for message in out["messages"]]
     return out
@@ -158,13 +165,15 @@ def _map_source(source: Any, map_source: MapSource) -> Any:
 def _map_message(message: Any, map_source: MapSource) -> Any:
     if not (isinstance(message, Mapping) and isinstance(message.get("content"), list)):
         return message
-    return {**message, "content": [_map_part(part, map_source) for part in message["content"]]}
+    content = [_map_part(part, map_source) for part in message["content"]]
+    return {**message, "content": content}
 
 
 def _map_part(part: Any, map_source: MapSource) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str) or kind.removesuffix("_url") not in _KINDS:
         return part
+    # a source is the value of one of these keys; OpenAI puts it one level deeper, {"image_url": {"url": ...}}
     out = dict(part)
     for key in (kind, "url", "path"):
         if isinstance(out.get(key), Mapping) and "url" in out[key]:
@@ -176,13 +185,14 @@ def _map_part(part: Any, map_source: MapSource) -> Any:
 
 def _media_list(values: Mapping[str, Any], kind: str) -> list[Any]:
     """The row's media of one kind; an empty string or list is none."""
-    names = [key for key in (kind, f"{kind}s") if values.get(key)]
-    if len(names) > 1:
+    singular = values.get(kind)
+    plural = values.get(f"{kind}s")
+    if singular and plural:
         raise InputError(f"a row has {kind} or {kind}s, not both")
-    if not names:
+    media = singular or plural
+    if not media:
         return []
-    value = values[names[0]]
-    return value if isinstance(value, list) else [value]
+    return media if isinstance(media, list) else [media]
 
 
 # --- what a row says about itself ---
@@ -190,8 +200,15 @@ def _media_list(values: Mapping[str, Any], kind: str) -> list[Any]:
 
 def _find_shape(values: Mapping[str, Any]) -> str:
     """Which of the shapes a row has; an empty value counts only where there is no other."""
-    present = [key for key in _SHAPES if key in values]
-    shapes = [key for key in present if values[key]] or present
+    # Parquet has all columns in every row, and those that a row does not use may be empty
+    present: list[str] = []
+    filled: list[str] = []
+    for key in _SHAPES:
+        if key in values:
+            present.append(key)
+            if values[key]:
+                filled.append(key)
+    shapes = filled or present
     if len(shapes) != 1:
         raise InputError(f"a row has messages, conversations or text, and one of them; this has {shapes or 'none'}")
     return shapes[0]
@@ -199,9 +216,11 @@ def _find_shape(values: Mapping[str, Any]) -> str:
 
 def _check_keys(values: Mapping[str, Any]) -> None:
     """Refuses a row which, without keys that are not understood here, would teach something else."""
+    # what the model should have read besides the dialogue
     for key in _UNSUPPORTED_KEYS:
         if not _is_empty(values.get(key)):
             raise InputError(f"{key} is not supported; leave it out if the text is right without it")
+    # a dialogue that is there to show what not to answer
     for key in _LABEL_KEYS:
         label = values.get(key)
         if isinstance(label, str):
@@ -211,6 +230,7 @@ def _check_keys(values: Mapping[str, Any]) -> None:
                 f"{key} is {shown(values[key])}: it marks the answer as a bad one, which training would teach; leave "
                 f"out such rows, or the key {key} if it means something else"
             )
+    # a preference pair, whose answers are beside the dialogue; a number or a flag of this name is something else
     if isinstance(values.get("chosen"), str | Mapping | list) and values["chosen"]:
         raise InputError(
             "chosen is not supported: there is no training on preferences; put the chosen answer at the end of the "
@@ -220,6 +240,7 @@ def _check_keys(values: Mapping[str, Any]) -> None:
 
 def _is_empty(value: Any) -> bool:
     """Whether a value says nothing: null, "", "[]", or an object or list of such."""
+    # a column of objects is often text that holds JSON: only what may be a list, an object or null is parsed
     if isinstance(value, str):
         text = value.strip()
         if text[:1] not in ("[", "{", "n"):
@@ -241,7 +262,10 @@ def _is_empty(value: Any) -> bool:
 def _read_document(text: Any, media: Mapping[str, Sequence[Any]]) -> Document:
     if not isinstance(text, str):
         raise InputError(f"text must be a string, got {type(text).__name__}")
-    unused = [f"{kind}s" for kind in _KINDS if media[kind]]
+    unused: list[str] = []
+    for kind in _KINDS:
+        if media[kind]:
+            unused.append(f"{kind}s")
     if unused:
         raise InputError(f"a row of text has no {', '.join(unused)}; media belong in messages")
     return Document(_clean_text(text))
@@ -276,22 +300,31 @@ def _from_sharegpt(message: Mapping[str, Any], i: int) -> dict[str, Any]:
     if not isinstance(sender, str) or sender not in _ROLES or not isinstance(value, str):
         known = ", ".join(_ROLES)
         raise InputError(f"conversations[{i}] must be from one of {known} and have a value, got from {shown(sender)}")
-    weights = {key: message[key] for key in _WEIGHT_KEYS if key in message}
-    return {"role": _ROLES[sender], "content": value, **weights}
+    renamed: dict[str, Any] = {"role": _ROLES[sender], "content": value}
+    for key in _WEIGHT_KEYS:
+        if key in message:
+            renamed[key] = message[key]
+    return renamed
 
 
 def _read_dialogue(
     messages: Sequence[Mapping[str, Any]], media: Mapping[str, Sequence[Any]], sound: VideoSound
 ) -> Dialogue:
+    """The messages with their media in place; these are taken from a queue of each kind, in the order of the texts."""
     queues = {kind: deque(media[kind]) for kind in _KINDS}
     filled = []
     weights = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             weights.append(_loss_weight(message, i))
-        plain = {key: value for key, value in message.items() if key not in _WEIGHT_KEYS}
+        # the processor knows no weights of a loss
+        plain = dict(message)
+        for key in _WEIGHT_KEYS:
+            plain.pop(key, None)
         plain["content"] = _fill_content(message["content"], queues, sound)
         filled.append(plain)
+
+    # a medium that no text has a place for would be left out unnoticed
     for kind, queue in queues.items():
         if queue:
             num_media = len(media[kind])
@@ -317,6 +350,7 @@ def _fill_content(content: Any, queues: Mapping[str, deque[Any]], sound: VideoSo
     """A message's content; tags in a text, and parts without a source, take the next medium of their kind."""
     if isinstance(content, str):
         parts = _split_at_tags(content, queues, sound)
+        # without a medium the text stays as it is, tags that are none included
         if all(part["type"] == "text" for part in parts):
             return _clean_text(content)
     elif isinstance(content, list):
@@ -329,14 +363,15 @@ def _fill_content(content: Any, queues: Mapping[str, deque[Any]], sound: VideoSo
 def _split_at_tags(text: str, queues: Mapping[str, deque[Any]], sound: VideoSound) -> list[Part]:
     """Parts of a text: a tag is a medium where one is left of its kind, and text where none is."""
     parts: list[Part] = []
-    begin = 0
-    end_of_video = -1
+    begin = 0  # of the text that is not yet in a part
+    end_of_video = -1  # where the tag of a video ended, if it was the last one
     for tag in _TAG.finditer(text):
         kind = tag[1]
         if not queues[kind]:
             continue
         _append_text(parts, text[begin : tag.start()])
         source = queues[kind].popleft()
+        # under "always" the video brings its own sound, so that the one that is listed beside it is not read as well
         is_sound_of_video = kind == "audio" and end_of_video == tag.start() and sound == "always"
         if not is_sound_of_video:
             parts.append({"type": kind, kind: source})
@@ -355,7 +390,8 @@ def _fill_part(part: Any, queues: Mapping[str, deque[Any]]) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {**part, "text": _clean_text(part["text"])}
-    if not isinstance(kind, str) or kind not in _KINDS or any(key in part for key in (kind, "url", "path")):
+    # a part of another kind, for the processor to judge, or a medium with a source of its own
+    if not isinstance(kind, str) or kind not in _KINDS or {kind, "url", "path"} & part.keys():
         return part
     if not queues[kind]:
         raise InputError(f'a part {{"type": "{kind}"}} without a source takes one of {kind}s, but none is left')
@@ -364,6 +400,7 @@ def _fill_part(part: Any, queues: Mapping[str, deque[Any]]) -> Any:
 
 def _set_video_sound(part: Any, sound: VideoSound) -> Any:
     is_video = isinstance(part, Mapping) and part.get("type") in ("video", "video_url")
+    # "auto" is what the processor does by itself; and what a part says is stronger
     if sound == "auto" or not is_video or "use_audio_in_video" in part:
         return part
     return {**part, "use_audio_in_video": sound == "always"}

@@ -47,12 +47,15 @@ class JsonLines:
     def __init__(self, path: str) -> None:
         self._path = path
         size, ends = _line_ends(path)
-        begins = np.concatenate([[0], ends + 1])
-        after = np.concatenate([ends, [size]])
+        # A line begins after a line break and ends at the next; after the last one there is a line too, often empty.
+        # Three int64 are kept for each row.
+        begins = np.concatenate([[0], ends + 1])  # [lines]
+        after = np.concatenate([ends, [size]])  # [lines]
         filled = after - begins > 1  # shorter than an object
         self._begins = begins[filled]
         self._ends = after[filled]
-        self._lines = np.flatnonzero(filled) + 1
+        self._lines = np.flatnonzero(filled) + 1  # as editors count them
+        # opened by the first row, in the process that reads it
         self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
@@ -71,12 +74,13 @@ class JsonLines:
             files, path = open_bucket(self._path)
             return files.cat_file(path, start=begin, end=end)
         self._file = file = self._file or open(self._path, "rb")  # noqa: SIM115, it stays open for the next row
+        # pread has no position of its own, which several threads would move
         return os.pread(file.fileno(), end - begin, begin)
 
 
 def _line_ends(path: str) -> tuple[int, np.ndarray]:
     """The size of a file, and the place of each of its line breaks."""
-    ends = []
+    ends = []  # of each piece that is read
     size = 0
     with open_file(path) as file:
         while piece := file.read(_SCAN):
@@ -113,6 +117,7 @@ class Parquet:
     def __init__(self, path: str) -> None:
         self._path = path
         self._open_file()
+        # the footer has the sizes of the row groups: no row is read
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._begins = list(itertools.accumulate([0, *sizes]))
@@ -121,9 +126,12 @@ class Parquet:
         return self._begins[-1]
 
     def __getitem__(self, index: int) -> Row:
+        # the last group that begins at the row or before
         group = bisect.bisect_right(self._begins, index) - 1
+        # one thread reads the file at a time, and the next may find the group in memory
         with self._lock:
             if group not in self._groups:
+                # a dictionary keeps the order in which groups came, so its first key has been there longest
                 while len(self._groups) >= _ROW_GROUPS:
                     self._groups.pop(next(iter(self._groups)))
                 self._groups[group] = self._file.read_row_group(group)
@@ -131,6 +139,7 @@ class Parquet:
         return Row(self._path, index + 1, table.slice(index - self._begins[group], 1).to_pylist()[0])
 
     def __getstate__(self) -> dict[str, Any]:
+        # neither the file nor the lock can go to a worker; it opens the file anew
         return {"_path": self._path, "_begins": self._begins}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -146,7 +155,7 @@ class Parquet:
             self._file = parquet.ParquetFile(open_file(self._path))
         except ArrowException as e:
             raise InputError(f"{self._path} is not a Parquet file: {e}") from e
-        self._groups: dict[int, Any] = {}
+        self._groups: dict[int, Any] = {}  # row groups in memory, by number
         self._lock = threading.Lock()
 
 
@@ -158,17 +167,20 @@ class Files:
 
     def __init__(self, files: Sequence[Source]) -> None:
         self._files = files
+        # the index of each file's first row, and at the end the number of all
         self._begins = list(itertools.accumulate(map(len, files), initial=0))
 
     def __len__(self) -> int:
         return self._begins[-1]
 
     def __getitem__(self, index: int) -> Row:
+        # the last file that begins at the row or before; empty ones are passed over
         file = bisect.bisect_right(self._begins, index) - 1
         return self._files[file][index - self._begins[file]]
 
     def __iter__(self) -> Iterator[Row]:
-        return (self[i] for i in range(len(self)))
+        for i in range(len(self)):
+            yield self[i]
 
 
 def open_rows(pattern: str) -> Files:
@@ -177,29 +189,37 @@ def open_rows(pattern: str) -> Files:
     Raises:
       InputError: if there are none, one cannot be read, one is of an unknown kind, or all are empty.
     """
+    # every name is looked at before a file is opened, since the index of a large one takes a while
     paths = _expand(pattern)
     for path in paths:
         if Path(path).suffix not in _KINDS:
             hint = "; of a list in one JSON file make lines: jq -c '.[]'" if path.endswith(".json") else ""
             raise InputError(f"{path}: unknown kind of file of rows; known: {', '.join(_KINDS)}{hint}")
+    files: list[Source] = []
     try:
-        files = Files([_KINDS[Path(path).suffix](path) for path in paths])
+        for path in paths:
+            files.append(_KINDS[Path(path).suffix](path))
     except OSError as e:
         raise InputError(f"cannot read {pattern}: {e.strerror or e}") from e
-    if not len(files):
+    rows = Files(files)
+    if not len(rows):
         raise InputError(f"{pattern} holds no rows")
-    return files
+    return rows
 
 
 def _expand(pattern: str) -> list[str]:
+    """The files that a pattern names. They are sorted, because the order of rows follows from that of the files."""
     if is_remote(pattern):
         files, path = open_bucket(pattern)
         try:
-            paths = [f"gs://{found.lstrip('/')}" for found in sorted(files.glob(path))]
+            paths: list[str] = []
+            for found in sorted(files.glob(path)):
+                paths.append(f"gs://{found.lstrip('/')}")
         except (OSError, ValueError) as e:
             raise InputError(f"cannot look into the bucket of {pattern}: {e}") from e
     else:
         pattern = os.path.expanduser(pattern)
+        # a file's own name may have brackets in it, which would make it a pattern
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise InputError(f"no file of rows at {pattern}")

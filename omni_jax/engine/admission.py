@@ -19,11 +19,13 @@ class AdmissionPolicy:
     def __init__(self, thinker: ThinkerStage, talker: TalkerStage):
         self._thinker = thinker
         self._talker = talker
+        # whether requests that are spoken as a whole are admitted now
         self._is_filling = True
 
     def choose(self, waiting: Iterable[RequestState]) -> RequestState | None:
         """The first request that there is room for, live ones before the others."""
         self._update_filling()
+        # the sort is stable: among live requests, and among the others, the first to come is the first
         for state in sorted(waiting, key=lambda state: not state.request.live):
             if self._has_room(state):
                 return state
@@ -31,16 +33,20 @@ class AdmissionPolicy:
 
     def is_talker_early(self, prefilling: Iterable[RequestState], waiting: Iterable[RequestState]) -> bool:
         """Whether slots of the Talker's are free, nobody listens, and texts are on their way to them."""
+        # for a listener a pause of the Talker's is a gap in the sound
         if not self._talker.num_free or any(state.is_live for state in self._talker.states):
             return False
         coming = [*self._thinker.states, *prefilling]
+        # requests that wait count only while they are going to be admitted
         if self._is_filling:
             coming += waiting
         return any(map(_is_spoken_whole, coming))
 
     def _update_filling(self) -> None:
+        # the texts ahead of the Talker: those that are complete, and those that are being decoded
         num_waiting = len(self._talker.waiting)
         num_ahead = num_waiting + sum(map(_is_spoken_whole, self._thinker.states))
+        # two thresholds, far apart: with one alone, requests would be admitted one by one again
         if num_ahead >= self._talker.num_slots + self._thinker.num_slots:
             self._is_filling = False
         elif num_waiting <= self._talker.num_slots // 2:
@@ -49,8 +55,10 @@ class AdmissionPolicy:
     def _has_room(self, state: RequestState) -> bool:
         if not self._thinker.num_free:
             return False
+        # both stages serve a live request from its beginning, so it needs a slot of each
         if state.is_live:
             return self._talker.num_free > 0
+        # a request without speech never waits for the Talker
         return self._is_filling or not state.speaks
 
 

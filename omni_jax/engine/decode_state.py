@@ -113,6 +113,7 @@ def apply_method(model: nn.Module, method: str, params: Any, *args: Any) -> Any:
     return model.apply({"params": params}, *args, method=method)
 
 
+# module and method name are static: they select the program, and equal modules share it
 jit_method = jax.jit(apply_method, static_argnums=(0, 1))
 
 
@@ -123,6 +124,7 @@ def is_deleted(tree: Any) -> bool:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _init_context(model: Any, config: DecoderConfig, num_slots: int, capacity: int) -> Context:
+    # one jitted function: on a mesh no device ever allocates more than its own part
     cache = KVCache.init(config, num_slots, capacity, model.scan_layers, model.dtype)
     hidden = constrain(jnp.zeros((num_slots, config.hidden_size), model.dtype), "batch", "width")
     return Context(hidden, replicate(jnp.zeros(num_slots, jnp.int32)), cache)
@@ -152,9 +154,11 @@ def commit(tree: Tree, placement: Sharding, mesh: Mesh | None) -> Tree:
     A program is compiled once for arrays that are committed to a device and once more for arrays that are not; what
     comes out of a program with parameters is committed.
     """
+    # with a mesh, the sharding constraints inside the program have committed its results
     return tree if mesh is not None else jax.device_put(tree, placement)
 
 
+# nothing is donated: XLA cannot reuse a buffer for an array of another shape
 @functools.partial(jax.jit, static_argnames="capacity")
 def resize_context(context: Context, capacity: int) -> Context:
     """The same with a cache of this capacity."""
@@ -194,17 +198,21 @@ def advance_context(
       cache: with the chunk in it.
     """
     count = jnp.sum(valid, axis=1, dtype=jnp.int32)  # [B]
-    has_read = count > 0
-    index = jnp.maximum(count - 1, 0)[:, None, None]
+    has_read = count > 0  # [B]
+    # the real positions come first, so the last of them is at count - 1
+    # a slot that read nothing takes index 0, and drops it below
+    index = jnp.maximum(count - 1, 0)[:, None, None]  # [B, 1, 1]
     last = jnp.take_along_axis(hidden, index, axis=1)[:, 0]  # [B, D]
+    # count + delta is one more than the largest id of the chunk
     # ids go on after the largest one of the dialogue
-    position = jnp.maximum(context.position, jnp.where(has_read, count + delta, 0))
+    position = jnp.maximum(context.position, jnp.where(has_read, count + delta, 0))  # [B]
     hidden = jnp.where(has_read[:, None], last, context.hidden)
     return Context(hidden, replicate(position), cache)
 
 
 def step_context(context: Context, hidden: Float[Array, "B 1 D"], active: Bool[Array, " B"], cache: KVCache) -> Context:
     """The context after one decoded position of the active slots."""
+    # a slot that waits keeps its hidden state: its next token is drawn from it
     hidden = jnp.where(active[:, None], hidden[:, 0], context.hidden)  # [B, D]
     return Context(hidden, context.position + active, cache)
 

@@ -67,7 +67,9 @@ class Detokenizer:
         stop string can remove any more.
         """
         if not self.finished:
+            # a token whose characters are held back may still be removed, so it is not to be spoken
             return self._count_before(self._num_emitted) if self._stop else len(self.token_ids)
+        # one more than the text has: the Talker never reads the last token, which marks the end
         if self._is_cut:
             return min(self._count_before(len(self._text)) + 1, len(self.token_ids))
         return len(self.token_ids)
@@ -78,8 +80,10 @@ class Detokenizer:
             if self.finished:
                 break
             self.token_ids.append(int(token))
+            # before the text grows: the characters of this token begin at its present end
             self._starts.append(len(self._text))
             if token in self._stop_ids:
+                # a stop id stays among the ids of the reply, and adds no characters
                 self._finish("stop")
             else:
                 self._append(self._stream.push(int(token)))
@@ -92,23 +96,38 @@ class Detokenizer:
         return self._emit()
 
     def _finish(self, reason: Literal["stop", "length"]) -> None:
+        # bytes that complete no character come out now, as U+FFFD
         self._append(self._stream.flush())
         # the flush may have completed a stop string
         self.finish_reason = self.finish_reason or reason
 
     def _append(self, piece: str) -> None:
         self._text += piece
-        found = [self._text.find(string) for string in self._stop]
-        places = [place for place in found if place >= 0]
-        if places:
-            self._text = self._text[: min(places)]
+        place = self._find_stop()
+        if place is not None:
+            self._text = self._text[:place]
             self._is_cut = True
             self.finish_reason = "stop"
 
+    def _find_stop(self) -> int | None:
+        """Where the first stop string begins in the text; None if it holds none."""
+        # the whole text is searched: a stop string may have begun in an earlier piece
+        first = None
+        for string in self._stop:
+            place = self._text.find(string)
+            if place >= 0 and (first is None or place < first):
+                first = place
+        return first
+
     def _emit(self) -> str:
         end = len(self._text)
-        if not self.finished:  # what may be the beginning of a stop string has to wait
-            end -= max((_count_overlap(self._text, string) for string in self._stop), default=0)
+        if not self.finished:
+            # what may be the beginning of a stop string has to wait
+            overlap = 0
+            for string in self._stop:
+                overlap = max(overlap, _count_overlap(self._text, string))
+            end -= overlap
+        # what was returned once cannot be taken back
         piece = self._text[self._num_emitted : max(end, self._num_emitted)]
         self._num_emitted += len(piece)
         return piece
@@ -120,6 +139,7 @@ class Detokenizer:
 
 def _count_overlap(text: str, stop: str) -> int:
     """How many characters at the end of the text are the beginning of the stop string."""
+    # the longest beginning first; the whole string would have ended the text already
     for count in range(len(stop) - 1, 0, -1):
         if text.endswith(stop[:count]):
             return count

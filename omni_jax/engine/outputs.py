@@ -46,8 +46,10 @@ class Reply:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
+    # not compared: equal replies may take different times
     timings: Timings = field(default_factory=Timings, compare=False)
     codec_ids: tuple[int, ...] = ()
+    # not compared: two arrays have no single truth value
     audio: Float[np.ndarray, " samples"] | None = field(default=None, compare=False)
     sample_rate: int = SAMPLE_RATE
     error: str | None = None
@@ -55,6 +57,7 @@ class Reply:
     @classmethod
     def from_error(cls, error: Exception) -> Reply:
         """The reply of a request that has none."""
+        # some exceptions have no message; their name still says something
         return cls("", (), "error", Usage(), error=str(error) or type(error).__name__)
 
 
@@ -77,6 +80,7 @@ class Event:
 class SlotUse:
     """How much of what was computed was used."""
 
+    # in the unit of the stage: positions, tokens or codes
     used: int = 0
     computed: int = 0
 

@@ -45,6 +45,7 @@ class Engines:
 
     def round_slots(self, num_requests: int) -> int:
         """Slots of a batch for so many requests."""
+        # an axis that the mesh does not divide would lie in full on every device
         return -(-num_requests // self.slot_multiple) * self.slot_multiple
 
 
@@ -86,6 +87,7 @@ class Prefix:
         self._num_slots = engines.round_slots(1)
         self._pieces: deque[PromptPiece] = deque()
         self._pending: deque[PrefillChunk] = deque()  # of the piece that is being prefilled
+        # of the same piece, one array for each call of an encoder
         self._features: list[jax.Array] = []
         self.thinker: ThinkerPrefix = engines.thinker.init_prefix(self._num_slots, capacity)
         self.talker: Context | None = None
@@ -110,6 +112,7 @@ class Prefix:
         Returns:
           Positions of the chunk, real ones and all.
         """
+        # the encoders run once for a piece, before its first chunk
         if not self._pending:
             self._encode(self._pieces.popleft())
         if not self._pending:  # an empty piece
@@ -121,8 +124,10 @@ class Prefix:
         thinker = self._engines.thinker
         # resized as the prompt grows: nobody knows a live prompt's length before it ends
         self.thinker = thinker.prefill(thinker.resize_prefix(self.thinker, self.length), chunk, self._features)
+        # the Talker reads what the Thinker has just written for these positions
         if self.talker is not None:
             self.talker = prefill_talker(self._engines, self.talker, self.thinker.talker_inputs, chunk, start)
+        # kept for a reply that is spoken later: the Talker then prefills the same chunks
         self.chunks.append(chunk)
         # between two chunks others have their turn; without waiting, all of them would be queued on the device
         jax.block_until_ready(self.thinker.context.hidden)
@@ -139,6 +144,7 @@ class Prefix:
         # slots that only the mesh needs prefill nothing
         spare = [PromptPiece(EMPTY_PROMPT, ())] * (self._num_slots - 1)
         plan = plan_prefill([piece, *spare], self._engines.config)
+        # waited for: the time is the encoders', and an error of theirs shows in this call
         features = [self._engines.thinker.encode(media) for media in plan.encoder_inputs]
         self._features = jax.block_until_ready(features)
         self._pending.extend(plan.chunks)
@@ -184,8 +190,10 @@ class PrefillStage:
         """Begins with a request; there is no other."""
         self._state = state
         state.stage = Stage.PREFILL
+        # of a live dialogue there is a prefix already, with what came before it was answered
         if state not in self._prefixes:
             capacity = state.request.initial_capacity
+            # a reply that is not live is spoken when its text is complete; the Talker prefills then
             self._prefixes[state] = Prefix(self._engines, capacity, self._timings, with_talker=state.is_live)
         self._prefixes[state].add(state.request.pieces)
 
@@ -198,6 +206,7 @@ class PrefillStage:
             self._utilization.prefill.add(use.used, use.computed)
         if prefix.pending:
             return None
+        # the prefix is the caller's now: a reference here would keep its caches from being freed
         self.remove(self._state)
         return prefix
 

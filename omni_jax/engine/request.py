@@ -86,14 +86,18 @@ class TalkerParams:
         """
         if not isinstance(options, Mapping):
             raise InputError(f"talker is {options!r}; it must be a dict of options")
+        # a copy: ``pop_sampling`` removes what it takes, and the dict is the caller's
         values = dict(options)
         check_names("talker option", values, [*SamplingParams.names(), "max_tokens"])
         dit = config.token2wav_config.dit_config
         try:
+            # the Talker has defaults of its own: text is greedy, speech is drawn
             sampling = pop_sampling(values, cls().sampling)
             max_tokens = values.get("max_tokens", cls().max_tokens)
+            # the DiT takes so many mel frames at once, and a code is ``repeats`` of them
             check_int("max_tokens", max_tokens, 1, dit.max_position_embeddings // dit.repeats)
         except InputError as error:
+            # both sets of options have these names, so the error says which one it means
             raise InputError(f"talker {error}") from error
         return cls(sampling, max_tokens)
 
@@ -143,8 +147,10 @@ class Request:
     @property
     def initial_capacity(self) -> int:
         """Positions that caches should have room for at first."""
+        # not max_tokens at once: most replies are shorter, and caches grow for the others
         reply = min(INITIAL_REPLY, self.text.max_tokens)
         if self.speech is not None:
+            # + 2: the Talker reads the voice and the first token before its first code
             reply = max(reply, min(INITIAL_REPLY, self.speech.talker.max_tokens + 2))
         return self.prompt_length + reply
 
@@ -159,15 +165,23 @@ class Request:
 class Stage(enum.Enum):
     """Where a request stands. A live one is spoken while its text is decoded, in ``TEXT`` already."""
 
+    # no scheduler has started it
     WAITING = enum.auto()
+    # its prompt is on its way into the caches
     PREFILL = enum.auto()
+    # the Thinker decodes its text
     TEXT = enum.auto()
+    # its text is complete; the Talker decodes its codes, or has no free slot yet
     SPEECH = enum.auto()
+    # all codes of a reply that is not live are there; Token2Wav makes sound of them
     VOCODER = enum.auto()
+    # its reply is made
     FINISHED = enum.auto()
+    # an error has ended it
     FAILED = enum.auto()
 
 
+# compared by identity, so that it can be a key: two equal requests are two requests
 @dataclass(eq=False)
 class RequestState:
     """A request on its way through the stages, and what has come of it.
@@ -213,6 +227,7 @@ class RequestState:
 
     def all_codes(self) -> np.ndarray:
         """int32 [codes]."""
+        # the empty array gives the dtype where there are no codes
         return np.concatenate([np.zeros(0, np.int32), *self.codes])
 
     def make_reply(self, timings: Timings) -> Reply:
@@ -224,6 +239,7 @@ class RequestState:
             token_ids=tuple(detokenizer.token_ids),
             finish_reason=detokenizer.finish_reason,
             usage=self.request.usage,
+            # a copy: the scheduler goes on adding to its own
             timings=dataclasses.replace(timings),
         )
         if not self.speaks:

@@ -86,8 +86,8 @@ def pop_sampling(options: dict[str, Any], default: SamplingParams) -> SamplingPa
 class SamplingState:
     """The parameters of every slot, and what their draws depend on."""
 
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
+    temperature: Float[Array, " B"]  # 0: greedy
+    top_k: Int[Array, " B"]  # the size of the vocabulary: among all tokens
     top_p: Float[Array, " B"]
     penalty: Float[Array, " B"]
     seed: UInt32[Array, " B"]
@@ -105,20 +105,27 @@ def make_sampling_state(
       prompts: the token ids of each slot that the repetition penalty counts from the beginning.
       vocab_size: V.
     """
-    seen = np.zeros((len(params), vocab_size), bool)
-    for slot, prompt in enumerate(prompts):
-        seen[slot, prompt] = True
-    top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
-    temperature = [p.temperature if p.temperature >= MIN_TEMPERATURE else 0.0 for p in params]
-    return SamplingState(
-        temperature=np.array(temperature, np.float32),
-        top_k=np.array(top_k, np.int32),
-        top_p=np.array([p.top_p for p in params], np.float32),
-        penalty=np.array([p.repetition_penalty for p in params], np.float32),
-        seed=np.array([p.seed or 0 for p in params], np.uint32),
-        step=np.zeros(len(params), np.int32),
-        seen=seen,
+    num_slots = len(params)
+    state = SamplingState(
+        temperature=np.zeros(num_slots, np.float32),
+        top_k=np.zeros(num_slots, np.int32),
+        top_p=np.zeros(num_slots, np.float32),
+        penalty=np.zeros(num_slots, np.float32),
+        seed=np.zeros(num_slots, np.uint32),
+        step=np.zeros(num_slots, np.int32),
+        seen=np.zeros((num_slots, vocab_size), bool),
     )
+    for slot, own in enumerate(params):
+        is_random = own.temperature >= MIN_TEMPERATURE
+        state.temperature[slot] = own.temperature if is_random else 0.0
+        # the device knows no special value for "all tokens": a top k as large as the vocabulary keeps all
+        state.top_k[slot] = min(own.top_k or vocab_size, vocab_size)
+        state.top_p[slot] = own.top_p
+        state.penalty[slot] = own.repetition_penalty
+        state.seed[slot] = own.seed or 0
+    for slot, prompt in enumerate(prompts):
+        state.seen[slot, prompt] = True
+    return state
 
 
 def init_sampling_state(num_slots: int, vocab_size: int) -> SamplingState:
@@ -131,6 +138,7 @@ def select_slots(is_new: Bool[Array, " B"], new: SamplingState, old: SamplingSta
     """``new`` in the slots where ``is_new``, ``old`` in the others."""
 
     def select(new_leaf: Array, old_leaf: Array) -> jax.Array:
+        # a flag of each slot, for the slots of arrays with any number of further axes
         mask = jnp.reshape(is_new, (-1, *[1] * (jnp.ndim(new_leaf) - 1)))
         return jnp.where(mask, new_leaf, old_leaf)
 
@@ -154,6 +162,7 @@ def sample(
     Returns:
       The tokens, those of inactive slots without meaning, and the state after them.
     """
+    # the order of transformers: the penalty sees the model's own logits, and comes before the suppression
     logits = _penalize(jnp.asarray(logits, jnp.float32), state)
     if suppressed is not None:
         logits = jnp.where(suppressed, _MINUS_INFINITY, logits)
@@ -161,8 +170,10 @@ def sample(
     is_random = state.temperature > 0
     # ranking a vocabulary costs more than a decode step of a small model: only where a slot asks for it
     drawn = jax.lax.cond(jnp.any(is_random), _draw, lambda *_: greedy, logits, state)
+    # a greedy slot does not depend on whether others are random
     tokens = jnp.where(is_random, drawn, greedy)
     slots = jnp.arange(len(tokens))
+    # max is a logical or: an inactive slot adds nothing, and what was seen stays so
     seen = jnp.asarray(state.seen).at[slots, tokens].max(active)  # [B, V]
     return tokens, dataclasses.replace(state, seen=seen, step=state.step + active)
 
@@ -178,31 +189,35 @@ def filter_logits(
     ranked = jax.lax.top_k(logits, min(NUM_RANKED, logits.shape[-1]))[0]  # [B, K]
     # jnp.min, not ranked[:, -1:]: when XLA sees a slice taken, it turns top_k into a sort of the vocabulary
     smallest = jnp.min(ranked, axis=-1)  # [B]
-    suffices = (top_k <= ranked.shape[-1]) & (_kth_largest(ranked, top_k)[:, 0] > smallest)
+    # a logit equal to the smallest ranked one may have equals that are not ranked
+    suffices = (top_k <= ranked.shape[-1]) & (_kth_largest(ranked, top_k)[:, 0] > smallest)  # [B]
+    # of a slot that these do not suffice for, it is wrong and is not used
     few_threshold = _threshold(ranked, top_k, top_p)  # [B, 1]
 
     def sort_all() -> jax.Array:
-        everything = jnp.sort(logits, descending=True)
+        everything = jnp.sort(logits, descending=True)  # [B, V]
         return jnp.where(suffices[:, None], few_threshold, _threshold(everything, top_k, top_p))
 
-    threshold = jax.lax.cond(jnp.all(suffices), lambda: few_threshold, sort_all)
+    threshold = jax.lax.cond(jnp.all(suffices), lambda: few_threshold, sort_all)  # [B, 1]
     return jnp.where(logits >= threshold, logits, _MINUS_INFINITY)
 
 
 def _penalize(logits: Float[jax.Array, "B V"], state: SamplingState) -> jax.Array:
     penalty = jnp.asarray(state.penalty)[:, None]
+    # above 1 it makes any token less probable: a negative logit is multiplied, since division would raise it
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
     return jnp.where(state.seen, penalized, logits)
 
 
 def _draw(logits: Float[jax.Array, "B V"], state: SamplingState) -> Int[jax.Array, " B"]:
     is_random = state.temperature > 0
-    scaled = logits / jnp.where(is_random, state.temperature, 1)[:, None]
+    scaled = logits / jnp.where(is_random, state.temperature, 1)[:, None]  # [B, V]
     # a greedy slot's draw is not used: top-k 1 keeps it from having its whole vocabulary sorted
     top_k = jnp.where(is_random, state.top_k, 1)
     filtered = filter_logits(scaled, top_k, state.top_p)
 
     def draw_slot(seed: jax.Array, step: jax.Array, slot_logits: jax.Array) -> jax.Array:
+        # from seed and step alone: the draw does not depend on how steps are grouped into calls
         key = jax.random.fold_in(jax.random.key(seed), step)
         return jax.random.categorical(key, slot_logits)
 
@@ -211,6 +226,7 @@ def _draw(logits: Float[jax.Array, "B V"], state: SamplingState) -> Int[jax.Arra
 
 
 def _kth_largest(ranked: Float[Array, "B K"], top_k: Int[Array, " B"]) -> Float[jax.Array, "B 1"]:
+    # a top k beyond the ranked logits takes the last of them
     index = jnp.clip(top_k - 1, 0, ranked.shape[-1] - 1)[:, None]
     return jnp.take_along_axis(ranked, index, axis=-1)
 
@@ -222,6 +238,7 @@ def _threshold(
     kth = _kth_largest(ranked, top_k)
     ranked = jnp.where(ranked >= kth, ranked, _MINUS_INFINITY)  # [B, K]
     probability = jax.nn.softmax(ranked, axis=-1)
+    # the token that crosses top p is kept, as in transformers: what counts is the sum before it
     before = jnp.cumsum(probability, axis=-1) - probability  # of the tokens ranked higher
     inside = (before < top_p[:, None]) & (ranked > _MINUS_INFINITY)
     smallest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)

@@ -62,6 +62,7 @@ class SlotStage(abc.ABC):
 
     def slot_of(self, state: RequestState) -> int | None:
         """The slot of a request, or None."""
+        # two requests are never equal, so this is a search by identity
         for slot, other in enumerate(self._slots):
             if other is state:
                 return slot
@@ -72,6 +73,7 @@ class SlotStage(abc.ABC):
         slot = self.slot_of(state)
         if slot is not None:
             self._slots[slot] = None
+        # without a request the caches would only hold memory
         if not self.states:
             self._device_state = None
 
@@ -79,6 +81,7 @@ class SlotStage(abc.ABC):
         """Removes and returns the requests whose device state a failed call has used up."""
         if not is_deleted(self._device_state):
             return []
+        # a call is given the arrays of all slots to write in; when it fails, they are lost for all slots
         lost = self.states
         for state in lost:
             self.remove(state)
@@ -108,10 +111,12 @@ def decode_together(stages: Sequence[SlotStage], clock: Clock) -> StageOutput:
     output = StageOutput()
     results: list[tuple[SlotStage, DecodeResult]] = []
     stopwatch = Stopwatch(clock)
+    # dispatching returns at once: the device computes for one stage while the host prepares the next
     for stage in stages:
         try:
             result = stage.dispatch()
         except Exception as error:
+            # one call serves all slots of a stage, so its error is theirs
             output.fail(stage.states, error)
             continue
         if result is not None:
@@ -126,6 +131,7 @@ def decode_together(stages: Sequence[SlotStage], clock: Clock) -> StageOutput:
         else:
             healthy.append((stage, result))
         stage.add_seconds(stopwatch.lap())
+    # one transfer for all of them
     decoded = read_results([result for _, result in healthy])
     for (stage, _), tokens in zip(healthy, decoded, strict=True):
         output.extend(stage.collect(tokens))

@@ -131,6 +131,7 @@ class TalkerEngine:
         self._embed_tokens = embed_tokens
         self._mesh = mesh
         self._placement = host_sharding(params, mesh)
+        # the same in every call of ``decode``, so it is copied once
         self._suppressed = jax.device_put(suppressed_codes(config), self._placement)
 
     def init_prefix(self, num_slots: int, capacity: int) -> Context:
@@ -148,7 +149,9 @@ class TalkerEngine:
         with on_mesh(self._mesh):
             embeds = init_embeds(self._model, num_slots, context.capacity)
         special_embeds, reply_embeds = commit(embeds, self._placement, self._mesh)
+        # nothing remains to be decoded, which is what makes a slot free
         none = np.zeros(num_slots, np.int32)
+        # one transfer, and to where results of programs lie: else each program is compiled twice
         host = (init_sampling_state(num_slots, self._model.config.vocab_size), none, none)
         sampling, remaining, num_reply = jax.device_put(host, self._placement)
         return TalkerState(context, sampling, remaining, special_embeds, reply_embeds, num_reply)
@@ -156,7 +159,9 @@ class TalkerEngine:
     def resize(self, state: TalkerState, capacity: int) -> TalkerState:
         """The same with room for so many positions, and tokens of the reply, of each slot."""
         capacity = round_capacity(capacity)
-        while state.context.capacity < capacity:  # by doubling, so that few programs do it
+        # cache and ``reply_embeds`` have one capacity, so that one number selects the programs
+        # by doubling, so that few programs do it
+        while state.context.capacity < capacity:
             doubled = 2 * state.context.capacity
             with on_mesh(self._mesh):
                 context = resize_context(state.context, doubled)
@@ -184,6 +189,8 @@ class TalkerEngine:
           start: tokens of the prompts before the chunk.
         """
         width = chunk.tokens.shape[1]
+        # the Thinker's rows stand at the positions of the prompt
+        # places behind the prompt give any row: ``valid`` masks it
         places = np.broadcast_to(start + np.arange(width, dtype=np.int32), chunk.tokens.shape)
         with on_mesh(self._mesh):
             text = gather_rows(talker_inputs, places)  # [R, C, E]
@@ -198,6 +205,7 @@ class TalkerEngine:
           prefix: of any capacity; the one of the two with less is resized.
         """
         state = self.resize(state, prefix.capacity)
+        # a copy between caches of equal shape is one program for each capacity
         prefix = self.resize_prefix(prefix, state.context.capacity)
         with on_mesh(self._mesh):
             return insert_prefix(state, np.int32(slot), prefix)
@@ -220,6 +228,7 @@ class TalkerEngine:
           prompt_length: tokens before each reply.
         """
         with on_mesh(self._mesh):
+            # rows are gathered where the Thinker's slots lie; only these few go to the Talker's slots
             plan = plan_append(self.append_width, state.num_reply_embeds, num_tokens, thinker_slot, prompt_length)
             rows = gather_rows(talker_inputs, plan.places)  # [T, width, E]
             return append_rows(state, rows, plan.count, thinker_slot)
@@ -243,6 +252,7 @@ class TalkerEngine:
         """
         c = self._model.config
         num_slots = len(state.remaining)
+        # the program takes arrays for all slots, and uses those of the slots that begin
         params = [SamplingParams()] * num_slots
         voice_tokens = np.zeros(num_slots, np.int32)
         remaining = np.zeros(num_slots, np.int32)
@@ -250,11 +260,14 @@ class TalkerEngine:
         for slot, request in requests.items():
             params[slot] = request.sampling
             voice_tokens[slot] = request.voice_token
+            # the voice and the first token take a position each
             room = max(c.max_position_embeddings - request.prompt_length - 2, 0)
             remaining[slot] = min(request.max_codes, room)
             spans[slot] = [request.span]
         is_new = np.isin(np.arange(num_slots), list(requests))
-        table = mrope.stack(spans, 2, width=1)
+        # both ids of a slot follow one rule, so one span is enough
+        table = mrope.stack_spans(spans, 2, width=1)
+        # one transfer
         host = (self._make_sampling(params), remaining)
         sampling, remaining = jax.device_put(host, self._placement)
         special_embeds = self._special_embeds(voice_tokens)
@@ -278,6 +291,7 @@ class TalkerEngine:
                 self.params,
                 state,
                 self._suppressed,
+                # int32 whatever the host counts in: each dtype would be a program of its own
                 progress.thinker_slot.astype(np.int32),
                 progress.num_tokens.astype(np.int32),
                 progress.finished,
@@ -294,11 +308,13 @@ class TalkerEngine:
     def _special_embeds(self, voice_tokens: Int[np.ndarray, " B"]) -> Float[jax.Array, "B 3 E"]:
         c = self._config.talker_config
         vocab_size = self._config.thinker_config.text_config.vocab_size
+        # checked on the host: on the device an id out of range raises no error
         unknown = voice_tokens[(voice_tokens < 0) | (voice_tokens >= vocab_size)]
         if unknown.size:
             raise CheckpointError(
                 f"the voice begins with the text id {unknown[0]}, but the Thinker has {vocab_size} ids"
             )
+        # in the order of ``TalkerState.special_embeds``
         ids = np.empty((len(voice_tokens), 3), np.int32)
         ids[:, 0] = voice_tokens
         ids[:, 1] = c.tts_text_end_token_id

@@ -37,6 +37,7 @@ from omni_jax.sharding import constrain, replicate
 
 NO_SLOT = -1  # in place of a slot of the Thinker's where there is none
 
+# larger than any count, and far enough from the end of int32 to be added to
 _UNKNOWN = 2**30  # in place of a number of tokens that is not known yet, or has no bound
 
 
@@ -56,14 +57,16 @@ class TalkerState:
 class TextCounters:
     """How far the Thinker has come, on the device."""
 
-    num_tokens: Int[Array, " T"]
-    remaining: Int[Array, " T"]
+    num_tokens: Int[Array, " T"]  # of the reply so far
+    remaining: Int[Array, " T"]  # tokens that may still be decoded; 0: the reply is complete
 
 
 def suppressed_codes(config: OmniConfig) -> Bool[np.ndarray, " V"]:
     """Ids that the Talker never draws: its begin mark, and those that Token2Wav has no row for and that are no end."""
     c = config.talker_config
+    # the reference draws such codes and then fails on them (docs/reference.md, 7.4)
     suppressed = np.arange(c.vocab_size) >= config.token2wav_config.dit_config.num_embeds + 1
+    # an end is never spoken, so it needs no row
     suppressed[end_codes(c)] = False
     suppressed[c.tts_codec_start_token_id] = True
     return suppressed
@@ -71,6 +74,7 @@ def suppressed_codes(config: OmniConfig) -> Bool[np.ndarray, " V"]:
 
 def end_codes(config: TalkerConfig) -> Int[np.ndarray, " 2"]:
     """Ids that end the speech."""
+    # two: with the end mark alone, speech may not stop (docs/reference.md, 10)
     return np.array([config.tts_codec_pad_token_id, config.tts_codec_end_token_id], np.int32)
 
 
@@ -91,12 +95,16 @@ def gather_rows(rows: Float[Array, "B N E"], places: Int[Array, "B C"]) -> Float
 
 @functools.partial(jax.jit, static_argnums=2)
 def take_slot(talker_inputs: Array, slot: Int[Array, ""], num_slots: int) -> jax.Array:
+    # a copy, so that the slot can be given to the next request
     one = jax.lax.dynamic_slice_in_dim(jnp.asarray(talker_inputs), slot, 1)  # [1, capacity, E]
+    # a mesh may need more slots in a prefix; only the first one's rows are read
     return jnp.broadcast_to(one, (num_slots, *one.shape[1:]))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def insert_prefix(state: TalkerState, slot: Int[Array, ""], prefix: Context) -> TalkerState:
+    # the slot decodes nothing before ``begin_speech``
+    # rows of the reply that was here before stay in ``reply_embeds``: with a count of 0 they are not read
     return dataclasses.replace(
         state,
         context=insert_context(state.context, slot, prefix),
@@ -124,13 +132,14 @@ def plan_append(
     num_tokens = jnp.asarray(num_tokens)
     thinker_slot = jnp.asarray(thinker_slot)
     follows = thinker_slot != NO_SLOT  # [B]
-    available = num_tokens[jnp.maximum(thinker_slot, 0)] - num_reply_embeds
-    count = jnp.where(follows, jnp.clip(available, 0, width), 0)
+    # what a call cannot take is left for the next one
+    available = num_tokens[jnp.maximum(thinker_slot, 0)] - num_reply_embeds  # [B]
+    count = jnp.where(follows, jnp.clip(available, 0, width), 0)  # [B]
     first = prompt_length + num_reply_embeds  # [B], of the tokens that are taken
     # the gather stays within each slot of the Thinker's, whose slots may lie on other devices than the Talker's
     target = jnp.where(follows, thinker_slot, len(num_tokens))  # out of bounds, so that it is dropped
     places = jnp.zeros((len(num_tokens), width), jnp.int32)
-    places = places.at[target].set(first[:, None] + jnp.arange(width), mode="drop")
+    places = places.at[target].set(first[:, None] + jnp.arange(width), mode="drop")  # [T, width]
     return AppendPlan(places, count.astype(jnp.int32))
 
 
@@ -140,11 +149,12 @@ def append_rows(
 ) -> TalkerState:
     reply_embeds = jnp.asarray(state.reply_embeds)
     num_slots, capacity = reply_embeds.shape[:2]
+    # a slot that follows none takes the rows of slot 0, and its count of 0 drops them
     new = jnp.asarray(rows)[jnp.maximum(thinker_slot, 0)].astype(reply_embeds.dtype)  # [B, width, E]
-    offset = jnp.arange(rows.shape[1])
+    offset = jnp.arange(rows.shape[1])  # [width]
     places = state.num_reply_embeds[:, None] + offset  # [B, width]
     places = jnp.where(offset < count[:, None], places, capacity)  # out of bounds, so that it is dropped
-    slots = jnp.arange(num_slots)[:, None]
+    slots = jnp.arange(num_slots)[:, None]  # [B, 1]
     return dataclasses.replace(
         state,
         reply_embeds=reply_embeds.at[slots, places].set(new, mode="drop"),
@@ -162,6 +172,7 @@ def prefill_chunk(
     valid: Bool[Array, "R C"],
 ) -> Context:
     """Reads a chunk of the prompts behind what the cache holds; no position has a code."""
+    # not the embedding of a code, although the penalty counts the prompt as such (docs/reference.md, 10)
     codes = jnp.full(valid.shape, NO_CODE)
     return _extend(model, params, prefix, text, codes, spans, valid)
 
@@ -180,11 +191,13 @@ def begin_speech(
     c = model.config
     is_new = jnp.asarray(is_new)
     special_embeds = jnp.where(is_new[:, None, None], special_embeds, state.special_embeds)
+    # two positions: the voice, then the reply's first token
     text = jnp.concatenate([special_embeds[:, :1], state.reply_embeds[:, :1]], axis=1)  # [B, 2, E]
     # the voice goes with the padding code and the reply's first token with the begin mark, as the reference has them
     codes = jnp.array([c.tts_codec_pad_token_id, c.tts_codec_start_token_id])
-    codes = jnp.broadcast_to(codes, (len(is_new), 2))
-    valid = jnp.broadcast_to(is_new[:, None], codes.shape)
+    codes = jnp.broadcast_to(codes, (len(is_new), 2))  # [B, 2]
+    # slots that do not begin read nothing, which leaves their context as it is
+    valid = jnp.broadcast_to(is_new[:, None], codes.shape)  # [B, 2]
     return dataclasses.replace(
         state,
         context=_extend(model, params, state.context, text, codes, spans, valid),
@@ -235,15 +248,18 @@ def decode_codes(
       The state after them, and the array of a ``DecodeResult``.
     """
     # the Thinker's counters are read here and not on the host, so that this call need not wait for its result
-    follows = thinker_slot != NO_SLOT
+    follows = thinker_slot != NO_SLOT  # [B]
     slot = jnp.maximum(thinker_slot, 0)
     num_tokens = jnp.where(follows, jnp.asarray(counters.num_tokens)[slot], num_tokens)  # [B]
     finished = jnp.where(follows, jnp.asarray(counters.remaining)[slot] == 0, finished)  # [B]
     # while the text goes on, its last token so far may turn out to be its last, which is not spoken
-    allowed = jnp.where(finished, _UNKNOWN, jnp.maximum(num_tokens - 2, 0))
+    allowed = jnp.where(finished, _UNKNOWN, jnp.maximum(num_tokens - 2, 0))  # [B]
+    # each code takes a row of its own, and ``step`` of the rows have been taken
     ready = jnp.minimum(allowed - state.sampling.step, codes_per_call)  # [B]
+    # the last token is never read: the end of the text stands in its place (docs/reference.md, 7.2)
+    # rows for the whole call are gathered here, and not one by one in the loop
     text = next_text_inputs(state, codes_per_call, jnp.where(finished, num_tokens - 1, _UNKNOWN))  # [B, K, E]
-    tokens = jnp.full((len(ready), codes_per_call), PAD_TOKEN, jnp.int32)
+    tokens = jnp.full((len(ready), codes_per_call), PAD_TOKEN, jnp.int32)  # [B, K]
 
     def goes_on(loop: tuple[jax.Array, jax.Array, TalkerState]) -> Bool[jax.Array, ""]:
         step, _, state = loop
@@ -257,6 +273,7 @@ def decode_codes(
 
     with jax.named_scope("decode_codes"):
         _, tokens, state = jax.lax.while_loop(goes_on, decode_step, (jnp.int32(0), tokens, state))
+    # counters are whole on every device, as after ``decode_text``
     state = dataclasses.replace(
         state,
         context=dataclasses.replace(state.context, position=replicate(state.context.position)),
@@ -268,6 +285,7 @@ def decode_codes(
 
 def next_text_inputs(state: TalkerState, count: int, last: Int[Array, " B"]) -> Float[jax.Array, "B K E"]:
     """What goes with the next codes: the reply's tokens from r_1 on before ``last``, the end mark, then padding."""
+    # the first token was read with the voice, so code m goes with token m + 1
     token = jnp.asarray(state.sampling.step)[:, None] + 1 + jnp.arange(count)  # [B, K]
     rows = gather_rows(state.reply_embeds, token)  # [B, K, E]
     token = token[..., None]
@@ -291,12 +309,14 @@ def _decode_code(
     logits = apply_method(model, "logits", params, before.hidden)  # [B, V]
     with jax.named_scope("sample"):
         codes, sampling = sample(logits, state.sampling, active, suppressed)  # [B]
-    is_end = jnp.isin(codes, end_codes(model.config))
+    # an end is read like any code, but is not returned: Token2Wav never gets it
+    is_end = jnp.isin(codes, end_codes(model.config))  # [B]
     ids = step_position_ids(before)  # [3, B, 1]
     valid = active[:, None]
+    # the next position: the code that was just drawn, and one more row of the text
     inputs = (text[:, None], codes[:, None], ids, valid, before.cache)
     hidden, cache = apply_method(model, "extend", params, *inputs)  # [B, 1, D]
-    remaining = jnp.where(is_end, 0, state.remaining - 1)
+    remaining = jnp.where(is_end, 0, state.remaining - 1)  # [B]
     after = dataclasses.replace(
         state,
         context=step_context(before, hidden, active, cache),

@@ -56,6 +56,7 @@ class TalkerStage(SlotStage):
     def __init__(
         self, engines: Engines, num_slots: int, thinker: ThinkerStage, timings: Timings, utilization: Utilization
     ):
+        # without a Talker there are no slots, and so nothing is ever admitted here
         super().__init__(engines.round_slots(num_slots) if engines.talker is not None else 0)
         self._engines = engines
         self._timings = timings
@@ -95,6 +96,7 @@ class TalkerStage(SlotStage):
             try:
                 self._admit(speech)
             except Exception as error:
+                # the call may have used up the arrays of those that speak already
                 output.fail([speech.state, *self.take_lost()], error)
         self.add_seconds(stopwatch.lap())
         return output
@@ -108,12 +110,14 @@ class TalkerStage(SlotStage):
         engine = self._engines.talker
         assert engine is not None
         num_prefix_slots = self._engines.round_slots(1)
+        # the prompt first, from what the Thinker kept of each of its positions
         prefix = engine.init_prefix(num_prefix_slots, state.request.initial_capacity)
         start = 0
         for chunk in speech.chunks:
             prefix = prefill_talker(self._engines, prefix, speech.talker_inputs, chunk, start)
             start += chunk.num_tokens
         slot = self._insert(state, prefix)
+        # then the reply, all at once, since its text is complete
         self._append_all(speech, slot, num_prefix_slots)
 
     def remove(self, state: RequestState) -> None:
@@ -124,6 +128,7 @@ class TalkerStage(SlotStage):
     def is_complete(self, state: RequestState) -> bool:
         """Whether all codes of a request that has a slot are decoded. A reply of one token or none has no codes."""
         record = self._records[state]
+        # a slot that has not started is complete only where it never will
         return state.is_mute if not record.has_started else record.remaining == 0
 
     def dispatch(self) -> DecodeResult | None:
@@ -134,12 +139,17 @@ class TalkerStage(SlotStage):
         # in this order: a slot begins with its reply's first token, which must be there
         self._append_live()
         self._begin_new()
-        started = [record for record in self._records.values() if record.has_started]
-        if not any(self._has_text(state) for state in self._records):
+        if not any(map(self._has_text, self._records)):
             return None
         # the host counts lengths itself: reading them would wait for the device
-        steps = min(engine.codes_per_call, max(record.remaining for record in started))
-        length = max(record.length for record in started)
+        length = 0
+        remaining = 0
+        for record in self._records.values():
+            if record.has_started:
+                length = max(length, record.length)
+                remaining = max(remaining, record.remaining)
+        # slots share one capacity, which must be enough for the longest of them after this call
+        steps = min(engine.codes_per_call, remaining)
         resized = engine.resize(self._device_state, length + steps)
         self._device_state, result = engine.decode(resized, self._text_progress(), self._text_counters(resized))
         return result
@@ -155,6 +165,7 @@ class TalkerStage(SlotStage):
             record.length += len(codes)
             record.remaining = int(decoded.remaining[slot])
             state.codes.append(codes)
+            # a call computes all slots for as many steps as the longest takes; the rest is padding
             used += len(codes)
             steps = max(steps, len(codes))
         self._utilization.speech.add(used, steps * self.num_slots)
@@ -172,6 +183,7 @@ class TalkerStage(SlotStage):
         engine = self._engines.talker
         assert engine is not None
         slot = self._slots.index(None)
+        # the first request decides the capacity, and later ones may raise it
         if self._device_state is None:
             self._device_state = engine.init_state(self.num_slots, prefix.capacity)
         self._device_state = engine.insert(self._device_state, slot, prefix)
@@ -186,11 +198,14 @@ class TalkerStage(SlotStage):
         assert engine is not None and self._device_state is not None
         device_state = engine.resize(self._device_state, num_tokens)
         thinker_slot = np.full(self.num_slots, NO_SLOT, np.int32)
+        # the inputs are a copy with this request in slot 0
         thinker_slot[slot] = 0
         prompt_length = np.full(self.num_slots, speech.state.request.prompt_length, np.int32)
         counts = np.full(num_prefix_slots, num_tokens, np.int32)
+        # each call takes the next tokens: the device counts how many it has
         for _ in range(0, num_tokens, engine.append_width):
             device_state = engine.append_reply(device_state, speech.talker_inputs, counts, thinker_slot, prompt_length)
+            # kept after each call, since the state before it is used up
             self._device_state = device_state
 
     def _append_live(self) -> None:
@@ -203,6 +218,8 @@ class TalkerStage(SlotStage):
             followed = None if state is None else self._thinker.slot_of(state)
             if state is None or followed is None:
                 continue
+            # tokens that a stop string may still remove are taken too
+            # they are not spoken: ``TextProgress`` says how many are
             thinker_slot[slot] = followed
             prompt_length[slot] = state.request.prompt_length
             num_tokens = max(num_tokens, len(state.detokenizer.token_ids))
@@ -210,6 +227,7 @@ class TalkerStage(SlotStage):
             return
         engine = self._engines.talker
         assert engine is not None and self._device_state is not None and thinker_state.talker_inputs is not None
+        # the call of the Thinker that is on its way may add tokens that the host has not counted yet
         resized = engine.resize(self._device_state, num_tokens + engine.append_width)
         self._device_state = engine.append_reply(
             resized, thinker_state.talker_inputs, thinker_state.num_tokens, thinker_slot, prompt_length
@@ -219,14 +237,18 @@ class TalkerStage(SlotStage):
         """Has the slots begin whose text has two tokens."""
         engine = self._engines.talker
         requests = {}
+        length = 0
         for slot, state in enumerate(self._slots):
+            # with a second token it is certain that the first one is not the last, which is never read
             if state is None or self._records[state].has_started or state.detokenizer.num_spoken < 2:
                 continue
-            requests[slot] = state.request.speech_request()
+            request = state.request.speech_request()
+            requests[slot] = request
+            # the voice and the first token follow the prompt
+            length = max(length, request.prompt_length + 2)
         if not requests:
             return
         assert engine is not None and self._device_state is not None
-        length = max(request.prompt_length for request in requests.values()) + 2
         self._device_state = engine.begin(engine.resize(self._device_state, length), requests)
         for slot, request in requests.items():
             state = self._slots[slot]
@@ -234,6 +256,7 @@ class TalkerStage(SlotStage):
             record = self._records[state]
             record.has_started = True
             record.length += 2
+            # at most: the device also counts what room the context has, and its first result says so
             record.remaining = request.max_codes
 
     def _follows_device(self, state: RequestState) -> bool:
@@ -248,6 +271,7 @@ class TalkerStage(SlotStage):
         detokenizer = state.detokenizer
         if detokenizer.finished or self._follows_device(state):
             return True
+        # as ``decode_codes`` counts: the first token has no code of its own, and the last one may end the text
         return detokenizer.num_spoken - 2 > state.num_codes
 
     def _text_progress(self) -> TextProgress:

@@ -142,6 +142,7 @@ class ThinkerEngine:
           capacity: tokens of each that there is room for at least.
         """
         context = init_context(self._model, self._config, num_slots, capacity, self._placement, self._mesh)
+        # a row as wide as the hidden state for each position, which text alone does not need
         talker_inputs = None
         if self._collect:
             with on_mesh(self._mesh):
@@ -152,8 +153,10 @@ class ThinkerEngine:
     def init_state(self, num_slots: int, capacity: int) -> ThinkerState:
         """Slots that are all free; see ``init_prefix`` for the arguments."""
         prefix = self.init_prefix(num_slots, capacity)
+        # nothing remains to be decoded, which is what makes a slot free
         none = np.zeros(num_slots, np.int32)
         stop_ids = np.full((num_slots, MIN_STOP_IDS), PAD_TOKEN, np.int32)
+        # one transfer, and to where results of programs lie: else each program is compiled twice
         host = (init_sampling_state(num_slots, self._config.vocab_size), none, none, stop_ids)
         sampling, remaining, num_tokens, stop_ids = jax.device_put(host, self._placement)
         return ThinkerState(prefix.context, prefix.talker_inputs, sampling, remaining, num_tokens, stop_ids)
@@ -177,6 +180,7 @@ class ThinkerEngine:
         """
         with on_mesh(self._mesh):
             x = jit_method(self._model, "embed_tokens", self.params, chunk.tokens)  # [R, C, D]
+            # one program for each call of an encoder, since their features are arrays of different lengths
             for number, index in chunk.feature_index.items():
                 x = _overlay_features(x, features[number], index)
             return prefill_chunk(self._model, self.params, prefix, chunk.spans, chunk.valid, x, chunk.is_media)
@@ -193,6 +197,7 @@ class ThinkerEngine:
         # both must have one capacity: a copy between caches of equal shape is one program for each capacity
         state = self.resize(state, prefix.context.capacity)
         prefix = self.resize_prefix(prefix, state.context.capacity)
+        # it never shrinks: the width is part of a shape, and each shape is a program
         width = bucket(len(request.stop_ids), state.stop_ids.shape[1])
         stop_ids = np.full((1, width), PAD_TOKEN, np.int32)
         stop_ids[0, : len(request.stop_ids)] = request.stop_ids
@@ -222,6 +227,7 @@ class ThinkerEngine:
         if finished is None:
             finished = np.zeros(len(state.remaining), bool)
         with on_mesh(self._mesh):
+            # ``num_tokens`` is a traced scalar, so calls of all lengths are one program
             state, packed = decode_text(
                 self._model, self.tokens_per_call, self.params, state, finished, np.int32(num_tokens)
             )
@@ -229,7 +235,8 @@ class ThinkerEngine:
 
     def _resize(self, context: Context, talker_inputs: Array | None, capacity: int) -> tuple[Context, Array | None]:
         capacity = round_capacity(capacity)
-        while context.capacity < capacity:  # by doubling, so that few programs do it
+        # by doubling, so that few programs do it
+        while context.capacity < capacity:
             doubled = 2 * context.capacity
             with on_mesh(self._mesh):
                 context = resize_context(context, doubled)
@@ -255,8 +262,9 @@ def _overlay_features(
     x: Float[Array, "R C D"], features: Float[Array, "features D"], index: Int[Array, "R C"]
 ) -> Float[jax.Array, "R C D"]:
     """Replaces embeddings by features where ``index`` says which."""
+    # index 0 where there is no feature; the embedding stands there in the end
     taken = jnp.take(features, jnp.maximum(index, 0), axis=0)  # [R, C, D]
-    is_feature = (index != NO_FEATURE)[..., None]
+    is_feature = (index != NO_FEATURE)[..., None]  # [R, C, 1]
     return jnp.where(is_feature, taken.astype(x.dtype), x)
 
 
@@ -310,6 +318,7 @@ def _insert(
     talker_inputs = state.talker_inputs
     if talker_inputs is not None:
         talker_inputs = insert_slot(talker_inputs, slot, prefix.talker_inputs)
+    # the reply's counters start anew; what the slot held of a dialogue before is overwritten
     return ThinkerState(
         context=insert_context(state.context, slot, prefix.context),
         talker_inputs=talker_inputs,
@@ -344,8 +353,9 @@ def decode_text(
         state, new_tokens = _decode_token(model, params, state)
         return step + 1, tokens.at[:, step].set(new_tokens), state
 
+    # stop strings are known to the host alone, so it says which slots they have ended
     state = dataclasses.replace(state, remaining=jnp.where(finished, 0, state.remaining))
-    tokens = jnp.full((len(state.remaining), tokens_per_call), PAD_TOKEN, jnp.int32)
+    tokens = jnp.full((len(state.remaining), tokens_per_call), PAD_TOKEN, jnp.int32)  # [B, K]
     # the loop runs on the device: the host is waited for once in K tokens, not at each
     with jax.named_scope("decode_text"):
         _, tokens, state = jax.lax.while_loop(goes_on, decode_step, (jnp.int32(0), tokens, state))
@@ -366,23 +376,27 @@ def _decode_token(model: Thinker, params: Any, state: ThinkerState) -> tuple[Thi
     """One token of every slot that has not finished; ``PAD_TOKEN`` in the others."""
     before = state.context
     active = state.remaining > 0  # [B]
+    # the hidden state is that of the prompt's last position, or of the token before
     logits = apply_method(model, "logits", params, before.hidden)  # [B, V]
     with jax.named_scope("sample"):
+        # slots that have finished are computed too, and their results dropped: shapes are fixed
         tokens, sampling = sample(logits, state.sampling, active)  # [B]
     # a stop id is decoded and kept, so that the Talker learns of the end; nothing follows it
-    is_stop = jnp.any(tokens[:, None] == state.stop_ids, axis=1)
+    is_stop = jnp.any(tokens[:, None] == state.stop_ids, axis=1)  # [B]
     x = apply_method(model, "embed_tokens", params, tokens)[:, None]  # [B, 1, D]
     valid = active[:, None]
     ids = step_position_ids(before)  # [3, B, 1]
     hidden, cache = apply_method(model, "extend", params, x, ids, valid, before.cache)  # [B, 1, D]
     talker_inputs = state.talker_inputs
     if talker_inputs is not None:
+        # at the index where the cache has written the token: its length before this step
         talker_inputs = _write_rows(talker_inputs, hidden + x, before.cache.lengths, valid)
     after = dataclasses.replace(
         state,
         context=step_context(before, hidden, active, cache),
         talker_inputs=talker_inputs,
         sampling=sampling,
+        # 0 in a slot that was not active, as before
         remaining=jnp.where(active & ~is_stop, state.remaining - 1, 0),
         num_tokens=state.num_tokens + active,
     )
@@ -399,5 +413,5 @@ def _write_rows(
     capacity = talker_inputs.shape[1]
     places = jnp.asarray(lengths)[:, None] + jnp.arange(rows.shape[1])  # [B, C]
     places = jnp.where(valid, places, capacity)  # out of bounds, so that padding is dropped
-    slots = jnp.arange(rows.shape[0])[:, None]
+    slots = jnp.arange(rows.shape[0])[:, None]  # [B, 1]
     return jnp.asarray(talker_inputs).at[slots, places].set(rows.astype(talker_inputs.dtype), mode="drop")

@@ -53,6 +53,7 @@ class ThinkerStage(SlotStage):
     def admit(self, state: RequestState, prefix: Prefix) -> None:
         """Puts a prefilled prompt into a free slot."""
         slot = self._slots.index(None)
+        # the first request decides the capacity, and later ones may raise it
         if self._device_state is None:
             capacity = prefix.thinker.context.capacity
             self._device_state = self._engine.init_state(self.num_slots, capacity)
@@ -70,13 +71,21 @@ class ThinkerStage(SlotStage):
         if self._device_state is None:
             return None
         num_tokens = self._num_tokens()
-        # a reply that a stop string ended goes on for the device, until it is told
-        finished = [state is None or state.detokenizer.finished for state in self._slots]
-        # the host counts lengths itself: reading them would wait for the device
-        length = max(record.length for record in self._records.values())
-        remaining = max(record.remaining for record in self._records.values())
+        finished = np.ones(self.num_slots, bool)
+        length = 0
+        remaining = 0
+        for slot, state in enumerate(self._slots):
+            if state is None:
+                continue
+            # a reply that a stop string ended goes on for the device, until it is told
+            finished[slot] = state.detokenizer.finished
+            # the host counts lengths itself: reading them would wait for the device
+            record = self._records[state]
+            length = max(length, record.length)
+            remaining = max(remaining, record.remaining)
+        # slots share one capacity, which must be enough for the longest of them after this call
         resized = self._engine.resize(self._device_state, length + min(num_tokens, remaining))
-        self._device_state, result = self._engine.decode(resized, num_tokens, np.array(finished))
+        self._device_state, result = self._engine.decode(resized, num_tokens, finished)
         return result
 
     def collect(self, decoded: DecodedTokens) -> StageOutput:
@@ -87,6 +96,7 @@ class ThinkerStage(SlotStage):
             if state is None:
                 continue
             tokens = decoded.at_slot(slot)
+            # a call computes all slots for as many steps as the longest takes; the rest is padding
             used += len(tokens)
             steps = max(steps, len(tokens))
             try:
@@ -129,6 +139,7 @@ class ThinkerStage(SlotStage):
         record.length += len(tokens)
         record.remaining = remaining
         text = state.detokenizer.push(tokens)
+        # by a stop id, which the detokenizer has seen, or by the limit, which it has not
         if remaining == 0:
             text += state.detokenizer.finish()
         return text

@@ -6,7 +6,6 @@ Letters: N blocks of F frames, V voices, K codes of a request.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,18 +107,23 @@ class Token2WavEngine:
     ) -> list[Float[np.ndarray, "frames mel"]]:
         """The first half of ``synthesize``: log-mel spectrograms, ``repeats`` frames a code."""
         c = self.config.dit_config
+        # every request is checked before any is computed
         for i, request in enumerate(zip(codes, voices, noise, seeds, strict=True)):
             _check_request(c, f"request {i}", *request)
         if not codes:
             return []
-        frames = [np.repeat(np.asarray(request, np.int32), c.repeats) for request in codes]
-        # requests of one voice share its row
-        used = list({id(voice): voice for voice in voices}.values())
-        numbers = {id(voice): number for number, voice in enumerate(used)}
-        which = [numbers[id(voice)] for voice in voices]
+        # one list for the blocks of all requests
+        frames = []
+        lengths = []
+        num_blocks = 0
+        for request in codes:
+            code_of_frame = np.repeat(np.asarray(request, np.int32), c.repeats)
+            frames.append(code_of_frame)
+            lengths.append(len(code_of_frame))
+            num_blocks += -(-len(code_of_frame) // c.block_size)
+        used, which = _number_voices(voices)
+        # copies of the first voice fill up the bucket; no request points at them
         used += used[:1] * (bucket(len(used), MIN_VOICES) - len(used))
-        lengths = [len(request) for request in frames]
-        num_blocks = sum(-(-length // c.block_size) for length in lengths)
         blocks, places = pack(lengths, c.block_size, round_num_blocks(num_blocks, block_sizes))
         speech = _fill_blocks(c, blocks, places, frames, which, noise, seeds)
         speakers = np.stack([self._encode_speaker(voice) for voice in used])
@@ -128,6 +132,7 @@ class Token2WavEngine:
             mel = np.asarray(solve_blocks(self._dit, self.params["dit"], speech, speakers, cond))  # [N, F, mel]
         mels = []
         for place, length in zip(places, lengths, strict=True):
+            # without the padding of the request's last block
             mels.append(mel[place].reshape(-1, c.mel_dim)[:length])
         return mels
 
@@ -139,8 +144,12 @@ class Token2WavEngine:
             return []
         block_frames = self.config.dit_config.block_size
         gap_frames = gap(self.config.bigvgan_config)
-        starts = list(itertools.accumulate((len(mel) + gap_frames for mel in mels), initial=0))
-        num_frames = starts.pop() - gap_frames
+        starts = []
+        num_frames = 0
+        for mel in mels:
+            starts.append(num_frames)
+            num_frames += len(mel) + gap_frames
+        num_frames -= gap_frames  # none behind the last
         num_blocks = round_num_blocks(-(-num_frames // block_frames), block_sizes)
         num_places = max(num_blocks, bucket(len(mels)))  # so that their number makes no programs of its own
         # one row for all: rows of their own would each be padded to the longest
@@ -154,6 +163,7 @@ class Token2WavEngine:
         with on_mesh(self._mesh):
             samples = np.asarray(vocode_row(self._bigvgan, self.params["bigvgan"], row, length, start))[0]
         frame_samples = len(samples) // row.shape[1]
+        # the gaps between spectrograms have samples too, which are left out
         pieces = []
         for first, mel in zip(starts, mels, strict=True):
             piece = samples[frame_samples * first : frame_samples * (first + len(mel))]
@@ -192,6 +202,7 @@ class Token2WavEngine:
         c = self.config.dit_config
         if noise is None:
             noise = [None] * len(voices)
+        # every stream is checked before anything is computed
         for i, (voice, seed, stream_noise) in enumerate(zip(voices, seeds, noise, strict=True)):
             check_seed(f"stream {i}", seed)
             check_voice(c, voice)
@@ -201,6 +212,7 @@ class Token2WavEngine:
         first_blocks = count_chunk_blocks(c, "first_chunk_codes", first_chunk_codes)
         later_blocks = count_chunk_blocks(c, "chunk_codes", chunk_codes)
         num_rows = bucket(len(voices))
+        # rows that only fill up the bucket have no voice: they are never active
         speaker = Speaker(
             np.zeros((num_rows, 2, c.enc_dim), np.float32), np.zeros((num_rows, c.enc_emb_dim), np.float32)
         )
@@ -222,6 +234,7 @@ class Token2WavEngine:
         for voice in voices:
             self._encode_speaker(voice)
         stream = self.stream(voices[:1], [0], first_chunk_codes=first_chunk_codes, chunk_codes=chunk_codes)
+        # the first chunk, a later one, and then the end, which brings out what both networks hold back
         for num_blocks in (*stream.chunk_blocks, 0):
             codes = np.zeros(num_blocks * self.codes_per_block, np.int32)
             stream.push([codes], [num_blocks == 0])
@@ -231,6 +244,7 @@ class Token2WavEngine:
         for voice in voices:
             self._encode_speaker(voice)
         for num_blocks in block_sizes:
+            # code 0 is as good as any: only the number of blocks is part of the shape
             codes = np.zeros(num_blocks * self.codes_per_block, np.int32)
             self.synthesize([codes], voices[:1], [None], [0], block_sizes)
 
@@ -239,6 +253,7 @@ class Token2WavEngine:
         known = self._speakers.get(voice.name)
         # a voice of the same name may have been replaced by another
         if known is None or known[0] is not voice:
+            # the clips of voices have lengths of their own, and each length is a program
             with on_mesh(self._mesh):
                 rows = encode_speakers(self._dit, self.params["dit"], voice.ref_mel)
             known = voice, np.asarray(rows)
@@ -261,6 +276,20 @@ def round_num_blocks(num_blocks: int, block_sizes: Sequence[int]) -> int:
         if size >= num_blocks:
             return size
     return 1 << (num_blocks - 1).bit_length() if block_sizes else round_up_finely(num_blocks)
+
+
+def _number_voices(voices: Sequence[Voice]) -> tuple[list[Voice], list[int]]:
+    """The voices of a call, each of them once, and for each request which of them speaks it."""
+    distinct: list[Voice] = []
+    numbers: dict[int, int] = {}
+    which = []
+    for voice in voices:
+        # by identity: two voices may have one name
+        number = numbers.setdefault(id(voice), len(distinct))
+        if number == len(distinct):
+            distinct.append(voice)
+        which.append(number)
+    return distinct, which
 
 
 def _check_request(
@@ -303,6 +332,7 @@ def _fill_blocks(
         noise=np.zeros((num_blocks, block_size, config.mel_dim), np.float32),
     )
     for i, place in enumerate(places):
+        # an array's blocks lie one behind the other, so each reshape below is a view, and writing to it fills them
         length = len(frames[i])
         speech.codes[place].reshape(-1)[:length] = frames[i]
         speech.voice[place] = voices[i]
@@ -336,9 +366,10 @@ def solve_blocks(
       speakers: of each voice.
       cond: likewise.
     """
+    # drawn even where noise is given, so that both are one program
     drawn = draw_noise(speech.seed, speech.blocks.index, speech.noise.shape[1:])  # [N, F, mel]
-    noise = jnp.where(speech.draws[:, None, None], drawn, speech.noise)
-    inputs = (speech.codes, speakers[speech.voice], cond[speech.voice])
+    noise = jnp.where(speech.draws[:, None, None], drawn, speech.noise)  # [N, F, mel]
+    inputs = (speech.codes, speakers[speech.voice], cond[speech.voice])  # [N, F], [N, 2, enc_dim], [N, enc_emb_dim]
     conditions = apply_method(dit, "conditions", params, *inputs)
     mel, _ = solve(dit, params, noise, conditions, speech.blocks)
     return replicate(mel)

@@ -17,12 +17,15 @@ def check_codes(config: DiTConfig, where: str, codes: np.ndarray, num_before: in
     Raises:
       InputError: for what is no list of codes, for a code that does not exist and for too many.
     """
+    # the limit counts mel frames, of which each code is ``repeats``
     max_codes = config.max_position_embeddings // config.repeats
     if codes.ndim != 1 or (codes.size and codes.dtype.kind not in "iu"):
         raise InputError(f"{where}: codes must be a list of integers, got {codes.dtype}{list(codes.shape)}")
+    # frames of a stream are numbered through, so the limit holds for all of its codes together
     num_codes = num_before + codes.size
     if num_codes > max_codes:
         raise InputError(f"{where}: {num_codes} codes; Token2Wav takes at most {max_codes} at once, split them")
+    # num_embeds is a code too: the table has num_embeds + 1 rows (docs/reference.md, 1.7)
     unknown = codes[(codes < 0) | (codes > config.num_embeds)]
     if unknown.size:
         raise InputError(f"{where}: code {unknown[0]} is out of range; Token2Wav knows 0 to {config.num_embeds}")

@@ -134,6 +134,7 @@ class Token2WavStream:
         self.chunk_blocks = chunk_blocks
         self._engine = engine
         self._speaker = speaker
+        # no record for a row that only fills up the batch: nothing is ever due there
         self._rows = [_RowRecord(seed, own) for seed, own in zip(seeds, noise, strict=True)]
         self._num_rows = len(speaker.cond)
         self._dit_state, self._vocoder_state = engine.init_state(self._num_rows)
@@ -153,7 +154,9 @@ class Token2WavStream:
           InputError: for codes that cannot be used; the stream is then as it was before.
         """
         self._take_codes(codes, is_last)
+        # an empty piece at first, for rows that nothing is due of
         pieces: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] for _ in self._rows]
+        # the DiT first, then what the vocoder still holds back of rows that have ended
         while due := self._due_rows():
             self._step_rows(due, pieces)
         while late := self._late_rows():
@@ -186,6 +189,7 @@ class Token2WavStream:
         block_codes = c.block_size // c.repeats
         due: dict[int, int] = {}
         for i, row in enumerate(self._rows):
+            # a row's first chunk has a size of its own
             chunk = self.chunk_blocks[1 if row.num_blocks else 0]
             if row.is_last and row.num_codes:
                 # the last block waits for one more to look ahead to
@@ -213,6 +217,7 @@ class Token2WavStream:
             remaining = row.num_codes * c.repeats - row.num_frames
             if row.is_last and remaining:
                 late[i] = self._fit_chunk(-(-remaining // c.block_size))
+        # one step for all of them: a row that has less gets nothing that is valid behind its end
         return dict.fromkeys(late, max(late.values(), default=0))
 
     def _step_rows(self, due: dict[int, int], pieces: list[list[np.ndarray]]) -> None:
@@ -224,10 +229,12 @@ class Token2WavStream:
 
     def _flush_rows(self, late: dict[int, int], pieces: list[list[np.ndarray]]) -> None:
         num_frames = next(iter(late.values())) * self._engine.config.block_size
+        # padding pushes out the samples that wait for their look-ahead
         self._vocode(self._engine.make_padding(self._num_rows, num_frames), self._active_rows(late), pieces)
 
     def _vocode(self, mel: Block, active: np.ndarray, pieces: list[list[np.ndarray]]) -> None:
         block, self._vocoder_state = self._engine.vocode(self._vocoder_state, mel, active)
+        # one transfer for both
         samples, valid = jax.device_get((block.values, block.valid))
         for i, row in enumerate(self._rows):
             if active[i]:
@@ -256,6 +263,7 @@ class Token2WavStream:
         )
         for i in due:
             row = self._rows[i]
+            # fewer than the chunk has room for at the end of a row; the rest stays not valid
             new = row.waiting[:num_codes]
             row.waiting = row.waiting[num_codes:]
             chunk.codes[i, : len(new)] = new
@@ -263,6 +271,7 @@ class Token2WavStream:
             chunk.block_index[i] = row.num_blocks
             chunk.seed[i] = row.seed
             if row.noise is not None:
+                # by the place in the row, so that noise does not depend on how the codes were cut
                 own = row.noise[row.num_blocks * c.block_size :][:num_frames]
                 chunk.draws[i] = False
                 chunk.noise[i, : len(own)] = own
@@ -281,12 +290,13 @@ def solve_chunk(part: CarriedDiT, params: Any, state: Any, chunk: CodeChunk, spe
     c = part.dit.config
     num_rows, num_codes = chunk.codes.shape
     num_blocks = num_codes * c.repeats // c.block_size
+    # drawn by seed and index of each block, as ``solve_blocks`` draws for the whole reply
     index = chunk.block_index[:, None] + jnp.arange(num_blocks)  # [B, blocks]
-    seed = jnp.repeat(chunk.seed, num_blocks)
+    seed = jnp.repeat(chunk.seed, num_blocks)  # [B * blocks]
     drawn = draw_noise(seed, index.reshape(-1), (c.block_size, c.mel_dim))  # [B * blocks, block_size, mel]
     drawn = drawn.reshape(chunk.noise.shape)  # [B, F, mel]
-    noise = jnp.where(chunk.draws[:, None, None], drawn, chunk.noise)
-    noise = noise.reshape(num_rows, num_codes, c.repeats, c.mel_dim)
+    noise = jnp.where(chunk.draws[:, None, None], drawn, chunk.noise)  # [B, F, mel]
+    noise = noise.reshape(num_rows, num_codes, c.repeats, c.mel_dim)  # [B, T, repeats, mel]
     with jax.named_scope("solve_chunk"):
         block = Block(NoisyCodes(chunk.codes, noise), chunk.valid, speaker)
         return replicate(part.step(params, state, block, chunk.active))

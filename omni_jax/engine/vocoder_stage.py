@@ -10,7 +10,7 @@ from omni_jax.engine.outputs import Event, Timings, Utilization
 from omni_jax.engine.prefill import Engines, Stopwatch
 from omni_jax.engine.request import RequestState, Stage
 from omni_jax.engine.stage import StageOutput
-from omni_jax.engine.token2wav_engine import round_num_blocks
+from omni_jax.engine.token2wav_engine import Token2WavEngine, round_num_blocks
 from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.models.token2wav import SAMPLE_RATE
 
@@ -102,11 +102,13 @@ class VocoderStage:
         output = StageOutput()
         for state in sorted(self._streams, key=self._seconds_ahead):
             try:
+                # one with nothing due costs nothing, so the next is tried
                 piece = self._step_stream(state)
             except Exception as error:
                 output.fail([state], error)
                 continue
             if len(piece):
+                # one piece a step: then the decoders have their turn, and all streams are ranked anew
                 output.events.append((state, Event(audio=piece)))
                 break
         return output
@@ -121,6 +123,7 @@ class VocoderStage:
         new_codes = codes[record.num_pushed :]
         if record.is_complete or not (new_codes.size or record.is_last):
             return np.zeros(0, np.float32)
+        # a push that ends a stream gives all of its samples
         record.is_complete = record.is_last
         if not codes.size:  # the Talker ended at once
             return np.zeros(0, np.float32)
@@ -130,6 +133,7 @@ class VocoderStage:
         (piece,) = record.stream.push([new_codes], [record.is_last])
         state.audio.append(piece)
         if len(piece):
+            # a player starts with the first sound, so what it has heard is counted from there
             record.start = record.start or self._engines.clock()
             record.num_samples += len(piece)
         return piece
@@ -148,6 +152,7 @@ class VocoderStage:
     def _seconds_ahead(self, state: RequestState) -> float:
         """Seconds of sound that the listener has not heard yet."""
         record = self._streams[state]
+        # nobody hears it yet, so it cannot run dry: it comes behind those that soon will
         if not record.num_samples:
             return _NEW_STREAM_SECONDS
         return record.start + record.num_samples / SAMPLE_RATE - self._engines.clock()
@@ -155,12 +160,8 @@ class VocoderStage:
     def _synthesize(self, states: list[RequestState]) -> StageOutput:
         engine = self._engine
         assert engine is not None
-        codes = [state.all_codes() for state in states]
-        speech = [state.request.speech for state in states]
-        voices = [params.voice for params in speech if params is not None]
-        seeds = [params.noise_seed for params in speech if params is not None]
         try:
-            audio = engine.synthesize(codes, voices, [None] * len(states), seeds, self._block_sizes)
+            audio = self._synthesize_list(engine, states)
         except Exception as error:
             if len(states) == 1:
                 return StageOutput(failed=[(states[0], error)])
@@ -172,14 +173,29 @@ class VocoderStage:
         for state, samples in zip(states, audio, strict=True):
             state.audio.append(samples)
         num_blocks = round_num_blocks(self._count_blocks(states), self._block_sizes)
-        self._utilization.vocoder.add(sum(map(len, codes)), num_blocks * engine.codes_per_block)
+        num_codes = sum(state.num_codes for state in states)
+        self._utilization.vocoder.add(num_codes, num_blocks * engine.codes_per_block)
         return StageOutput(finished=states)
+
+    def _synthesize_list(self, engine: Token2WavEngine, states: list[RequestState]) -> list[np.ndarray]:
+        """The sound of each of some whole replies, from one call."""
+        codes = []
+        voices = []
+        seeds = []
+        for state in states:
+            speech = state.request.speech
+            assert speech is not None
+            codes.append(state.all_codes())
+            voices.append(speech.voice)
+            seeds.append(speech.noise_seed)
+        return engine.synthesize(codes, voices, [None] * len(states), seeds, self._block_sizes)
 
     def _take_list(self) -> list[RequestState]:
         """Takes the first reply that waits, and those behind it that fit into the largest list with it."""
         taken: list[RequestState] = []
         for state in self._waiting:
             fits = not self._block_sizes or self._count_blocks([*taken, state]) <= self._block_sizes[-1]
+            # the first one is taken whatever its size; a short one may fit although one before it did not
             if not taken or fits:
                 taken.append(state)
         for state in taken:
@@ -187,5 +203,8 @@ class VocoderStage:
         return taken
 
     def _count_blocks(self, states: list[RequestState]) -> int:
-        assert self._engine is not None or not states
-        return sum(self._engine.count_blocks(state.num_codes) for state in states if self._engine is not None)
+        num_blocks = 0
+        for state in states:
+            assert self._engine is not None
+            num_blocks += self._engine.count_blocks(state.num_codes)
+        return num_blocks

@@ -56,6 +56,7 @@ class Compilations:
         monitoring.unregister_event_duration_listener(self._note)
 
     def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
+        # jax reports this for each program, also for one that it finds in its cache on disk
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
             self.seconds += duration_secs
@@ -72,6 +73,7 @@ def warm_up_decoders(engines: Engines, config: SchedulerConfig, *, tokens: int, 
     """
     _warm_up_encoders(engines, windows)
     capacity = round_capacity(1)
+    # every capacity that a cache can have, and the step from each to the next
     while True:
         _warm_up_stages(engines, config, capacity)
         if capacity >= round_capacity(tokens):
@@ -85,8 +87,10 @@ def _warm_up_encoders(engines: Engines, windows: int) -> None:
     num_slots = engines.round_slots(1)
     for media in _media_of_all_shapes(engines, windows):
         features = engines.thinker.encode(media)
+        # the features of either encoder may come to stand in a chunk of either width
         for length in (NARROW_CHUNK, _WIDE_PROMPT):
             (chunk,) = plan_prefill([_make_piece(engines, length)] * num_slots, engines.config).chunks
+            # which positions take a feature is a value and not a shape, so none need to
             nowhere = np.full(chunk.tokens.shape, NO_FEATURE, np.int32)
             chunk = dataclasses.replace(chunk, feature_index={0: nowhere})
             engines.thinker.prefill(engines.thinker.init_prefix(num_slots, length), chunk, [features])
@@ -95,11 +99,13 @@ def _warm_up_encoders(engines: Engines, windows: int) -> None:
 def _media_of_all_shapes(engines: Engines, windows: int) -> list[AudioBlocks | VisionFrames]:
     c = engines.config.thinker_config
     media: list[AudioBlocks | VisionFrames] = []
+    # sound comes as one block or as a full call
     for num_blocks in (1, AUDIO_BLOCKS):
         frames = c.audio_config.block_frames
         mel = np.zeros((num_blocks, frames, c.audio_config.num_mel_bins), np.float32)
         media.append(AudioBlocks(mel, np.full(num_blocks, frames, np.int32)))
     window_patches = (c.vision_config.window_cells * c.vision_config.spatial_merge_size) ** 2
+    # a frame's windows are rounded up to a bucket, so few sizes are left
     for num_windows in sorted({bucket(number) for number in range(1, windows + 1)}):
         shape = (frames_per_call(num_windows), num_windows, window_patches)
         patches = np.zeros((*shape, c.vision_config.patch_dim), np.float32)
@@ -118,7 +124,9 @@ def _warm_up_stages(engines: Engines, config: SchedulerConfig, capacity: int) ->
     for live in (True, False):
         thinker = ThinkerStage(engines, config.thinker_slots, timings, utilization)
         talker = TalkerStage(engines, config.talker_slots, thinker, timings, utilization)
+        # two narrow chunks, then a wide one
         for length in (2 * NARROW_CHUNK, _WIDE_PROMPT):
+            # a configuration with a single slot has no room for a second prompt
             if not thinker.num_free or not (talker.num_free or engines.talker is None):
                 thinker = ThinkerStage(engines, config.thinker_slots, timings, utilization)
                 talker = TalkerStage(engines, config.talker_slots, thinker, timings, utilization)
@@ -129,13 +137,17 @@ def _warm_up_stages(engines: Engines, config: SchedulerConfig, capacity: int) ->
             thinker.admit(state, prefix)
             if prefix.talker is not None:
                 talker.admit_live(state, prefix.talker)
+            # the Thinker's tokens are there after the first call, so a live Talker begins in the second
+            # the third begins where a call of the same loop ended
             for _ in range(3):
                 decode_together([thinker, talker], engines.clock)
             if state.speaks and not live:
+                # else the slots would be as small as this short prompt needs
                 if not talker.states:
                     talker.reserve(capacity)
                 talker.enqueue(state)
                 talker.admit_waiting(num_kept=0)
+            # and the same for a reply whose text is complete
             for _ in range(2):
                 decode_together([thinker, talker], engines.clock)
 
@@ -154,7 +166,7 @@ def _warm_up_resizing(engines: Engines, config: SchedulerConfig, capacity: int) 
 def _make_piece(engines: Engines, length: int) -> PromptPiece:
     c = engines.config.thinker_config
     prompt = lay_out([0] * length, [], c)
-    return PromptPiece(prompt, mrope.resolve(prompt.segments, c))
+    return PromptPiece(prompt, mrope.resolve_spans(prompt.segments, c))
 
 
 class _NoText:
@@ -174,6 +186,7 @@ def _make_state(engines: Engines, length: int, *, live: bool) -> RequestState:
     speech = None
     if engines.talker is not None:
         dit = c.token2wav_config.dit_config
+        # of no checkpoint: Token2Wav is not called here, so only the token is used
         voice = Voice("none", 0, np.zeros((1, dit.enc_emb_dim)), np.zeros((1, 1, dit.mel_dim)))
         speech = SpeechParams(voice, TalkerParams(SamplingParams(), 4 * sizes.codes), 0)
     piece = _make_piece(engines, length)

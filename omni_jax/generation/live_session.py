@@ -39,6 +39,7 @@ class LiveSession:
         """
         self._prompt = prompt
         self._make_request = make_request
+        # both are None once the dialogue is answered or closed, so that its caches can be freed
         self._scheduler: Scheduler | None = scheduler
         self._prefix: Prefix | None = prefix
         self._prefill([prompt.head])
@@ -54,6 +55,7 @@ class LiveSession:
           InputError: if this is no sound, is too long, or the dialogue is over; it is not taken then.
         """
         scheduler = self._open_scheduler()
+        # decoding and resampling count as preparation; encoders and prefill have times of their own
         stopwatch = Stopwatch(scheduler.clock)
         pieces = self._prompt.audio(samples, rate)
         scheduler.timings.prepare += stopwatch.lap()
@@ -97,10 +99,12 @@ class LiveSession:
         scheduler = self._open_scheduler()
         stopwatch = Stopwatch(scheduler.clock)
         whole = self._prompt.whole_prompt(text)
-        self._make_request([], whole, options)  # a wrong option is found before the prompt is ended
+        # for its errors alone: a wrong option is found before the prompt is ended, and the dialogue can go on
+        self._make_request([], whole, options)
         state = self._make_request(self._prompt.end(text), whole, options)
         scheduler.submit(state, self._prefix)
         scheduler.timings.prepare += stopwatch.lap()
+        # from here on the scheduler alone holds the prefix, and frees it with the reply
         self.close()
         return scheduler.run_alone(state)
 
@@ -117,4 +121,5 @@ class LiveSession:
     def _prefill(self, pieces: Sequence[PromptPiece]) -> None:
         assert self._prefix is not None
         self._prefix.add(pieces)
+        # at once: nobody is answered yet, so there is nothing that it could delay
         self._prefix.run()

@@ -84,18 +84,22 @@ def load(
       ConfigError: if its config.json does not describe the model, or the mesh does not divide a parameter.
     """
     folder = Path(folder)
+    # what the checkpoint has, and what of it is asked for
     stored = store.components(folder)
     wanted = tuple(stored if components is None else components)
     if "thinker" not in wanted or "thinker" not in stored:
         raise CheckpointError(
             f"{folder} has {', '.join(stored)}, and {', '.join(wanted)} was asked for; nothing goes without thinker"
         )
+    # small files first: what is wrong with them is found before gigabytes are read
     config = OmniConfig.load(folder)
     processor = Processor.load(folder, allow_urls=allow_urls)
+    # of several dtypes in the checkpoint the one that holds them all
     compute_dtype = jnp.dtype(dtype or jnp.result_type(*stored["thinker"]))
     # slices of stacked layers are copies on a CPU; see omni_jax/layers/stack.py
     scan_layers = mesh is not None or jax.default_backend() != "cpu"
     models = {name: _make_model(config, name, compute_dtype, scan_layers) for name in wanted}
+    # on a mesh each host reads only what its devices hold
     shardings = None
     if mesh is not None:
         shardings = {name: param_shardings(_abstract_params(model), mesh) for name, model in models.items()}
@@ -128,6 +132,7 @@ def make_engines(
         models["thinker"],
         params["thinker"],
         mesh=mesh,
+        # one program for both: a call stops at the number that it is given
         tokens_per_call=max(chunk_sizes.tokens, chunk_sizes.first_tokens),
         collect_talker_inputs=speaks,
     )
@@ -140,11 +145,13 @@ def make_engines(
             thinker_engine.embed_tokens,
             mesh=mesh,
             codes_per_call=chunk_sizes.codes,
+            # at least what the Thinker decodes in a call, or the Talker would fall behind
             append_width=max(APPEND_WIDTH, thinker_engine.tokens_per_call),
         )
     token2wav_engine = None
     if "token2wav" in models:
         token2wav_engine = Token2WavEngine(models["token2wav"], params["token2wav"], mesh)
+    # slots are sharded over these two axes, which must divide them
     slot_multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return Engines(config, chunk_sizes, thinker_engine, talker_engine, token2wav_engine, slot_multiple)
 
@@ -154,6 +161,7 @@ def _make_model(config: OmniConfig, component: str, dtype: Any, scan_layers: boo
         return thinker.Thinker(config.thinker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
     if component == "talker":
         return talker.Talker(config.talker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
+    # always float32, its default: errors add up over the evaluations of the flow (docs/reference.md, 10)
     return token2wav.Token2Wav(config.token2wav_config, scan_layers=scan_layers)
 
 
@@ -189,6 +197,7 @@ class OmniModel:
         Raises:
           InputError: if the messages or options cannot be served; names the part, the value and the limit.
         """
+        # the last event carries the whole reply
         *_, last = self._run_alone(messages, Options.create(**options), live=False)
         assert last.reply is not None
         return last.reply
@@ -233,10 +242,12 @@ class OmniModel:
         _warn_untrained(chosen, [messages])
         prompt = LivePrompt(self.processor, messages, audio=audio, video=video, assume_fps=chosen.assume_fps)
         scheduler = Scheduler(self.engines)
+        # room for the beginning of the input; caches grow as more comes
         capacity = len(prompt.head.prompt) + INITIAL_REPLY
         prefix = Prefix(self.engines, capacity, scheduler.timings, with_talker=chosen.speaks)
 
         def make_request(pieces: Sequence[PromptPiece], whole: Prompt, changes: Mapping[str, Any]) -> RequestState:
+            # what has been prefilled depends on them
             fixed = sorted({"modalities", "assume_fps"} & set(changes))
             if fixed:
                 raise InputError(f"{' and '.join(fixed)} must be given to listen; what came is already read so")
@@ -268,6 +279,7 @@ class OmniModel:
         stopwatch = Stopwatch(self.engines.clock)
         replies: dict[int, Reply] = {}
         prompts: dict[int, Prompt] = {}
+        # all prompts first: their lengths decide the order in which they are submitted
         for number, messages in enumerate(conversations):
             try:
                 prompts[number] = self._make_prompt(messages, chosen)
@@ -275,7 +287,8 @@ class OmniModel:
                 replies[number] = Reply.from_error(error)
         scheduler.timings.prepare = stopwatch.lap()
         numbers = {}
-        for number in sorted(prompts, key=lambda number: len(prompts[number])):  # so that caches grow once
+        # by length, so that caches grow once
+        for number in sorted(prompts, key=lambda number: len(prompts[number])):
             numbers[self.submit(scheduler, prompts[number], chosen)] = number
         for state, event in scheduler.run():
             if event.reply is not None:
@@ -299,7 +312,7 @@ class OmniModel:
           InputError: for what ``check`` finds wrong.
         """
         self.check(options)
-        spans = mrope.resolve(prompt.segments, self.config.thinker_config)
+        spans = mrope.resolve_spans(prompt.segments, self.config.thinker_config)
         state = self._make_request([PromptPiece(prompt, spans)], prompt, options, live=live)
         scheduler.submit(state)
         return state
@@ -330,6 +343,7 @@ class OmniModel:
         voices = list(self.voices.values())
         with Compilations() as compilations:
             warm_up_decoders(self.engines, scheduler or SchedulerConfig(), tokens=tokens, windows=windows)
+            # a scheduler that is given serves whole replies, whose sound is made in lists; all others stream
             if token2wav_engine is not None and voices and scheduler is not None:
                 token2wav_engine.warm_up_lists(voices, scheduler.block_sizes)
             elif token2wav_engine is not None and voices:
@@ -361,6 +375,7 @@ class OmniModel:
         """
         self._check_can_speak()
         engine = self.engines.token2wav
+        # ``_check_can_speak`` has raised otherwise
         assert engine is not None
         (samples,) = engine.synthesize([np.asarray(codec_ids)], [choose(self.voices, voice)], [noise], [seed])
         return samples
@@ -377,10 +392,12 @@ class OmniModel:
             check_int("stop_token_ids", token, 0, vocab_size - 1)
         if options.speaks:
             self._check_can_speak()
+            # for its errors alone: an unknown voice, or a wrong option of the Talker's
             self._make_speech_params(options)
 
     def _run_alone(self, messages: Messages, options: Options, *, live: bool) -> Generator[Event, None, None]:
         """Prepares a dialogue now; its answer is made as the iterator is advanced."""
+        # this is no generator itself, so errors are raised here and not at the first event
         self.check(options)
         _warn_untrained(options, [messages])
         scheduler = Scheduler(self.engines)
@@ -391,6 +408,7 @@ class OmniModel:
 
     def _make_prompt(self, messages: Messages, options: Options) -> Prompt:
         context = self.config.thinker_config.text_config.max_position_embeddings
+        # one position is left for the reply
         return self.processor(messages, assume_fps=options.assume_fps, max_length=context - 1)
 
     def _make_request(
@@ -405,17 +423,20 @@ class OmniModel:
           live: whether sound is to come as it is made.
         """
         c = self.config.thinker_config
+        # each id once: how many there are is part of the shape of a slot's state
         stop_ids = tuple(dict.fromkeys((*self.processor.stop_ids, *options.stop_token_ids)))
+        # the context may end the reply before max_tokens does
         room = c.text_config.max_position_embeddings - len(prompt)
         text = TextRequest(prompt.tokens, options.sampling, min(options.max_tokens, room), stop_ids)
         # the two ids behind the prompt are resolved as if text followed it
-        reply_span = mrope.resolve((*prompt.segments, mrope.Text(2)), c)[-1]
+        reply_span = mrope.resolve_spans((*prompt.segments, mrope.Text(2)), c)[-1]
         request = Request(
             pieces=pieces,
             text=text,
             stop=options.stop,
             speech=self._make_speech_params(options) if options.speaks else None,
             live=live,
+            # the Talker reads these two in a chunk of their own, which begins with them
             reply_span=dataclasses.replace(reply_span, begin=0),
             usage=prompt.usage,
         )
@@ -423,9 +444,11 @@ class OmniModel:
 
     def _make_speech_params(self, options: Options) -> SpeechParams:
         params = TalkerParams.create(options.talker, self.config)
+        # one seed for all that is drawn, where the others are not given
         text_seed = options.sampling.seed or 0
         sampling = merge_seed(params.sampling, text_seed)
         sampling = dataclasses.replace(sampling, seed=(sampling.seed or 0) ^ _TALKER_SALT)
+        # as it is, so that ``synthesize`` with this seed draws the same noise
         noise_seed = text_seed if options.noise_seed is None else options.noise_seed
         voice = choose(self.voices, options.voice)
         return SpeechParams(voice, dataclasses.replace(params, sampling=sampling), noise_seed)
@@ -456,6 +479,7 @@ def _has_speech_prompt(messages: Messages) -> bool:
     if not isinstance(first, Mapping):
         return False
     content = first.get("content")
+    # a message's content is a string, or a list of parts, here of one part of text
     if isinstance(content, list | tuple) and len(content) == 1 and isinstance(content[0], Mapping):
         content = content[0].get("text")
     return first.get("role") == "system" and content == SPEECH_SYSTEM_PROMPT

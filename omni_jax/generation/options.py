@@ -43,6 +43,7 @@ class Options:
     @classmethod
     def names(cls) -> list[str]:
         """The keyword arguments that ``create`` takes."""
+        # the fields of ``sampling`` are given flat, beside the others
         others = [f.name for f in fields(cls) if f.name != "sampling"]
         return [*others, *SamplingParams.names()]
 
@@ -53,6 +54,7 @@ class Options:
         Raises:
           InputError: for an unknown name, a value of another type, or one out of range.
         """
+        # an unknown name would otherwise be a TypeError of the dataclass's
         check_names("option", options, cls.names())
         sampling = pop_sampling(options, SamplingParams())
         options["stop"] = _check_stop(options.get("stop", ()))
@@ -60,6 +62,7 @@ class Options:
         return cls(sampling=sampling, **options)
 
     def __post_init__(self) -> None:
+        # here and not in ``create``, so that ``dataclasses.replace`` is checked too
         check_int("max_tokens", self.max_tokens, 1)
         if self.assume_fps is not None:
             check_float("assume_fps", self.assume_fps, 0, MAX_FPS, above=True)
@@ -67,6 +70,7 @@ class Options:
             check_int("noise_seed", self.noise_seed, 0, SEED_MAX)
         if self.voice is not None and not isinstance(self.voice, str):
             raise InputError(f"voice is {shown(self.voice)}; it must be a name")
+        # what is in it is checked against the model, which knows its limits (``OmniModel.check``)
         if not isinstance(self.talker, Mapping):
             raise InputError(f"talker is {shown(self.talker)}; it must be a dict of options")
         _check_modalities(self.modalities)
@@ -76,15 +80,22 @@ class Options:
         return "audio" in self.modalities
 
 
+def _is_list_of_strings(value: Any) -> bool:
+    # a string is itself a sequence of strings, and would pass for a list of its characters
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return False
+    return all(isinstance(item, str) for item in value)
+
+
 def _check_modalities(modalities: Any) -> None:
-    is_list = isinstance(modalities, Sequence) and not isinstance(modalities, str)
-    if not is_list or not all(isinstance(name, str) for name in modalities) or not set(modalities) <= {"text", "audio"}:
+    if not _is_list_of_strings(modalities) or not set(modalities) <= {"text", "audio"}:
         raise InputError(f'modalities is {shown(modalities)}; it must be ["text"] or ["text", "audio"]')
 
 
 def _check_stop(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
+    # an empty string is found in any text, and would end each reply before it begins
+    if not _is_list_of_strings(strings) or not all(strings):
         raise InputError(f"stop is {shown(stop)}; each must be a string of at least one character")
     if len(strings) > MAX_STOP:
         raise InputError(f"stop has {len(strings)} strings; it may have at most {MAX_STOP}")
@@ -96,4 +107,5 @@ def _check_stop_ids(ids: Any) -> tuple[int, ...]:
         raise InputError(f"stop_token_ids is {shown(ids)}; it must be a list of whole numbers")
     if len(ids) > MAX_STOP:
         raise InputError(f"stop_token_ids has {len(ids)} ids; it may have at most {MAX_STOP}")
+    # the vocabulary is not known here; ``OmniModel.check`` compares with it
     return tuple(check_int("stop_token_ids", number, 0, INT32_MAX) for number in ids)

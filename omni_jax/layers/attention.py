@@ -50,9 +50,11 @@ def attention(
     """
     arrays = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask.segments)
     plain = functools.partial(_attend_by_device, causal=mask.causal)
+    # known while tracing: the kernel takes whole blocks of queries on each device
     if not kernel_fits(q, mask.causal):
         return plain(*arrays)
     kernel = functools.partial(splash_attention, causal=mask.causal)
+    # decided when the program is lowered, so that a CPU host can compile the TPU's program
     return jax.lax.platform_dependent(*arrays, tpu=kernel, default=plain)
 
 
@@ -62,6 +64,7 @@ def _attend_by_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Ar
     if mesh.empty:
         return _attend_bounded(q, k, v, Mask(segments, causal))
     rows = axes_of("batch", q.shape[0])
+    # query heads are spread as key heads are, so that a device has the keys of all its queries
     spec = PartitionSpec(rows, None, axes_of("kv_heads", k.shape[2]), None)
 
     def attend_local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
@@ -75,19 +78,24 @@ def _attend_by_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Ar
 def _attend_bounded(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
     """Attention in pieces of which no more than ``_MAX_LOGITS`` logits exist at a time."""
     batch, length, heads, _ = q.shape
+    # rows are taken apart first, then queries; what is small enough is computed at once
     logits_per_row = heads * length * length
     if batch > 1 and batch * logits_per_row > _MAX_LOGITS:
+        # all rows together are too many: some rows at a time
         return _attend_by_rows(q, k, v, mask, rows_at_once=max(1, _MAX_LOGITS // logits_per_row))
     if mask.causal and _CAUSAL_PIECE < length <= 8 * _CAUSAL_PIECE:
+        # pieces of different lengths are unrolled in the program, so there are 8 of them at most
         begins = range(0, length, _CAUSAL_PIECE)
         return jnp.concatenate([_attend_causal_piece(q, k, v, mask, begin) for begin in begins], axis=1)
     if logits_per_row > _MAX_LOGITS:
+        # one row alone is too many: pieces of its queries, in a loop
         return _attend_by_pieces(q, k, v, mask)
     return _attend_visible(q, k, v, _visible_keys(mask, jnp.arange(length), length))
 
 
 def _attend_by_rows(q: Array, k: Array, v: Array, mask: Mask, rows_at_once: int) -> jax.Array:
     def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
+        # a batch of one row again
         q, k, v, segments = (a[None] for a in row)
         return _attend_bounded(q, k, v, Mask(segments, mask.causal))[0]
 
@@ -104,6 +112,7 @@ def _attend_causal_piece(q: Array, k: Array, v: Array, mask: Mask, begin: int) -
 def _attend_by_pieces(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
     """The fewest pieces of queries that divide the length and whose logits are not too many."""
     batch, length, heads, width = q.shape
+    # a loop has one shape, so all pieces are equally long
     pieces = next(n for n in range(1, length + 1) if length % n == 0 and heads * length**2 <= n * _MAX_LOGITS)
 
     def attend_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -119,7 +128,7 @@ def _visible_keys(mask: Mask, queries: jax.Array, num_keys: int) -> Bool[jax.Arr
     """Whether the query at each of the positions ``queries`` sees each of the first ``num_keys`` keys."""
     of_queries = jnp.take(mask.segments, queries, axis=1)  # [B, T]
     of_keys = mask.segments[:, :num_keys]  # [B, S]
-    visible = of_queries[:, :, None] == of_keys[:, None, :]
+    visible = of_queries[:, :, None] == of_keys[:, None, :]  # [B, T, S]
     if mask.causal:
         visible = visible & (jnp.arange(num_keys) <= queries[:, None])
     return visible
@@ -137,16 +146,18 @@ def cached_attention(
     num_kv_heads, num_keys = k.shape[1:3]
     group = heads // num_kv_heads
     # the queries of a key head become one axis, so that its keys are read once for all of them
-    grouped = jnp.asarray(q).reshape(batch, length, num_kv_heads, group, width)
+    grouped = jnp.asarray(q).reshape(batch, length, num_kv_heads, group, width)  # [B, T, K, G, H]
     grouped = jnp.swapaxes(grouped, 1, 2).reshape(batch, num_kv_heads, -1, width)  # [B, K, T * G, H]
     operands = (grouped, jnp.asarray(k), jnp.asarray(v), jnp.repeat(visible, group, axis=1))
     if length * num_keys < _HEAD_BY_HEAD or length == 1:
+        # few logits, or a single decoded position: one product for all heads, on any device
         out = _attend_all_heads(*operands)
     elif batch * heads * length * num_keys > _MAX_LOGITS and not num_keys % _TILE:
+        # too many logits to exist at a time, and keys that are whole tiles
         out = jax.lax.platform_dependent(*operands, cpu=_attend_head_by_head, default=_attend_tile_by_tile)
     else:
         out = jax.lax.platform_dependent(*operands, cpu=_attend_head_by_head, default=_attend_all_heads)
-    out = out.reshape(batch, num_kv_heads, length, group, width)
+    out = out.reshape(batch, num_kv_heads, length, group, width)  # [B, K, T, G, H]
     return jnp.swapaxes(out, 1, 2).reshape(q.shape)
 
 
@@ -154,9 +165,10 @@ def _attend_all_heads(
     q: Float[jax.Array, "B K TG H"], k: Float[jax.Array, "B K S H"], v: Float[jax.Array, "B K S H"], visible: jax.Array
 ) -> Float[jax.Array, "B K TG H"]:
     """``visible`` is [B, T * G, S], here and in the two functions after it."""
+    # the product is accumulated and kept in float32; only the weights are cast back
     logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     logits = jnp.where(visible[:, None], logits, _MASKED)  # [B, K, T * G, S]
-    weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)  # [B, K, T * G, S]
     return jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v)
 
 
@@ -177,17 +189,19 @@ def _attend_head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.
 
 def _attend_tile_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
     """The same, some keys at a time and none behind the last that is visible, with a running softmax."""
+    # most of a long cache may be empty: tiles behind the last visible key are skipped
     last = jnp.max(jnp.where(visible, jnp.arange(k.shape[2]), -1))
 
     def add_tile(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        # the sums are relative to the largest logit so far, and are scaled anew when a larger one comes
         out, largest, total = carry
         keys = jax.lax.dynamic_slice_in_dim(k, i * _TILE, _TILE, axis=2)  # [B, K, tile, H]
         values = jax.lax.dynamic_slice_in_dim(v, i * _TILE, _TILE, axis=2)
         tile_visible = jax.lax.dynamic_slice_in_dim(visible, i * _TILE, _TILE, axis=2)
         logits = jnp.einsum("bkth,bksh->bkts", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         logits = jnp.where(tile_visible[:, None], logits, _MASKED)  # [B, K, T * G, tile]
-        new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
-        weights = jnp.exp(logits - new_largest[..., None])
+        new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))  # [B, K, T * G]
+        weights = jnp.exp(logits - new_largest[..., None])  # [B, K, T * G, tile]
         rescale = jnp.exp(largest - new_largest)  # of what was summed below a smaller maximum
         more = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
         return out * rescale[..., None] + more, new_largest, total * rescale + jnp.sum(weights, axis=-1)
@@ -198,6 +212,7 @@ def _attend_tile_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.
         jnp.zeros(q.shape[:-1]),
     )
     out, _, total = jax.lax.fori_loop(0, last // _TILE + 1, add_tile, initial)
+    # nothing visible, no tile: the total is 0 then
     return (out / jnp.maximum(total, 1e-30)[..., None]).astype(v.dtype)
 
 
@@ -219,6 +234,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Returns the result and whatever else ``attend(q, k, v)`` returned, such as a cache."""
         kw = dtypes(self)
+        # heads are an axis of each kernel, so that they can be sharded by name
         heads = (self.heads, self.head_dim)
         kv_heads = (self.kv_heads, self.head_dim)
         kv_axes = ("embed", "kv_heads", "head_dim")

@@ -41,6 +41,7 @@ class Conv1D(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=(0, 1))
         kernel = param(self, "kernel", init, (self.kernel, self.inputs, self.outputs), self.axes)
         padding = same_padding(self.kernel, self.dilation)
+        # XLA's convolution pads with zeros alone, so mirrored edges are written out before it
         if self.edges == "reflect":
             x = jnp.pad(x, ((0, 0), padding, (0, 0)), mode="reflect")
             padding = (0, 0)
@@ -71,6 +72,7 @@ class UpsamplingConv1D(nn.Module):
         shape = (self.kernel, self.inputs, self.outputs)
         kernel = param(self, "kernel", init, shape, self.axes).astype(self.dtype)
         bias = param(self, "bias", nn.initializers.zeros, (self.outputs,), self.axes[2:]).astype(self.dtype)
+        # each frame becomes ``stride`` frames, which lie side by side in its channels
         phases, padding = _phase_kernel(kernel, self.stride)
         y = conv(x.astype(self.dtype), phases, padding)  # [B, T, stride * outputs]
         return y.reshape(x.shape[0], x.shape[1] * self.stride, self.outputs) + bias
@@ -86,19 +88,23 @@ def _phase_kernel(kernel: Float[jax.Array, "k inputs outputs"], stride: int) -> 
     """
     size, inputs, outputs = kernel.shape
     last = size - 1
+    # frames that the reference cuts from either end of its output
     cut = (size - stride) // 2
+    # the furthest input frames, before and after frame n, that one of its phases reads
     behind = (last - cut) // stride
     ahead = (stride - 1 + cut) // stride
     # row i of the padded kernel is tap i - before of the kernel
     before = stride * ahead - cut
     after = stride * behind + stride - 1 + cut - last
-    padded = jnp.pad(kernel, ((before, after), (0, 0), (0, 0)))
-    taps = padded.reshape(behind + ahead + 1, stride, inputs, outputs)[::-1]
+    padded = jnp.pad(kernel, ((before, after), (0, 0), (0, 0)))  # [taps * stride, inputs, outputs]
+    # a transposed convolution reads its kernel in the other direction, hence the reversal
+    taps = padded.reshape(behind + ahead + 1, stride, inputs, outputs)[::-1]  # [taps, stride, inputs, outputs]
     return taps.transpose(0, 2, 1, 3).reshape(behind + ahead + 1, inputs, -1), (behind, ahead)
 
 
 def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
     """Frames to put before and after, so that a convolution of stride 1 gives as many as it takes."""
+    # of an odd number the larger half goes behind
     total = (kernel - 1) * dilation
     return total // 2, total - total // 2
 

@@ -27,9 +27,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[jax.Array, "*batch_and_outputs"]:
         n = len(self.inputs)
+        # by the number of inputs, so that outputs are about as large as inputs
         std = 1.0 / math.sqrt(math.prod(self.inputs))
         kernel = param(self, "kernel", nn.initializers.normal(std), self.inputs + self.outputs, self.axes)
+        # the last axes of x are contracted with the first ones of the kernel; there are no batch axes
         contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        # parameters are cast where they are used: they may be kept in another dtype
         y = jax.lax.dot_general(jnp.asarray(x, self.dtype), kernel.astype(self.dtype), (contracted, ((), ())))
         if self.use_bias:
             y += param(self, "bias", nn.initializers.zeros, self.outputs, self.axes[n:]).astype(self.dtype)
@@ -48,4 +51,5 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[jax.Array, "*batch width"]:
         table = param(self, "embedding", nn.initializers.normal(0.02), (self.rows, self.width), self.axes)
+        # cast after the lookup: before it, the whole table would be converted
         return jnp.take(table, ids, axis=0).astype(self.dtype)

@@ -22,6 +22,7 @@ class RMSNorm(nn.Module):
         scale = param(self, "scale", nn.initializers.ones, (self.width,), ("norm",))
         y = x.astype(jnp.float32)  # [..., width]
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        # cast back first, as in the reference: in bfloat16 the other order rounds differently
         return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -38,5 +39,7 @@ class LayerNorm(nn.Module):
         bias = param(self, "bias", nn.initializers.zeros, (self.width,), ("norm",))
         y = x.astype(jnp.float32)  # [..., width]
         y -= jnp.mean(y, axis=-1, keepdims=True)
+        # from the centred values: the mean of squares less the squared mean would cancel
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        # unlike in ``RMSNorm``, scale and bias are applied in float32
         return (y * scale + bias).astype(x.dtype)

@@ -14,6 +14,7 @@ def param(
 ) -> jax.Array:
     """A parameter in the module's ``param_dtype``; ``axes`` name its dimensions for ``omni_jax.sharding.RULES``."""
     boxed = nn.with_logical_partitioning(init, axes)
+    # the tree of parameters keeps the box with the names; what is returned is the array in it
     value: Any = module.param(name, boxed, shape, module.param_dtype)  # type: ignore[attr-defined]
     return value
 

@@ -21,6 +21,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        # the setting is read while operations are traced; the program that comes of it carries it along
         with jax.default_matmul_precision("highest"):
             return function(*args, **kwargs)
 

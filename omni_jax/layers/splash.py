@@ -6,7 +6,6 @@ rows, heads and queries; where causal queries are spread over ``sequence``, each
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -51,10 +50,13 @@ def splash_attention(
     def attend_local(
         kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, query_segments: jax.Array, key_segments: jax.Array
     ) -> jax.Array:
+        # the kernel does not scale, and puts the heads before the positions
         by_head = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]  # [B, N or K, T, H]
+        # it takes one row at a time
         out = jax.vmap(kernel)(*by_head, kernels.SegmentIds(query_segments, key_segments))
         return jnp.swapaxes(out, 1, 2)
 
+    # segments twice: those of the queries may be spread, those of the keys are not
     arrays = tuple(jnp.asarray(a) for a in (q, k, v, segments, segments))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -62,6 +64,7 @@ def splash_attention(
     query_spec = PartitionSpec(rows, queries, shared_heads, None)
     key_spec = PartitionSpec(rows, None, shared_heads, None)
     specs = (
+        # the kernel is a tree of arrays too: which blocks each head and piece of queries has to compute
         kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(shared_heads, queries))),
         *(query_spec, key_spec, key_spec, PartitionSpec(rows, queries), PartitionSpec(rows, None)),
     )
@@ -91,7 +94,10 @@ def _make_kernel(length: int, heads: int, causal: bool, head_parts: int, query_p
 
 def _largest_block(length: int) -> int:
     """The largest block that divides a length; 0 if none does."""
-    return next((block for block in _BLOCKS if length and length % block == 0), 0)
+    for block in _BLOCKS:
+        if length and length % block == 0:
+            return block
+    return 0
 
 
 def _query_axes(length: int, causal: bool) -> tuple[str, ...] | None:
@@ -102,4 +108,7 @@ def _query_axes(length: int, causal: bool) -> tuple[str, ...] | None:
 def _num_parts(axes: tuple[str, ...] | None) -> int:
     """Into how many parts these mesh axes cut an axis."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in axes or ())
+    num_parts = 1
+    for axis in axes or ():
+        num_parts *= mesh.shape[axis]
+    return num_parts

@@ -34,14 +34,17 @@ def layer_stack(
     so are its other ``methods``, whose second result may be an array (``map_layers``). ``remat`` says what is kept of a
     layer that is differentiated.
     """
+    # prevent_cse keeps XLA from merging the recomputed layer with the first one; across a scan it cannot
     if remat != "none":
         layer = nn.remat(layer, prevent_cse=not scan, policy=_POLICIES[remat], methods=list(methods))
     if not scan:
         return [layer(**fields) for _ in range(depth)]
     return nn.scan(
         layer,
+        # parameters have a leading axis; its logical name is "layers"
         variable_axes={"params": 0},
         split_rngs={"params": True},
+        # the layer's index comes along the scan; the shared arguments are the same for each layer
         in_axes=(0, *[nn.broadcast] * shared),  # type: ignore[arg-type]
         length=depth,
         metadata_params={nn.PARTITION_NAME: "layers"},
@@ -52,6 +55,7 @@ def layer_stack(
 def call_layers(layers: Any, depth: int, carry: Any, *shared: Any) -> Any:
     """Passes ``carry`` through the layers; ``index`` is a traced scalar where they are scanned, else a Python int."""
     if isinstance(layers, nn.Module):
+        # one module stands for all layers where they are scanned; else they are a list
         return layers(carry, jnp.arange(depth), *shared)[0]
     for i, layer in enumerate(layers):
         carry, _ = layer(carry, i, *shared)
@@ -71,8 +75,9 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in params.items():
         if name == "layers":
             leaves, tree = jax.tree.flatten(value)
-            per_leaf = [list(leaf) for leaf in leaves]
-            for i, layer in enumerate(zip(*per_leaf, strict=True)):
+            # each array to a list of its slices, then one slice of each array to a layer
+            for i, layer in enumerate(zip(*map(list, leaves), strict=True)):
+                # Linen's own names for a list of modules that is assigned in ``setup``
                 unstacked[f"layers_{i}"] = tree.unflatten(layer)
         elif isinstance(value, Mapping):
             unstacked[name] = unstack_layers(value)

@@ -88,9 +88,11 @@ class StreamingPart(Protocol):
 def keep_rows(active: Bool[Array, " B"] | None, new: Tree, old: Tree) -> Tree:
     """``new`` in the rows that are active and ``old`` in the others, for trees of arrays with the batch first."""
     if active is None:
+        # a select over all leaves would copy the state for nothing
         return new
 
     def select_rows(new: Array, old: Array) -> jax.Array:
+        # a flag a row, for rows with any number of further axes
         return jnp.where(jnp.reshape(active, (-1, *[1] * (jnp.ndim(new) - 1))), new, old)  # [B, ...]
 
     return jax.tree.map(select_rows, new, old)

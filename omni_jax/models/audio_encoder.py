@@ -45,6 +45,7 @@ class AudioLayer(nn.Module):
 
         with jax.named_scope("audio_attention"):
             y = LayerNorm(c.d_model, param_dtype=self.param_dtype, name="attention_norm")(x)
+            # no bias on the key, here alone among the towers (docs/reference.md, 3)
             project = SelfAttention(c.d_model, heads, heads, c.d_model // heads, key_bias=False, name="attention", **kw)
             x = x + project(y, attend)[0]  # [A, S, D]
         with jax.named_scope("audio_mlp"):
@@ -87,11 +88,14 @@ class AudioEncoder(nn.Module):
             x = jax.nn.gelu(self.conv2(x), approximate=False)  # [A, S, D]
             # positions count from the beginning of a block
             x = x + jnp.asarray(sinusoidal_positions(x.shape[1], c.d_model), self.dtype)
+        # stride 2 leaves every second position, so a position is valid if the frame at its centre is
         x = call_layers(self.layers, c.encoder_layers, x, Mask(valid[:, ::2].astype(jnp.int32)))
         with jax.named_scope("audio_output"):
             # the mean of pairs first, then the norm: the other way round than in Whisper
             x = x.reshape(x.shape[0], c.block_tokens, 2, c.d_model).mean(axis=2)  # [A, tokens, D]
+            # of an odd number of positions the last pair holds padding; it is not among the block's tokens
             x = self.proj(self.norm(x))  # [A, tokens, E]
+        # nothing calls it, and a parameter is only made by a call
         if self.is_initializing():
             self.bos_eos(jnp.zeros((), jnp.int32))
         return constrain(x, "batch", None, None)
@@ -103,6 +107,7 @@ def sinusoidal_positions(length: int, width: int) -> np.ndarray:
     Returns:
       float32 [length, width].
     """
+    # computed, since the table is in no checkpoint; the reference divides by the number of frequencies less one
     step = np.log(10_000.0) / (width // 2 - 1)
     frequencies = np.exp(-step * np.arange(width // 2, dtype=np.float32)).astype(np.float32)
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]  # [length, width / 2]

@@ -34,8 +34,10 @@ EDGE_KERNEL = 7  # of the first and the last convolution; in no file
 NOWHERE = 1 << 20  # frames: where a spectrogram begins that is not there
 
 _AXES = ("kernel", "channels", "channels")
+# in decibels: the floor of the amplitude, and what is subtracted from each level
 _FLOOR_DB = -115.0
 _REFERENCE_DB = 20.0
+# of the low-pass filter before and after each activation
 _TAPS = 12
 _REACH = _TAPS // 4  # samples on either side that a filter's phase reads
 ACTIVATION_REACH = 2 * _REACH - 1  # samples on either side that an activation between two filters depends on
@@ -61,6 +63,7 @@ def make_packed(frames: int, length: Array, begin: Array | None = None) -> Packe
         length = length[:, None]  # [B, 1]
         begin = jnp.zeros_like(length)
     begin = jnp.asarray(begin)
+    # a frame is inside if any of the row's spectrograms has it
     frame = jnp.arange(frames)[None, :, None]  # [1, T, 1]
     inside = (frame >= begin[:, None]) & (frame < (begin + length)[:, None])  # [B, T, P]
     return PackedSpectrograms(begin, length, jnp.any(inside, axis=2))
@@ -68,14 +71,19 @@ def make_packed(frames: int, length: Array, begin: Array | None = None) -> Packe
 
 def gap(config: BigVGANConfig) -> int:
     """Frames between two spectrograms in a row, so that neither reads what the other writes."""
+    # what an operation writes beyond the ends is replaced before the next one reads there
+    # so the gap is what the widest operation reads, not the sum over all of them
+    # in samples of a stage; 6 at least, since 3 are written beyond either end (``pad_edges``)
     widest = 2 * _REACH
     for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
-        widest = max(widest, *(max(same_padding(kernel, dilation)) for dilation in dilations))
+        for dilation in dilations:
+            widest = max(widest, *same_padding(kernel, dilation))
     frames = max(same_padding(EDGE_KERNEL, 1))
     rate = 1  # samples a frame before a stage
     for upsample_rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
         frames = max(frames, -(-kernel // (upsample_rate * rate)))  # no frame is read from further away
         rate *= upsample_rate
+        # rounded up to frames of the mel, which the gap is counted in
         frames = max(frames, -(-widest // rate))
     return frames
 
@@ -154,6 +162,7 @@ class VocoderStage(nn.Module):
         channels = c.upsample_initial_channel >> self.index
         kernel = c.upsample_kernel_sizes[self.index]
         rate = c.upsample_rates[self.index]
+        # half as many channels, ``rate`` times as many samples
         upsample = UpsamplingConv1D(channels, channels // 2, kernel, rate, axes=_AXES, name="upsample", **kw)
         x = upsample(_zero_outside(x, packed))  # [B, T * rate, C / 2]
         blocks = []
@@ -264,6 +273,7 @@ def mean_of_blocks(x: Float[Array, "B T C"], packed: PackedSpectrograms, blocks:
     One loop over the rounds of all blocks: an activation is compiled twice in a stage and not once a round, which takes
     a sixth of the time, and one block's arrays exist at a time.
     """
+    # flat lists over the rounds of all blocks, to be indexed in the loop
     rounds = [r for block in blocks for r in block]
     is_last = jnp.array([i + 1 == len(block) for block in blocks for i in range(len(block))])
     activations = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[r.activations for r in rounds])
@@ -277,7 +287,8 @@ def mean_of_blocks(x: Float[Array, "B T C"], packed: PackedSpectrograms, blocks:
         first, second = jax.tree.map(lambda a: a[i], activations)
         z = jax.lax.switch(i, first_convs, filtered_snake_beta(y, packed, first))
         z = jax.lax.switch(i, second_convs, filtered_snake_beta(z, packed, second))
-        y = y + z
+        # at its end a block's output is added to the total, and the next block begins with x again
+        y = y + z  # [B, T, C]
         return jnp.where(is_last[i], x, y), jnp.where(is_last[i], total + y, total)
 
     _, total = jax.lax.fori_loop(0, len(rounds), apply_round, (x, jnp.zeros_like(x)))
@@ -292,7 +303,8 @@ def _same_conv(weights: ConvWeights, dilation: int, x: jax.Array) -> jax.Array:
 def filtered_snake_beta(x: Float[Array, "B T C"], packed: PackedSpectrograms, weights: SnakeBetaWeights) -> jax.Array:
     """SnakeBeta at twice the rate, between the two filters; zeros where no spectrogram is. [B, T, C]"""
     with jax.named_scope("snake_beta"):
-        even, odd = upsample_phases(pad_edges(x, x, x, packed))
+        # a spectrogram's first and last sample are repeated, as if it were alone in the row
+        even, odd = upsample_phases(pad_edges(x, x, x, packed))  # two of [B, T, C]
         even = snake_beta(even, *weights)
         odd = snake_beta(odd, *weights)
         # or the compiler computes the activations again where it only needs their ends
@@ -311,6 +323,7 @@ def scale_mel(mel: jax.Array) -> jax.Array:
 
 def snake_beta(x: jax.Array, alpha: jax.Array, beta: jax.Array) -> jax.Array:
     """x + sin(x e^alpha)^2 / e^beta."""
+    # 1e-9 as in the reference, where it keeps the quotient finite
     return x + (1 / (jnp.exp(beta) + 1e-9)) * sine_squared(x * jnp.exp(alpha))
 
 
@@ -323,8 +336,9 @@ def sine_squared(x: jax.Array) -> jax.Array:
     periods = jnp.round(x * np.float32(1 / np.pi))
     # pi as two numbers, the first short enough that its products are exact
     r = (x - periods * np.float32(3.140625)) - periods * np.float32(np.pi - 3.140625)
-    q = r * r
+    q = r * r  # r lies between -pi / 2 and pi / 2
     tail = np.float32(0)
+    # -1/11!, 1/9!, -1/7!, 1/5!, -1/3!: the Taylor series of the sine, by Horner's rule
     for coefficient in (-1 / 39916800, 1 / 362880, -1 / 5040, 1 / 120, -1 / 6):
         tail = tail * q + np.float32(coefficient)
     s = r + r * (q * tail)
@@ -335,14 +349,19 @@ def low_pass() -> np.ndarray:
     """The filter around every activation: a sinc cut off at half the band, under a Kaiser window. float32 [12]"""
     cutoff = 0.25
     half_width = 0.3
+    # Kaiser's design formulas: from the width of the transition to the attenuation, then to beta
     attenuation = 2.285 * (_TAPS // 2 - 1) * math.pi * 4 * half_width + 7.95
     window = np.kaiser(_TAPS, 0.1102 * (attenuation - 8.7))
+    # an even number of taps: the centre lies between the two middle ones
     taps = window * np.sinc(2 * cutoff * (np.arange(_TAPS) - (_TAPS - 1) / 2))
+    # unit gain for a constant
     return (taps / taps.sum()).astype(np.float32)
 
 
 def upsample_phases(x: Float[Array, "B T+6 C"]) -> tuple[jax.Array, jax.Array]:
     """The even and the odd samples at twice the rate, of padded rows. Two of [B, T, C]"""
+    # the filter reads a sequence in which every other sample is zero, hence the gain of 2
+    # each phase meets half of the taps
     taps = 2 * low_pass()
     even_taps = {offset: taps[5 - 2 * offset] for offset in range(-_REACH, _REACH)}
     odd_taps = {offset: taps[6 - 2 * offset] for offset in range(1 - _REACH, _REACH + 1)}
@@ -351,6 +370,7 @@ def upsample_phases(x: Float[Array, "B T+6 C"]) -> tuple[jax.Array, jax.Array]:
 
 def downsample_phases(even: Float[Array, "B T+6 C"], odd: Float[Array, "B T+6 C"]) -> jax.Array:
     """Every other sample after the filter, of padded phases. [B, T, C]"""
+    # the filter at sample 2 t of the higher rate; what lies between would be dropped, so it is not computed
     taps = low_pass()
     even_taps = {offset: taps[5 + 2 * offset] for offset in range(1 - _REACH, _REACH + 1)}
     odd_taps = {offset: taps[6 + 2 * offset] for offset in range(-_REACH, _REACH)}
@@ -372,6 +392,7 @@ def pad_edges(x: Array, first: Array, last: Array, packed: PackedSpectrograms) -
     # only these frames are written: what stands further beyond the ends is read by nothing that is kept
     places = jnp.stack([packed.begin, end + _REACH], axis=2)[..., None] + jnp.arange(_REACH)  # [B, P, 2, 3]
     padded = jnp.pad(x, ((0, 0), (_REACH, _REACH), (0, 0)))
+    # a spectrogram that is not there begins far beyond the row, and is dropped here
     return padded.at[rows[..., None, None], places].set(edges[:, :, :, None], mode="drop")
 
 
@@ -381,6 +402,7 @@ def _shifted_sum(x: Array, taps: dict[int, np.float32]) -> jax.Array:
     length = x.shape[1] - 2 * _REACH
     parts = []
     for offset, tap in taps.items():
+        # sample 0 stands at index ``_REACH`` of the padded row
         begin = _REACH + offset
         parts.append(tap * x[:, begin : begin + length])
     return sum(parts[1:], start=parts[0])

@@ -57,6 +57,7 @@ class StreamedBigVGAN:
     def init_state(self, batch: int) -> VocoderState:
         """The state of ``batch`` rows before their first frame."""
         config = self.bigvgan.config
+        # K frames are kept: as many as the samples of one frame depend on, to both sides together
         zeros = jnp.zeros(batch, jnp.int32)
         return VocoderState(jnp.zeros((batch, sum(reach(config)), config.mel_dim)), zeros, zeros)
 
@@ -76,15 +77,19 @@ class StreamedBigVGAN:
         # all frames from here on are counted from the row's beginning, and all places from the window's
         begin = jnp.maximum(state.seen - kept, 0)  # [B]
         num_kept = (state.seen - begin)[:, None]  # [B, 1]
+        # the window: the frames that are kept, from the left, and right behind them the new ones
         place = jnp.arange(kept + count)  # [W]
         source = jnp.where(place < num_kept, place, kept + place - num_kept + skipped[:, None])  # [B, W]
+        # zeros and not a product with a mask: NaN times zero is NaN
         new = jnp.where(valid[..., None], block.values, 0)
         window = _take_frames(jnp.concatenate([state.mel, new], axis=1), source)  # [B, W, M]
+        # with its true length, so that the end of the row is an edge for the vocoder
         samples: Any = self.bigvgan.apply({"params": params}, window, jnp.maximum(length - begin, 0))
 
+        # the frames whose look-ahead is there now; some lie before the row's beginning or after its end
         frame = (seen - self.streaming.look_ahead - count)[:, None] + jnp.arange(count)  # [B, T]: returned by this step
         output = _take_frames(samples.reshape(*window.shape[:2], -1), frame - begin[:, None])
-        is_real = (frame >= 0) & (frame < length[:, None])
+        is_real = (frame >= 0) & (frame < length[:, None])  # [B, T]
         if active is not None:
             is_real = is_real & jnp.asarray(active)[:, None]
         dropped = jnp.maximum(seen - kept, 0) - begin  # [B]: frames of the window that the next one does not need
@@ -118,6 +123,7 @@ def reach(config: BigVGANConfig) -> Sides:
     stages = zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
     for rate, kernel in reversed(list(stages)):
         first, last = _widen_range(first, last, _stage_sides(config))
+        # the same arithmetic as ``layers.conv._phase_kernel``
         cut = (kernel - rate) // 2  # sample s is under frames floor(s / rate) - behind to floor(s / rate) + ahead
         behind = (kernel - 1 - cut) // rate
         ahead = (rate - 1 + cut) // rate
@@ -129,15 +135,27 @@ def reach(config: BigVGANConfig) -> Sides:
 
 def _stage_sides(config: BigVGANConfig) -> Sides:
     """Of a stage's blocks, each of which is the sum of its rounds, the widest."""
-    blocks = []
+    widest = Sides(0, 0)
     for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
-        rounds = []
+        block = Sides(0, 0)
         for dilation in dilations:
-            convs = (Sides(*same_padding(kernel, dilation)), Sides(*same_padding(kernel, 1)))
-            rounds += [_ACTIVATION_SIDES, convs[0], _ACTIVATION_SIDES, convs[1]]
-        blocks.append(Sides(sum(s.behind for s in rounds), sum(s.ahead for s in rounds)))
-    return Sides(max(b.behind for b in blocks), max(b.ahead for b in blocks))
+            dilated = Sides(*same_padding(kernel, dilation))
+            undilated = Sides(*same_padding(kernel, 1))
+            block = _add_sides(block, _ACTIVATION_SIDES, dilated, _ACTIVATION_SIDES, undilated)
+        widest = Sides(max(widest.behind, block.behind), max(widest.ahead, block.ahead))
+    return widest
+
+
+def _add_sides(*sides: Sides) -> Sides:
+    """What operations read before and after a place, one after the other."""
+    behind = 0
+    ahead = 0
+    for side in sides:
+        behind += side.behind
+        ahead += side.ahead
+    return Sides(behind, ahead)
 
 
 def _widen_range(first: int, last: int, *sides: Sides) -> tuple[int, int]:
-    return first - sum(s.behind for s in sides), last + sum(s.ahead for s in sides)
+    total = _add_sides(*sides)
+    return first - total.behind, last + total.ahead

@@ -35,6 +35,7 @@ LayerArrays: TypeAlias = jax.Array | tuple[jax.Array, ...]
 class KVCache:
     """Keys and values of every layer for some slots; index i of a slot holds its i-th position."""
 
+    # heads before positions: the products of attention need no transposition then
     k: LayerArrays
     v: LayerArrays
     lengths: Int[Array, " B"]  # positions that each slot holds; its next one is written at this index
@@ -69,6 +70,7 @@ class KVCache:
         """The same with room for ``capacity`` positions a slot, which are not fewer than before."""
 
         def pad_capacity(array: jax.Array) -> jax.Array:
+            # the positions, in either layout
             widths = [(0, 0)] * array.ndim
             widths[-2] = (0, capacity - array.shape[-2])
             return jnp.pad(array, widths)
@@ -81,6 +83,7 @@ class KVCache:
         """Slot 0 of ``other``, which has the same capacity, in place of slot ``slot`` of this one."""
 
         def update_slot(target: jax.Array, source: jax.Array) -> jax.Array:
+            # the axis of slots, behind that of layers if there is one
             axis = target.ndim - 4
             first = jax.lax.slice_in_dim(source, 0, 1, axis=axis)
             return jax.lax.dynamic_update_slice_in_dim(jnp.asarray(target), first, slot, axis)
@@ -115,6 +118,7 @@ class KVCache:
         def scatter_positions(arrays: LayerArrays, new: Array) -> LayerArrays:
             if isinstance(arrays, tuple):
                 assert isinstance(layer, int)
+                # a layer's arrays are its own here, and the others pass unchanged
                 updated = arrays[layer].at[slots, :, index].set(new, mode="drop")
                 return (*arrays[:layer], updated, *arrays[layer + 1 :])
             return arrays.at[layer, slots, :, index].set(new, mode="drop")
@@ -156,8 +160,10 @@ class DecoderLayer(nn.Module):
         kw = dtypes(self)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache | None]:
+            # keys are cached after the rotation, so a position is rotated once
             q = rotate(q, rope)  # [B, S, N, H]
             k = rotate(k, rope)  # [B, S, K, H]
+            # whole sequences use no cache
             if isinstance(visible, Mask):
                 return attention(q, k, v, visible), carry.cache
             assert carry.cache is not None
@@ -184,7 +190,9 @@ def _attend_to_cache(
     cache: KVCache,
 ) -> tuple[Float[jax.Array, "B C N H"], KVCache]:
     """Writes a chunk's keys and values, then attends to all that the cache holds of the layer."""
+    # written before it is read: positions of a chunk see each other and themselves
     cache = cache.write(layer, k, v, positions.index)
+    # a slot's positions lie in order, so one index bounds what a query sees
     visible = jnp.arange(cache.capacity) <= positions.last_visible[..., None]  # [B, C, capacity]
     return cached_attention(q, cache.k[layer], cache.v[layer], visible), cache
 
@@ -235,16 +243,20 @@ class Decoder(nn.Module):
         """
         valid = jnp.asarray(valid)
         index = jnp.asarray(cache.lengths)[:, None] + jnp.arange(x.shape[1])  # [B, C]
+        # the index of padding lies beyond every slot, and ``KVCache.write`` drops it
         positions = CachePositions(jnp.where(valid, index, cache.capacity), index)
+        # padding may hold anything, NaN included
         x = jnp.where(valid[..., None], x, 0)  # [B, C, D]
         carry = self._apply_layers(x, ids, positions, cache)
         assert carry.cache is not None
+        # only now: all layers write at the lengths from before the chunk
         lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)  # [B]
         return carry.x, dataclasses.replace(carry.cache.constrain(), lengths=replicate(lengths))
 
     def _apply_layers(self, x: Array, ids: Array, visible: Mask | CachePositions, cache: KVCache | None) -> _Carry:
         c = self.config
         with jax.named_scope("tmrope"):
+            # one table for all layers
             rope = tmrope_tables(ids, c.rope_scaling.mrope_section, c.rope_theta)  # two of [B, S, H / 2]
         x = constrain(jnp.asarray(x, self.dtype), "batch", "sequence", "width")  # [B, S, D]
         carry = call_layers(self.layers, c.num_hidden_layers, _Carry(x, cache), rope, visible)

@@ -18,7 +18,6 @@ S layers that look back, heads, H width of a head.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from typing import NamedTuple
 
@@ -46,7 +45,7 @@ NO_BLOCK = -1  # in place of a neighbour
 
 _MASKED = -1e30  # finite: a block of padding sees nothing and must still give a number
 _TIME_FREQUENCIES = 256  # width of the sinusoid of time, in no file
-_TIME_SCALE = 1000.0
+_TIME_SCALE = 1000.0  # the network reads times in thousandths
 _NORM_EPS = 1e-6
 _NULL_CODE = 0  # a real code, and the model was trained to take it for "no code" as well
 
@@ -169,6 +168,7 @@ class DiT(nn.Module):
 
     def _project_conditions(self, speaker: Array, codes: Array, cond: Array) -> jax.Array:
         frames = codes.shape[:2]
+        # in the order of the published kernel's inputs (docs/reference.md, 8.4)
         parts = [jnp.broadcast_to(part, (*frames, part.shape[-1])) for part in (speaker, codes, cond)]
         return self.input_proj.project_constants(jnp.concatenate(parts, axis=-1))  # [N, F, D]
 
@@ -214,6 +214,7 @@ class DiT(nn.Module):
         inputs = LayerInputs(modulations.layers, blocks, rotary)
         x, cache = call_layers(self.layers, c.num_hidden_layers, _Carry(x, cache), inputs)
         with jax.named_scope("dit_output"):
+            # scale, then shift: the other order than in the layers, as published
             scale, shift = modulations.final
             cond, uncond = self.proj(_modulated_norm(x, scale, shift))  # two of [N, F, M]
         return cond, uncond, cache
@@ -261,6 +262,7 @@ class DiTLayer(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = inputs.modulation[index]  # six of [D]
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, DiTCache | None]:
+            # before the cache: a block that is looked back at keeps the angles of its own place
             q = rotate_first_head(q, inputs.rotary)  # [2, N, F, heads, H]
             k = rotate_first_head(k, inputs.rotary)
             return attend_by_layer(self.config, index, (q, k, v), inputs.blocks, cache)
@@ -327,9 +329,11 @@ def attend_by_layer(
     kinds = [(i in config.look_backward_layers, i in config.look_ahead_layers) for i in layers]
     # of each layer its place on the cache's axis S: the number of layers below it that look back
     cache_index = np.cumsum([0, *(behind for behind, _ in kinds)])[:-1]
+    # unrolled layers need no branch
     if isinstance(index, int):
         behind, ahead = kinds[index]
         return _attend_to_neighbours(behind, ahead, cache_index[index], qkv, blocks, cache)
+    # one branch for each kind that occurs; the index of a layer selects its kind's
     used = sorted(set(kinds))
     branches = [functools.partial(_attend_to_neighbours, behind, ahead) for behind, ahead in used]
     branch = jnp.array([used.index(kind) for kind in kinds])[index]
@@ -356,6 +360,7 @@ def _attend_to_neighbours(
         new = jnp.moveaxis(_take_blocks(array, blocks.cached.next), 0, 1)  # [R, 2, F, heads, H]
         return jnp.asarray(cached).at[:, cache_index].set(new)
 
+    # the cached blocks stand behind the list, where ``blocks.before`` points to them
     keys = append_cached(k, cache.keys)
     values = append_cached(v, cache.values)
     source = KeyBlocks(keys, values, jnp.concatenate([blocks.valid, blocks.cached.valid]))
@@ -398,7 +403,7 @@ def block_attention(
     keys = jnp.concatenate([s.keys for s in seen], axis=-3)  # [*halves, N, F or 2F, heads, H]
     values = jnp.concatenate([s.values for s in seen], axis=-3)
     visible = jnp.concatenate([s.valid for s in seen], axis=1)  # [N, F or 2F]
-    logits = jnp.einsum("...nqhd,...nkhd->...nhqk", q, keys) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("...nqhd,...nkhd->...nhqk", q, keys) * q.shape[-1] ** -0.5  # [..., N, heads, F, F or 2F]
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, _MASKED), axis=-1)
     return jnp.einsum("...nhqk,...nkhd->...nqhd", weights, values)
 
@@ -433,6 +438,7 @@ def rotate_first_head(x: Float[Array, "*halves N F heads H"], tables: Tables) ->
     side by side, and so it has to be used (docs/reference.md, 8.7).
     """
     cos, sin = tables  # [N, F, H / 2]
+    # interleaved pairs; with halves the sound is wrong, and nothing fails
     first = x[..., 0, 0::2]  # [*halves, N, F, H / 2]
     second = x[..., 0, 1::2]
     rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)  # [..., H / 2, 2]
@@ -442,6 +448,7 @@ def rotate_first_head(x: Float[Array, "*halves N F heads H"], tables: Tables) ->
 def sinusoidal_times(times: Float[Array, " E"]) -> Float[jax.Array, "E 256"]:
     """Sines of each frequency, then cosines, of times counted in thousandths."""
     half = _TIME_FREQUENCIES // 2
+    # the reference divides by the number of frequencies less one
     step = np.float32(math.log(10_000.0) / (half - 1))
     frequencies = np.exp(-step * np.arange(half, dtype=np.float32)).astype(np.float32)
     angles = (np.float32(_TIME_SCALE) * jnp.asarray(times, jnp.float32))[:, None] * frequencies  # [E, 128]
@@ -450,6 +457,7 @@ def sinusoidal_times(times: Float[Array, " E"]) -> Float[jax.Array, "E 256"]:
 
 def _modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     """Centred, scaled to unit variance, then modulated."""
+    # the norm has no parameters: the time's scale and shift stand in for them
     y = x - jnp.mean(x, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _NORM_EPS)
     return y * (1 + scale) + shift
@@ -466,16 +474,19 @@ def pack(lengths: list[int], block_size: int, num_blocks: int) -> tuple[Blocks, 
     Returns:
       The list, and each request's part of it.
     """
-    counts = [-(-length // block_size) for length in lengths]
-    ends = list(itertools.accumulate(counts))
-    parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    parts = []
+    start = 0
     index = np.zeros(num_blocks, np.int32)
     valid = np.zeros((num_blocks, block_size), bool)
     before = np.full(num_blocks, NO_BLOCK, np.int32)
     after = np.full(num_blocks, NO_BLOCK, np.int32)
-    for part, length in zip(parts, lengths, strict=True):
-        index[part] = np.arange(part.stop - part.start)
-        valid[part].reshape(-1)[:length] = True
-        before[part.start + 1 : part.stop] = np.arange(part.start, part.stop - 1)
-        after[part.start : part.stop - 1] = np.arange(part.start + 1, part.stop)
+    for length in lengths:
+        end = start + -(-length // block_size)
+        parts.append(slice(start, end))
+        index[start:end] = np.arange(end - start)
+        valid[start:end].reshape(-1)[:length] = True
+        # the first block has none before it, and the last one none after it
+        before[start + 1 : end] = np.arange(start, end - 1)
+        after[start : end - 1] = np.arange(start + 1, end)
+        start = end
     return Blocks(index, valid, before, after), parts

@@ -83,6 +83,7 @@ class CarriedDiT:
         c = self.dit.config
         length = x.valid.shape[1]
         block = self.streaming.block
+        # up to whole blocks, and one more for the last of them to look ahead to
         padding = -length % block + block
 
         def pad_units(a: Array) -> jax.Array:
@@ -97,11 +98,13 @@ class CarriedDiT:
     def init_state(self, batch: int) -> CarriedState:
         """The state of ``batch`` rows before their first block."""
         c = self.dit.config
+        # a small configuration may have fewer layers than these indices name
         layers = len({i for i in c.look_backward_layers if i < c.num_hidden_layers})
         cache = (batch, EVALUATIONS, layers, 2, c.block_size, c.num_attention_heads, c.head_dim)
         frames = (batch, 1, c.block_size)
         return CarriedState(
             index=jnp.zeros(batch, jnp.int32),
+            # no frame of the pending block is valid, so no output comes of it
             pending=FrameBlocks(
                 codes=jnp.zeros(frames, jnp.int32),
                 noise=jnp.zeros((*frames, c.mel_dim)),
@@ -119,6 +122,7 @@ class CarriedDiT:
         All of them go through each evaluation together, so a block looks back at what the block before it is there.
         """
         new = _to_frame_blocks(self.dit.config, block)
+        # [B, 1 + new, ...]: the pending block, and those that came now
         known = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.pending, new)
         count = known.valid.shape[1] - 1  # blocks to solve for good
         # [B, 2 * count, ...]: the blocks to solve for good, then the look-ahead of each
@@ -127,6 +131,7 @@ class CarriedDiT:
         blocks = _list_blocks(frames, state, shown, active)
         mel, cache = _solve_frames(self.dit, params, frames, blocks, block.row, state.cache)
         assert cache is not None
+        # the newest block is pending now
         # the cache of rows that are not active has been kept in place already, or a second one would be made here
         index, pending, solved_valid = keep_rows(
             active,
@@ -141,6 +146,7 @@ def _to_frame_blocks(config: DiTConfig, block: Block) -> FrameBlocks:
     """Codes repeated to frames and cut into blocks; zeros where they are not valid."""
     valid = jnp.asarray(block.valid)  # [B, T]
     shape = (len(valid), -1, config.block_size)
+    # whatever stands where nothing is valid, it must not reach a product
     codes = jnp.where(valid, block.values.codes, 0)
     noise = jnp.where(valid[..., None, None], block.values.noise, 0)  # [B, T, repeats, M]
     codes = jnp.repeat(codes, config.repeats, axis=1).reshape(shape)  # [B, N, F]
@@ -154,6 +160,7 @@ def _list_blocks(
     """Who stands before and after whom, in the list of all rows' blocks for good and their look-ahead copies."""
     batch = len(state.index)
     count = len(shown) // 2
+    # row by row: its blocks to solve for good, then the copies that they look ahead to
     places = np.arange(batch * 2 * count).reshape(batch, 2, count)
     final = places[:, 0]  # [B, count]
     ahead = places[:, 1]
@@ -161,9 +168,12 @@ def _list_blocks(
     # both look back at what was solved for good: the first block at the cache, the copies at the one they follow
     before_final = np.concatenate([cached[:, None], final[:, :-1]], axis=1)
     before = np.stack([before_final, final], axis=1)  # [B, 2, count]
+    # a copy looks ahead to nothing: nobody asks for its own mel
     after = np.stack([ahead, np.full_like(ahead, NO_BLOCK)], axis=1)
+    # a row that is not active keeps the block that it had
     last = final[:, -1]
     next_cached = last if active is None else jnp.where(active, last, cached)
+    # the pending block comes first, one before the row's next
     index = state.index[:, None] - 1 + shown  # [B, 2 * count]
     return Blocks(
         index=index.reshape(-1),
@@ -180,6 +190,7 @@ def _solve_frames(
     batch, count, size = frames.valid.shape
     codes = frames.codes.reshape(-1, size)  # [B * N, F]
     noise = frames.noise.reshape(batch * count, size, -1)  # [B * N, F, M]
+    # a voice for each block of a row
     speakers = jnp.repeat(speaker.rows, count, axis=0)
     cond = jnp.repeat(speaker.cond, count, axis=0)
     conditions: Any = dit.apply({"params": params}, codes, speakers, cond, method="conditions")

@@ -27,6 +27,7 @@ GUIDANCE_SCALE = 0.5
 
 # Runge and Kutta's fourth order, the 3/8 rule: the time of each stage within its step, its coefficients of the slopes
 # before it, and its weight in the sum
+# float32, so that numpy computes the times of evaluations in float32 too
 _STAGE_TIMES = np.array([0, 1 / 3, 2 / 3, 1], np.float32)
 _STAGE_COEFFICIENTS = np.array([[0, 0, 0, 0], [1 / 3, 0, 0, 0], [-1 / 3, 1, 0, 0], [1, -1, 1, 0]], np.float32)
 _STAGE_WEIGHTS = np.array([1, 3, 3, 1], np.float32) / np.float32(8)
@@ -74,6 +75,7 @@ def integrate(
     def evaluate_stage(state: Any, inputs: Any) -> tuple[Any, None]:
         value, size, slopes, carry = state
         number, coefficients, moment = inputs
+        # slopes of the stages to come are zeros, and so are their coefficients
         slope, carry = velocity(value + size * _combine_slopes(coefficients, slopes), moment, carry)
         return (value, size, slopes.at[number].set(slope), carry), None
 
@@ -81,6 +83,7 @@ def integrate(
         value, carry = state
         size, moments = inputs
         slopes = jnp.zeros((_STAGES, *value.shape), value.dtype)  # [4, *shape]
+        # scans within scans: the network is compiled once, and not for each of 36 evaluations
         stages = (jnp.arange(_STAGES), jnp.asarray(_STAGE_COEFFICIENTS), moments)
         (_, _, slopes, carry), _ = jax.lax.scan(evaluate_stage, (value, size, slopes, carry), stages)
         return (value + size * _combine_slopes(jnp.asarray(_STAGE_WEIGHTS), slopes), carry), None
@@ -90,6 +93,7 @@ def integrate(
 
 
 def _combine_slopes(weights: jax.Array, slopes: jax.Array) -> jax.Array:
+    # a sum and no matrix product, which a TPU would compute in bfloat16 passes
     total = weights[0] * slopes[0]
     for stage in range(1, _STAGES):
         total += weights[stage] * slopes[stage]
@@ -120,15 +124,17 @@ def solve(
     """
     grid = sway_grid()
     times = evaluation_times(grid)
+    # for all times at once, so that each layer's weights are read once
     modulations: Any = dit.apply({"params": params}, times.reshape(-1), method="modulations")
     modulations = jax.tree.map(lambda a: a.reshape(*times.shape, *a.shape[1:]), modulations)  # [steps, 4, ...]
+    # the number of each evaluation, which selects its part of the cache
     numbers = jnp.arange(times.size).reshape(times.shape)
 
     def guided_evaluation(
         mel: jax.Array, moment: tuple[jax.Array, Modulations], cache: DiTCache | None
     ) -> tuple[jax.Array, DiTCache | None]:
         number, modulation = moment
-        evaluation = jax.tree.map(lambda a: a[:, number], cache)
+        evaluation = jax.tree.map(lambda a: a[:, number], cache)  # [R, S, 2, F, heads, H]
         arguments = (mel, conditions, modulation, blocks, evaluation)
         outputs: Any = dit.apply({"params": params}, *arguments, method="velocity")
         cond, uncond, new = outputs
@@ -151,6 +157,7 @@ def draw_noise(seed: UInt32[Array, " N"], index: Int[Array, " N"], shape: tuple[
     """
 
     def draw_block(seed: jax.Array, index: jax.Array) -> jax.Array:
+        # by request and place: so a block has one noise, whatever is computed beside it
         return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)
 
     return jax.vmap(draw_block)(jnp.asarray(seed), jnp.asarray(index))

@@ -20,7 +20,7 @@ from omni_jax.layers.conv import Conv1D
 from omni_jax.layers.params import dtypes
 from omni_jax.layers.precision import full_precision
 
-_LEAST_VARIANCE = 1e-12
+_LEAST_VARIANCE = 1e-12  # the reference's floor under the square root
 
 
 class SpeakerEncoder(nn.Module):
@@ -42,12 +42,14 @@ class SpeakerEncoder(nn.Module):
         first = _reflect_conv(c.mel_dim, channels[0], kernels[0], dilations[0], name="block_0", **kw)
         x = jax.nn.relu(first(jnp.asarray(mel, self.dtype)))  # [B, T, C]
         outputs = []
+        # the last number of channels is that of the outputs of all blocks side by side
         for i in range(1, len(channels) - 1):
             x = SpeakerBlock(c, i, name=f"block_{i}", **kw)(x)
             outputs.append(x)
         x = jnp.concatenate(outputs, axis=-1)  # [B, T, pooled]
         x = jax.nn.relu(_reflect_conv(pooled, pooled, kernels[-1], dilations[-1], name="aggregate", **kw)(x))
         x = AttentivePooling(pooled, c.enc_attention_channels, name="pool", **kw)(x)  # [B, 2 * pooled]
+        # the pooled vector is a sequence of one frame for the last convolution
         return _reflect_conv(2 * pooled, c.enc_dim, name="proj", **kw)(x[:, None])[:, 0]
 
 
@@ -69,8 +71,10 @@ class SpeakerBlock(nn.Module):
         inputs, width = c.enc_channels[self.index - 1 : self.index + 1]
         kernel = c.enc_kernel_sizes[self.index]
         dilation = c.enc_dilations[self.index]
+        # one frame wide, into and out of the groups
         y = jax.nn.relu(_reflect_conv(inputs, width, name="in", **kw)(x))
-        groups = jnp.split(y, c.enc_res2net_scale, axis=-1)
+        # the groups are convolved one after the other, each with the result of the one before
+        groups = jnp.split(y, c.enc_res2net_scale, axis=-1)  # each [B, T, C / scale]
         size = groups[0].shape[-1]
         outputs = [groups[0]]
         for g, group in enumerate(groups[1:], start=1):
@@ -92,7 +96,8 @@ class SqueezeExcitation(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kw = dtypes(self)
-        y = jnp.mean(x, axis=1, keepdims=True)
+        # over the whole clip: padding would count, so clips come at their own length
+        y = jnp.mean(x, axis=1, keepdims=True)  # [B, 1, width]
         y = jax.nn.relu(_reflect_conv(self.width, self.hidden, name="down", **kw)(y))
         return jax.nn.sigmoid(_reflect_conv(self.hidden, self.width, name="up", **kw)(y))
 
@@ -108,6 +113,7 @@ class AttentivePooling(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kw = dtypes(self)
+        # each frame is shown the clip's plain mean and deviation, all frames weighing the same
         context = jnp.broadcast_to(_weighted_statistics(x, 1 / x.shape[1])[:, None], (*x.shape[:2], 2 * self.width))
         y = jnp.concatenate([x, context], axis=-1)  # [B, T, 3 * width]
         # both, one after the other, as trained
@@ -118,6 +124,7 @@ class AttentivePooling(nn.Module):
 
 def shortest_clip(config: DiTConfig) -> int:
     """The fewest frames that the widest convolution can mirror at both ends."""
+    # an edge frame is not mirrored itself, so a clip has one frame more than it mirrors
     sides = [(k - 1) * d // 2 for k, d in zip(config.enc_kernel_sizes, config.enc_dilations, strict=True)]
     return 1 + max(sides)
 

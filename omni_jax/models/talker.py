@@ -46,6 +46,7 @@ class Talker(nn.Module):
         c = self.config
         kw = dtypes(self)
         self.proj = Linear((c.embedding_size,), (c.hidden_size,), ("mlp", "embed"), **kw)
+        # codes are added to the Thinker's rows before the projection, so their table has the Thinker's width
         self.decoder = Decoder(c, c.embedding_size, scan_layers=self.scan_layers, **kw)
 
     def __call__(
@@ -81,6 +82,7 @@ class Talker(nn.Module):
     def _embed_inputs(self, text: Array, codes: Array) -> jax.Array:
         with jax.named_scope("talker_input"):
             codes = jnp.asarray(codes)
+            # the embedding of code 0 where there is none; it is replaced in the next line
             embeds = self.decoder.embed(jnp.maximum(codes, 0))  # [B, S, E]
             embeds = jnp.where((codes != NO_CODE)[..., None], embeds, 0)
             return self.proj(jnp.asarray(text, self.dtype) + embeds)  # [B, S, D]
@@ -88,6 +90,7 @@ class Talker(nn.Module):
 
 def abstract_params(model: Talker) -> Any:
     """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
+    # one position is enough for every parameter to be made
     one = np.zeros((1, 1), np.int32)
     spans = Spans(one, one, one, one, one, one.astype(np.float32))
     text = np.zeros((1, 1, model.config.embedding_size), np.float32)

@@ -56,6 +56,7 @@ class Thinker(nn.Module):
 
     def hidden(self, batch: OmniBatch) -> Float[jax.Array, "B S D"]:
         """Hidden states after the last norm, of which the logits are a product."""
+        # in the order that ``media_index`` counts in: sound, then each group of frames
         features = []
         if batch.audio is not None:
             features.append(self.encode_audio(batch.audio))
@@ -87,11 +88,13 @@ class Thinker(nn.Module):
           features: the encoders' outputs, in the order of ``OmniBatch``.
         """
         embeds = self.embed_tokens(tokens)
+        # text alone: nothing to gather, and no select over the embeddings
         if not features:
             return embeds
         index = jnp.asarray(media_index)
         gather = _gather_by_rows if self.media_by_rows else _gather_features
         with jax.named_scope("gather_features"):
+            # positions gather features; the reference scatters features over positions
             media = gather(index, *map(jnp.asarray, features))  # [B, S, D]
             return jnp.where((index >= 0)[..., None], media.astype(embeds.dtype), embeds)
 
@@ -123,17 +126,20 @@ def _gather_by_rows(index: jax.Array, *features: jax.Array) -> jax.Array:
         return _gather_features(index, *features)
 
     def gather_local(index: jax.Array, *features: jax.Array) -> jax.Array:
+        # ``index`` counts features over all devices; a device holds a part of each encoder's
         device = jax.lax.axis_index(rows)
         local_index = jnp.zeros_like(index)
         offset = 0  # of an encoder's features in the list over all devices
         local_offset = 0  # and in this device's own
         for own in features:
             count = len(own) * jax.lax.axis_size(rows)
+            # less those of encoders and devices before, plus this device's own of the encoders before
             own_index = index - offset - device * len(own) + local_offset
             is_of_encoder = (index >= offset) & (index < offset + count)
             local_index = jnp.where(is_of_encoder, own_index, local_index)
             offset += count
             local_offset += len(own)
+        # where no feature is taken, 0: the caller puts the embedding there
         return _gather_features(local_index, *features)
 
     specs = (PartitionSpec(rows, positions), *[PartitionSpec(rows)] * len(features))

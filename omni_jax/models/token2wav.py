@@ -16,7 +16,7 @@ from omni_jax.models.bigvgan import BigVGAN
 from omni_jax.models.dit import DiT, pack
 from omni_jax.models.speaker_encoder import shortest_clip
 
-SAMPLE_RATE = 24_000
+SAMPLE_RATE = 24_000  # samples a second; no file holds it
 
 
 class Token2Wav(nn.Module):
@@ -24,6 +24,7 @@ class Token2Wav(nn.Module):
 
     config: Token2WavConfig
     scan_layers: bool = True
+    # float32 even where the rest of the model is bfloat16: errors add up over 36 evaluations
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -47,6 +48,7 @@ def parts(model: Token2Wav) -> tuple[DiT, BigVGAN]:
 def abstract_params(model: Token2Wav) -> Any:
     """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
     c = model.config.dit_config
+    # one block, and the shortest clip whose edges can be mirrored
     blocks, _ = pack([c.block_size], c.block_size, 1)
     mel = np.zeros((1, c.block_size, c.mel_dim))
     codes = np.zeros((1, c.block_size), int)

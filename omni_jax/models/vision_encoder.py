@@ -43,6 +43,7 @@ class VisionLayer(nn.Module):
         kw = dtypes(self)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            # by row and column alone: the encoder has no angle for time
             return _attend_by_layer(c, index, rotate(q, rope), rotate(k, rope), v, segments), None
 
         with jax.named_scope("vision_attention"):
@@ -66,11 +67,13 @@ def _attend_by_layer(
 ) -> Float[jax.Array, "F W P N H"]:
     """Attention within frames in the layers ``fullatt_block_indexes``, within windows in the others."""
     frames, windows, patches = segments.shape
+    # a window or a frame is an element of the batch, so nothing is computed to be masked away
     in_windows = functools.partial(_attend_within, "window", (frames * windows, patches))
     in_frames = functools.partial(_attend_within, "frame", (frames, windows * patches))
     if isinstance(index, int):
         attend = in_frames if index in config.fullatt_block_indexes else in_windows
         return attend(q, k, v, segments)
+    # scanned layers are one program, so both ways are compiled and the index selects one
     is_full = jnp.isin(index, jnp.array(config.fullatt_block_indexes, jnp.int32))
     return jax.lax.cond(is_full, in_frames, in_windows, q, k, v, segments)
 
@@ -81,6 +84,7 @@ def _attend_within(
     """Attention over patches regrouped to [units, patches of a unit]."""
     with jax.named_scope(f"{unit}_attention"):
         split = q.shape
+        # the windows of a frame lie one behind the other, so this moves nothing
         q, k, v = (a.reshape(*shape, *a.shape[3:]) for a in (q, k, v))  # [units, patches, N, H]
         return attention(q, k, v, Mask(segments.reshape(shape))).reshape(split)
 
@@ -98,6 +102,7 @@ class Merger(nn.Module):
         kw = dtypes(self)
         width = c.hidden_size * c.spatial_merge_size**2
         x = RMSNorm(c.hidden_size, param_dtype=self.param_dtype, name="norm")(x)
+        # the host has made the four patches of a cell neighbours
         x = constrain(x.reshape(*x.shape[:2], -1, width), "batch", None, None, None)  # [F, W, cells, 4 D]
         x = jax.nn.gelu(Linear((width,), (width,), ("mlp", "embed"), name="up", **kw)(x), approximate=False)
         x = constrain(x, "batch", None, None, None)
@@ -127,8 +132,10 @@ class VisionEncoder(nn.Module):
         """Cells of every window, in the order of its patches; those of padding have no meaning."""
         c = self.config
         with jax.named_scope("patch_embed"):
+            # the reference's convolution has its kernel as stride, which makes it a product for each patch
             x = self.patch_embed(constrain(jnp.asarray(frames.patches, self.dtype), "batch", None, None, None))
         rope = picture_tables(frames.row, frames.column, c.hidden_size // c.num_heads)  # two of [F, W, P, H / 2]
+        # a bool is one frame and its padding; in training it numbers the frames of a canvas
         segments = jnp.asarray(frames.valid).astype(jnp.int32)  # [F, W, P]
         x = call_layers(self.layers, c.depth, x, rope, segments)  # [F, W, P, D]
         with jax.named_scope("patch_merger"):

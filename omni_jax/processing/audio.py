@@ -29,9 +29,9 @@ class MelSettings:
     """How sound becomes frames; the numbers are those of the published ``preprocessor_config.json``."""
 
     feature_size: int = 128  # mel bins
-    sampling_rate: int = 16_000
-    n_fft: int = 400
-    hop_length: int = 160
+    sampling_rate: int = 16_000  # Hz
+    n_fft: int = 400  # samples that a frame sees, 25 ms
+    hop_length: int = 160  # samples from one frame to the next, 10 ms
     chunk_length: int = 300  # seconds that the reference pads to, and cuts at
     max_seconds: float = 300.0  # longest sound that is taken
 
@@ -51,10 +51,13 @@ def log_mel(samples: np.ndarray, settings: MelSettings) -> np.ndarray:
     """
     hop = settings.hop_length
     frames = -(-len(samples) // hop)
+    # zeros behind the clip: what is reflected at the end must never be sound, unless the clip fills the five minutes
     computed = _num_computed(frames, settings)
     padded = np.zeros(computed * hop, np.float64)
     padded[: len(samples)] = samples
+    # a frame is centred on its first sample, so half a window is reflected at either end
     logs = _log_power(_mel_power(np.pad(padded, settings.n_fft // 2, mode="reflect"), computed, settings))
+    # frames behind the clip count for the maximum, as they do in the reference, and are cut off after that
     return _scale_logs(logs, logs.max(initial=_MIN_LOG_POWER))[:frames]
 
 
@@ -89,9 +92,11 @@ class MelStream:
         self.samples += len(samples)
         self._buffer = np.concatenate([self._buffer, samples])
         out = []
+        # a block is complete when the sound has all that its last frame sees
         while len(self._buffer) + self._num_reflected >= (self._block - 1) * hop + n_fft:
             seen = np.pad(self._buffer, (self._num_reflected, 0), mode="reflect")
             out.append(self._floored_frames(seen, self._block))
+            # frames overlap: of the block's samples the next frame sees the last ones again
             self._buffer = seen[self._block * hop :]
             self._num_frames += self._block
         return out
@@ -102,6 +107,7 @@ class MelStream:
         half = self._settings.n_fft // 2
         frames = -(-self.samples // hop)
         computed = _num_computed(frames, self._settings) - self._num_frames
+        # the buffer begins half a window before the next frame; of the very first frame that half is reflected
         rest = np.zeros(computed * hop + half - self._num_reflected)
         rest[: len(self._buffer)] = self._buffer
         seen = np.pad(rest, (self._num_reflected, half), mode="reflect")
@@ -145,11 +151,11 @@ def _mel_power(padded: np.ndarray, frames: int, settings: MelSettings) -> np.nda
     # Hann, periodic as in the reference
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
     filters = mel_filters(settings.feature_size, n_fft, settings.sampling_rate)
-    # [frames, n_fft], without copies
+    # [frames, n_fft], without copies; the frame that is centred on the end is left out, as in the reference
     views = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop][:frames]
     out = np.empty((frames, settings.feature_size))
     for begin in range(0, frames, _FRAMES_PER_FFT):
-        spectrum = np.fft.rfft(views[begin : begin + _FRAMES_PER_FFT] * window)
+        spectrum = np.fft.rfft(views[begin : begin + _FRAMES_PER_FFT] * window)  # [frames, n_fft // 2 + 1]
         out[begin : begin + _FRAMES_PER_FFT] = (spectrum.real**2 + spectrum.imag**2) @ filters
     return out
 
@@ -165,6 +171,7 @@ def mel_filters(bins: int, n_fft: int, sampling_rate: int) -> np.ndarray:
     """
     step = math.log(6.4) / 27
     top = 15 + math.log(sampling_rate / 2 / 1000) / step
+    # each filter rises from the centre of the one before and falls to that of the one after
     mels = np.linspace(0, top, bins + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(step * (mels - 15)))
     frequencies = np.linspace(0, sampling_rate / 2, n_fft // 2 + 1)[:, None]
@@ -175,6 +182,7 @@ def mel_filters(bins: int, n_fft: int, sampling_rate: int) -> np.ndarray:
     # [n_fft // 2 + 1, bins]
     rising = (frequencies - left) / (centre - left)
     falling = (right - frequencies) / (right - centre)
+    # a triangle of height 1 has half its width as area: Slaney's norm divides by that
     return np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left)
 
 
@@ -183,6 +191,7 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     if rate == target:
         return samples.astype(np.float32)
     length = -(-len(samples) * target // rate)
+    # soxr decides by itself where it ends; librosa cuts or pads to the exact length
     out = soxr.resample(samples.astype(np.float32), rate, target, quality="HQ")[:length]
     return np.pad(out, (0, length - len(out)))
 
@@ -210,6 +219,7 @@ class Resampler:
         """Says that the sound has ended; returns the rest of it."""
         if self._stream is None:
             return np.zeros(0, np.float32)
+        # the pieces together must be as long as ``resample`` makes the whole
         num_remaining = -(-self._num_in * self._target // self._rate) - self._num_out
         rest = self._stream.resample_chunk(np.zeros(0, np.float32), last=True)[:num_remaining]
         return np.pad(rest, (0, num_remaining - len(rest)))

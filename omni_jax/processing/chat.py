@@ -22,6 +22,7 @@ import jinja2.sandbox
 from omni_jax.checks import check_float, check_int, shown
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.processing.sources import decode_base64
+from omni_jax.processing.tokenizer import replace_surrogates
 
 REPLY_HEADER = "<|im_start|>assistant\n"
 """What ChatML writes before a reply."""
@@ -39,6 +40,7 @@ MEDIA_MARKUP = {
 }
 """What stands for media in a prompt, by their kind."""
 
+# for folders without a template: ChatML, and a system message in front if the dialogue has none
 BUILT_IN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message.role != 'system' %}"
@@ -109,9 +111,11 @@ def _parse_message(message: Any, where: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"{where}: unknown role {shown(role)}; known: {', '.join(ROLES)}")
+    # only an answer that is sent back has its sound beside its text
     _check_keys(message, ("role", "content", "audio") if role == "assistant" else ("role", "content"), where)
     content = message.get("content")
     if "audio" in message:
+        # OpenAI's content is null where an answer was spoken: its text is the transcript
         transcript = _read_transcript(message["audio"], f"{where}.audio")
         content = transcript if content is None else content
     if isinstance(content, str):
@@ -128,11 +132,6 @@ def _read_transcript(audio: Any, where: str) -> str | None:
     if transcript is not None and not isinstance(transcript, str):
         raise InputError(f"{where}: transcript must be a string, got {shown(transcript)}")
     return transcript
-
-
-def replace_surrogates(text: str) -> str:
-    """Text that UTF-8 can hold: what JSON escapes as half a surrogate pair becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _parse_part(part: Any, where: str) -> TextPart | MediaPart:
@@ -176,6 +175,7 @@ def _make_url_reader(kind: Kind) -> Callable[[Mapping[str, Any], str], MediaPart
         options = _read_options(part, kind, where)
         if isinstance(value, Mapping):
             _check_keys(value, ("url", "detail") if kind == "image" else ("url",), f"{where}.{name}")
+            # a max_pixels beside it says more exactly what is wanted, and is stronger
             options = _parse_detail(value.get("detail") or "auto", f"{where}.{name}") | options
             value = value.get("url")
         if not isinstance(value, str):
@@ -203,6 +203,7 @@ def _parse_input_audio(part: Mapping[str, Any], where: str) -> MediaPart:
     kind = value.get("format") or "wav"
     if not isinstance(kind, str) or kind not in AUDIO_FORMATS:
         raise InputError(f"{where}.input_audio: unknown format {shown(kind)}; known: {', '.join(AUDIO_FORMATS)}")
+    # some clients put a data: URL where OpenAI has bare base64; the decoder finds the true format in the bytes
     if isinstance(data, str) and not data.startswith("data:"):
         data = decode_base64(data, f"{where}.input_audio.data")
     if not isinstance(data, str | bytes):
@@ -300,6 +301,8 @@ class ChatTemplate:
     def __init__(self, source: str, where: str = "the chat template") -> None:
         self._source = source
         self._where = where
+        # a template comes with a checkpoint, from anywhere: in the sandbox it can neither reach Python's internals nor
+        # change what it is given; blocks are trimmed as transformers does it
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
@@ -365,6 +368,7 @@ class _StandIns:
     """Random words that stand for pieces of text while a template works."""
 
     def __init__(self) -> None:
+        # random, so that nothing that a user writes can pass for one of these words
         self._salt = secrets.token_hex(16)
         self._pattern = re.compile(rf"{self._salt}\.(\d+)\.")
         self._pieces: list[tuple[str, bool]] = []  # with whether it is markup
@@ -379,6 +383,7 @@ class _StandIns:
 
         def replace(match: re.Match[str]) -> str:
             piece, is_markup = self._pieces[int(match[1])]
+            # without quotes: the word already stands between those that JSON put around it
             return self.add(json.dumps(piece, ensure_ascii=False)[1:-1], is_markup=is_markup)
 
         return self._pattern.sub(replace, text)
@@ -391,7 +396,7 @@ class _StandIns:
         """
         pieces = []
         for i, piece in enumerate(self._pattern.split(text)):
-            if i % 2:
+            if i % 2:  # the number in a word; even ones are the text between words
                 pieces.append(self._pieces[int(piece)])
             elif self._salt in piece.lower():
                 raise InputError("the chat template changes the letters of messages, which is not supported")
@@ -479,6 +484,7 @@ def split_at_replies(pieces: Sequence[tuple[str, bool]]) -> list[list[tuple[str,
     """
     parts: list[list[tuple[str, bool]]] = [[]]
     for text, trusted in pieces:
+        # a header that a user typed is plain text, and cuts nothing
         *headers, rest = text.split(REPLY_HEADER) if trusted else [text]
         for before in headers:
             parts[-1].append((before + REPLY_HEADER, True))

@@ -44,17 +44,19 @@ def collate(prompts: Sequence[Prompt], config: OmniConfig) -> OmniBatch:
     length = bucket(max(map(len, prompts)), SMALLEST_ROW)
     media = collate_media(prompts, config)
     shape = (len(prompts), length)
-    tokens = np.full(shape, config.thinker_config.pad_token_id, np.int32)
-    segment_ids = np.full(shape, PADDING, np.int32)
-    media_index = np.full(shape, NO_FEATURE, np.int32)
+    tokens = np.full(shape, config.thinker_config.pad_token_id, np.int32)  # [B, S]
+    segment_ids = np.full(shape, PADDING, np.int32)  # [B, S]
+    media_index = np.full(shape, NO_FEATURE, np.int32)  # [B, S]
     spans = []
     for i, prompt in enumerate(prompts):
+        # rows are padded at the end, so that real tokens and their position ids begin at 0
         real = slice(len(prompt))
         tokens[i, real] = prompt.tokens
         segment_ids[i, real] = 1
-        media_index[i, real] = media_index_of(prompt, [media.features[i, j] for j in range(len(prompt.media))])
-        spans.append(mrope.resolve(prompt.segments, config.thinker_config))
-    return OmniBatch(tokens, segment_ids, media_index, mrope.stack(spans, length), media.audio, media.vision)
+        features = [media.features[i, j] for j in range(len(prompt.media))]
+        media_index[i, real] = media_index_of(prompt, features)
+        spans.append(mrope.resolve_spans(prompt.segments, config.thinker_config))
+    return OmniBatch(tokens, segment_ids, media_index, mrope.stack_spans(spans, length), media.audio, media.vision)
 
 
 def _bucket_frames(num_windows: int, num_frames: int) -> int:
@@ -77,6 +79,7 @@ def collate_media(
       frames: from windows a frame and the number of real frames in a group to that of all, padding included.
     """
     audio, audio_features = _collate_audio(prompts, config, blocks)
+    # one list holds the features of all: first the blocks' with their padding, then the frames'
     block_tokens = config.thinker_config.audio_config.block_tokens
     num_audio_features = 0 if audio is None else len(audio.length) * block_tokens
     vision, vision_features = _collate_vision(prompts, config.thinker_config.vision_config, num_audio_features, frames)
@@ -87,7 +90,7 @@ def media_index_of(prompt: Prompt, features: Sequence[np.ndarray]) -> np.ndarray
     """Where the feature of each token stands, given where those of each medium of the prompt stand. [T]"""
     index = np.full(len(prompt), NO_FEATURE, np.int32)
     for item, item_features in enumerate(features):
-        own = prompt.media_item == item
+        own = prompt.media_item == item  # [T]
         index[own] = item_features[prompt.media_token[own]]
     return index
 
@@ -110,18 +113,22 @@ def _collate_audio(
     media = _find_media(prompts, AudioInput)
     if not media:
         return None, {}
-    num_blocks = sum(-(-len(medium.mel) // sizes.block_frames) for _, medium in media)
+    num_blocks = 0
+    for _, medium in media:
+        num_blocks += -(-len(medium.mel) // sizes.block_frames)
     mel = np.zeros((round_blocks(num_blocks), sizes.block_frames, sizes.num_mel_bins), np.float32)  # [A, T, M]
     lengths = np.zeros(len(mel), np.int32)
     features = {}
     block = 0
     for key, medium in media:
+        # every clip begins a block of its own: the encoder's blocks are counted from its beginning
         first = block
         for begin in range(0, len(medium.mel), sizes.block_frames):
             piece = medium.mel[begin : begin + sizes.block_frames]
             mel[block, : len(piece)] = piece
             lengths[block] = len(piece)
             block += 1
+        # the features behind those of a short last block are padding, which no token takes
         features[key] = np.arange(first * sizes.block_tokens, block * sizes.block_tokens)
     return AudioBlocks(mel, lengths), features
 
@@ -143,12 +150,13 @@ def _lay_out_windows(height: int, width: int, side: int, merge: int) -> _WindowL
 
     A window at the edge holds fewer cells; they take its first slots.
     """
-    row, column = np.divmod(np.arange(height * width), width)
+    row, column = np.divmod(np.arange(height * width), width)  # [cells]
     windows_in_a_row = -(-width // side)
-    window = row // side * windows_in_a_row + column // side
-    order = np.lexsort((column, row, window))
-    counts = np.bincount(window)
-    first_of_window = np.repeat(np.cumsum(counts) - counts, counts)
+    window = row // side * windows_in_a_row + column // side  # [cells]
+    # sorted by window, then by row and column; a cell's slot is how far it is behind the first of its window
+    order = np.lexsort((column, row, window))  # [cells]
+    counts = np.bincount(window)  # [windows]
+    first_of_window = np.repeat(np.cumsum(counts) - counts, counts)  # [cells], in the sorted order
     slot = np.empty_like(order)
     slot[order] = np.arange(len(order)) - first_of_window
     # the patches of a cell stand side by side, row by row
@@ -179,15 +187,18 @@ def _collate_vision(
     for key, medium in _find_media(prompts, VisionInput):
         cells = medium.cells(sizes.spatial_merge_size)
         layout = _lay_out_windows(cells.height, cells.width, sizes.window_cells, sizes.spatial_merge_size)
+        # frames of about as many windows share an array; in one for all, small frames would be mostly padding
         groups[bucket(layout.num_windows)].append(_LaidOutMedium(key, medium, layout))
     vision = []
     features = {}
     for num_windows in sorted(groups):
         group = groups[num_windows]
-        num_frames = round_frames(num_windows, sum(item.medium.grid[0] for item in group))
+        num_real_frames = sum(item.medium.grid[0] for item in group)
+        num_frames = round_frames(num_windows, num_real_frames)
         frames, places = _collate_group(group, num_frames, num_windows, sizes)
         for key, place in places.items():
             features[key] = first_feature + place
+        # padding has features too: the encoder computes them with the others
         first_feature += num_frames * num_windows * sizes.window_cells**2
         vision.append(frames)
     return tuple(vision), features
@@ -200,7 +211,7 @@ def _collate_group(
     cells = sizes.window_cells**2
     merged = sizes.spatial_merge_size**2
     shape = (num_frames, num_windows, cells, merged)
-    patches = np.zeros((*shape, sizes.patch_dim), np.float32)
+    patches = np.zeros((*shape, sizes.patch_dim), np.float32)  # [F, W, cells, patches of a cell, C]
     row = np.zeros(shape, np.int32)
     column = np.zeros(shape, np.int32)
     valid = np.zeros(shape, bool)
@@ -208,11 +219,13 @@ def _collate_group(
     frame = 0
     for key, medium, layout in group:
         t = medium.grid[0]
+        # a video's frames are all of one size, so one layout deals out the cells of each: [t, cells, ...]
         own = (slice(frame, frame + t), layout.window, layout.slot)
         patches[own] = medium.patches.reshape(t, len(layout.window), merged, -1)
         row[own] = layout.row
         column[own] = layout.column
         valid[own] = True
+        # features stand frame by frame, in each window by window and slot by slot, empty slots included
         within_frame = layout.window * cells + layout.slot  # [cells]
         frame_starts = np.arange(frame, frame + t) * num_windows * cells  # [t]
         places[key] = (frame_starts[:, None] + within_frame).reshape(-1)

@@ -43,6 +43,7 @@ def check_header(file: BinaryIO) -> None:
     head = file.read(12)
     if head[:4] == _EBML_MAGIC:
         _check_matroska_end(file, size)
+    # a first box may have any name; files of other formats that pass have none of the boxes that are checked
     elif _is_box_name(head[4:8]):
         _check_mp4(file, size)
     file.seek(0)
@@ -67,10 +68,12 @@ def is_streamed_wav(file: BinaryIO) -> bool:
     file.seek(0)
     head = file.read(8)
     size = int.from_bytes(head[4:], "little")
+    # a program that cannot go back to its header leaves 0 there, or about the largest number of 31 or 32 bits
     return head[:4] == b"RIFF" and (size == 0 or size >= (1 << 31) - 64)
 
 
 def _is_box_name(name: bytes) -> bool:
+    # printable letters, and the copyright sign that QuickTime's boxes of text begin with
     return len(name) == 4 and all(32 <= byte < 127 or byte == 0xA9 for byte in name)
 
 
@@ -81,10 +84,12 @@ def _check_mp4(file: BinaryIO, size: int) -> None:
     """
     samples = 0
     for box in _mp4_boxes(file, 0, size):
+        # an unfinished box of another kind, such as padding, takes nothing away
         if box.end > size and box.kind in _MP4_DATA:
             raise InputError(
                 f"it is cut off: its {box.kind.decode()} box ends at byte {box.end}, but the file holds {size}"
             )
+        # its tables cannot be counted before they are inflated, to a size that nobody knows
         if box.kind == b"cmov":
             raise InputError("its header is compressed (cmov), which is not read; re-encode it")
         samples += _num_records(file, box)
@@ -107,10 +112,12 @@ def _mp4_boxes(file: BinaryIO, begin: int, end: int) -> Iterator[Box]:
         elif length == 0:  # to the end
             length = end - begin
         kind = head[4:8]
+        # a box holds at least its own header; a shorter one would be read again for ever
         if length < contents - begin or not _is_box_name(kind):
             return
         box = Box(kind, contents, begin + length)
         yield box
+        # children are looked for within the file, however far their parent says that it goes
         if kind in _MP4_PARENTS:
             yield from _mp4_boxes(file, contents, min(box.end, end))
         begin = box.end
@@ -129,6 +136,7 @@ def _num_records(file: BinaryIO, box: Box) -> int:
     is_sound = False
     for child in _mp4_boxes(file, box.begin, box.end):
         if child.kind == b"hdlr":
+            # version and flags, four bytes of zeros, the kind of track
             is_sound = _read_at(file, child.begin, 12)[8:12] == b"soun"
         elif child.kind in (b"stsz", b"stz2"):
             # version and flags, the size of every sample, their number
@@ -140,6 +148,7 @@ def _num_records(file: BinaryIO, box: Box) -> int:
     # samples of plain PCM last one tick each; a demuxer takes them in chunks
     if is_sound and len(times) == 1 and times[0, 1] == 1:
         return 0
+    # one table may claim more than another, and a demuxer trusts each
     return max(sizes, int(times[:, 0].sum()), int(offsets[:, 0].sum()))
 
 
@@ -148,6 +157,7 @@ _NO_ENTRIES = np.zeros((0, 2), np.int64)
 
 def _read_entries(file: BinaryIO, box: Box) -> np.ndarray:
     """The entries of a table of times: how many samples, and their time each; int64 [entries, 2]."""
+    # behind version, flags and the number of entries; the bytes that are there count, and not that number
     contents = _read_at(file, box.begin + 8, box.end - box.begin - 8)
     usable = len(contents) // 8 * 8
     return np.frombuffer(contents[:usable], ">u4").reshape(-1, 2).astype(np.int64)
@@ -160,6 +170,7 @@ def _read_at(file: BinaryIO, begin: int, num_bytes: int) -> bytes:
 
 def _check_matroska_end(file: BinaryIO, size: int) -> None:
     """The segment, which holds everything, says how many bytes it has, unless it was written as a stream."""
+    # the EBML header comes first: its name, its size, its contents
     position = 4
     length, position = _read_ebml_size(file, position)
     position += length or 0
@@ -176,6 +187,7 @@ def _read_ebml_size(file: BinaryIO, position: int) -> tuple[int | None, int]:
     None if all of its bits are set: the size is not known.
     """
     head = _read_at(file, position, 8)
+    # a first byte of zeros is not allowed; it is read as the longest number
     num_bytes = 9 - head[0].bit_length() if head and head[0] else 8
     bits = 7 * num_bytes
     value = int.from_bytes(head[:num_bytes]) & ((1 << bits) - 1)
@@ -190,6 +202,7 @@ def _check_ogg_end(file: BinaryIO) -> None:
     table_begin = page + 27
     if page < 0 or table_begin > len(tail):
         raise InputError("it is cut off: its last page is incomplete")
+    # the last byte of the fixed part counts the pieces, and a byte for each says how long it is
     num_pieces = tail[page + 26]
     table = tail[table_begin : table_begin + num_pieces]
     if table_begin + num_pieces + sum(table) > len(tail):
@@ -208,6 +221,7 @@ def _check_mp3_end(file: BinaryIO) -> None:
             begin = (begin << 7) | (byte & 127)
         begin += 10
     size = file.seek(0, os.SEEK_END) - begin
+    # how far into the frame it stands depends on version and channels; Info is what LAME writes for a constant rate
     frame = _read_at(file, begin, 200)
     place = max(frame.find(b"Xing"), frame.find(b"Info"))
     if place < 0:
@@ -225,6 +239,7 @@ def _check_gif_end(file: BinaryIO) -> None:
     # signature and size of the screen; flags of the table of colours, two bytes more
     position = 13 + _colour_table_bytes(_read_at(file, 10, 1))
     while True:
+        # at the end of the file this is empty, which is no kind of block
         kind = _read_at(file, position, 1)
         if kind == b";":
             return

@@ -46,11 +46,12 @@ CONTAINER_FORMATS = (
 # formats whose headers count samples or frames
 _EXACT_LENGTH = {"wav", "w64", "aiff", "flac", "mov", "avi", "au", "caf", "gif"}
 _CLOCK_LENGTH = {"matroska", "flv", "asf"}  # whose headers may come from a clock
+# formats of packets in a row, without a header that says how many
 _CUT_ANYWHERE = {"mpegts", "mpeg", "mpegvideo", "mp3", "aac", "ac3", "eac3", "amr", "h264", "hevc", "m4v"}
 MAX_FRAME_PIXELS = 8192 * 4320
 EXACT_SLACK = 0.1  # seconds that a header may be wrong by
-_CLOCK_SLACK = 1.0
-_CLOCK_SLACK_SHARE = 0.01
+_CLOCK_SLACK = 1.0  # seconds, and
+_CLOCK_SLACK_SHARE = 0.01  # of the length that a clock has written
 # of the packets of a track; the larger of both
 _MAX_BAD_PACKETS = 2
 _MAX_BAD_SHARE = 0.01
@@ -113,6 +114,7 @@ def open_media(source: Source) -> Iterator[BinaryIO]:
         except InputError:
             raise
         except av.error.FFmpegError as e:
+            # "Invalid data found" is all that ffmpeg says of most files
             raise InputError(f"cannot decode it: {e.strerror} (is it cut off, or not sound or video at all?)") from e
         except Exception as e:  # decoders raise whatever they like
             raise InputError(f"cannot decode it: {type(e).__name__}: {e}") from e
@@ -121,6 +123,7 @@ def open_media(source: Source) -> Iterator[BinaryIO]:
 def open_container(file: BinaryIO) -> InputContainer:
     """A demuxer at the beginning of an open file."""
     file.seek(0)
+    # without the list, ffmpeg guesses among all formats that it has, playlists of other files included
     return av.open(file, "r", options={"format_whitelist": CONTAINER_FORMATS})
 
 
@@ -132,17 +135,20 @@ def read_info(file: BinaryIO) -> ContainerInfo:
     """
     is_unending = is_streamed_wav(file)
     with open_container(file) as container:
+        # one demuxer may serve several formats, and names them all: "mov,mp4,m4a,3gp,3g2,mj2"
         format_names = set(container.format.name.split(","))
-        streams = [stream for kind in ("video", "audio") if (stream := _pick_stream(container, kind)) is not None]
+        streams = _pick_streams(container)
         if not streams:
             raise InputError(f"it holds neither sound nor video (format {container.format.name})")
         for stream in streams:
             _check_stream(stream)
         ends_anywhere = bool(format_names & _CUT_ANYWHERE) or is_unending
+        # demuxing costs little beside decoding, and headers alone do not show where a track really ends
         packets = _read_packets(container, streams)
         tracks: dict[TrackKind, Track] = {}
         for stream in streams:
             log = packets[stream.index]
+            # an empty track beside another one does no harm
             if not log.begins:
                 continue
             log.check(ends_anywhere)
@@ -161,6 +167,16 @@ def check_bad_packets(num_bad: int, num_packets: int, kind: TrackKind) -> None:
     """Raises InputError if more packets than a slip do not decode."""
     if num_bad > max(_MAX_BAD_PACKETS, _MAX_BAD_SHARE * num_packets):
         raise InputError(f"its {kind} is damaged: {num_bad} of {num_packets} packets do not decode")
+
+
+def _pick_streams(container: InputContainer) -> list[Any]:
+    """The streams that are taken, at most one of a kind."""
+    streams = []
+    for kind in ("video", "audio"):
+        stream = _pick_stream(container, kind)
+        if stream is not None:
+            streams.append(stream)
+    return streams
 
 
 def _pick_stream(container: InputContainer, kind: str) -> Any:
@@ -192,10 +208,12 @@ class _PacketLog:
     last_is_corrupt: bool = False
 
     def add(self, packet: av.Packet) -> None:
+        # a demuxer ends each stream with an empty packet, which asks a decoder for what it holds back
         if not packet.size:
             return
         self.last_is_corrupt = packet.is_corrupt
         self.num_corrupt += packet.is_corrupt
+        # needed to decode what follows, and never shown: what an edit list cuts off, or an encoder's delay
         if packet.is_discard:
             return
         base = packet.time_base or Fraction(0)
@@ -213,10 +231,12 @@ class _PacketLog:
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
+            # whether the track is damaged is found out when all of it is decoded
             return
-        times = [frame.time for frame in frames if frame.time is not None]
-        if times:
-            self.start = times[0]
+        for frame in frames:
+            if frame.time is not None:
+                self.start = frame.time
+                return
 
     def check(self, ends_anywhere: bool) -> None:
         if self.last_is_corrupt and not ends_anywhere:
@@ -224,17 +244,21 @@ class _PacketLog:
         check_bad_packets(self.num_corrupt, len(self.begins), self.kind)
 
     def track(self, stream: Any) -> Track:
+        # packets come in the order of decoding, in which a frame that others are made from precedes them
         times = np.unique(self.begins)
         # a packet may not say how long it lasts; then the next would have come after about the usual time
         interval = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-        ends = [end if end > begin else begin + interval for begin, end in zip(self.begins, self.ends, strict=True)]
+        last_end = -math.inf
+        for begin, end in zip(self.begins, self.ends, strict=True):
+            last_end = max(last_end, end if end > begin else begin + interval)
         start = float(times[0]) if self.start is None else self.start
         frame_rate = float(stream.average_rate or 0) if self.kind == "video" else 0.0
-        return Track(stream.index, self.kind, start, times, max(ends), interval, len(self.begins), frame_rate)
+        return Track(stream.index, self.kind, start, times, last_end, interval, len(self.begins), frame_rate)
 
 
 def _read_packets(container: InputContainer, streams: Sequence[Any]) -> dict[int, _PacketLog]:
     logs = {stream.index: _PacketLog(stream.type) for stream in streams}
+    # packets of all streams in one pass, as they are interleaved in the file
     for packet in container.demux(streams):
         log = logs[packet.stream.index]
         log.add(packet)
@@ -245,6 +269,7 @@ def _read_packets(container: InputContainer, streams: Sequence[Any]) -> dict[int
 def _check_length(stream: Any, track: Track, format_names: set[str]) -> None:
     """Compares the end of a track with what its own header says, see the top of the module."""
     if "matroska" in format_names:  # an end on the file's clock
+        # only here: remuxers copy the tag into files of other formats, where it is that of another file
         _check_end(track.end, _parse_duration_tag(stream.metadata.get("DURATION", "")), clock=True)
     elif format_names & _EXACT_LENGTH and stream.duration is not None and stream.time_base is not None:
         _check_end(track.end - track.times[0], float(stream.duration * stream.time_base), clock=False)
@@ -252,6 +277,7 @@ def _check_length(stream: Any, track: Track, format_names: set[str]) -> None:
 
 def _check_file_length(container: InputContainer, tracks: Collection[Track], format_names: set[str]) -> None:
     """Compares the end of the last track with what the file's header says, where no other track can be meant."""
+    # the header speaks of the longest track, which may be one that is not taken
     if container.duration is None or not format_names & _CLOCK_LENGTH or len(tracks) < len(container.streams):
         return
     end = max(track.end for track in tracks)
@@ -264,6 +290,7 @@ def _check_end(found: float, promised: float | None, *, clock: bool) -> None:
     if promised is None:
         return
     slack = _CLOCK_SLACK + _CLOCK_SLACK_SHARE * promised if clock else EXACT_SLACK
+    # a tag of hundreds of digits is infinite as a float, and promises nothing
     if math.isfinite(promised) and found + slack < promised:
         raise InputError(f"it is cut off: its header promises {promised:.2f} s, but it ends after {found:.2f} s")
 

@@ -69,14 +69,17 @@ class FrameCollector:
     def add(self, frame: Any) -> None:
         if self.finished:
             return
+        # the decoder has made up a part of the picture: it is left out, as if its packet had not decoded
         if frame.is_corrupt:
             self.num_bad += 1
             return
+        # of each frame, for some codecs may change the size on the way
         check_pixels(frame.width, frame.height, MAX_FRAME_PIXELS)
         time = self._next_time() if frame.time is None else float(frame.time)
         if time > self.end:
             self.finished = True
             return
+        # most frames are passed over; only those that are looked at are converted and take memory
         if len(self.times) in self.chosen:
             self.kept[len(self.times)] = self.convert(image_of_frame(frame))
         self.times.append(time)
@@ -122,6 +125,7 @@ class SoundCollector:
             raise InputError(f"its sampling rate changes midway, from {self.rate} to {frame.sample_rate}")
         self.rate = frame.sample_rate
         samples = mix_frame(frame)
+        # sound without a time stamp goes on where the last piece has ended
         fallback = self.track.start if self._next == -math.inf else self._next
         time = fallback if frame.time is None else float(frame.time)
         self._next = time + len(samples) / self.rate
@@ -130,6 +134,7 @@ class SoundCollector:
         elif self._next >= self.begin - _MARGIN:
             self.pieces.append((time, samples))
             self._num_samples += len(samples)
+            # time stamps of packets were checked before, but packets may hold more sound than they say
             if self._num_samples > (self.settings.max_seconds + 2 * _MARGIN + EXACT_SLACK) * self.rate:
                 raise audio.too_long(self._num_samples / self.rate, self.settings)
 
@@ -139,13 +144,16 @@ class SoundCollector:
         if not self.pieces:
             # sound that begins after the range is silent in it
             return np.zeros(round(wanted) if self.finished else 0, np.float32)
+        # samples from the beginning of the range to the first piece; below 0 if that piece begins before the range
         first = self.pieces[0][0]
         lead = round((first - self.begin) * self.rate)
+        # before the silence is made: a time stamp may lie hours off
         self._check_length(min(lead, round(wanted)))
         # by its own count of samples sound is exact; time stamps may be rounded to milliseconds
         out: list[np.ndarray] = [np.zeros(max(lead, 0), np.float32)]
         num_samples = 0  # since ``first``
         for time, samples in self.pieces:
+            # how far the time stamp is ahead of the samples; where it lags, pieces simply follow each other
             gap = round((time - first) * self.rate) - num_samples
             if gap > _MAX_SHIFT * self.rate:
                 self._check_length(lead + num_samples + gap)
@@ -153,6 +161,7 @@ class SoundCollector:
                 num_samples += gap
             out.append(samples)
             num_samples += len(samples)
+        # the margins on both sides of the range go
         sound = np.concatenate(out)[max(-lead, 0) :]
         num_wanted = min((self.end - self.begin) * self.rate, len(sound))
         sound = sound[: round(num_wanted)]
@@ -177,6 +186,7 @@ def decode_tracks(file: BinaryIO, info: ContainerInfo, collectors: Sequence[Coll
     with open_container(file) as container:
         by_stream = {collector.track.index: collector for collector in collectors}
         streams = [container.streams[index] for index in by_stream]
+        # whole frames in parallel, too; by default PyAV has threads for the slices of one frame alone
         for video in container.streams.video:
             video.thread_type = "AUTO"
         last_is_bad = dict.fromkeys(by_stream, False)
@@ -188,11 +198,13 @@ def decode_tracks(file: BinaryIO, info: ContainerInfo, collectors: Sequence[Coll
             try:
                 for frame in packet.decode():
                     collector.add(frame)
+                # the empty packet at the end says nothing about the one before it
                 if packet.size:
                     last_is_bad[packet.stream.index] = False
             except av.error.FFmpegError:
                 collector.num_bad += 1
                 last_is_bad[packet.stream.index] = True
+            # a range may end long before its file does
             if all(c.finished for c in collectors):
                 break
     for index, collector in by_stream.items():
@@ -209,6 +221,7 @@ def image_of_frame(frame: Any) -> Image.Image:
         picture = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
         picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    # phones store pictures as the sensor stands, and say beside them how they are to be shown
     matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
         return picture
@@ -222,6 +235,7 @@ def _orientation(matrix: bytes) -> tuple[int, int, int, int]:
     A display matrix is int32 [3, 3], where (x, y) goes to (a x + c y, b x + d y) and a, b, c and d stand at 0, 1, 3, 4.
     """
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    # fixed-point numbers: which pair is larger says whether sides change places, and signs say what is mirrored
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
     return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
@@ -237,8 +251,10 @@ def mix_frame(frame: Any) -> np.ndarray:
 
 def scale_samples(samples: np.ndarray) -> np.ndarray:
     """Samples of any width as float32 in -1 to 1."""
+    # bytes are unsigned, with silence in the middle
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128) / 128
+    # by the lowest number, whose absolute value is a power of two: -1 is reached, and 1 almost
     if np.issubdtype(samples.dtype, np.signedinteger):
         return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
     return samples.astype(np.float32)

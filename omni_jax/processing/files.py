@@ -37,7 +37,7 @@ def open_file(name: str) -> BinaryIO:
     """Opens a file for reading.
 
     Raises:
-      InputError: where ``bucket`` does.
+      InputError: where ``open_bucket`` does.
       OSError: if it cannot be read.
     """
     if not is_remote(name):
@@ -56,6 +56,7 @@ def is_file(name: str) -> bool:
 
 def folder_of(name: str) -> str:
     """The folder that a file is in."""
+    # a bare name has no folder before it: it lies in the current one
     return resolve_path(posixpath.dirname(name) if is_remote(name) else os.path.dirname(name) or ".")
 
 
@@ -70,14 +71,17 @@ def resolve_path(name: str) -> str:
     Raises:
       OSError, ValueError: for what can be no path.
     """
+    # objects have no links, and ".." is a plain part of their names; it is resolved all the same, so that a request
+    # cannot leave its folder by it
     if is_remote(name):
         return _BUCKET + posixpath.normpath(name.removeprefix(_BUCKET))
     return str(Path(name).resolve())
 
 
 def is_within(name: str, folder: str) -> bool:
-    """Whether one path that was ``resolved`` lies in another."""
+    """Whether one path lies in another, both from ``resolve_path``."""
     if is_remote(folder):
+        # with the slash, or gs://bucket/media2 would lie within gs://bucket/media
         return name.startswith(folder.rstrip("/") + "/")
     return not is_remote(name) and Path(name).is_relative_to(folder)
 
@@ -95,5 +99,6 @@ def write_atomically(name: str, data: bytes) -> None:
     folder, base = os.path.split(name)
     # in the same folder, for only within a file system is a rename one step
     part = os.path.join(folder, f".{base}.part")
+    # a process that is killed here leaves a part file, which the next attempt overwrites
     Path(part).write_bytes(data)
     os.replace(part, name)

@@ -14,7 +14,7 @@ from omni_jax.processing.sources import is_located, locate_source
 # tested
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
 MAX_IMAGE_PIXELS = 80_000_000
-# decoders that hold several copies of the picture: WebP's needs 16 bytes a pixel
+# of formats with decoders that hold several copies of the picture: WebP's needs 16 bytes a pixel
 MAX_PIXELS_OF_FORMAT = {"WEBP": 25_000_000, "AVIF": 25_000_000, "JPEG2000": 25_000_000}
 
 
@@ -50,12 +50,15 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Raises:
       InputError: for a mode without a fixed range of brightness.
     """
+    # first of all, for the pictures that are made below do not carry the EXIF data along
     picture = _turn_upright(picture)
+    # 16 bits of brightness: the upper byte is the brightness in 8 bits
     if picture.mode.startswith("I;16"):
         high_bytes = (np.asarray(picture) >> 8).astype(np.uint8)
         return Image.fromarray(high_bytes).convert("RGB")
     if picture.mode in ("I", "F"):
         raise InputError(f"a picture of mode {picture.mode} has no fixed range of brightness; save it as 8 or 16 bits")
+    # an alpha channel, or a colour of a palette that is marked as transparent
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
@@ -67,9 +70,11 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _decode_image(source: Any, allow_urls: bool) -> Image.Image:
     with locate_source(source, allow_urls=allow_urls).open() as file:
         try:
+            # opening reads the header alone, so the size is checked before memory is taken for the pixels
             picture = Image.open(file, formats=IMAGE_FORMATS)
             limit = MAX_PIXELS_OF_FORMAT.get(str(picture.format), MAX_IMAGE_PIXELS)
             check_pixels(*picture.size, limit)
+            # while the file is open: Pillow reads pixels when they are first asked for
             picture.load()
             # some decoders only learn the size as they decode
             check_pixels(*picture.size, limit)
@@ -93,12 +98,14 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
 
 def _image_of_array(pixels: np.ndarray) -> Image.Image:
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    # floats are refused, for they may lie in 0 to 1 or in 0 to 255, and nothing says which
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or channels not in (1, 3, 4):
         found = f"{pixels.dtype} {list(pixels.shape)}"
         raise InputError(f"an array must be uint8 [height, width] or [height, width, 1, 3 or 4], got {found}")
     if 0 in pixels.shape:
         raise InputError(f"an array of shape {list(pixels.shape)} holds no pixels")
     check_pixels(pixels.shape[1], pixels.shape[0], MAX_IMAGE_PIXELS)
+    # Pillow takes brightness without an axis of channels
     if pixels.ndim == 3 and channels == 1:
         pixels = pixels[..., 0]
     return Image.fromarray(pixels)

@@ -147,9 +147,11 @@ def lay_out(ids: Sequence[int], items: Sequence[Item], config: ThinkerConfig) ->
       InputError: if the placeholders and the items do not pair up.
     """
     builder = _PromptBuilder(config)
-    num_read = 0
+    num_read = 0  # ids that are laid out already
     for place, item in zip(_find_placeholders(ids, items, config), items, strict=True):
         if isinstance(item, tuple):
+            # the reference has both begin tokens before picture and sound and both end tokens behind them, so those
+            # that the template wrote around the placeholder are replaced with it
             _check_surroundings(ids, place, config)
             builder.add_text(ids[num_read : place - 1])
             builder.add_interleaved(*item)
@@ -174,6 +176,7 @@ def append_segment(segments: list[mrope.Segment], segment: mrope.Segment) -> Non
     if isinstance(segment, mrope.Text):
         if not segment.length:
             return
+        # ids count up across the seam; a span less is a smaller table
         if segments and isinstance(segments[-1], mrope.Text):
             segment = mrope.Text(segments.pop().length + segment.length)
     segments.append(segment)
@@ -199,6 +202,7 @@ class _PromptBuilder:
         config = self.config
         self.media.append(item)
         if isinstance(item, AudioInput):
+            # sound that stands alone has the position ids of text
             self._add_features(config.audio_token_index, item, 0, item.tokens)
             append_segment(self.segments, mrope.Text(item.tokens))
             return
@@ -213,6 +217,7 @@ class _PromptBuilder:
         self.media += [video, sound]
         grid = video.cells(config.vision_config.spatial_merge_size)
         segment = mrope.Interleaved(grid, sound.tokens)
+        # tokens and position ids follow the same chunks, so they cannot drift apart
         self._add_tokens(np.array([config.vision_start_token_id, config.audio_start_token_id]))
         for chunk in mrope.interleave(segment, config):
             if chunk.is_audio:
@@ -225,11 +230,11 @@ class _PromptBuilder:
     def build(self) -> Prompt:
         num_tokens = sum(map(len, self.tokens))
         return Prompt(
-            tokens=_concatenate(self.tokens),
+            tokens=_concatenate(self.tokens),  # [T]
             segments=tuple(self.segments),
             media=tuple(self.media),
-            media_item=_concatenate(self.media_item),
-            media_token=_concatenate(self.media_token),
+            media_item=_concatenate(self.media_item),  # [T]
+            media_token=_concatenate(self.media_token),  # [T]
             usage=_count_usage(self.media, num_tokens, self.config),
         )
 
@@ -241,6 +246,7 @@ class _PromptBuilder:
 
     def _add_features(self, token: int, item: Media, begin: int, end: int) -> None:
         """Placeholders of some features of one of the last two items."""
+        # a video and its sound are both added before the features of either
         number = len(self.media) - 1
         if item is not self.media[-1]:
             number -= 1
@@ -265,6 +271,7 @@ def _count_usage(media: Sequence[Media], num_tokens: int, config: ThinkerConfig)
         seconds[kind] += item.seconds
         num_bad_packets += item.num_bad_packets
     return Usage(
+        # the begin and end tokens of media are text: they have embeddings of their own
         text=num_tokens - sum(tokens.values()),
         **tokens,
         audio_seconds=seconds["audio"],
@@ -289,6 +296,7 @@ def _find_placeholders(ids: Sequence[int], items: Sequence[Item], config: Thinke
     places = [i for i, token in enumerate(ids) if token in kinds]
     found = [kinds[ids[i]] for i in places]
     wanted = [_kind_of(item) for item in items]
+    # a template of another model, or one that passes over a part, would give a medium's features to another
     if found != wanted:
         raise InputError(f"the chat template wrote placeholders for {found}, but the messages carry {wanted}")
     return places

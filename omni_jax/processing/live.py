@@ -35,7 +35,7 @@ class LivePrompt:
     """A dialogue that ends in a message of the user's, which is heard or seen as it comes.
 
     The caller reads ``head``, then whatever ``audio`` and ``video`` return, then what ``end`` returns: together that is
-    ``whole``. A sound, picture or text that cannot be taken is an InputError and changes nothing.
+    ``whole_prompt``. A sound, picture or text that cannot be taken is an InputError and changes nothing.
 
     Attributes:
       head: everything before the media.
@@ -64,6 +64,7 @@ class LivePrompt:
         """
         if not (audio or video):
             raise InputError("audio and video are both false; a dialogue without sound or pictures is for generate")
+        # parse_messages refuses an empty list, which is in order here: the media are a message of their own
         none = isinstance(messages, list | tuple) and not messages
         self._processor = processor
         self._messages = () if none else parse_messages(messages)
@@ -73,10 +74,12 @@ class LivePrompt:
         self._audio = _AudioInput(processor.settings.mel, self._block) if audio else None
         self._video = _VideoInput(processor.settings.pixels) if video else None
         self._window_ends = _window_ends(processor.settings.pixels, self._thinker) if video else []
+        # everything up to the begin mark is known, and can be prefilled before anything comes
         before = processor.before_media(self._messages, self._kind, assume_fps=assume_fps)
-        self.head = PromptPiece(before, mrope.resolve(before.segments, self._thinker))
+        self.head = PromptPiece(before, mrope.resolve_spans(before.segments, self._thinker))
         # the position id of the begin mark
-        self._start = mrope.resolve((*before.segments, mrope.Text(1)), self._thinker)[-1].start
+        self._start = mrope.resolve_spans((*before.segments, mrope.Text(1)), self._thinker)[-1].start
+        # the text that was asked for last, with its ids; at first the shortest end that a prompt can have
         self._after_media: tuple[str, list[int]] = "", processor.after_media(self._messages, self._kind, "")
         self._min_tokens_after = len(self._after_media[1])
         # what the pieces so far hold: windows, tokens, frames of log-mel and grids of pictures
@@ -90,6 +93,7 @@ class LivePrompt:
         """Hears more, see ``LiveSession.audio``; returns the windows that are full now."""
         if self._audio is None:
             raise InputError("this dialogue takes no sound; begin it with audio=True")
+        # whatever may be refused is refused before anything is taken, so that the sound can go on after an error
         self._audio.check(samples, rate)
         self._check_room(self._audio.frames_with(len(samples), rate), self._grid, self._min_tokens_after)
         self._audio.push(samples, rate)
@@ -119,16 +123,18 @@ class LivePrompt:
         self._check_room(self._num_frames_so_far, self._grid, len(after))
         head = self.head.prompt
         part = self._lay_out_media(self._num_frames_so_far, self._grid, after)
-        tokens = np.concatenate([head.tokens, part.tokens])
+        tokens = np.concatenate([head.tokens, part.tokens])  # [T]
+        # no media, so no token takes a feature
         nowhere = np.full(len(tokens), -1, np.int32)
         first = np.zeros(len(tokens), np.int32)
         return Prompt(tokens, (*head.segments, *part.segments), (), nowhere, first, _add_usage(head.usage, part.usage))
 
     def end(self, text: str) -> list[PromptPiece]:
-        """The rest of ``whole``; nothing can follow. It raises as ``whole`` does.
+        """The rest of ``whole_prompt``, which it raises like; nothing can follow.
 
         It is one piece, but for the sound that resampling held back, which may fill a window now.
         """
+        # for its errors alone, before the sound is closed
         self.whole_prompt(text)
         if self._audio is not None:
             self._audio.flush()
@@ -171,7 +177,9 @@ class LivePrompt:
 
     def _check_room(self, frames: int, grid: Grid, after: int) -> None:
         """Raises InputError if the prompt is longer than the context with this sound, these pictures and ids after."""
+        # delimiters stand on both sides of the media
         length = len(self.head.prompt) + 2 * self._num_delimiters + audio_tokens(frames) + grid.length + after
+        # one position of the context is left for a token of the reply
         limit = self._thinker.text_config.max_position_embeddings - 1
         if length > limit:
             raise InputError(
@@ -193,6 +201,7 @@ class LivePrompt:
         grids = self._grids
         sound = None
         sight = None
+        # nothing is taken from either before both are known to have all of the window
         if self._video is not None:
             grids = self._window_ends[self._window]
             if len(self._video.grids) < grids - self._grids:
@@ -203,7 +212,10 @@ class LivePrompt:
             frames = frames + self._block
             sound = AudioInput(self._audio.blocks.pop(0))
         if self._video is not None:
-            sight = _concatenate_grids([self._video.grids.pop(0) for _ in range(grids - self._grids)])
+            num_new = grids - self._grids
+            sight = _concatenate_grids(self._video.grids[:num_new])
+            del self._video.grids[:num_new]
+        # as if the media ended here; the end tokens are left out of the piece, for more may come
         part = self._lay_out_media(frames, dataclasses.replace(self._grid, frames=grids), [])
         piece = self._make_piece(part, len(part) - self._num_delimiters, sight, sound)
         self._window = self._window + 1
@@ -215,6 +227,7 @@ class LivePrompt:
         """What follows the head, laid out as it would be if this were all; of the media there is only the size."""
         c = self._thinker
         merge = c.vision_config.spatial_merge_size
+        # arrays of the right sizes that take no memory: one number, seen again and again
         nothing = np.float32(0)
         sound = AudioInput(np.broadcast_to(nothing, (frames, 1)))
         shape = (grid.frames, grid.height * merge, grid.width * merge)
@@ -235,10 +248,13 @@ class LivePrompt:
             fresh = sound if isinstance(item, AudioInput) else sight
             numbers.append(len(new))
             done.append(audio_tokens(self._frames) if isinstance(item, AudioInput) else self._grids * self._cells)
-            new += [] if fresh is None else [fresh]
+            # only the media of this piece: what came before is in the cache already
+            if fresh is not None:
+                new.append(fresh)
         here = slice(self._num_tokens, end)
-        own = part.media_item[self._num_tokens : end]
-        spans = mrope.resolve(part.segments, self._thinker, start=self._start)
+        own = part.media_item[self._num_tokens : end]  # [T]
+        # spans of the whole part, of which this piece takes its own: ids go on where the last piece ended
+        spans = mrope.resolve_spans(part.segments, self._thinker, start=self._start)
         piece = Prompt(
             tokens=part.tokens[here],
             segments=(),
@@ -248,7 +264,7 @@ class LivePrompt:
             usage=Usage(),
         )
         self._num_tokens = end
-        return PromptPiece(piece, mrope.cut(spans, here.start, end))
+        return PromptPiece(piece, mrope.cut_spans(spans, here.start, end))
 
 
 class _AudioInput:
@@ -265,6 +281,7 @@ class _AudioInput:
 
     def frames_with(self, more: int, rate: int) -> int:
         """How many frames there were if the sound ended after so many more samples."""
+        # as many samples as ``Resampler`` gives in all, and a frame for each hop that has begun
         samples = -(-(self._taken + more) * self._settings.sampling_rate // (self._rate or rate))
         return -(-samples // self._settings.hop_length)
 
@@ -293,6 +310,7 @@ class _AudioInput:
             )
 
     def push(self, samples: np.ndarray, rate: int) -> None:
+        # the first piece decides on the rate
         if self._resampler is None:
             self._rate = rate
             self._resampler = Resampler(rate, self._settings.sampling_rate)
@@ -352,6 +370,7 @@ class _VideoInput:
 
     def push(self, picture: Image.Image, seconds: float) -> None:
         due = self._count_due(seconds)
+        # pictures that were due before this one show what was seen last; where none came in time, this one
         before = self._last or picture
         for number in range(self._count, due):
             self._waiting.append(picture if number == due - 1 else before)
@@ -363,6 +382,7 @@ class _VideoInput:
 
     def finish(self) -> VisionInput | None:
         """What no piece holds yet."""
+        # a grid needs two pictures; video_input shows an odd last one twice
         if self._waiting:
             self._make_grid()
         return _concatenate_grids(self.grids) if self.grids else None
@@ -386,8 +406,10 @@ class _VideoInput:
 
 def _concatenate_grids(grids: Sequence[VisionInput]) -> VisionInput:
     """One after the other, as one."""
-    shape = (sum(g.grid[0] for g in grids), *grids[0].grid[1:])
-    return dataclasses.replace(grids[0], patches=np.concatenate([g.patches for g in grids]), grid=shape)
+    _, rows, columns = grids[0].grid
+    num_grids = sum(grid.grid[0] for grid in grids)
+    patches = np.concatenate([grid.patches for grid in grids])  # [patches, values of a patch]
+    return dataclasses.replace(grids[0], patches=patches, grid=(num_grids, rows, columns))
 
 
 def _window_ends(pixels: PixelSettings, config: ThinkerConfig) -> list[int]:
@@ -402,6 +424,7 @@ def _window_ends(pixels: PixelSettings, config: ThinkerConfig) -> list[int]:
             f"pictures are looked at {pixels.fps:g} times a second; while they come, it must be at least "
             f"{pixels.temporal_patch_size / config.seconds_per_chunk:g}"
         )
+    # more grids than can ever come, each of a single cell, so that chunks end at numbers of grids
     most = pixels.max_frames // pixels.temporal_patch_size + 1
     chunks = mrope.interleave(Interleaved(Grid(most, 1, 1, seconds), 0), config)
     # the last one has no end
@@ -409,4 +432,7 @@ def _window_ends(pixels: PixelSettings, config: ThinkerConfig) -> list[int]:
 
 
 def _add_usage(a: Usage, b: Usage) -> Usage:
-    return Usage(*(x + y for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)))
+    sums = {}
+    for field in dataclasses.fields(Usage):
+        sums[field.name] = getattr(a, field.name) + getattr(b, field.name)
+    return Usage(**sums)

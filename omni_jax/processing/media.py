@@ -126,6 +126,7 @@ def read_sound(
         info = read_info(file)
         if not info.has("audio"):
             raise InputError("it has no sound")
+        # a raw stream without durations seems to end at 0, which is no reason to refuse a range of it
         seconds = info.tracks["audio"].end - info.start
         if begin >= seconds > 0:
             raise InputError(f"the range begins at {begin:g} s, but the sound ends after {seconds:.2f} s")
@@ -155,6 +156,7 @@ def _sound_collector(info: ContainerInfo, begin: float, end: float, settings: Me
 
 def _finish_sound(collector: SoundCollector) -> Sound | None:
     samples = collector.assemble()
+    # a range without sound; whether that is an error depends on what was asked for
     if not len(samples):
         return None
     resampled = audio.resample(samples, collector.rate, collector.settings.sampling_rate)
@@ -175,11 +177,12 @@ def _decode_video(
     (hidden frames of VP8, leading frames without a reference), they are chosen again by the decoder's and decoded anew.
     """
     track = info.tracks["video"]
+    # packets before the first frame that decodes show nothing, such as those before the first key frame of a cut
     times = track.times[track.times >= track.start - 1e-6]
     choice = choose_frames(times - info.start, track.frame_rate, settings, options)
     frames = _frame_collector(info, choice, options, resize)
     decode_tracks(file, info, [frames] if sound is None else [frames, sound])
-    decoded = np.array(frames.times)
+    decoded = np.array(frames.times)  # [frames], seconds
     if frames.finished:  # the range ends before the file, and what comes later was not decoded
         decoded = np.concatenate([decoded, times[times > frames.end]])
     if len(decoded) == len(times) and np.abs(decoded - times).max(initial=0.0) < 1e-6:
@@ -189,6 +192,7 @@ def _decode_video(
     # decoders give frames in order, but damaged files may have stamps that go back
     choice = choose_frames(np.sort(decoded) - info.start, track.frame_rate, settings, options)
     frames = _frame_collector(info, choice, options, resize)
+    # the sound was collected in the first pass
     decode_tracks(file, info, [frames])
     return frames, choice
 
@@ -198,6 +202,7 @@ def _frame_collector(
 ) -> FrameCollector:
     count = len(choice.indices)
 
+    # each frame becomes small as it is decoded: hundreds of them in full would fill the memory
     def convert(frame: Image.Image) -> Image.Image:
         return frame if resize is None else resize(frame, count)
 
@@ -221,11 +226,13 @@ def array_audio(
       InputError: if it is not sound, or nothing of it lies in the range.
     """
     kind = samples.dtype
+    # sound has more samples than channels, so the shorter axis is that of the channels
     if samples.ndim == 2 and min(samples.shape) <= MAX_CHANNELS:
         channel_axis = int(np.argmin(samples.shape))
         samples = scale_samples(samples).mean(axis=channel_axis)
     if samples.ndim != 1 or not np.issubdtype(kind, np.number) or np.issubdtype(kind, np.complexfloating):
         raise InputError(f"an array of sound must be numbers [n] or [n, channels], got {kind} {list(samples.shape)}")
+    # the range is cut in the array's own rate, before it is scaled and resampled
     first = round(min(begin * rate, len(samples)))
     last = round(min(end * rate, len(samples)))
     samples = scale_samples(samples)[first:last]
@@ -239,6 +246,7 @@ def array_audio(
 def _list_video(
     frames: Any, settings: PixelSettings, options: Mapping[str, Any], resize: Resize | None, allow_urls: bool
 ) -> Video:
+    # [frames, height, width, channels]; what shape and type each frame must have, read_image checks
     if isinstance(frames, np.ndarray) and frames.ndim == 4:
         frames = list(frames)
     if not isinstance(frames, Sequence):

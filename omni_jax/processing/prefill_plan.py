@@ -21,6 +21,7 @@ from omni_jax.mrope import Span
 from omni_jax.processing.collate import collate_media, media_index_of
 from omni_jax.processing.layout import Prompt, Usage
 
+# two widths: wide chunks use the hardware well, narrow ones keep the padding of short prompts small
 NARROW_CHUNK = 64  # positions
 WIDE_CHUNK = 256
 AUDIO_BLOCKS = 4  # of two seconds in a call of the audio encoder, where a prompt has more than one
@@ -37,7 +38,7 @@ class PromptPiece:
 
     Attributes:
       prompt: token ids and media.
-      spans: of its position ids, counted from its first token (``mrope.resolve``).
+      spans: of its position ids, counted from its first token (``mrope.resolve_spans``).
     """
 
     prompt: Prompt
@@ -104,14 +105,18 @@ def plan_prefill(pieces: Sequence[PromptPiece], config: OmniConfig) -> PrefillPl
       pieces: some may be empty.
       config: gives the sizes of blocks and windows.
     """
-    inputs = _plan_encoders([piece.prompt for piece in pieces], config)
+    prompts = [piece.prompt for piece in pieces]
+    inputs = _plan_encoders(prompts, config)
+    # of each prompt: the feature of each of its tokens, among those of all calls
     index = []
     for number, piece in enumerate(pieces):
         items = [inputs.features[number, item] for item in range(len(piece.prompt.media))]
         index.append(media_index_of(piece.prompt, items))
+    # the longest prompt decides; in the last chunks those that are shorter have no valid positions
+    longest = max(map(len, prompts), default=0)
     chunks = []
     start = 0
-    for width in chunk_widths(max((len(piece.prompt) for piece in pieces), default=0)):
+    for width in chunk_widths(longest):
         chunks.append(_cut_chunk(pieces, index, inputs.starts, slice(start, start + width)))
         start += width
     return PrefillPlan(inputs.calls, tuple(chunks))
@@ -121,6 +126,7 @@ def chunk_widths(num_tokens: int) -> list[int]:
     """The widths of the chunks of a prompt: wide ones, and for the rest one or two narrow ones if they suffice."""
     widths = []
     while num_tokens > 0:
+        # two narrow chunks compute half of what a wide one does
         width = WIDE_CHUNK if num_tokens > 2 * NARROW_CHUNK else NARROW_CHUNK
         widths.append(width)
         num_tokens -= width
@@ -137,6 +143,7 @@ def _round_up(number: int, unit: int) -> int:
 
 
 def _round_blocks(num_blocks: int) -> int:
+    # a single block has a program of its own: short sounds are common, and live sound comes block by block
     return _round_up(num_blocks, AUDIO_BLOCKS) if num_blocks > 1 else num_blocks
 
 
@@ -151,8 +158,9 @@ def _plan_encoders(prompts: Sequence[Prompt], config: OmniConfig) -> _EncoderInp
         calls += _split_audio(audio)
     for group in vision:
         calls += _split_vision(group)
+    # calls are cut in the order of collate_media's features, whose indices so become those of all calls
     counts = [_count_features(call, config.thinker_config) for call in calls]
-    starts = np.cumsum([0, *counts])[:-1]
+    starts = np.cumsum([0, *counts])[:-1]  # [calls]
     return _EncoderInputs(tuple(calls), starts, features)
 
 
@@ -186,18 +194,19 @@ def _cut_chunk(
 ) -> PrefillChunk:
     width = part.stop - part.start
     shape = (len(pieces), width)
-    tokens = np.zeros(shape, np.int32)
-    valid = np.zeros(shape, bool)
-    feature = np.full(shape, NO_FEATURE, np.int32)
+    tokens = np.zeros(shape, np.int32)  # [B, C]
+    valid = np.zeros(shape, bool)  # [B, C]
+    feature = np.full(shape, NO_FEATURE, np.int32)  # [B, C]
     spans = []
     for slot, piece in enumerate(pieces):
+        # a slice past the end is shorter, or empty: the rest of the row stays padding
         own = piece.prompt.tokens[part]
         tokens[slot, : len(own)] = own
         valid[slot, : len(own)] = True
         feature[slot, : len(own)] = index[slot][part]
-        spans.append(mrope.cut(piece.spans, part.start, part.stop))
+        spans.append(mrope.cut_spans(piece.spans, part.start, part.stop))
     # a span holds at least one token, so a table as wide as the chunk is always enough
-    table = mrope.stack(spans, width, width=width)
+    table = mrope.stack_spans(spans, width, width=width)
     return PrefillChunk(tokens, valid, table, feature >= 0, _split_features(feature, starts))
 
 
@@ -205,6 +214,7 @@ def _split_features(feature: Int[np.ndarray, "B C"], starts: np.ndarray) -> dict
     """``PrefillChunk.feature_index`` from indices among the features of all calls."""
     call_of = np.searchsorted(starts, feature, side="right") - 1  # [B, C], -1 where there is no feature
     by_call = {}
+    # a call that this chunk takes nothing from has no entry, so that its features need not be there
     for call in np.unique(call_of[feature >= 0]):
         in_call = np.where(call_of == call, feature - starts[call], NO_FEATURE)
         by_call[int(call)] = in_call.astype(np.int32)

@@ -79,8 +79,10 @@ class ProcessorConfig:
           ConfigError: for an unknown key, or a value that the model was not made for.
         """
         parts: dict[str, dict[str, Any]] = {"mel": {}, "pixels": {}}
+        # one flat file has the settings of sound and of pictures
         names = {f.name: "mel" for f in dataclasses.fields(MelSettings)}
         names |= {f.name: "pixels" for f in dataclasses.fields(PixelSettings)}
+        # later releases of transformers spell the bounds as edges of a size
         size = values.get("size") or {}
         edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
         # a key of its own outweighs the edges of later releases
@@ -157,6 +159,7 @@ class Processor:
         path = Path(folder)
         config = OmniConfig.load(path)
         tokenizer = TextTokenizer.load(path)
+        # a tokenizer of Qwen2.5-VL has the same ids under other names, and would split the template's tokens
         _check_special_tokens(tokenizer, config, path)
         template = ChatTemplate.load(path)
         settings = ProcessorConfig.load(path)
@@ -204,12 +207,14 @@ class Processor:
           InputError: for anything in it that cannot be used, naming its place.
         """
         parsed = parse_messages(messages)
+        # cut behind each header, for a reply that is generated begins at a token of its own
         parts = split_at_replies(self._template.render(parsed, add_generation_prompt=False))
         ids: list[int] = []
         for part in parts:
             ids += self.tokenizer.encode(part)
         prompt = self._build_prompt(parsed, ids, None, max_length)
         replies = self._find_replies(prompt)
+        # replies that another template writes in another way are not found, and training would learn nothing of them
         num_found = replies.max(initial=-1) + 1
         num_replies = sum(message.role == "assistant" for message in parsed)
         if num_found != num_replies:
@@ -277,9 +282,13 @@ class Processor:
             "audio": (c.audio_start_token_id, c.audio_token_index, c.audio_end_token_id),
             "video": (c.vision_start_token_id, c.video_token_index, c.vision_end_token_id),
         }[kind]
-        content = (MediaPart(kind, None, "the media to come"), *([TextPart(text)] if text else []))
+        content: tuple[MediaPart | TextPart, ...] = (MediaPart(kind, None, "the media to come"),)
+        if text:
+            content = (*content, TextPart(text))
         ids = self.tokenizer.encode(self._template.render((*messages, Message("user", content))))
-        place = max((i for i, token in enumerate(ids) if token == placeholder), default=0)
+        # the last placeholder: earlier messages may have media of the same kind
+        places = [i for i, token in enumerate(ids) if token == placeholder]
+        place = places[-1] if places else 0
         if ids[max(place - 1, 0) : place + 2] != [begin, placeholder, end]:
             raise InputError(f"the chat template must put {kind} of a user between a begin and an end token")
         return ids[: place - 1], ids[place + 2 :]
@@ -296,16 +305,20 @@ class Processor:
 
     def _find_replies(self, prompt: Prompt) -> np.ndarray:
         """Which reply each token is of, see ``dialogue``. Users cannot write the tokens that are looked for."""
-        header = np.asarray(self.tokenizer.encode([(REPLY_HEADER, True)]))
+        header = np.asarray(self.tokenizer.encode([(REPLY_HEADER, True)]))  # [tokens of the header]
         replies = np.full(len(prompt), -1, np.int32)
         ends = np.flatnonzero(prompt.tokens == self.tokenizer.special_id("<|im_end|>"))
-        places = np.flatnonzero(prompt.tokens == header[0]).tolist()
-        begins = [i for i in places if np.array_equal(prompt.tokens[i : i + len(header)], header)]
-        for number, begin in enumerate(begins):
+        number = 0
+        # the header's first token begins messages of all roles, so the rest of it is compared too
+        for begin in np.flatnonzero(prompt.tokens == header[0]).tolist():
+            if not np.array_equal(prompt.tokens[begin : begin + len(header)], header):
+                continue
             ends_after = ends[ends > begin]
             if not len(ends_after):
                 break
             replies[begin + len(header) : ends_after[0] + 1] = number
+            number += 1
+        # a template could put media into a reply, and placeholders are no targets
         return np.where(prompt.media_item < 0, replies, -1).astype(np.int32)
 
     def _read_item(self, part: MediaPart, assume_fps: float | None) -> Item:
@@ -353,10 +366,12 @@ class Processor:
             resize=FrameResizer(pixels, options),
             allow_urls=self._allow_urls,
         )
+        # of a list of pictures, they are read only now, one by one
         frames = list(video.frames)
         vision = pack_frames(frames, assume_fps or video.fps, pixels, video.num_bad_packets)
         if wants_sound is True and not video.has_audio:
             raise InputError('use_audio_in_video is true, but it has no sound; "auto" hears a video only if it has')
+        # a request that asks for sound by name must not lose it silently; "auto" takes what there is
         sound = video.sound
         if not wants_sound or not video.has_audio:
             return vision
@@ -376,6 +391,7 @@ class Processor:
         usage = prompt.usage
         kinds = ", ".join(f"{getattr(usage, kind)} {kind}" for kind in ("text", "image", "video", "audio"))
         message = f"the prompt has {len(prompt)} tokens, over the limit of {limit} ({kinds})"
+        # what is too long is mostly one medium, so the error names the largest
         sizes = [self._count_tokens(item) for item in items]
         if sizes:
             largest = int(np.argmax(sizes))

@@ -73,6 +73,7 @@ def locate_source(value: Any, *, allow_urls: bool = False) -> Source:
     if not isinstance(value, str | os.PathLike):
         raise InputError(f"expected a path, a URL or bytes, got {type(value).__name__}")
     text = os.fspath(value)
+    # a colon alone makes no URL: call-12:30.wav is a path, for "call-12" is no scheme that is known
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
     name = scheme.group(1).lower() if scheme else ""
     if name == "data":
@@ -83,6 +84,7 @@ def locate_source(value: Any, *, allow_urls: bool = False) -> Source:
         return _check_not_empty(Source(_fetch_from_bucket(text, allow_urls)))
     if name == "file":
         return _find_file(_file_url(text))
+    # a path with these letters is rather a misspelt URL, and "no such file" would not help
     if "://" in text:
         raise InputError(f"unknown kind of URL {name!r}; known: file, data, http, https, gs")
     return _find_file(text)
@@ -104,6 +106,7 @@ def _find_file(name: str) -> Source:
         if not path.stat().st_size:
             raise InputError("the file is empty (0 bytes)")
     except (OSError, ValueError) as e:
+        # a name that is too long, or has a zero byte in it; the errors above are ValueErrors too
         if isinstance(e, InputError):
             raise
         raise InputError(f"not a path that can be read: {e}") from e
@@ -112,6 +115,7 @@ def _find_file(name: str) -> Source:
 
 def _file_url(url: str) -> str:
     parts = urllib.parse.urlsplit(url)
+    # file://name/path would be a file of the machine called name
     if parts.netloc not in ("", "localhost"):
         raise InputError(f"a file URL must be of this machine (file:///path), got the host {parts.netloc!r}")
     return urllib.request.url2pathname(parts.path)
@@ -121,10 +125,12 @@ def _data_url(url: str) -> bytes:
     header, comma, data = url.partition(",")
     if not comma or not header.endswith(";base64"):
         raise InputError(f"a data URL must look like data:audio/wav;base64,...; got {header[:60]!r}")
+    # browsers may write + and / as %2B and %2F
     return decode_base64(urllib.parse.unquote(data) if "%" in data else data, "the data URL")
 
 
 def _fetch_from_bucket(url: str, allowed: bool) -> bytes:
+    # before the bucket is touched: a name alone must not make this machine use its account
     _check_allowed(allowed)
     files, path = open_bucket(url)
     try:
@@ -146,6 +152,7 @@ def _fetch_url(url: str, allowed: bool) -> bytes:
     _check_allowed(allowed)
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
+            # a byte more than is allowed, to tell a file that is over the limit from one that ends at it
             data = answer.read(MAX_FETCHED_BYTES + 1)
     except (urllib.error.URLError, OSError, ValueError) as e:
         raise InputError(f"cannot fetch it: {e}") from e
@@ -160,6 +167,7 @@ def decode_base64(text: str, where: str) -> bytes:
     Raises:
       InputError: for anything else, naming ``where``.
     """
+    # without validate, letters that are not base64 would be dropped silently
     try:
         return base64.b64decode(re.sub(r"\s", "", text), validate=True)
     except (binascii.Error, ValueError) as e:

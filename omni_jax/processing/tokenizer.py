@@ -21,9 +21,11 @@ class TextTokenizer:
         """Takes the contents of ``tokenizer.json``."""
         values = json.loads(description)
         self._special = {token["content"]: token["id"] for token in values["added_tokens"]}
+        # some added tokens, such as <tool_call>, are not special: they stay in the text of a reply
         self._hidden = {token["id"] for token in values["added_tokens"] if token["special"]}
         # without its added tokens the tokenizer reads their names as the letters they are made of
         self._plain = tokenizers.Tokenizer.from_str(json.dumps({**values, "added_tokens": [], "post_processor": None}))
+        # the longest first, as an alternative of a pattern wins over those after it; (?!) never matches
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
         self._special_name = re.compile("|".join(names) or r"(?!)")
 
@@ -57,7 +59,7 @@ class TextTokenizer:
           pieces: each a text and whether it is trusted.
         """
         ids: list[int] = []
-        waiting: list[str] = []
+        waiting: list[str] = []  # text since the last special token, which is split as one
         for text, trusted in pieces:
             if not trusted:
                 waiting.append(text)
@@ -72,6 +74,7 @@ class TextTokenizer:
         return ids + self._encode_plain(waiting)
 
     def _encode_plain(self, texts: Sequence[str]) -> list[int]:
+        # the library refuses half a surrogate pair, which JSON can hold
         text = replace_surrogates("".join(texts))
         return self._plain.encode(text, add_special_tokens=False).ids if text else []
 
@@ -119,8 +122,16 @@ class TextStream:
 def _letters_of_bytes() -> dict[str, int]:
     """Byte-level BPE writes a byte as a letter: itself if it prints, else one from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (b for b in range(256) if b not in printable)
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    byte_of_letter = {}
+    num_others = 0
+    for byte in range(256):
+        if byte in printable:
+            byte_of_letter[chr(byte)] = byte
+        else:
+            # control characters, spaces and the soft hyphen, in their order
+            byte_of_letter[chr(256 + num_others)] = byte
+            num_others += 1
+    return byte_of_letter
 
 
 _BYTE_OF_LETTER = _letters_of_bytes()

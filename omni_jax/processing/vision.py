@@ -29,19 +29,22 @@ class PixelSettings:
     The file says nothing about videos; their budgets are those of the official utilities.
     """
 
+    # of a picture; the reference's class has a far smaller default for the largest
     min_pixels: int = 3136
     max_pixels: int = 12_845_056
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
+    patch_size: int = 14  # pixels on a side
+    temporal_patch_size: int = 2  # frames that one patch covers
+    merge_size: int = 2  # patches on the side of a cell, which becomes one token
+    # of red, green and blue, where pixels are 0 to 1
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    # budgets of videos
     video_min_pixels: int = 128 * 28 * 28  # a frame
     video_max_pixels: int = 768 * 28 * 28
     video_total_pixels: int = 90_316_800  # a video
     min_frames: int = 4
     max_frames: int = 768
-    fps: float = 2.0
+    fps: float = 2.0  # frames that are looked at in a second
 
     @property
     def cell(self) -> int:
@@ -61,13 +64,16 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
         raise InputError(f"a picture of {width} x {height} pixels is empty")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise InputError(f"{width} x {height} pixels: one side is over {MAX_ASPECT_RATIO} times the other; crop it")
+    # in cells; the budgets are compared with the rounded size
     rows = round(height / factor)
     columns = round(width / factor)
     if rows * columns * factor**2 > max_pixels:
+        # rounded down, so that the size is within the budget; a thin picture keeps a cell
         shrink = math.sqrt(height * width / max_pixels)
         rows = max(1, math.floor(height / shrink / factor))
         columns = max(1, math.floor(width / shrink / factor))
     elif rows * columns * factor**2 < min_pixels:
+        # rounded up, for the same reason; sides that were rounded to nothing grow, too
         grow = math.sqrt(min_pixels / (height * width))
         rows = math.ceil(height * grow / factor)
         columns = math.ceil(width * grow / factor)
@@ -91,6 +97,7 @@ def smart_nframes(total: int, native_fps: float, settings: PixelSettings, option
             f"the video has {total} frames to look at; at least {settings.temporal_patch_size} are needed "
             "(send a single one as a picture)"
         )
+    # frames are taken in pairs, as many as a patch covers
     factor = settings.temporal_patch_size
     if "nframes" in options:
         frames = round(options["nframes"] / factor) * factor
@@ -99,6 +106,7 @@ def smart_nframes(total: int, native_fps: float, settings: PixelSettings, option
                 f"nframes is {options['nframes']}; this video allows {factor} to {total // factor * factor}"
             )
         return frames
+    # a short video may have fewer frames than the minimum, so the number of its frames has the last word
     min_frames = math.ceil(settings.min_frames / factor) * factor
     max_frames = min(settings.max_frames, total) // factor * factor
     wanted = total / native_fps * options.get("fps", settings.fps)
@@ -113,8 +121,9 @@ def frame_indices(total: int, frames: int) -> np.ndarray:
     if frames == 1:
         return np.zeros(1, int)
     step = np.float32(total - 1) / np.float32(frames - 1)
-    number = np.arange(frames, dtype=np.float32)
+    number = np.arange(frames, dtype=np.float32)  # [frames]
     last = np.float32(total - 1)
+    # the first half is counted up from 0, the second down from the end
     points = np.where(number < frames // 2, step * number, last - step * (np.float32(frames - 1) - number))
     return points.round().astype(int)
 
@@ -150,6 +159,7 @@ def choose_frames(
     Raises:
       InputError: if no frame, or too few, lie in the range.
     """
+    # the frames of the range
     begin = options.get("video_start", 0.0)
     end = options.get("video_end", math.inf)
     inside = np.flatnonzero((times >= begin) & (times <= end))
@@ -162,6 +172,8 @@ def choose_frames(
     if rate is not None:
         count = smart_nframes(len(inside), _check_rate(rate), settings, options)
         return FrameChoice(inside[frame_indices(len(inside), count)], count / len(inside) * rate)
+    # no constant rate: the grid goes from the first frame to the last; where the pictures begin late, from the range's
+    # beginning, so that their ids agree with the sound's
     first = begin if is_late else float(shown[0])
     mean_rate = max(len(inside) - 1, 1) / (float(shown[-1]) - first)
     count = smart_nframes(len(inside), _check_rate(mean_rate), settings, options)
@@ -180,9 +192,10 @@ def _constant_rate(times: np.ndarray, stated_fps: float) -> float | None:
     if span <= 0:
         return stated_fps or 1.0
     measured = intervals / span
-    deviation = np.abs(times - times[0] - np.arange(len(times)) / measured)
+    deviation = np.abs(times - times[0] - np.arange(len(times)) / measured)  # [frames], seconds
     if deviation.max() > max(0.5 / measured, _MAX_JITTER_SECONDS):
         return None
+    # the header's number is the more exact one: time stamps of some containers are whole milliseconds
     agrees = stated_fps > 0 and abs(intervals / stated_fps - span) <= 2 / stated_fps + 0.001 * span
     return stated_fps if agrees else measured
 
@@ -195,8 +208,8 @@ def _check_rate(fps: float) -> float:
 
 def _nearest_indices(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Of each wanted time the nearest of ``times``, which are in order; the earlier one of two as near; int [n]."""
-    after = np.searchsorted(times, wanted).clip(1, len(times) - 1)
-    is_nearer = times[after] - wanted < wanted - times[after - 1]
+    after = np.searchsorted(times, wanted).clip(1, len(times) - 1)  # [n]
+    is_nearer = times[after] - wanted < wanted - times[after - 1]  # [n]
     return np.where(is_nearer, after, after - 1)
 
 
@@ -212,6 +225,7 @@ class FrameResizer:
     def __call__(self, frame: Image.Image, count: int) -> Image.Image:
         """Resizes one of ``count`` frames in RGB; all get the size that follows from the first."""
         if self._size is None:
+            # frames share a budget of pixels, in which an odd last one counts twice
             factor = self._settings.temporal_patch_size
             even_count = -(-count // factor) * factor
             self._size = video_size(frame.height, frame.width, even_count, self._settings, self._options)
@@ -229,8 +243,8 @@ def image_input(picture: Image.Image, settings: PixelSettings, options: Mapping[
     """
     low, high = _pixel_budget(options, settings.min_pixels, settings.max_pixels)
     height, width = smart_resize(picture.height, picture.width, settings.cell, low, high)
-    resized = _resize(picture, height, width)
-    frames = np.repeat(resized[None], settings.temporal_patch_size, axis=0)
+    resized = _resize(picture, height, width)  # [height, width, 3]
+    frames = np.repeat(resized[None], settings.temporal_patch_size, axis=0)  # [2, height, width, 3]
     patches, grid = patchify(frames, settings)
     return VisionInput(patches, grid)
 
@@ -263,9 +277,10 @@ def pack_frames(
       num_bad_packets: of the file, that do not decode and are left out.
     """
     factor = settings.temporal_patch_size
-    pixels = [np.asarray(frame) for frame in frames]
+    pixels = [np.asarray(frame) for frame in frames]  # [height, width, 3] each
     pixels += [pixels[-1]] * (-len(pixels) % factor)
     patches, grid = patchify(np.stack(pixels), settings)
+    # the true rate, and not that of the call, which the reference takes for all videos
     return VisionInput(patches, grid, "video", factor / fps, num_bad_packets)
 
 
@@ -274,6 +289,7 @@ def video_size(
 ) -> tuple[int, int]:
     """The size of a video's frames: a frame's budget shrinks as there are more of them."""
     shared = settings.video_total_pixels / frames * settings.temporal_patch_size
+    # as in the official utilities, a user can lower the largest size of a frame and never raise it
     low = options.get("min_pixels", settings.video_min_pixels)
     max_pixels = max(min(settings.video_max_pixels, shared), int(low * 1.05))
     bounded = {**options, "max_pixels": min(options.get("max_pixels", max_pixels), max_pixels)}
@@ -308,6 +324,7 @@ def patchify(frames: np.ndarray, settings: PixelSettings) -> tuple[np.ndarray, t
       float32 [t * rows * columns, 3 * 2 * 14 * 14] with a patch's values in the order channel, frame, row, column; and
       the grid (t, rows, columns) in patches.
     """
+    # as the reference reshapes and transposes: patches of a cell are neighbours, channels come before frames in a patch
     n, height, width, _ = frames.shape
     deep = settings.temporal_patch_size
     patch = settings.patch_size
@@ -319,7 +336,7 @@ def patchify(frames: np.ndarray, settings: PixelSettings) -> tuple[np.ndarray, t
     # [patches, 3, deep * patch * patch]
     ordered = ordered.reshape(math.prod(grid), 3, deep * patch**2)
     # one look-up a pixel is exact, and faster than arithmetic
-    values = _normalized_levels(settings)
+    values = _normalized_levels(settings)  # [3, 256]
     out = np.empty(ordered.shape, np.float32)
     for channel in range(3):
         out[:, channel] = values[channel][ordered[:, channel]]
@@ -328,7 +345,8 @@ def patchify(frames: np.ndarray, settings: PixelSettings) -> tuple[np.ndarray, t
 
 def _normalized_levels(settings: PixelSettings) -> np.ndarray:
     """What each level of a channel becomes, rounded where the reference rounds; float32 [3, 256]."""
-    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+    # the reference scales in float64 and normalises in float32
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)  # [256]
     mean = np.array(settings.image_mean, np.float32)
     std = np.array(settings.image_std, np.float32)
     return (levels - mean[:, None]) / std[:, None]

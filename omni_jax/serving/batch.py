@@ -39,9 +39,11 @@ def run_batch(command: BatchCommand) -> None:
     if command.distributed:
         join_processes(command.coordinator, command.processes, command.process)
         is_main = is_main_process()
+    # all processes do the same work; one of them prints
     terminal = Console(stderr=True, quiet=not is_main)
     total = _count_lines(command.input)
     with _open_results(command, is_main) as results, BatchProgress(terminal, total, results) as progress:
+        # written before the next one is asked for, so that a run which is killed loses as little as possible
         for result in _answer(command, results, progress):
             progress.add(result)
             results.add(result.text)
@@ -57,6 +59,7 @@ def check_command(command: BatchCommand) -> None:
     Raises:
       InputError: naming the option.
     """
+    # numbers
     check_int("--slots", command.slots, 1)
     check_int("--workers", command.workers, 1)
     check_int("--warmup-tokens", command.warmup_tokens, 0)
@@ -64,6 +67,7 @@ def check_command(command: BatchCommand) -> None:
     check_int("--ray.actors", command.ray.actors, 1)
     check_float("--media.seconds", command.media.seconds, 0, _MAX_MEDIA_SECONDS, above=True)
     check_float("--media.gigabytes", command.media.gigabytes, 0, _MAX_MEDIA_GIGABYTES, above=True)
+    # files and folders; in a bucket there are no folders that could be missing
     if not is_file(command.input):
         raise InputError(f"-i {command.input}: no such file")
     if command.distributed and (command.engine == "ray" or command.mesh.num_devices == 1):
@@ -79,6 +83,7 @@ def check_command(command: BatchCommand) -> None:
 
 def make_spec(command: BatchCommand) -> WorkerSpec:
     """What the options say of each worker."""
+    # paths in requests are relative to their file, wherever the command is started
     base_dir = folder_of(command.input)
     return WorkerSpec(
         model=command.model,
@@ -99,6 +104,7 @@ def _open_results(command: BatchCommand, is_main: bool) -> Results:
     """Where results go; of several processes only the first has them, and tells the others what is done."""
     if not command.distributed:
         return open_results(command.output)
+    # all processes must leave out the same lines, or they would make different calls and wait for each other forever
     results = open_results(command.output) if is_main else KnownResults({})
     finished = gather(list(results.finished.items()))[0]
     return results if is_main else KnownResults(dict(finished))
@@ -106,6 +112,7 @@ def _open_results(command: BatchCommand, is_main: bool) -> Results:
 
 def _answer(command: BatchCommand, results: Results, progress: BatchProgress) -> Iterator[Result]:
     """The results of the lines that have none, from this process or from actors."""
+    # read as they are needed: a file may be larger than the memory
     lines = _unfinished_lines(command.input, results, progress)
     spec = make_spec(command)
     if command.engine == "ray":
@@ -149,9 +156,10 @@ def _unfinished_lines(name: str, results: Results, progress: BatchProgress) -> I
 def _count_lines(name: str) -> int:
     """Requests in a file, roughly: it is only for the progress bar, and read in big pieces."""
     count = 0
-    last_byte = b"\n"
+    last_byte = b"\n"  # of an empty file, which has no last line either
     with open_file(name) as file:
         while piece := file.read(_READ_BYTES):
             count += piece.count(b"\n")
             last_byte = piece[-1:]
+    # the last line need not end in a line break
     return count + (last_byte != b"\n")

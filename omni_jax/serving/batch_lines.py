@@ -20,7 +20,7 @@ ID_PREFIX = "batch_req_"  # of the id of a result; the line's number follows
 
 _FIELDS = ("custom_id", "method", "url", "body")
 _MAX_MESSAGE = 2000  # characters of an error
-_BOM = b"\xef\xbb\xbf"  # what editors on Windows begin a file with, and so a part of join_path files
+_BOM = b"\xef\xbb\xbf"  # what editors on Windows begin a file with; amid a file where such files were joined
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -79,6 +79,7 @@ def read_lines(name: str, number: int = 1, offset: int = 0) -> Iterator[Line]:
     try:
         with open_file(name) as file:
             file.seek(offset)
+            # a byte more than is allowed, to tell a line that is too long from one that is just as long
             while data := file.readline(MAX_LINE_BYTES + 1):
                 if len(data) > MAX_LINE_BYTES:
                     # read on to its end a piece at a time, so that it never is in memory as a whole
@@ -87,6 +88,7 @@ def read_lines(name: str, number: int = 1, offset: int = 0) -> Iterator[Line]:
                     yield Line(number, None, offset)
                 elif data.removeprefix(_BOM).strip():
                     yield Line(number, data, offset)
+                # empty lines count, so that the number is the one that an editor shows
                 number += 1
                 offset = file.tell()
     except OSError as e:
@@ -100,6 +102,7 @@ def parse_line(line: Line) -> tuple[str, ChatRequest]:
       LineError: if it is none, or its body cannot be served; says what is wrong with it.
     """
     values = _parse_json(line)
+    # first, since it is what every other error is found by
     custom_id = values.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise LineError(f"custom_id is {shown(custom_id)}; it must be a string that is not empty")
@@ -109,6 +112,7 @@ def parse_line(line: Line) -> tuple[str, ChatRequest]:
             if values.get(name) != expected:
                 raise InputError(f"{name} is {shown(values.get(name))}; it must be {expected!r}")
         return custom_id, parse_body(values.get("body"))
+    # what is wrong with the fields makes the line no request, which has another code than media that cannot be read
     except InputError as e:
         raise LineError(str(e)) from e
 
@@ -149,8 +153,10 @@ def make_error(line: Line, custom_id: str | None, error: Exception) -> Result:
 
 
 def _parse_json(line: Line) -> dict[str, Any]:
+    # read_lines gives no data of a line that is too long
     if line.data is None:
         raise LineError(f"the line is longer than {MAX_LINE_BYTES} bytes; put its media into files")
+    # Python's json takes NaN and Infinity, which are no JSON and no numbers that anything could be set to
     try:
         values = json.loads(line.data.removeprefix(_BOM).decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as e:

@@ -29,6 +29,7 @@ class BatchProgress:
         """``total`` requests, of which those in ``results`` are done."""
         self.status = RunStatus()
         self._start_time = time.perf_counter()
+        # by runs before this one: part of the bar, and not of the speed
         self._num_finished_before = len(results.finished)
         self._num_failed_before = results.num_failed
         self._num_finished = 0
@@ -44,6 +45,7 @@ class BatchProgress:
             TimeRemainingColumn(),
             console=terminal,
         )
+        # the count of lines is a rough one
         total = max(total, self._num_finished_before)
         self._bar = self._progress.add_task("requests", total=total, completed=self._num_finished_before)
         if self._num_finished_before:
@@ -74,11 +76,13 @@ class BatchProgress:
         self._num_tokens += result.num_tokens
         self._speech_seconds += result.speech_seconds
         seconds = time.perf_counter() - self._start_time
+        # means since the first request: text and speech of a request come in bursts
         figures = [
             f"{self._num_failed_before + self._num_failed} failed",
             f"{self._num_tokens / seconds:.1f} tokens/s",
             f"{self._speech_seconds / seconds:.2f} s of speech/s",
         ]
+        # nothing is known of the slots of actors in other processes
         padding = padding_of_stages(self.status.utilization)
         if padding:
             average = sum(padding.values()) / len(padding)
@@ -126,7 +130,11 @@ def padding_of_stages(utilization: Utilization) -> dict[str, float]:
         "speech": utilization.speech,
         "sound": utilization.vocoder,
     }
-    return {name: 1 - use.used / use.computed for name, use in stages.items() if use.computed}
+    padding = {}
+    for name, use in stages.items():
+        if use.computed:
+            padding[name] = 1 - use.used / use.computed
+    return padding
 
 
 def print_summary(terminal: Console, summary: dict[str, Any], status: RunStatus, output: str) -> None:
@@ -145,11 +153,13 @@ def print_summary(terminal: Console, summary: dict[str, Any], status: RunStatus,
             soft_wrap=True,
         )
     terminal.print(f"results in {output}", highlight=False, soft_wrap=True)
+    # before the summary goes to stdout, so that the two do not mix where both are one terminal
     sys.stderr.flush()
 
 
 def _describe(name: str, value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
+    # "text 12.5%" for shares, "3 failed" for counts
     form = "{0} {1:.1%}" if name == "padding" else "{1} {0}"
     return ", ".join(form.format(part, number) for part, number in value.items())

@@ -50,6 +50,7 @@ def answer_over_ray(
     Raises:
       InputError: if Ray is not installed, or the cluster is not there.
     """
+    # not at the top: Ray is an optional dependency, and slow to import
     try:
         import ray
         import ray.data
@@ -66,6 +67,7 @@ def answer_over_ray(
     if not blocks:
         return
     resources = _parse_resources(options.resources)
+    # a block of Ray's for each block of lines: it is what Ray hands out, and repeats where an actor died
     dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks))
     answered = dataset.map_batches(
         _Actor,
@@ -81,14 +83,21 @@ def answer_over_ray(
 
 def _make_blocks(lines: Iterable[Line], size: int) -> Iterator[dict[str, Any]]:
     """Where lines are, a block at a time: a few numbers for each line, for the actors read the lines themselves."""
-    places = ((line.number, line.offset) for line in lines)
-    while block := list(itertools.islice(places, size)):
-        line_numbers = [number for number, _ in block]
-        first_offset = block[0][1]
+    line_numbers: list[int] = []
+    first_offset = 0
+    for line in lines:
+        if not line_numbers:
+            first_offset = line.offset
+        line_numbers.append(line.number)
+        if len(line_numbers) == size:
+            yield {"line_numbers": line_numbers, "offset": first_offset}
+            line_numbers = []
+    if line_numbers:
         yield {"line_numbers": line_numbers, "offset": first_offset}
 
 
 def _parse_resources(text: str) -> dict[str, float]:
+    # "TPU=4,memory=1e9"; an empty text has no parts
     resources = {}
     for part in filter(None, text.split(",")):
         name, _, number = part.partition("=")
@@ -104,12 +113,14 @@ class _Actor:
 
     def __init__(self, spec: WorkerSpec, input_name: str):
         self._input_name = input_name
+        # made here, in the actor's own process: a model cannot be sent there, its description can
         self._worker = Worker(spec)
 
     def __call__(self, blocks: dict[str, Any]) -> dict[str, Sequence[Any]]:
         results: list[Result] = []
         for line_numbers, offset in zip(blocks["line_numbers"], blocks["offset"], strict=True):
             results += self._answer_block([int(number) for number in line_numbers], int(offset))
+        # Ray wants a column for each field, and not a row for each result
         columns: dict[str, Sequence[Any]] = {}
         for name in _FIELDS:
             columns[name] = [getattr(result, name) for result in results]
@@ -118,6 +129,7 @@ class _Actor:
     def _answer_block(self, line_numbers: Sequence[int], offset: int) -> list[Result]:
         wanted = set(line_numbers)
         last = max(line_numbers)
+        # from the block's first line on: lines between those that are wanted have their results already
         following = read_lines(self._input_name, min(line_numbers), offset)
         until_last = itertools.takewhile(lambda line: line.number <= last, following)
         return list(self._worker.answer(line for line in until_last if line.number in wanted))

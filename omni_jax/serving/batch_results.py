@@ -55,6 +55,7 @@ class Results(ABC):
             raise InputError(
                 f"{name} is no file of results: line {number} cannot be read ({e}); name another file, or remove it"
             ) from e
+        # a result may stand in the object and in a part, where a run was killed while it joined them
         is_new = line not in self.finished
         self.num_failed += is_new and failed
         self.finished[line] = custom_id
@@ -77,10 +78,12 @@ class FileResults(Results):
     def __init__(self, path: Path):
         """Makes the file one's own; a line that was torn when a run was killed is taken off."""
         super().__init__()
+        # for reading and appending; what is there is never cut off by opening it
         try:
             self._file = path.open("a+b")
         except OSError as e:
             raise InputError(f"cannot write {path}: {e.strerror}") from e
+        # the lock goes with the process, however it ends
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -100,10 +103,12 @@ class FileResults(Results):
                 break
             self._read(name, number, data)
             num_bytes += len(data)
+        # a torn line goes, and its request is answered again
         self._file.truncate(num_bytes)
         self._file.seek(0, os.SEEK_END)
 
     def add(self, line: str) -> None:
+        # flushed to the system, which keeps it even if this process is killed
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
@@ -133,6 +138,7 @@ class BucketResults(Results):
         self._written = time.monotonic()
         try:
             self._parts = sorted(self._files.find(self._folder)) if self._files.exists(self._folder) else []
+            # for what it notes on the way
             for _ in self._lines():
                 pass
         except (OSError, ValueError) as e:
@@ -144,8 +150,10 @@ class BucketResults(Results):
         """The lines of the object, then those of the parts, each result once."""
         self.finished = {}
         self.num_failed = 0
-        join_path = [self._path] if self._files.isfile(self._path) else []
-        for path in [*join_path, *self._parts]:
+        paths = list(self._parts)
+        if self._files.isfile(self._path):
+            paths.insert(0, self._path)
+        for path in paths:
             with self._files.open(path, "rb") as file:
                 for number, data in enumerate(file, start=1):
                     if self._read(f"gs://{path.lstrip('/')}", number, data):
@@ -158,6 +166,7 @@ class BucketResults(Results):
 
     def _write_part(self) -> None:
         """Writes a part of what waits."""
+        # numbers go on from those that an earlier run has left
         if self._waiting:
             last = int(Path(self._parts[-1]).stem) if self._parts else 0
             path = f"{self._folder}/{last + 1:08d}.jsonl"
@@ -168,11 +177,12 @@ class BucketResults(Results):
 
     def _join_parts(self) -> None:
         """Makes one object of the parts."""
-        join_path = f"{self._path}.whole"  # another name: the object itself is read meanwhile
-        with self._files.open(join_path, "wb") as out:
+        joined = f"{self._path}.whole"  # another name: the object itself is read meanwhile
+        with self._files.open(joined, "wb") as out:
             for data in self._lines():
                 out.write(data)
-        self._files.mv(join_path, self._path)
+        # in this order, so that every result is in a part or in the object, wherever the run may be killed
+        self._files.mv(joined, self._path)
         self._files.rm(self._folder, recursive=True)
         self._parts.clear()
 
@@ -183,6 +193,7 @@ class BucketResults(Results):
             raise InputError(f"cannot write {self._url}: {e}; the same command goes on from what is written") from e
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # also after an error, for what was answered is to be kept; the parts are joined when all lines are done
         self._write_part()
         if kind is None and self._parts:
             self._attempt(self._join_parts)

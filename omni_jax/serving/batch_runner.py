@@ -24,6 +24,7 @@ from omni_jax.serving.chat_request import ChatRequest, confine
 from omni_jax.serving.chat_response import make_body, make_sound_file
 from omni_jax.serving.media_workers import MediaWorkers
 
+# enough to choose prompts of like length from, and to bridge a medium that takes long to decode
 _PREPARED_PER_SLOT = 4  # prompts that are prepared for each slot of the Thinker
 _MAX_PREPARED_BYTES = 4 << 30  # of prompts that are prepared and wait
 _NUM_WRITERS = 4  # threads that write speech; a bucket takes a while
@@ -149,6 +150,7 @@ class _Run:
         self._writers = writers
         self._scheduler = runner.model.scheduler(runner.scheduler_config)
         self._has_lines = True
+        # the stages that a line goes through; in each it is in one of these
         self._preparing: dict[Future[Prompt], _ActiveRequest] = {}
         self._prepared: list[_PreparedRequest] = []
         self._running: dict[RequestState, _ActiveRequest] = {}
@@ -163,6 +165,7 @@ class _Run:
 
     def step(self) -> list[Result]:
         """Moves lines on by a stage; waits where there is nothing to do but to wait."""
+        # from the first stage to the last, so that media processes have work while the model decodes
         results = self._take_lines()
         results += self._collect_prepared()
         results += self._submit()
@@ -177,6 +180,7 @@ class _Run:
     def _take_lines(self) -> list[Result]:
         """Has media processes prepare lines, as far ahead as slots may need them."""
         results = []
+        # one line at a time, and only where there is room: the file may be larger than the memory
         while self._has_lines and self._has_room():
             line = next(self._lines, None)
             if line is None:
@@ -191,6 +195,7 @@ class _Run:
     def _has_room(self) -> bool:
         if len(self._preparing) + len(self._prepared) >= self._runner.max_prepared:
             return False
+        # a few long videos are gigabytes of patches
         return sum(item.num_bytes for item in self._prepared) < _MAX_PREPARED_BYTES
 
     def _prepare(self, line: Line) -> None:
@@ -200,11 +205,14 @@ class _Run:
           InputError: if it is no request that can be served.
         """
         runner = self._runner
+        # what can be found wrong without its media is found here, and costs no media process anything
         custom_id, request = parse_line(line)
         runner.model.check(request.options)
         if request.options.speaks and not _is_speech_prompt(request.messages[0]):
             runner.status.num_untrained_prompts += 1
+        # before any file is opened, and whatever process will open it
         messages = confine(request.messages, runner.locations.base_dir, runner.locations.media_root)
+        # a position of the context is left for the reply
         context = runner.model.config.thinker_config.text_config.max_position_embeddings
         future = runner.media_workers.submit(messages, request.options.assume_fps, context - 1)
         self._preparing[future] = _ActiveRequest(line, custom_id, dataclasses.replace(request, messages=()))
@@ -213,11 +221,13 @@ class _Run:
         """Takes what media processes have done. Every host has its own, and goes on with what all have done."""
         results = []
         own = [_preparation(future) for future in self._preparing]
+        # all hosts have the same lines in the same order here, so their states can be compared one by one
         common = allreduce_min(own, self._runner.max_prepared)
         for future, preparation in zip(list(self._preparing), common, strict=True):
             if preparation == _Preparation.BUSY:
                 continue
             active = self._preparing.pop(future)
+            # an error of this host says more than that another one has failed
             try:
                 prompt = self._runner.media_workers.result(future)
                 if preparation != _Preparation.DONE:
@@ -236,6 +246,7 @@ class _Run:
             return []
         # prompts are held back until there are some to choose from, while others keep the scheduler busy;
         # those of like length share the slots' caches with little padding
+        # the order is the same on every host: it depends on lengths and on the order of lines alone
         self._prepared.sort(key=lambda item: item.max_length)
         chosen = self._prepared[:num_slots]
         del self._prepared[:num_slots]
@@ -253,6 +264,7 @@ class _Run:
     def _decode(self) -> None:
         """One step of the scheduler; answers go to the writers."""
         for state, event in self._scheduler.step():
+            # pieces of text and sound are for streams; a line is written as a whole
             if event.reply is None:
                 continue
             active = self._running.pop(state)
@@ -262,6 +274,7 @@ class _Run:
         self._runner.status.num_running = _num_running(self._scheduler)
 
     def _collect_written(self) -> list[Result]:
+        # an OutputError comes out here, in the thread that runs the batch, and ends it
         written = [future for future in self._writing if future.done()]
         self._writing.difference_update(written)
         return [future.result() for future in written]
@@ -308,6 +321,7 @@ def _write_file(path: str, data: bytes) -> None:
 
 def _is_speech_prompt(message: Message) -> bool:
     """Whether this first message is the one that speech was trained with."""
+    # two parts at most are looked at, to see that there is no second one
     content = message.content if isinstance(message.content, str) else message.content[:2]
     return message.role == "system" and content in (SPEECH_SYSTEM_PROMPT, (TextPart(SPEECH_SYSTEM_PROMPT),))
 

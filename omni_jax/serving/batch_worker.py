@@ -69,10 +69,12 @@ class Worker:
           CheckpointError, ConfigError: where ``omni_jax.load`` does.
         """
         self.status = RunStatus()
+        # its processes start with the first request, so they take nothing while the model is loaded
         self._media = MediaWorkers(spec.model, spec.media_processes, spec.media_limits, allow_urls=spec.allow_urls)
         try:
             set_phase(f"loading {spec.model}")
             model = _load_model(spec)
+            # programs for the usual lengths; others are compiled when a request needs them
             set_phase("compiling")
             if spec.warmup_tokens:
                 model.warmup(tokens=spec.warmup_tokens, windows=spec.warmup_windows, scheduler=spec.scheduler)
@@ -83,6 +85,7 @@ class Worker:
 
     def answer(self, lines: Iterable[Line]) -> Iterator[Result]:
         """The results of lines, in the order in which they are done; see ``BatchRunner.run``."""
+        # counts from here on, so that what the warm-up has compiled is left out
         with Compilations() as self.status.compilations:
             yield from self._runner.run(lines)
 
@@ -98,6 +101,7 @@ class Worker:
 
 
 def _load_model(spec: WorkerSpec) -> OmniModel:
+    # before anything is compiled, or the first programs would not be kept
     if spec.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(spec.compile_cache))
     # a mesh of one device would only make every program a sharded one

@@ -33,12 +33,14 @@ def run_chat(command: ChatCommand) -> None:
     Raises:
       InputError, CheckpointError, ConfigError: where there is no answer.
     """
+    # what is wrong with the options shows before a large model is loaded
     messages = make_messages(command)
     options = make_options(command)
-    Options.create(**options)  # a mistake in them shows before a large model is loaded
+    Options.create(**options)  # for its errors alone
     sound_path = find_sound_path(command)
     if sound_path is not None and not sound_path.resolve().parent.is_dir():
         raise InputError(f"--out {sound_path}: the folder {sound_path.resolve().parent} does not exist")
+    # figures go to stderr, so that stdout holds the answer and nothing else
     terminal = Console(stderr=True)
     start_time = time.perf_counter()
     # without speech two of the three components need not be loaded
@@ -46,6 +48,7 @@ def run_chat(command: ChatCommand) -> None:
     with terminal.status(f"loading {command.model}"):
         model = load(command.model, dtype=command.dtype, components=components, allow_urls=command.allow_urls)
     load_seconds = time.perf_counter() - start_time
+    # the spinner turns until the first text, which would be written into its line
     with terminal.status("reading the question and compiling for its length") as waiting:
         events = model.stream(messages, **options)
         with contextlib.nullcontext() if sound_path is None else GrowingWav(sound_path, SAMPLE_RATE) as wav:
@@ -69,12 +72,14 @@ def make_messages(command: ChatCommand) -> list[dict[str, Any]]:
     video_options: dict[str, Any] = {"use_audio_in_video": _USE_AUDIO[command.use_audio_in_video]}
     if command.fps is not None:
         video_options["fps"] = command.fps
+    # media before text, as in training
     parts: list[dict[str, Any]] = [{"type": "image", "image": source} for source in command.image]
     parts += [{"type": "audio", "audio": source} for source in command.audio]
     parts += [{"type": "video", "video": source, **video_options} for source in command.video]
     parts += [{"type": "text", "text": text} for text in command.text]
     if not parts:
         raise InputError("nothing to answer: give --text, --image, --audio or --video")
+    # under another system prompt the model may speak badly; without speech the template puts in its own
     system_prompt = command.system
     if system_prompt is None and find_sound_path(command) is not None:
         system_prompt = SPEECH_SYSTEM_PROMPT
@@ -129,6 +134,7 @@ def _play(events: Iterator[Event], wav: GrowingWav | None, on_first_text: Callab
     first_sound_seconds = None
     for event in events:
         seconds = time.perf_counter() - start_time
+        # an event may have sound alone; text is shown as soon as it is there
         if event.text:
             if first_text_seconds is None:
                 first_text_seconds = seconds
@@ -145,6 +151,7 @@ def _play(events: Iterator[Event], wav: GrowingWav | None, on_first_text: Callab
 
 
 def _print_figures(terminal: Console, answer: _Answer, load_seconds: float, sound_path: Path | None) -> None:
+    # ends the line of the answer before anything is written beside it
     sys.stdout.write("\n")
     sys.stdout.flush()
     reply = answer.reply
@@ -161,6 +168,7 @@ def _print_figures(terminal: Console, answer: _Answer, load_seconds: float, soun
     if firsts:
         lines.append(f"first {', '.join(firsts)}")
     lines.append("all but load and prepare include compiling for these lengths")
+    # long lines are for the terminal to wrap, so that they can be copied as one
     for line in lines:
         terminal.print(line, highlight=False, soft_wrap=True)
 
@@ -169,6 +177,7 @@ def _make_timing_table(timings: Timings, load_seconds: float, *, speaks: bool) -
     table = Table(box=None, pad_edge=False)
     table.add_column("stage")
     table.add_column("seconds", justify="right")
+    # in the order in which they run
     stages = {"load": load_seconds}
     for name in ("prepare", "encode", "prefill", "decode"):
         stages[name] = getattr(timings, name)
@@ -201,4 +210,9 @@ def _describe_usage(usage: Usage) -> str:
     for name, seconds in (("sound", usage.audio_seconds), ("video", usage.video_seconds)):
         if seconds:
             text += f", {seconds:.1f} s of {name}"
+    # parts of the media that the model never saw or heard
+    if usage.num_bad_packets == 1:
+        text += "; 1 damaged packet was left out"
+    elif usage.num_bad_packets > 1:
+        text += f"; {usage.num_bad_packets} damaged packets were left out"
     return text

@@ -46,10 +46,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
 }
+# what each part of sampling_params_list may have
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 _THINKER = (*_SAMPLING, "max_tokens", "stop", "stop_token_ids")
 _TALKER = (*_SAMPLING, "max_tokens")
 _STAGES = ("Thinker", "Talker", "Token2Wav")
+# of mm_processor_kwargs, which media each option is for
 _MEDIA_OPTIONS = {
     "image": ("min_pixels", "max_pixels"),
     "video": ("use_audio_in_video", "fps", "min_pixels", "max_pixels"),
@@ -97,10 +99,13 @@ def parse_body(body: Any) -> ChatRequest:
     """
     if not isinstance(body, Mapping):
         raise InputError(f"body must be an object, got {type(body).__name__}")
+    # clients of OpenAI's send null for all that they do not set
     values = {name: value for name, value in body.items() if value is not None}
+    # an unknown field is an error: a misspelt option must not be passed over
     check_names("field of the body", values, ["messages", *_READERS, *_IGNORED, *_NEUTRAL])
     if "messages" not in values:
         raise InputError("body: messages is missing")
+    # what this model cannot do may still be sent with the value that does not ask for it
     for name, neutral in _NEUTRAL.items():
         if name in values:
             _check_neutral(name, values[name], neutral)
@@ -109,6 +114,7 @@ def parse_body(body: Any) -> ChatRequest:
         if name in values:
             read(values[name], fields)
     messages = _add_media_options(parse_messages(values["messages"]), fields.media_options)
+    # checks the numbers, and fills in what the body does not have
     options = Options.create(**fields.options)
     if fields.audio_format is not None and not options.speaks:
         raise InputError('body: audio was given, but modalities does not have "audio"')
@@ -120,7 +126,7 @@ def _check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:
         # true is no 1, and false no 0, though Python takes them for equal
         if value == one and isinstance(value, bool) == isinstance(one, bool):
             return
-    known = " or ".join(repr(one) for one in neutral)
+    known = " or ".join(map(repr, neutral))
     raise InputError(f"body: {name} is {shown(value)}; only {known} is supported")
 
 
@@ -136,6 +142,7 @@ def _read_object(value: Any, where: str, known: Sequence[str]) -> dict[str, Any]
 def _read_sampling_params(value: Any, fields: _Fields) -> None:
     if not isinstance(value, list) or len(value) > len(_STAGES):
         raise InputError(f"body: sampling_params_list must be a list of up to three objects: {', '.join(_STAGES)}")
+    # a shorter list, or null in place of a part, leaves a stage its defaults
     parts = []
     for i, known in enumerate((_THINKER, _TALKER, ("seed",))):
         part = value[i] if i < len(value) and value[i] is not None else {}
@@ -152,8 +159,9 @@ def _read_sampling_params(value: Any, fields: _Fields) -> None:
 
 def _check_talker(values: Mapping[str, Any]) -> None:
     """Checks the Talker's numbers as far as that can be done without a model, which limits max_tokens further."""
+    sampling = {name: value for name, value in values.items() if name in _SAMPLING}
     try:
-        SamplingParams(**{name: values[name] for name in _SAMPLING if name in values})
+        SamplingParams(**sampling)
         if "max_tokens" in values:
             check_int("max_tokens", values["max_tokens"], 1)
     except InputError as e:
@@ -162,6 +170,7 @@ def _check_talker(values: Mapping[str, Any]) -> None:
 
 def _read_option(name: str, value: Any) -> Any:
     """An option of the Thinker in the form that ``Options`` takes; numbers are checked there."""
+    # OpenAI takes one string or several
     if name == "stop":
         stops = [value] if isinstance(value, str) else value
         if not isinstance(stops, list) or not all(isinstance(item, str) for item in stops):
@@ -192,6 +201,7 @@ def _read_audio(value: Any, fields: _Fields) -> None:
     audio_format = audio.get("format", AUDIO_FORMATS[0])
     if audio_format not in AUDIO_FORMATS:
         raise InputError(f"body: audio.format is {shown(audio_format)}; it must be one of {', '.join(AUDIO_FORMATS)}")
+    # a name, or as OpenAI has it for voices of one's own {"id": name}; whether there is such a voice, the model knows
     voice = audio.get("voice")
     if isinstance(voice, Mapping):
         voice = voice.get("id")
@@ -203,7 +213,7 @@ def _read_audio(value: Any, fields: _Fields) -> None:
 
 
 def _read_media_options(value: Any, fields: _Fields) -> None:
-    known = sorted({name for names in _MEDIA_OPTIONS.values() for name in names})
+    known = sorted(set().union(*_MEDIA_OPTIONS.values()))
     fields.media_options = _read_object(value, "mm_processor_kwargs", known)
 
 
@@ -213,6 +223,8 @@ def _read_return_token_ids(value: Any, fields: _Fields) -> None:
     fields.return_token_ids = value
 
 
+# in the order in which they are read: what comes later replaces what came before, so a field of the body outweighs
+# the first part of the list
 _READERS: dict[str, Callable[[Any, _Fields], None]] = {
     "sampling_params_list": _read_sampling_params,
     "modalities": _read_modalities,
@@ -249,6 +261,7 @@ def _add_media_options(messages: Sequence[Message], options: Mapping[str, Any]) 
 
 
 def _map_media(messages: Sequence[Message], change: Callable[[MediaPart], MediaPart]) -> tuple[Message, ...]:
+    # messages are frozen: what is changed is made anew
     changed = []
     for message in messages:
         if isinstance(message.content, str):
@@ -274,6 +287,7 @@ def confine(messages: Sequence[Message], base_dir: str, media_root: str) -> tupl
     root = resolve_path(media_root)
 
     def confine_part(part: MediaPart) -> MediaPart:
+        # a video may be a list of frames, each with a source of its own
         if isinstance(part.source, list | tuple):
             source: Any = [_confine_source(frame, part.where, base_dir, root) for frame in part.source]
         else:
@@ -284,10 +298,12 @@ def confine(messages: Sequence[Message], base_dir: str, media_root: str) -> tupl
 
 
 def _confine_source(source: Any, where: str, base_dir: str, root: str) -> str | bytes:
+    # input_audio, which was decoded when the messages were parsed
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str):
         raise InputError(f"{where}: expected a path or a URL, got {shown(source)}")
+    # no file of this machine; whether the web and buckets are allowed is decided where they are fetched
     if re.match(r"(?i)(data|https?|gs):", source):
         return source
     try:

@@ -24,6 +24,7 @@ def make_sound_file(samples: np.ndarray, rate: int, audio_format: str) -> bytes:
       rate: of the samples, in Hz.
       audio_format: one of ``AUDIO_FORMATS``.
     """
+    # bare samples; the rate is the model's, which a reader has to know
     if audio_format == "pcm16":
         return pcm16(samples)
     file = io.BytesIO()
@@ -48,6 +49,7 @@ def make_body(
       now: seconds since 1970.
       path: of the file that the speech is in; it is in the body if None.
     """
+    # OpenAI has no content where an answer is spoken; here the text stands in both places
     message: dict[str, Any] = {"role": "assistant", "content": reply.text}
     if reply.audio is not None:
         message["audio"] = _make_audio(request, reply, name, now, path)
@@ -70,6 +72,7 @@ def _make_audio(request: ChatRequest, reply: Reply, name: str, now: int, path: s
         "expires_at": now + _EXPIRY_SECONDS,
         "transcript": reply.text,
     }
+    # OpenAI's API has the data alone; a minute of speech is four megabytes of base64
     if path is not None:
         audio["path"] = path
     elif reply.audio is not None:
@@ -84,7 +87,7 @@ def _make_usage(reply: Reply) -> dict[str, Any]:
     usage = reply.usage
     text_tokens = len(reply.token_ids)
     audio_tokens = len(reply.codec_ids)
-    return {
+    values: dict[str, Any] = {
         "prompt_tokens": usage.total,
         "completion_tokens": text_tokens + audio_tokens,
         "total_tokens": usage.total + text_tokens + audio_tokens,
@@ -96,3 +99,7 @@ def _make_usage(reply: Reply) -> dict[str, Any]:
         },
         "completion_tokens_details": {"text_tokens": text_tokens, "audio_tokens": audio_tokens},
     }
+    # no field of OpenAI's, so it is there only where it says something
+    if usage.num_bad_packets:
+        values["bad_packets"] = usage.num_bad_packets
+    return values

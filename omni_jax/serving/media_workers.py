@@ -76,6 +76,7 @@ class MediaWorkers:
             return future.result()
         except (InputError, PreparationError):
             raise
+        # pebble ends the process of what takes too long, and starts another
         except TimeoutError as e:
             raise InputError(f"its media took over {self.limits.seconds:g} s to decode, which is the limit") from e
         except MemoryError as e:
@@ -101,6 +102,7 @@ def _start_worker(folder: Path, allow_urls: bool, gigabytes: float) -> None:
     global _processor
     jax.config.update("jax_platforms", "cpu")  # the accelerator is the model's
     _processor = Processor.load(folder, allow_urls=allow_urls)
+    # the first number of Linux's account: pages of address space, which is what RLIMIT_AS limits
     with open("/proc/self/statm", encoding="ascii") as file:
         in_use = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     # what is loaded counts too, so that the same limit holds for small and large tokenizers
@@ -111,6 +113,7 @@ def _start_worker(folder: Path, allow_urls: bool, gigabytes: float) -> None:
 def _prepare(messages: tuple[Message, ...], assume_fps: float | None, max_length: int) -> Prompt:
     """What a worker does with a request; only errors that can be sent to another process come out of it."""
     assert _processor is not None
+    # errors are made anew from their words: whatever else they hold may not be picklable
     try:
         return _processor(messages, assume_fps=assume_fps, max_length=max_length)
     except InputError as e:

@@ -11,6 +11,7 @@ import numpy as np
 
 def pcm16(samples: np.ndarray) -> bytes:
     """Float32 [n] from -1 to 1 as 16-bit numbers, the lower byte first."""
+    # 32767, and not 32768, for +1 must fit as well as -1
     return np.round(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
 
 
@@ -19,16 +20,19 @@ class GrowingWav:
 
     def __init__(self, path: Path, rate: int):
         """Makes the file, without sound as yet; ``rate`` is in samples a second."""
+        # closes in reverse order: the header is written a last time before the file is closed
         self._close = contextlib.ExitStack()
         self._file = self._close.enter_context(path.open("wb"))
         self._wave = self._close.enter_context(wave.Wave_write(self._file))
         self._wave.setnchannels(1)
         self._wave.setsampwidth(2)
         self._wave.setframerate(rate)
+        # the header is written with the first piece, so that the file is one from the beginning
         self.write(np.zeros(0, np.float32))
 
     def write(self, samples: np.ndarray) -> None:
         """Adds float32 [n] from -1 to 1."""
+        # writeframes goes back to the header and writes the new length; writeframesraw would not
         self._wave.writeframes(pcm16(samples))
         self._file.flush()
 

@@ -31,10 +31,15 @@ def batch_shard(mesh: Mesh, num_rows: int) -> BatchShard:
     Raises:
       ConfigError: if the devices of a process do not hold rows that lie beside each other, as many as every other's.
     """
+    # processes that hold the same rows have the same span, which counts once
     spans = _row_spans(mesh, num_rows)
     parts = sorted(set(spans.values()))
+    # The data gives every process as many streams, so parts must be equal. A span bridges the rows between the first
+    # and the last of a process; where others hold some of these, the spans overlap and are not the parts either.
     rows_per_part = num_rows // len(parts)
-    equal_parts = [(i * rows_per_part, (i + 1) * rows_per_part) for i in range(len(parts))]
+    equal_parts: list[tuple[int, int]] = []
+    for i in range(len(parts)):
+        equal_parts.append((i * rows_per_part, (i + 1) * rows_per_part))
     if parts != equal_parts:
         raise ConfigError(
             f"the mesh gives the processes the rows {parts} of {num_rows}, which are not equal parts; make "
@@ -45,6 +50,7 @@ def batch_shard(mesh: Mesh, num_rows: int) -> BatchShard:
 
 def _row_spans(mesh: Mesh, num_rows: int) -> dict[int, tuple[int, int]]:
     """First and last row, exclusive, that the devices of each process hold."""
+    # asked of jax itself, which lays out the arrays of a batch by the same rule
     sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
     spans: dict[int, tuple[int, int]] = {}
     for device, (rows,) in sharding.devices_indices_map((num_rows,)).items():
@@ -66,6 +72,7 @@ def to_devices(batches: Sequence[TrainBatch], abstract: TrainBatch) -> TrainBatc
         # batches to be accumulated are stacked on a leading axis, which no mesh axis divides
         accumulated = len(target.shape) > parts[0].ndim
         local = np.stack(parts) if accumulated else parts[0]
+        # no values go from process to process: each puts its own rows on its own devices
         return jax.make_array_from_process_local_data(target.sharding, local, target.shape)
 
     return jax.tree.map(copy_leaf, abstract, *batches)

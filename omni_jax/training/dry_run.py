@@ -50,6 +50,7 @@ def summarize_parameters(recipe: Recipe, phase: Phase) -> list[ParameterSummary]
     Raises:
       ConfigError: listing the parameters that the mesh does not divide, or if the recipe is wrong otherwise.
     """
+    # an abstract mesh and abstract arrays: shardings are known without the devices
     step = make_step(recipe, phase, recipe.steps)
     params = abstract_state(step, recipe.mesh.abstract()).params
     peak = recipe.optimizer.learning_rate
@@ -82,15 +83,19 @@ def estimate_memory(recipe: Recipe, phase: Phase) -> dict[str, int]:
     rows = recipe.data.rows // (recipe.mesh.data * recipe.mesh.fsdp)
     positions = rows * recipe.data.tokens // recipe.mesh.sequence
     vocab = text.vocab_size // recipe.mesh.tensor
+    # of a device's part of each row, a chunk at a time; in float32 whatever the dtype of activations
     logits = rows * recipe.chunk * vocab * float32_bytes
     return {
+        # from step to step
         "parameters that train": bytes_per_device(state.trained),
         "frozen parameters": bytes_per_device(state.frozen),
         "moments of the optimizer": bytes_per_device((state.moments.mu, state.moments.nu)),
+        # for the time of a step; a gradient has the shape and dtype of its parameter
         "gradients": bytes_per_device(state.trained),
         "batch": bytes_per_device(batch),
         "inputs of the decoder's layers": text.num_hidden_layers * positions * text.hidden_size * compute_bytes,
         "logits of a chunk and their gradient": 2 * logits,
+        # gathered once for all chunks in the dtype of activations; its gradient is summed in float32
         "head on every device, and its gradient": text.hidden_size * vocab * (compute_bytes + float32_bytes),
     }
 
@@ -113,8 +118,17 @@ def _print_phase(console: Console, recipe: Recipe, phase: Phase) -> None:
         if summary.learning_rate is not None:
             learning_rate = f"{summary.learning_rate:g}"
             trained += summary.size
-        axes = ", ".join("-" if axis is None else str(axis) for axis in summary.spec)
-        table.add_row(summary.path, str(summary.shape), summary.dtype, learning_rate, axes, str(summary.device_shape))
+        axes: list[str] = []
+        for axis in summary.spec:
+            axes.append("-" if axis is None else str(axis))
+        table.add_row(
+            summary.path,
+            str(summary.shape),
+            summary.dtype,
+            learning_rate,
+            ", ".join(axes),
+            str(summary.device_shape),
+        )
     console.print(table)
     console.print(f"{total:,} parameters, of which {trained:,} train in the phase {phase.name}")
     sizes = estimate_memory(recipe, phase)
@@ -125,11 +139,13 @@ def _print_phase(console: Console, recipe: Recipe, phase: Phase) -> None:
 
 def _print_batches(console: Console, recipe: Recipe) -> None:
     data = recipe.data
+    # the shapes that every step has, whatever its rows hold
     console.print(
         f"a step reads {recipe.optimizer.accumulate} x {data.rows} rows of {data.tokens:,} tokens, with "
         f"{data.rows * data.audio_blocks} blocks of audio and {data.rows * data.canvases} canvases of "
         f"{data.windows} windows"
     )
+    # how full they are shows only when rows are read, for which a tokenizer is needed
     if not data.train or recipe.init is None:
         console.print("give --data.train and --init to see how full the batches are")
         return

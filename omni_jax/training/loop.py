@@ -53,6 +53,7 @@ def train(recipe: Recipe, workdir: Path) -> bool:
       ConfigError, CheckpointError, InputError: if the recipe, a checkpoint or the data cannot be used.
       TrainingError: if the loss or the gradients are not finite.
     """
+    # what a recipe can have wrong shows before anything is written
     recipe.check()
     mesh = recipe.mesh.make()
     shard = batch_shard(mesh, recipe.data.rows)
@@ -62,6 +63,7 @@ def train(recipe: Recipe, workdir: Path) -> bool:
         prepare_workdir(recipe, workdir, print)
     # the others read what the main process has just made
     barrier("the run's model")
+    # the run's own copy, so that it goes on where ``init`` is gone or has changed
     processor = Processor.load(workdir / MODEL_FOLDER, allow_urls=True)
     data = batches(recipe.data, processor, process_index=shard.index, process_count=shard.count)
     with jax.set_mesh(mesh), _StopSignal() as stop_signal:
@@ -102,14 +104,19 @@ class _TrainLoop:
         self._data = data
         self._log_file: MetricsLog | None = None  # of the main process
         self._checkpoints = TrainCheckpoints(workdir, recipe.checkpoint.keep)
+
         # by phase; a step must stay the same object, for jit compiles each anew
         self._steps: dict[str, TrainStep] = {}
+        # where the run stands: at its beginning, or after the last checkpoint
         self._state = self._first_state()
         self._number = int(self._state.step)
-        self._saved_step = self._number
+        self._saved_step = self._number  # of the last checkpoint
+
+        # after the state is known: lines of later steps, which come again, are dropped from the file
         if is_main_process():
             self._log_file = MetricsLog(workdir, self._number, recipe.steps, recipe.log_every)
         self._abstract_batch = abstract_batch(recipe.data, recipe.model, mesh, recipe.optimizer.accumulate)
+        # of all parameters, whatever trains: FLOPs are counted from them
         shapes = flatten_params(nn.unbox(abstract_params(self._step_at(0).model)))
         self._sizes = parameter_sizes({path: leaf.shape for path, leaf in shapes.items()})
         self._last_report = time.perf_counter()
@@ -117,19 +124,24 @@ class _TrainLoop:
     def run(self, stop_signal: _StopSignal) -> bool:
         """Trains; returns whether the end was reached."""
         recipe = self._recipe
-        previous: _DispatchedStep | None = None
+        previous: _DispatchedStep | None = None  # dispatched, but not yet reported
         program: TrainProgram | None = None
         while self._number < recipe.steps:
             if program is None:
                 program = self._compile_phase()
+
+            # the devices have the next step before the host waits for the last one
             dispatched = self._dispatch(program)
             if previous:
                 self._report(previous)
             previous = dispatched
+
             if self._is_phase_end():
                 # before the checkpoint, which must hold the state that the next phase begins with
                 self._state = begin_phase(self._state, self._step_at(self._number), self._mesh)
                 program = None
+
+            # every process asks once a step, so that all of them stop after the same one
             stop = stop_signal.stops_after(self._number)
             if stop or self._number % recipe.checkpoint.every == 0 or self._number == recipe.steps:
                 self._report(previous)  # first, so that no state is saved that is not finite
@@ -144,6 +156,7 @@ class _TrainLoop:
         return True
 
     def close(self) -> None:
+        # the data first: its workers need not read ahead while a checkpoint is waited for
         self._data.close()
         self._checkpoints.close()
         if self._log_file:
@@ -154,6 +167,7 @@ class _TrainLoop:
         if restored is None:
             return init_state(self._recipe, self._workdir, self._step_at(0), self._mesh)
         state, data_state = restored
+        # refuses other data settings, under which the batches would be others
         self._data.set_state(data_state)
         self._log(f"goes on after step {int(state.step)}")
         return state
@@ -167,13 +181,15 @@ class _TrainLoop:
 
     def _is_phase_end(self) -> bool:
         if self._number == self._recipe.steps:
-            return False
+            return False  # no phase follows the end of the run
         return self._step_at(self._number) is not self._step_at(self._number - 1)
 
     def _compile_phase(self) -> TrainProgram:
         step = self._step_at(self._number)
         phase, _ = self._recipe.phase_at(self._number)
-        trained = sum(self._sizes[path] for path in step.scales)
+        trained = 0
+        for path in step.scales:
+            trained += self._sizes[path]
         self._log(f"phase {phase.name}: {trained:,} of {sum(self._sizes.values()):,} parameters train")
         return jit_step(step, self._state, self._mesh, self._recipe.tpu_options)
 
@@ -182,6 +198,7 @@ class _TrainLoop:
         started = time.perf_counter()
         parts, rows = self._next_batches()
         data_wait = time.perf_counter() - started
+        # not waited for; the program takes the memory of the old state
         self._state, metrics = program(self._state, to_devices(parts, self._abstract_batch))
         self._number += 1
         return _DispatchedStep(self._number, metrics, rows, data_wait)
@@ -197,16 +214,21 @@ class _TrainLoop:
 
     def _report(self, step: _DispatchedStep) -> None:
         """Waits for the end of a step and logs its metrics."""
+        # one copy to the host for all of them, which waits for the step
         metrics = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
         seconds = time.perf_counter() - self._last_report
         self._last_report += seconds  # and not the time now: what follows belongs to the next step
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise self._not_finite(step, metrics)
+        # the metrics are the same on every process, so all raise above or none; the main one writes them
         if self._log_file is None:
             return
+
+        # of the step that ended, whose phase may not be that of the next one
         scales = self._step_at(step.number - 1).scales
         flops = count_step_flops(self._recipe.model.thinker_config, self._sizes, scales, metrics)
         flops_per_device = flops / (max(seconds, 1e-9) * self._mesh.size)
+        # docs/training.md, "Metrics", explains the fields
         line = {
             "step": step.number,
             "loss": metrics["loss"],
@@ -232,7 +254,7 @@ class _TrainLoop:
     def _save(self) -> None:
         # every process knows where its own streams of rows are; a checkpoint has those of all
         streams: dict[str, Any] = {}
-        data: Any = {}
+        data: Any = {}  # the settings of the data, equal in all
         for state in gather(self._data.get_state()):
             data = state["data"]
             streams |= state["streams"]
@@ -265,8 +287,9 @@ class _StopSignal:
         self._previous_handler: Any = None
 
     def __enter__(self) -> _StopSignal:
-        # of several processes, jax notices it (its preemption service)
+        # Of several processes, jax notices it (its preemption service). Only the main thread may set a handler.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            # it only takes note: the step that goes on is finished and saved
             self._previous_handler = signal.signal(signal.SIGTERM, lambda *_: self._received.set())
         return self
 
@@ -275,6 +298,8 @@ class _StopSignal:
             signal.signal(signal.SIGTERM, self._previous_handler)
 
     def stops_after(self, step: int) -> bool:
+        """Whether the run is to stop after a step; the same on all processes."""
         if jax.process_count() == 1:
             return self._received.is_set()
+        # the signal reaches processes at different times; this agrees on a step that none has passed
         return multihost_utils.reached_preemption_sync_point(step)

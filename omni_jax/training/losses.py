@@ -56,7 +56,7 @@ def next_token_loss(
       head_trains: False leaves the gradient of ``head`` out.
     """
     # once, and not in every chunk of the scan
-    gathered = constrain(jnp.asarray(head, hidden.dtype), None, "vocab")
+    gathered = constrain(jnp.asarray(head, hidden.dtype), None, "vocab")  # [D, V]
     chunks = _Chunk(_split(hidden, chunk), _split(targets, chunk), _split(weights, chunk))
     with jax.named_scope("next_token_loss"):
         return _loss_sums(gathered, chunks, z_loss, head_trains)
@@ -65,8 +65,11 @@ def next_token_loss(
 def _split(x: Array, chunk: int) -> jax.Array:
     """[B, S, ...] to [n, B, s, c, ...], so that a chunk has positions of every device's part of a row."""
     mesh = jax.sharding.get_abstract_mesh()
+    # 1 without a mesh, or where its sequence axis does not divide a row
     parts = math.prod(mesh.shape[axis] for axis in axes_of("sequence", x.shape[1]) or ())
+    # cut along S alone, a chunk would lie on one device of the axis, and the others would wait for it
     split = jnp.asarray(x).reshape(x.shape[0], parts, -1, chunk, *x.shape[2:])  # [B, s, n, c, ...]
+    # n in front, for scan takes its steps along the first axis
     return constrain(jnp.moveaxis(split, 2, 0), None, "batch", "sequence", *[None] * (x.ndim - 1))
 
 
@@ -77,6 +80,7 @@ def _forward(head: jax.Array, chunks: _Chunk, z_loss: float, head_trains: bool) 
         losses, _ = _chunk_loss(head, chunk, z_loss)
         return jax.tree.map(jnp.add, sums, losses), None
 
+    # the same scan as below without the products of the gradients; XLA drops the unused gradient of the logits
     zeros = LossSums(jnp.float32(0), jnp.float32(0))
     return jax.lax.scan(add_chunk, zeros, chunks)[0]
 
@@ -89,16 +93,17 @@ def _forward_with_gradients(
     def add_chunk(carry: tuple[LossSums, jax.Array], chunk: _Chunk) -> tuple[Any, jax.Array]:
         sums, head_gradient = carry
         losses, logits_gradient = _chunk_loss(head, chunk, z_loss)
+        # in the dtype of computation for both products; that of the head still sums in float32
         logits_gradient = logits_gradient.astype(head.dtype)  # [B, s, c, V]
         if head_trains:
             product = jnp.einsum("bscd,bscv->dv", chunk.hidden, logits_gradient, preferred_element_type=jnp.float32)
-            head_gradient = constrain(head_gradient + product, None, "vocab")
-        hidden_gradient = jnp.einsum("bscv,dv->bscd", logits_gradient, head)
+            head_gradient = constrain(head_gradient + product, None, "vocab")  # [D, V]
+        hidden_gradient = jnp.einsum("bscv,dv->bscd", logits_gradient, head)  # [B, s, c, D]
         return (jax.tree.map(jnp.add, sums, losses), head_gradient), hidden_gradient
 
     # the gradient of the head is summed in float32 over all chunks; that of a frozen head is never made
     zeros = LossSums(jnp.float32(0), jnp.float32(0))
-    head_zeros = jnp.zeros(head.shape if head_trains else (), jnp.float32)
+    head_zeros = jnp.zeros(head.shape if head_trains else (), jnp.float32)  # [D, V] or []
     (sums, head_gradient), hidden_gradient = jax.lax.scan(add_chunk, (zeros, head_zeros), chunks)
     return sums, (head_gradient, hidden_gradient, head)
 
@@ -106,27 +111,34 @@ def _forward_with_gradients(
 def _backward(
     z_loss: float, head_trains: bool, residuals: tuple[jax.Array, ...], cotangents: LossSums
 ) -> tuple[Any, ...]:
+    # the gradients were computed for a cotangent of 1, and are linear in it
     head_gradient, hidden_gradient, head = residuals
+    # that of ``cross_entropy`` is left out: it is reported and never differentiated
     scale = cotangents.total
+    # a frozen head still needs a cotangent of its shape; nothing reads the zeros, so XLA leaves them out
     by_head = (head_gradient * scale).astype(head.dtype) if head_trains else jnp.zeros_like(head)
     by_hidden = hidden_gradient * scale.astype(hidden_gradient.dtype)
     return by_head, _Chunk(by_hidden, None, None)  # type: ignore[arg-type]  # None: targets and weights have none
 
 
+# z_loss and head_trains, the third and fourth argument, are Python values and not traced
 _loss_sums = jax.custom_vjp(_forward, nondiff_argnums=(2, 3))
 _loss_sums.defvjp(_forward_with_gradients, _backward)
 
 
 def _chunk_loss(head: jax.Array, chunk: _Chunk, z_loss: float) -> tuple[LossSums, jax.Array]:
     """Of one chunk both sums, and the gradient of ``total`` by the logits, [B, s, c, V]."""
-    logits = jnp.einsum("bscd,dv->bscv", chunk.hidden, head, preferred_element_type=jnp.float32)
+    # inputs in the dtype of computation, the product in float32: the loss is never rounded to bfloat16
+    logits = jnp.einsum("bscd,dv->bscv", chunk.hidden, head, preferred_element_type=jnp.float32)  # [B, s, c, V]
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, s, c, 1]
     weights = chunk.weights[..., None]  # [B, s, c, 1]
     # a comparison instead of a look-up, because the vocabulary is spread over devices
     is_target = jnp.arange(head.shape[1]) == chunk.targets[..., None]  # [B, s, c, V]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1, keepdims=True)
+    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1, keepdims=True)  # [B, s, c, 1]
     cross_entropy = jnp.sum(weights * (log_normalizer - target_logit))
     total = cross_entropy + z_loss * jnp.sum(weights * log_normalizer**2)
-    probabilities = jnp.exp(logits - log_normalizer)
-    gradient = weights * ((1 + 2 * z_loss * log_normalizer) * probabilities - is_target)
+
+    # the derivative of log_normalizer by the logits is the softmax, so that of its square is 2 log_normalizer times it
+    probabilities = jnp.exp(logits - log_normalizer)  # [B, s, c, V]
+    gradient = weights * ((1 + 2 * z_loss * log_normalizer) * probabilities - is_target)  # [B, s, c, V]
     return LossSums(total, cross_entropy), gradient

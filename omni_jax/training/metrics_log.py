@@ -45,10 +45,13 @@ class MetricsLog:
         self._path = workdir / METRICS_FILE
         self._log_every = log_every
         self._num_steps = num_steps
+        # lines of steps that the run makes again are dropped from the file, and hidden in TensorBoard
         kept = read_metrics(self._path, first_step)
         self._path.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
+
+        # a line that is rewritten in place where there is a terminal; elsewhere ``log_step`` prints some of the steps
         self._console = Console()
         columns = (
             TextColumn("step"),
@@ -69,12 +72,15 @@ class MetricsLog:
           flops_per_device: model FLOPs a second of each device.
           peak: FLOPs a second that a device can do; None if it is not known.
         """
+        # flushed, so that a kill costs no step that was reported
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
+
         step = metrics["step"]
         seconds = max(metrics["seconds"], 1e-9)
         tokens_per_second = metrics["tokens"] / seconds
         utilization = f"{flops_per_device / 1e12:.3f} TFLOP/s a device"
+        # counts, which are integers, are in the file alone
         for name, value in metrics.items():
             if isinstance(value, float):
                 self._board.add_scalar(name, value, step)
@@ -83,6 +89,7 @@ class MetricsLog:
             mfu = flops_per_device / peak
             self._board.add_scalar("mfu", mfu, step)
             utilization = f"MFU {mfu:.1%}"
+
         text = (
             f"loss {metrics['loss']:.4f}, {tokens_per_second:,.0f} tokens/s, "
             f"{metrics['data_wait'] / seconds:.0%} waiting for data, {utilization}"
@@ -108,9 +115,11 @@ def plot_loss(workdir: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
+    # of the whole run, through all its restarts, each step once
     metrics = read_metrics(workdir / METRICS_FILE)
     steps = [values["step"] for values in metrics]
     losses = [values["loss"] for values in metrics]
+    # not pyplot, which would look for a display
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, linewidth=1, marker="." if len(steps) < 100 else None)

@@ -46,6 +46,7 @@ def learning_rate_scales(phase: Phase, paths: Collection[str]) -> dict[str, floa
             )
         for path in members:
             scales.setdefault(path, group.learning_rate_scale)  # the first group counts
+    # in the order of ``paths`` and not of the groups
     return {path: scales[path] for path in paths if path in scales}
 
 
@@ -76,9 +77,11 @@ def learning_rate(config: OptimizerConfig, count: ArrayLike, num_steps: int) -> 
     # a phase shorter than the warm-up ends with it
     warmup = min(config.warmup, max(num_steps - 1, 0))
     schedule = optax.warmup_cosine_decay_schedule(
+        # not 0, with which the first update would change nothing
         init_value=config.learning_rate / (warmup + 1),
         peak_value=config.learning_rate,
         warmup_steps=warmup,
+        # optax counts the warm-up in, and wants at least one step after it
         decay_steps=max(num_steps, warmup + 1),
         end_value=config.learning_rate * config.final_fraction,
     )
@@ -97,6 +100,7 @@ def make_optimizer(
     """
 
     def scale_by_group(updates: Any, params: Any) -> Any:
+        # frozen parameters are in no tree that the optimizer sees, so every path has a factor
         return jax.tree_util.tree_map_with_path(lambda path, update: update * scales[_path_name(path)], updates)
 
     def decays(params: Any) -> Any:
@@ -104,7 +108,9 @@ def make_optimizer(
             lambda path, _: re.fullmatch(config.no_decay, _path_name(path)) is None, params
         )
 
-    # only Adam and the schedule have arrays in their states; ``with_moments`` relies on it
+    # Only Adam and the schedule have arrays in their states; ``with_moments`` relies on it. The order matters: decay is
+    # added after Adam, so that it is not divided by the second moment (AdamW). It is added before the groups and the
+    # schedule, so that both scale it.
     return optax.named_chain(
         ("clip", optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()),
         (ADAM, optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),
@@ -116,6 +122,7 @@ def make_optimizer(
 
 def with_moments(state: OptimizerState, moments: optax.ScaleByAdamState, count: Any) -> OptimizerState:
     """An optimizer's state with these moments and ``count`` updates of the phase behind it; or the shapes of one."""
+    # Adam's own count, for the correction of its bias, is a part of the moments
     changed = state.copy()
     changed[ADAM] = moments
     changed[SCHEDULE] = optax.ScaleByScheduleState(count=count)

@@ -86,8 +86,12 @@ class PartFolders:
     @property
     def folders(self) -> dict[str, Path]:
         """Those that are named, by the part."""
-        parts = {"llm": self.llm, "vision": self.vision, "audio": self.audio}
-        return {name: folder for name, folder in parts.items() if folder is not None}
+        # the keys are those of ``assemble_thinker``
+        named: dict[str, Path] = {}
+        for name, folder in (("llm", self.llm), ("vision", self.vision), ("audio", self.audio)):
+            if folder is not None:
+                named[name] = folder
+        return named
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class Recipe:
 
     def check(self) -> None:
         """Raises ConfigError if a field is out of its range, or the fields do not go together."""
+        # the checks of numbers raise what they raise for a request; here it is the recipe that is wrong
         try:
             self._check_numbers()
         except InputError as e:
@@ -151,7 +156,7 @@ class Recipe:
         check_float("optimizer.clip", optimizer.clip, 0, _FLOAT_MAX, hint="0: never")
 
     def _check_mesh(self) -> None:
-        row_parts = self.mesh.data * self.mesh.fsdp
+        row_parts = self.mesh.data * self.mesh.fsdp  # that rows are sharded into
         if self.data.rows % row_parts:
             raise ConfigError(
                 f"data.rows is {self.data.rows}, which must be a multiple of mesh.data x mesh.fsdp = {row_parts}"
@@ -161,12 +166,16 @@ class Recipe:
                 f"data.streams is {self.data.streams}, which must be a multiple of mesh.data x mesh.fsdp = "
                 f"{row_parts}, so that every device has the media of its own rows"
             )
+        # positions of a row are sharded evenly
         if self.data.tokens % self.mesh.sequence:
             raise ConfigError(f"mesh.sequence {self.mesh.sequence} does not divide data.tokens {self.data.tokens}")
 
     def _check_phases(self) -> None:
-        if not self.phases or any(p.steps is None for p in self.phases[:-1]) or self.phases[-1].steps is not None:
+        # only the last phase has no length of its own
+        open_ended = [phase.steps is None for phase in self.phases]
+        if not open_ended or any(open_ended[:-1]) or not open_ended[-1]:
             raise ConfigError("every phase but the last needs its steps, and the last goes on to the end of the run")
+        # a run keeps the step of each phase under its name
         if len({phase.name for phase in self.phases}) < len(self.phases):
             raise ConfigError("two phases have the same name")
         for phase in self.phases[:-1]:
@@ -179,6 +188,7 @@ class Recipe:
         """The phase of the step that comes after ``step`` steps, and how many steps it has in this run."""
         begin = 0
         for phase in self.phases:
+            # a run that is shorter than its phases ends within one, and its schedule with it
             end = self.steps if phase.steps is None else min(self.steps, begin + phase.steps)
             if step < end or end == self.steps:
                 return phase, end - begin
@@ -188,5 +198,6 @@ class Recipe:
     @property
     def chunk(self) -> int:
         """Positions of a device's part of a row whose logits exist at a time: at most ``loss_chunk``, and a divisor."""
+        # where loss_chunk does not divide the part, their greatest common divisor divides both
         length = self.data.tokens // self.mesh.sequence
         return math.gcd(length, self.loss_chunk) if length % self.loss_chunk else self.loss_chunk

@@ -38,6 +38,7 @@ def prepare_workdir(recipe: Recipe, workdir: Path, log: Callable[[str], None]) -
       CheckpointError: if what the run is to begin from is no checkpoint, or its parts are not the model.
       ConfigError: if nothing is named to begin from, or it is another model than the recipe's.
     """
+    # made by an earlier start of the run
     if (workdir / MODEL_FOLDER).exists():
         return
     if recipe.init is None:
@@ -48,8 +49,11 @@ def prepare_workdir(recipe: Recipe, workdir: Path, log: Callable[[str], None]) -
     init = resolve_checkpoint(recipe.init)
     if OmniConfig.load(init).thinker_config != recipe.model.thinker_config:
         raise ConfigError(f"{init} holds another model than the recipe's; take the recipe of its size")
+
+    # parts are first made a checkpoint, which the run then begins from like any other
     if recipe.parts.folders:
         init = workdir / _PARTS_FOLDER
+        # there already if the run was killed between this and ``prepare_model``
         if not init.exists():
             random = assemble_thinker(recipe.init, init, recipe.parts.folders, recipe.seed)
             log(f"{len(random)} tensors are in none of the parts and begin at random, like {random[0]}")
@@ -63,6 +67,7 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
       CheckpointError: if the checkpoint that it begins from is damaged.
       ConfigError: if it is not named any more.
     """
+    # the parameters are read from where the run began: ``WORKDIR/model`` has no Thinker
     if recipe.parts.folders:
         folder = workdir / _PARTS_FOLDER
     elif recipe.init is not None:
@@ -79,6 +84,7 @@ def begin_phase(state: TrainState, step: TrainStep, mesh: Mesh) -> TrainState:
     """The same parameters at the beginning of another phase; what was trained and is frozen now stays in float32."""
     params = state.params
     target = abstract_state(step, mesh, {path: leaf.dtype for path, leaf in flatten_params(params).items()})
+    # an array that has the dtype already is passed on as it is
     params = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, target.params)
     return _assemble(step, target, int(state.step), params)
 
@@ -103,6 +109,7 @@ def restore_state(
     def make_target(number: int, dtypes: Mapping[str, np.dtype]) -> TrainCheckpoint:
         return to_checkpoint(abstract_state(step_at(number), mesh, dtypes), number, {})
 
+    # the step of the checkpoint says in which phase it was saved, and so what has moments
     saved = checkpoints.restore(make_target, log)
     if saved is None:
         return None
@@ -117,6 +124,7 @@ def _assemble(
     """A state after ``number`` steps, with fresh moments unless there are some."""
     trained, frozen = split_params(params, step.scales)
     if moments is None:
+        # made on the devices, each with its own part: no host holds moments of the whole model
         shardings = jax.tree.map(lambda x: x.sharding, target.optimizer)
         optimizer = jax.jit(step.transformation.init, out_shardings=shardings)(trained)
     else:
@@ -129,6 +137,7 @@ def _assemble(
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes of the arrays of a tree on one device."""
+    # int64, for the elements of a stack of layers can be more than int32 holds
     total = 0
     for leaf in jax.tree.leaves(tree):
         total += int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize

@@ -64,6 +64,7 @@ class TrainState:
         return self.optimizer[ADAM]
 
 
+# compared and hashed by identity: a dictionary has no hash, and jit keeps the program of each object
 @dataclass(frozen=True, eq=False)
 class TrainStep:
     """The step of a phase of a recipe, as a function of a state and a batch."""
@@ -88,7 +89,8 @@ class TrainStep:
             trained = optax.apply_updates(state.trained, updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": optax.tree.norm(grads),  # before the clip
+            # of the update that was just made: Adam has counted those of the phase before it
             "learning_rate": learning_rate(self.optimizer, state.moments.count, self.num_steps),
             **count_work(batch),
         }
@@ -100,8 +102,11 @@ class TrainStep:
 
     def loss_and_gradients(self, state: TrainState, batch: TrainBatch) -> tuple[jax.Array, Any]:
         """The mean loss without the z-loss, and the gradient of what trains, in float32."""
-        total_weight = jnp.maximum(jnp.sum(batch.weights), 1e-6)  # a batch of padding alone has none
+        # Of all accumulated batches together, so that each contributes as many tokens as it has. A batch of padding
+        # alone has no weight.
+        total_weight = jnp.maximum(jnp.sum(batch.weights), 1e-6)
 
+        # differentiated by what trains alone: no gradient of a frozen parameter is ever made
         def loss(trained: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
             params = merge_params(trained, state.frozen)
             hidden = self.model.apply({"params": params}, batch.inputs, method=Thinker.hidden)  # [B, S, D]
@@ -114,9 +119,10 @@ class TrainStep:
                 z_loss=self.z_loss,
                 head_trains=_HEAD_KERNEL in self.scales,
             )
-            return sums.total, sums.cross_entropy
+            return sums.total, sums.cross_entropy  # the z-loss is trained on, but not reported
 
         gradient = jax.grad(loss, has_aux=True)
+        # without accumulation the leaves have no axis to scan over
         if self.optimizer.accumulate == 1:
             grads, cross_entropy = gradient(state.trained, batch)
             return cross_entropy, grads
@@ -134,13 +140,18 @@ class TrainStep:
 def count_work(batch: TrainBatch) -> Metrics:
     """How much of a batch is not padding: what the model's FLOPs are counted from (docs/training.md)."""
     inputs = batch.inputs
+    # rows of accumulated batches are counted as rows of one
     segments = jnp.asarray(inputs.segment_ids).reshape(-1, inputs.segment_ids.shape[-1])  # [B, S]
-    position = jnp.arange(segments.shape[1])
-    changes = segments[:, 1:] != segments[:, :-1]
+    position = jnp.arange(segments.shape[1])  # [S]
+
+    # the start of the example that a position belongs to: the last place up to it at which the segment id changes
+    changes = segments[:, 1:] != segments[:, :-1]  # [B, S - 1]
     is_first = jnp.concatenate([jnp.full_like(segments[:, :1], True), changes], axis=1)  # [B, S]
-    segment_start = jax.lax.cummax(jnp.where(is_first, position, 0), axis=1)
-    is_token = segments != PADDING
-    attended = jnp.where(is_token, position - segment_start + 1, 0)  # positions of the same example, up to this one
+    segment_start = jax.lax.cummax(jnp.where(is_first, position, 0), axis=1)  # [B, S]
+
+    # causal attention: a position sees those of its example up to itself
+    is_token = segments != PADDING  # [B, S]
+    attended = jnp.where(is_token, position - segment_start + 1, 0)  # [B, S]
     # int32 holds the tokens of any batch, but not the pairs of a long row
     counts = {
         "tokens": jnp.sum(is_token),
@@ -150,7 +161,8 @@ def count_work(batch: TrainBatch) -> Metrics:
     if inputs.audio is not None:
         counts["blocks"] = jnp.sum(inputs.audio.length > 0)
     for frames in inputs.vision:
-        sizes = _frame_sizes(frames.valid)
+        sizes = _frame_sizes(frames.valid)  # [canvases, W]
+        # a patch attends to all patches of its frame, itself included
         counts["patches"] = counts.get("patches", 0) + jnp.sum(sizes)
         counts["frame_pairs"] = counts.get("frame_pairs", 0.0) + jnp.sum(sizes.astype(jnp.float32) ** 2)
     return counts
@@ -160,7 +172,7 @@ def _frame_sizes(valid: Int[Array, "*canvases W P"]) -> Int[jax.Array, "canvases
     """Patches of each frame of each canvas; a canvas has at most as many frames as windows."""
     num_windows, num_patches = valid.shape[-2:]
     # ``valid`` numbers the frames of a canvas from 1; 0 is padding, which is dropped
-    frame_ids = jnp.asarray(valid, jnp.int32).reshape(-1, num_windows * num_patches)
+    frame_ids = jnp.asarray(valid, jnp.int32).reshape(-1, num_windows * num_patches)  # [canvases, W * P]
     return jax.vmap(lambda canvas: jnp.bincount(canvas, length=num_windows + 1)[1:])(frame_ids)
 
 
@@ -177,6 +189,7 @@ def make_step(recipe: Recipe, phase: Phase, num_steps: int) -> TrainStep:
     """
     recipe.check()
     model = make_model(recipe)
+    # unboxed: a group names the paths of a checkpoint, where no array is in a box of logical axes
     paths = list(flatten_params(nn.unbox(abstract_params(model))))
     scales = learning_rate_scales(phase, paths)
     return TrainStep(model, recipe.optimizer, scales, num_steps, recipe.chunk, recipe.z_loss)
@@ -193,6 +206,7 @@ def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, A
     Raises:
       ConfigError: listing the parameters that the mesh does not divide.
     """
+    # parameters: float32 where they train, because updates are too small for bfloat16
     boxed = abstract_params(step.model)
     shardings = flatten_params(param_shardings(boxed, mesh))
     frozen_dtypes = frozen_dtypes or {}
@@ -201,6 +215,7 @@ def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, A
         dtype = jnp.float32 if path in step.scales else frozen_dtypes.get(path, step.model.dtype)
         leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path])
     trained, frozen = split_params(unflatten_dict(leaves, sep="/"), step.scales)
+
     # moments are sharded as their parameters are; everything else of the optimizer's state is a counter
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     moments = optax.ScaleByAdamState(count=scalar, mu=trained, nu=trained)  # type: ignore[arg-type]
@@ -210,10 +225,12 @@ def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, A
 
 def abstract_batch(data: DataConfig, model: OmniConfig, mesh: AnyMesh, accumulate: int = 1) -> TrainBatch:
     """Shapes, dtypes and shardings of the batch of a step, over all processes."""
+    # an empty batch of one row, made by the code that makes all others, so that the two cannot differ
     budget = Budget.of(dataclasses.replace(data, rows=1, streams=1))
     one = assemble([Part(budget)], budget, model, first=0, streams=1)
 
     def leaf(x: Array, axes: PartitionSpec) -> jax.ShapeDtypeStruct:
+        # rows, blocks and canvases: each leading axis is so many times that of one row
         shape = (x.shape[0] * data.rows, *x.shape[1:])
         if accumulate > 1:
             shape = (accumulate, *shape)
@@ -234,7 +251,10 @@ def jit_step(
       mesh: over the devices that it will run on.
       tpu_options: for the compiler, where they are TPUs.
     """
+    # The new state lies where the old one did, which donation and the next call rely on. The metrics are scalars, whose
+    # place is left to the compiler.
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    # other compilers refuse an option that they do not know
     options: dict[str, Any] | None = dict(tpu_options) if mesh.devices.flat[0].platform == "tpu" else None
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
@@ -249,6 +269,7 @@ def abstract_program(
       mesh: over the devices to compile for; they need not be there.
       phase: which of the recipe's phases.
     """
+    # the number of steps is only a constant of the schedule, so that of the run will do
     step = make_step(recipe, recipe.phases[phase], recipe.steps)
     state = abstract_state(step, mesh)
     batch = abstract_batch(recipe.data, recipe.model, mesh, recipe.optimizer.accumulate)

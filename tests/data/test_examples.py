@@ -10,7 +10,7 @@ from omni_jax.data.config import DataConfig
 from omni_jax.data.examples import Prepare, Reject
 from omni_jax.data.packing import Budget
 from omni_jax.data.sources import Row
-from omni_jax.mrope import resolve
+from omni_jax.mrope import resolve_spans
 from tests.data.conftest import PICTURE, VIDEO, WAV
 
 CONFIG = DataConfig(tokens=600, spans=16, audio_blocks=4, canvases=1, windows=8)
@@ -90,7 +90,7 @@ def test_media_become_units(prepare, config):
     per_unit += [16 * int(n) for n in example.windows]
     assert (example.feature[example.unit >= 0] < np.array(per_unit)[used]).all()
     prompt, _ = prepare.processor.dialogue(ask([{"type": "image", "image": PICTURE}])["messages"])
-    assert len(resolve(prompt.segments, config.thinker_config)) == 3 < example.spans.begin.shape[1]
+    assert len(resolve_spans(prompt.segments, config.thinker_config)) == 3 < example.spans.begin.shape[1]
 
 
 def test_media_in_a_bucket(prepare, gs):

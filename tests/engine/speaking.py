@@ -60,7 +60,7 @@ class Parts:
         suppress_ends(self.talker, self.config)
 
     def plan(self, prompt: Prompt) -> PrefillPlan:
-        spans = mrope.resolve(prompt.segments, self.config.thinker_config)
+        spans = mrope.resolve_spans(prompt.segments, self.config.thinker_config)
         return plan_prefill([PromptPiece(prompt, spans)], self.config)
 
     def prefill(self, prompt: Prompt) -> tuple[ThinkerPrefix, Context]:
@@ -145,7 +145,7 @@ class Parts:
 
     def request(self, dialogue: Dialogue) -> SpeechRequest:
         segments = (*dialogue.prompt.segments, mrope.Text(2))
-        span = mrope.resolve(segments, self.config.thinker_config)[-1]
+        span = mrope.resolve_spans(segments, self.config.thinker_config)[-1]
         talker = dialogue.talker
         span = dataclasses.replace(span, begin=0)
         return SpeechRequest(len(dialogue.prompt), dialogue.voice_token, talker.sampling, talker.max_tokens, span)

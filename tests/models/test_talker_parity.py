@@ -86,7 +86,7 @@ class Case:
         """The arguments of the Talker: a row with padding at its end."""
         length = self.text.shape[1]
         segments = (*self.prompt.segments, mrope.Text(2))
-        spans = mrope.stack([mrope.resolve(segments, whole.config.thinker_config)], LENGTH)
+        spans = mrope.stack_spans([mrope.resolve_spans(segments, whole.config.thinker_config)], LENGTH)
         text = np.pad(self.text, ((0, 0), (0, LENGTH - length), (0, 0)), constant_values=np.float32(3))
         codes = np.full((1, LENGTH), NO_CODE, np.int32)
         codes[0, length - 2 : length] = self.first

@@ -73,7 +73,7 @@ def offline(processor: Processor, messages: Sequence[Any], kind: Any, item: Item
 
 def ids_of(processor: Processor, spans: Sequence[mrope.Span], length: int) -> np.ndarray:
     size = 1024 if length <= 1024 else 1 << 15  # few shapes, compiled once
-    table = mrope.stack([spans], size, width=64)
+    table = mrope.stack_spans([spans], size, width=64)
     real = (np.arange(size) < length)[None].astype(np.int32)
     return np.asarray(IDS(table, real)[0])[:, 0, :length]
 
@@ -93,8 +93,8 @@ def check(
     np.testing.assert_array_equal(whole.tokens, wanted.tokens)
     c = processor.config.thinker_config
     ids = np.concatenate([ids_of(processor, p.spans, len(p.prompt)) for p in pieces], axis=1)
-    np.testing.assert_array_equal(ids, ids_of(processor, mrope.resolve(wanted.segments, c), len(wanted)))
-    after = [mrope.resolve((*p.segments, mrope.Text(2)), c)[-1] for p in (whole, wanted)]
+    np.testing.assert_array_equal(ids, ids_of(processor, mrope.resolve_spans(wanted.segments, c), len(wanted)))
+    after = [mrope.resolve_spans((*p.segments, mrope.Text(2)), c)[-1] for p in (whole, wanted)]
     assert after[0] == after[1]
 
     before = len(live.head.prompt.media)

@@ -36,7 +36,7 @@ def test_chunks_hold_what_the_whole_holds(prompts):
     whole = pad_text(collate(prompts, CONFIG))
     ids, _ = expand_table(whole.spans, whole.segment_ids)
     values = features(whole)
-    pieces = [PromptPiece(p, mrope.resolve(p.segments, CONFIG.thinker_config)) for p in prompts]
+    pieces = [PromptPiece(p, mrope.resolve_spans(p.segments, CONFIG.thinker_config)) for p in prompts]
     plan = plan_prefill(pieces, CONFIG)
     of_calls = [features(part) for part in map(only, plan.encoder_inputs)]
     assert {c.mel.shape[0] for c in plan.encoder_inputs if isinstance(c, AudioBlocks)} <= {1, AUDIO_BLOCKS}

@@ -1,0 +1,231 @@
+"""``bench.py accelerator``: a published size on one accelerator, with random parameters that are made there."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.budget import LINES, REST, ReplyLength, median_round, summarize_reply
+from benchmarks.latency import SOUND, make_request
+from benchmarks.models import make_voice, write_processor
+from benchmarks.ours import OmniJaxSide
+from benchmarks.report import check_at_least_one, check_seconds, format_seconds, print_tables, write_json
+from benchmarks.side import CODES_PER_SECOND, PUBLISHED, VOICE, Side
+from omni_jax.checkpoint.voices import Voice
+from omni_jax.config import OmniConfig
+from omni_jax.engine.request import ChunkSizes
+from omni_jax.engine.talker_engine import suppressed_codes
+from omni_jax.generation.model import OmniModel, make_engines
+from omni_jax.models import talker, thinker, token2wav
+from omni_jax.processing.processor import Processor
+from tools.make_checkpoint import make_config
+
+PROMPT_TOKENS = 512
+DECODED_TOKENS = 64
+TALKER_PROMPT = 512
+VOICE_FRAMES = 300
+SPOKEN_SECONDS = 10
+STANDARD_DEVIATION = 0.02  # of the random parameters, as that of the published initialisation
+SCALES = ("scale",)  # of norms: around one
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+def accelerator(
+    size: Literal["7b", "3b", "small"] = "7b",
+    dtype: Dtype = "bfloat16",
+    batches: tuple[int, ...] = (1, 8, 32),
+    seconds: tuple[int, ...] = (2, 10, 30),
+    repeats: int = 3,
+    reference: bool = True,
+    json_out: Path | None = None,
+) -> None:
+    """Decoding, Token2Wav and the first packet of a published size on one accelerator, beside PyTorch on the same one.
+
+    Parameters are random and made on the device, so that no checkpoint is needed. Thinker and Talker compute in
+    ``dtype``, Token2Wav in float32, as the reference does. A step's time is the median of several rounds; the first
+    packet is that of a warm model, with three seconds of speech and a written question before it.
+
+    Example: python tools/bench.py accelerator --json-out out/accelerator.json
+
+    Args:
+      size: of the model.
+      dtype: of Thinker and Talker.
+      batches: that are decoded together.
+      seconds: of the replies whose first packet is timed, shortest first.
+      repeats: rounds.
+      reference: whether PyTorch decodes and voices the same; it needs a build for the accelerator.
+      json_out: write the figures here as well.
+    """
+    check_seconds(seconds)
+    check_at_least_one(repeats=repeats)
+    device = jax.devices()[0]
+    results: dict[str, Any] = {"device": device.device_kind, "size": size, "dtype": dtype}
+    with tempfile.TemporaryDirectory() as name, Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("parameters", total=2 + reference)
+        config = make_config(size)
+        folder = Path(name)
+        write_processor(folder, config)
+        ours = RandomSide(folder, config, jnp.dtype(dtype))
+        steps = StepTimes(batches, repeats)
+        results["omni_jax"] = steps.measure(ours, config)
+        write_json(json_out, results)
+        progress.update(bar, advance=1, description="first packets")
+        results["first_packets"] = time_first_packets(ours, seconds, repeats)
+        write_json(json_out, results)
+        progress.update(bar, advance=1, description="PyTorch")
+        del ours
+        if reference:
+            from benchmarks.pytorch_accelerator import RandomPyTorchSide
+
+            results["pytorch"] = steps.measure(RandomPyTorchSide(folder, config, dtype), config)
+            progress.advance(bar)
+    write_json(json_out, results)
+    print_results(results)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What is timed of a side: a step of either decoder over some batches, and Token2Wav."""
+
+    batches: tuple[int, ...]
+    repeats: int
+
+    def measure(self, side: Side, config: OmniConfig) -> dict[str, float]:
+        """Median seconds of each."""
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, 1000, PROMPT_TOKENS)
+        times = {"prefill of 512 tokens": self._time(lambda: side.prefill(tokens))}
+        for batch in self.batches:
+            decode_text = functools.partial(side.decode_text, tokens, batch, DECODED_TOKENS)
+            times[f"Thinker step, batch {batch}"] = self._time(decode_text)
+            decode_codes = functools.partial(side.decode_codes, batch, TALKER_PROMPT, DECODED_TOKENS)
+            times[f"Talker step, batch {batch}"] = self._time(decode_codes)
+        dit = config.token2wav_config.dit_config
+        codes = rng.integers(0, dit.num_embeds - 1, (1, CODES_PER_SECOND * SPOKEN_SECONDS))
+        mel = rng.standard_normal((1, codes.shape[1] * dit.repeats, dit.mel_dim), np.float32)
+        voice = make_voice(config, VOICE_FRAMES)
+        times[f"DiT, {SPOKEN_SECONDS} s of speech"] = self._time(lambda: side.solve_mel(codes, voice))
+        times[f"vocoder, {SPOKEN_SECONDS} s of speech"] = self._time(lambda: side.vocode(mel))
+        return times
+
+    def _time(self, work: Callable[[], float]) -> float:
+        work()  # compiles
+        return float(np.median([work() for _ in range(self.repeats)]))
+
+
+def time_first_packets(side: Side, seconds: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """The budgets of the first packet of replies of several lengths, after a warm-up."""
+    requests = [make_request(SOUND, ReplyLength(length)) for length in seconds]
+    warmed = side.warm_up(requests)
+    side.stream_reply(requests[0])
+    replies = []
+    for length, request in zip(seconds, requests, strict=True):
+        rounds = [summarize_reply(side.stream_reply(request)) for _ in range(repeats)]
+        replies.append({"seconds": length, **median_round(rounds, "audio_ttfp")})
+    return {"warmup": {"programs": warmed.count, "seconds": warmed.seconds}, "replies": replies}
+
+
+class RandomSide(OmniJaxSide):
+    """omni_jax with random parameters on the device. The ends of text and of speech are never drawn."""
+
+    def __init__(self, folder: Path, config: OmniConfig, dtype: Any):
+        super().__init__(folder)
+        self._sizes = config
+        self._dtype = dtype
+
+    @functools.cached_property
+    def _config(self) -> OmniConfig:
+        return self._sizes
+
+    @functools.cached_property
+    def _model(self) -> OmniModel:
+        config = self._config
+        kw = dict(dtype=self._dtype, param_dtype=self._dtype)
+        models: dict[str, Any] = {
+            "thinker": thinker.Thinker(config.thinker_config, **kw),
+            "talker": talker.Talker(config.talker_config, **kw),
+            "token2wav": token2wav.Token2Wav(config.token2wav_config),
+        }
+        modules = {"thinker": thinker, "talker": talker, "token2wav": token2wav}
+        params = {name: make_params(modules[name].abstract_params(models[name])) for name in models}
+        processor = Processor.load(self.folder / PUBLISHED)
+        self._exclude_ends(params, processor)
+        arrays = make_voice(config, VOICE_FRAMES)
+        bos_token = config.talker_config.tts_text_pad_token_id + 1
+        voice = Voice(VOICE, bos_token, arrays.cond, arrays.mel)
+        engines = make_engines(config, models, params, None, ChunkSizes())
+        return OmniModel(config, processor, engines, {VOICE: voice})
+
+    @property
+    def _thinker_model(self) -> OmniModel:
+        return self._model
+
+    @property
+    def _talker_engine(self) -> Any:
+        return self._model.engines.talker
+
+    @property
+    def _token2wav_engine(self) -> Any:
+        return self._model.engines.token2wav
+
+    def _exclude_ends(self, params: dict[str, Any], processor: Processor) -> None:
+        """Sets the logits of what must not be drawn to zero, as ``models.write_model`` does."""
+        vocab_size = self._config.thinker_config.text_config.vocab_size
+        is_text = np.zeros(vocab_size, bool)
+        for token in range(vocab_size):
+            text = processor.tokenizer.token_bytes(token)
+            is_text[token] = bool(text) and text.isascii()
+        sizes = self._config.talker_config
+        excluded = suppressed_codes(self._config)
+        excluded[[sizes.tts_codec_pad_token_id, sizes.tts_codec_end_token_id]] = True
+        for head, keep in (
+            (params["thinker"]["decoder"]["head"], is_text),
+            (params["talker"]["decoder"]["head"], ~excluded),
+        ):
+            head["kernel"] = jnp.where(keep, head["kernel"], 0).astype(head["kernel"].dtype)  # [hidden, vocabulary]
+
+
+def make_params(abstract: Any) -> Any:
+    """Random parameters on the device: normal, those of norms around one."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract))
+    made = []
+    for number, (path, leaf) in enumerate(leaves):
+        mean = 1.0 if path[-1].key in SCALES else 0.0
+        made.append(_draw(jax.random.key(number), leaf.shape, leaf.dtype, mean))
+    return jax.tree.unflatten(tree, made)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, mean: float) -> jax.Array:
+    return (mean + STANDARD_DEVIATION * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Both tables."""
+    pytorch = results.get("pytorch", {})
+    steps = Table(f"{results['size']}, {results['dtype']}, {results['device']}", "omni_jax", "PyTorch", "ratio")
+    for name, ours in results["omni_jax"].items():
+        theirs = pytorch.get(name)
+        ratio = [f"{1000 * theirs:.1f} ms", f"{theirs / ours:.2f}"] if theirs else ["", ""]
+        steps.add_row(name, f"{1000 * ours:.1f} ms", *ratio)
+    replies = results["first_packets"]["replies"]
+    table = Table("to the first packet", *(f"{reply['seconds']} s" for reply in replies))
+    for name in [*LINES, REST]:
+        table.add_row(name, *(format_seconds(reply["budget"][name]) for reply in replies))
+    for name in ("audio_ttfp", "ttft", "audio_rtf"):
+        table.add_row(name, *(f"{reply[name]:.3f}" for reply in replies))
+    table.add_row("compilations", *(str(reply["compilations"]) for reply in replies))
+    print_tables(steps, table)
