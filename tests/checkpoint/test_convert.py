@@ -48,7 +48,7 @@ def test_every_number_arrives(tiny_model: Path, tiny_checkpoint: Path) -> None:
 
 
 def test_bfloat16_arrives_bit_by_bit(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "torch", TINY, seed=1, shard_bytes=500_000)
+    write_checkpoint(tmp_path / "torch", TINY, seed=1, shard_bytes=250_000)
     convert.to_jax(tmp_path / "torch", tmp_path / "jax")
     params = store.load(tmp_path / "jax")
     assert params["thinker"]["decoder"]["embed"]["embedding"].dtype == ml_dtypes.bfloat16

@@ -15,7 +15,7 @@ from tests.processes import run, start
 from tests.serving import requests
 from tests.serving.test_batch import command, comparable, results
 
-LINES = 40  # ten blocks or so
+LINES = 24  # six blocks or so
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     (folder / "media").symlink_to(requests.MEDIA)
     lines = [requests.good(i) for i in range(LINES - 2)]
     lines.insert(5, "{not json")
-    lines.insert(30, requests.good(3))  # whose custom_id was there before
+    lines.insert(20, requests.good(3))  # whose custom_id was there before
     (folder / "requests.jsonl").write_text("\n".join(lines) + "\n")
     done = run(*command(tiny_model, folder, "alone"), "--media-root", "/")
     assert done.returncode == 0, done.stderr
