@@ -1,7 +1,8 @@
 # make demo         converts a small random model, asks it about the media in tests/media, and has it speak its answer
 # make train-demo   trains a tiny random model in the paper's four stages, each from the last one's end
 # make test         every test, with PyTorch as the oracle; needs nothing done before
-# make test-aot     compiles the training steps of the whole 7B for TPU pods, some minutes each; no TPU is needed
+# make test-long    what takes longer: whole runs of the benchmarks, and parity again with programs as users compile them
+# make test-aot     compiles programs of the whole 7B for TPUs, some minutes each; no TPU is needed
 # make check        lint, format and types
 # make test-newest  the tests that need neither PyTorch nor the TPU compiler, on Python 3.12 with the newest jax and flax
 # make clean        removes all that these have made
@@ -27,7 +28,12 @@ TORCHVISION = test -d $(VENV)/torchvision || \
 LIBTPU = test -d $(VENV)/libtpu || \
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/libtpu libtpu==0.0.42.1
 
-.PHONY: demo train-demo test test-aot check test-newest clean
+PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# compiling is half of the time of the tests; LLVM's cheap passes and XLA's older loops take half as long
+QUICKLY = JAX_DISABLE_MOST_OPTIMIZATIONS=true XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
+
+.PHONY: demo train-demo test test-long test-aot check test-newest clean
 
 demo: $(VENV)/installed-run
 ifdef MODEL
@@ -51,7 +57,11 @@ train-demo: $(VENV)/installed-run
 	$(BIN)/python tools/train_demo.py out/train
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(QUICKLY) $(BIN)/python $(PYTEST)
+
+test-long: $(VENV)/installed-test
+	$(BIN)/python $(PYTEST) -m long
+	$(BIN)/python $(PYTEST) $$(find tests -name '*_parity.py')
 
 test-aot: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m aot tests/tools/test_aot.py
@@ -62,7 +72,7 @@ check: $(VENV)/installed-check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test-newest: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore-glob='*_parity.py' --ignore=tests/tools/test_aot.py
+	$(QUICKLY) $(NEWEST)/bin/python $(PYTEST) --ignore-glob='*_parity.py' --ignore=tests/tools/test_aot.py
 
 # a stamp in the environment says what is installed; it is made again when the requirements change
 $(BIN)/python:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import tempfile
 from collections.abc import Callable
@@ -43,13 +44,21 @@ SCALES = ("scale",)  # of norms: around one
 Dtype = Literal["bfloat16", "float32"]
 
 
+class AcceleratorPart(enum.StrEnum):
+    """What ``accelerator`` can time."""
+
+    STEPS = "steps"
+    PYTORCH = "pytorch"
+    FIRST_PACKETS = "first-packets"
+
+
 def accelerator(
     size: Literal["7b", "3b", "small"] = "7b",
     dtype: Dtype = "bfloat16",
     batches: tuple[int, ...] = (1, 8, 32),
     seconds: tuple[int, ...] = (2, 10, 30),
     repeats: int = 3,
-    reference: bool = True,
+    parts: tuple[AcceleratorPart, ...] = tuple(AcceleratorPart),
     json_out: Path | None = None,
 ) -> None:
     """Decoding, Token2Wav and the first packet of a published size on one accelerator, beside PyTorch on the same one.
@@ -66,33 +75,33 @@ def accelerator(
       batches: that are decoded together.
       seconds: of the replies whose first packet is timed, shortest first.
       repeats: rounds.
-      reference: whether PyTorch decodes and voices the same; it needs a build for the accelerator.
+      parts: what to time. PyTorch decodes and voices the same; it needs a build for the accelerator.
       json_out: write the figures here as well.
     """
     check_seconds(seconds)
     check_at_least_one(repeats=repeats)
     device = jax.devices()[0]
     results: dict[str, Any] = {"device": device.device_kind, "size": size, "dtype": dtype}
+    config = make_config(size)
+    steps = StepTimes(batches, repeats)
     with tempfile.TemporaryDirectory() as name, Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("parameters", total=2 + reference)
-        config = make_config(size)
         folder = Path(name)
         write_processor(folder, config)
+        bar = progress.add_task("", total=len(parts))
         ours = RandomSide(folder, config, jnp.dtype(dtype))
-        steps = StepTimes(batches, repeats)
-        results["omni_jax"] = steps.measure(ours, config)
-        write_json(json_out, results)
-        progress.update(bar, advance=1, description="first packets")
-        results["first_packets"] = time_first_packets(ours, seconds, repeats)
-        write_json(json_out, results)
-        progress.update(bar, advance=1, description="PyTorch")
-        del ours
-        if reference:
-            from benchmarks.pytorch_accelerator import RandomPyTorchSide
+        for part in parts:
+            progress.update(bar, description=part)
+            if part == AcceleratorPart.STEPS:
+                results[part] = steps.measure(ours, config)
+            elif part == AcceleratorPart.FIRST_PACKETS:
+                results[part] = time_first_packets(ours, seconds, repeats)
+            else:
+                # imported here: omni_jax needs no PyTorch
+                from benchmarks.pytorch_accelerator import RandomPyTorchSide
 
-            results["pytorch"] = steps.measure(RandomPyTorchSide(folder, config, dtype), config)
+                results[part] = steps.measure(RandomPyTorchSide(folder, config, dtype), config)
+            write_json(json_out, results)
             progress.advance(bar)
-    write_json(json_out, results)
     print_results(results)
 
 
@@ -106,7 +115,7 @@ class StepTimes:
     def measure(self, side: Side, config: OmniConfig) -> dict[str, float]:
         """Median seconds of each."""
         rng = np.random.default_rng(0)
-        tokens = rng.integers(0, 1000, PROMPT_TOKENS)
+        tokens = rng.integers(0, 500, PROMPT_TOKENS)  # below the special tokens of every size
         times = {"prefill of 512 tokens": self._time(lambda: side.prefill(tokens))}
         for batch in self.batches:
             decode_text = functools.partial(side.decode_text, tokens, batch, DECODED_TOKENS)
@@ -214,18 +223,24 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, mean: float) -> ja
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Both tables."""
-    pytorch = results.get("pytorch", {})
-    steps = Table(f"{results['size']}, {results['dtype']}, {results['device']}", "omni_jax", "PyTorch", "ratio")
-    for name, ours in results["omni_jax"].items():
-        theirs = pytorch.get(name)
-        ratio = [f"{1000 * theirs:.1f} ms", f"{theirs / ours:.2f}"] if theirs else ["", ""]
-        steps.add_row(name, f"{1000 * ours:.1f} ms", *ratio)
-    replies = results["first_packets"]["replies"]
-    table = Table("to the first packet", *(f"{reply['seconds']} s" for reply in replies))
-    for name in [*LINES, REST]:
-        table.add_row(name, *(format_seconds(reply["budget"][name]) for reply in replies))
-    for name in ("audio_ttfp", "ttft", "audio_rtf"):
-        table.add_row(name, *(f"{reply[name]:.3f}" for reply in replies))
-    table.add_row("compilations", *(str(reply["compilations"]) for reply in replies))
-    print_tables(steps, table)
+    """A table of the steps, and one of the first packets."""
+    tables = []
+    ours = results.get(AcceleratorPart.STEPS, {})
+    pytorch = results.get(AcceleratorPart.PYTORCH, {})
+    if ours or pytorch:
+        steps = Table(f"{results['size']}, {results['dtype']}, {results['device']}", "omni_jax", "PyTorch", "ratio")
+        for name in ours or pytorch:
+            cells = [f"{1000 * side[name]:.1f} ms" if name in side else "" for side in (ours, pytorch)]
+            ratio = f"{pytorch[name] / ours[name]:.2f}" if name in ours and name in pytorch else ""
+            steps.add_row(name, *cells, ratio)
+        tables.append(steps)
+    if AcceleratorPart.FIRST_PACKETS in results:
+        replies = results[AcceleratorPart.FIRST_PACKETS]["replies"]
+        table = Table("to the first packet", *(f"{reply['seconds']} s" for reply in replies))
+        for name in [*LINES, REST]:
+            table.add_row(name, *(format_seconds(reply["budget"][name]) for reply in replies))
+        for name in ("audio_ttfp", "ttft", "audio_rtf"):
+            table.add_row(name, *(f"{reply[name]:.3f}" for reply in replies))
+        table.add_row("compilations", *(str(reply["compilations"]) for reply in replies))
+        tables.append(table)
+    print_tables(*tables)

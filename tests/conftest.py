@@ -9,13 +9,10 @@ from pathlib import Path
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # parity is a matter of float32
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# compiling is half of the time of the tests; see ``compile_quickly``
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # workers share the cores, and threads that wait for each other hold them up
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
 
-import jax
 import pytest
 
 import tests.torchvision_stub  # noqa: F401
@@ -38,15 +35,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     order = {folder / name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly(request: pytest.FixtureRequest) -> None:
-    """Parity is tested on the programs that users run; elsewhere LLVM leaves its expensive passes out."""
-    quickly = not request.path.stem.endswith("_parity")
-    if jax.config.read("jax_disable_most_optimizations") != quickly:
-        jax.config.update("jax_disable_most_optimizations", quickly)
-        jax.clear_caches()  # or a program of the other kind would be found
 
 
 MODELS = [("tiny", 0), ("seven", 1), ("one", 2)]  # of tests/oracle.py, and a seed

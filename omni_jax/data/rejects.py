@@ -35,9 +35,10 @@ class RejectsFile:
 
 def _read_known(path: Path) -> set[tuple[str, int]]:
     # not splitlines: a name may hold other characters that end a line for it
-    *lines, rest = path.read_text(encoding="utf-8").split("\n")
-    if rest:  # a run was killed while it wrote
-        path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:  # a run was killed while it wrote, maybe in the middle of a character
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size - len(rest))
     try:
         values = [json.loads(line) for line in lines]
         known = set()

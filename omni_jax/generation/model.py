@@ -399,7 +399,7 @@ class OmniModel:
         """Prepares a dialogue now; its answer is made as the iterator is advanced."""
         # this is no generator itself, so errors are raised here and not at the first event
         self.check(options)
-        _warn_untrained(options, [messages])
+        _warn_untrained(options, [messages], stacklevel=4)  # of who calls ``generate`` or ``stream``
         scheduler = Scheduler(self.engines)
         stopwatch = Stopwatch(self.engines.clock)
         state = self.submit(scheduler, self._make_prompt(messages, options), options, live=live)
@@ -463,13 +463,13 @@ class OmniModel:
             )
 
 
-def _warn_untrained(options: Options, conversations: Sequence[Messages]) -> None:
-    """Warns of a system prompt that speech was not trained with."""
+def _warn_untrained(options: Options, conversations: Sequence[Messages], stacklevel: int = 3) -> None:
+    """Warns of a system prompt that speech was not trained with, at the caller that many calls up."""
     if options.speaks and not all(map(_has_speech_prompt, conversations)):
         warnings.warn(
             "speech was trained with the system prompt omni_jax.SPEECH_SYSTEM_PROMPT alone; under another one, or "
             "without one, the model may speak badly or not at all",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

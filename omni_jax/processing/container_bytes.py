@@ -68,8 +68,9 @@ def is_streamed_wav(file: BinaryIO) -> bool:
     file.seek(0)
     head = file.read(8)
     size = int.from_bytes(head[4:], "little")
-    # a program that cannot go back to its header leaves 0 there, or about the largest number of 31 or 32 bits
-    return head[:4] == b"RIFF" and (size == 0 or size >= (1 << 31) - 64)
+    # a program that cannot go back to its header leaves 0 there, or about the largest number of 31 or 32 bits; SoX
+    # leaves a whole page less than that of 31
+    return head[:4] == b"RIFF" and (size == 0 or size >= (1 << 31) - 4096)
 
 
 def _is_box_name(name: bytes) -> bool:

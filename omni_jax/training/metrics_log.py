@@ -47,7 +47,10 @@ class MetricsLog:
         self._num_steps = num_steps
         # lines of steps that the run makes again are dropped from the file, and hidden in TensorBoard
         kept = read_metrics(self._path, first_step)
-        self._path.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
+        # under another name first, so that a kill loses no line that was kept
+        unfinished = self._path.with_suffix(".tmp")
+        unfinished.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
+        unfinished.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
 

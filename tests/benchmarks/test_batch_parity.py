@@ -12,6 +12,8 @@ from benchmarks.batch import BatchResults, draw_results, make_requests, print_re
 from benchmarks.side import ReplyRequest
 from tests.benchmarks.conftest import InProcess
 
+pytestmark = pytest.mark.long
+
 REQUESTS = [ReplyRequest(question, 3, 6) for question in ("what do you hear", "what falls", "and what then")]
 
 

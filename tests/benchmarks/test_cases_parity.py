@@ -64,6 +64,7 @@ def test_talker(sides: tuple[InProcess, InProcess]) -> None:
     check_cases(speak.make_talker_cases([2], prompt_length=20, num_codes=6), sides)
 
 
+@pytest.mark.long
 def test_replies_one_by_one_and_together(
     sides: tuple[InProcess, InProcess], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,7 @@ def test_what_the_published_sizes_declare() -> None:
     assert make_stream_plan(OmniConfig.qwen2_5_omni_7b(), ChunkSizes()) == PUBLISHED
 
 
+@pytest.mark.long
 def test_the_parts_do_what_is_predicted(results: dict[str, Any]) -> None:
     for reply in results["replies"]:
         for kind in ("cold", "warm"):
@@ -125,6 +126,7 @@ def test_the_parts_do_what_is_predicted(results: dict[str, Any]) -> None:
         assert set(reply["predicted"]) == set(LINES)
 
 
+@pytest.mark.long
 def test_the_measured_budget_is_the_time_to_the_first_packet(results: dict[str, Any]) -> None:
     for reply in results["replies"]:
         for one in (reply["cold"], reply["warm"]):
@@ -135,10 +137,12 @@ def test_the_measured_budget_is_the_time_to_the_first_packet(results: dict[str, 
             assert sum(seconds for _, seconds in one["packets"]) == pytest.approx(reply["seconds"])
 
 
+@pytest.mark.long
 def test_nothing_is_compiled_when_it_is_warm(results: dict[str, Any]) -> None:
     assert [reply["warm"]["compilations"] for reply in results["replies"]] == [0, 0]
 
 
+@pytest.mark.long
 def test_pytorch_answers_too(results: dict[str, Any]) -> None:
     first, second = results["replies"]
     assert "pytorch" not in second
@@ -152,6 +156,7 @@ def test_a_reply_of_another_length_is_no_figure() -> None:
     ReplyRequest("what", 4, 50).check_reply(4, 0, spoken=False)
 
 
+@pytest.mark.long
 def test_table_file_and_picture(
     results: dict[str, Any], out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +169,7 @@ def test_table_file_and_picture(
     assert (tmp_path / "pictures" / "latency.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_first_packets_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same work leads to them as in whole replies, nothing compiles, and every round counts."""
     made = first_packet.run_all(folder, latency.SOUND, SECONDS, 2, InProcess)

@@ -243,6 +243,19 @@ def test_a_name_that_is_not_utf8_is_named_too(tmp_path):
     ]
 
 
+def test_a_reject_that_a_kill_cut_short_is_written_again(tmp_path):
+    """Also where the cut is in the middle of a character."""
+    path = tmp_path / "rejects.jsonl"
+    rejects = [Reject("a.jsonl", 1, "caf\u00e9"), Reject("a.jsonl", 2, "th\u00e9")]
+    for reject in rejects:
+        RejectsFile(path).add(reject)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b"\xa9")])
+    for reject in rejects:
+        RejectsFile(path).add(reject)
+    assert path.read_bytes() == whole
+
+
 def test_each_process_names_its_own_rejects(write_rows, start, tmp_path):
     text = write_rows(*({"text": "once" * (i % 2)} for i in range(40)))
     path = tmp_path / "r.jsonl"

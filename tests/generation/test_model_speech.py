@@ -134,8 +134,11 @@ def test_a_wrong_option_of_speech(model: OmniModel, options: dict[str, Any], mes
 
 
 def test_another_system_prompt_warns(model: OmniModel) -> None:
-    with pytest.warns(UserWarning, match=r"omni_jax\.SPEECH_SYSTEM_PROMPT"):
+    with pytest.warns(UserWarning, match=r"omni_jax\.SPEECH_SYSTEM_PROMPT") as found:
         model.generate(QUESTIONS[0][1:], **SPEAK)
+        model.generate_batch([QUESTIONS[0][1:]], **SPEAK)
+        model.listen(QUESTIONS[0][1:], modalities=("text", "audio"))
+    assert [warning.filename for warning in found] == [__file__] * 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(QUESTIONS[0], **SPEAK)

@@ -96,6 +96,16 @@ def test_a_long_sound_is_refused_and_never_cut():
         media.read_audio(bytes(streamed), short)
 
 
+@pytest.mark.parametrize(("riff", "data"), [(0xFFFFFFFF, 0xFFFFFFFF), (0, 0), (0x7FFFF024, 0x7FFFF000)])
+def test_a_wav_that_went_through_a_pipe_is_read_to_its_end(riff, data):
+    """The sizes that FFmpeg, other writers and SoX leave where they cannot go back to the header."""
+    streamed = bytearray(make_sound(2.0))
+    place = streamed.index(b"data")
+    streamed[4:8] = riff.to_bytes(4, "little")
+    streamed[place + 4 : place + 8] = data.to_bytes(4, "little")
+    assert len(media.read_audio(bytes(streamed), MEL)) == 32000
+
+
 def test_sound_that_is_an_array():
     tone = np.sin(np.arange(22050) * 0.1)
     mono = media.array_audio(tone, 22050, MEL)

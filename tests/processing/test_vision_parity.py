@@ -16,6 +16,8 @@ from omni_jax.processing.vision import PixelSettings
 from tests.processing.conftest import MEDIA
 
 PIXELS = PixelSettings()
+# of the reference's class; given each time, for its constructor writes into the dictionary of the class
+VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}
 # levels of 255: Pillow and torchvision round the same filter at different places
 RESIZE_TOLERANCE = 2
 
@@ -79,7 +81,7 @@ def test_real_videos(name):
 def compare_videos(frames):
     ours = vision.video_input(frames, len(frames), 2.0, PIXELS, {})
     pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)
-    reference = Qwen2VLVideoProcessor()(videos=[pixels], return_tensors="pt")
+    reference = Qwen2VLVideoProcessor(size=dict(VIDEO_SIZE))(videos=[pixels], return_tensors="pt")
     np.testing.assert_array_equal([ours.grid], reference["video_grid_thw"].numpy())
     difference = levels(ours.patches) - levels(reference["pixel_values_videos"].numpy())
     assert np.abs(difference).max() <= RESIZE_TOLERANCE + 1e-3

@@ -177,7 +177,7 @@ def test_over_a_mesh_and_over_hosts_the_ids_are_the_same(tmp_path: Path) -> None
     lines = [requests.good(i) for i in (0, 1, 2, 5)]
     (tmp_path / "requests.jsonl").write_text("\n".join(lines) + "\n")
     files = (str(tmp_path / "requests.jsonl"), str(tmp_path / "one.jsonl"))
-    one = batch(tmp_path / "model", *files, media_root=ROOT)
+    one = batch(tmp_path / "model", *files, media_root=str(ROOT))
     words = [*command(tmp_path / "model", tmp_path, "two"), "--media-root", str(ROOT), "--mesh.tensor", "2"]
     done = run(*words, devices=2)
     assert done.returncode == 0, done.stderr
