@@ -49,10 +49,15 @@ def _velocity(dit: DiT) -> Callable[..., Any]:
     return jax.jit(one)
 
 
+@functools.cache
+def _conditions(dit: DiT) -> Callable[..., Any]:
+    return jax.jit(lambda params, *inputs: dit.apply({"params": params}, *inputs, method="conditions"))
+
+
 def _solve(dit: DiT, params: Any, codes: Any, noise: Any, speaker: Any, blocks: Blocks) -> np.ndarray:
     """Runge and Kutta's 3/8 rule, written out. Codes [N, F], noise [N, F, M]"""
     rows, cond = (np.repeat(a[None], len(codes), axis=0) for a in speaker)  # each block has the same voice
-    conditions = dit.apply({"params": params}, codes, rows, cond, method="conditions")
+    conditions = _conditions(dit)(params, codes, rows, cond)
     y = np.where(blocks.valid[..., None], noise, 0).astype(np.float32)
     grid = sway_grid()
     for begin, end, times in zip(grid[:-1], grid[1:], evaluation_times(grid), strict=True):

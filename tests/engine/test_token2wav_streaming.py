@@ -15,7 +15,7 @@ from omni_jax.checkpoint import store
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig, Token2WavConfig
-from omni_jax.engine.token2wav_engine import Token2WavEngine
+from omni_jax.engine.token2wav_engine import Token2WavEngine, encode_speakers
 from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.errors import InputError
 from omni_jax.models.dit import DiT
@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 
 TINY = OmniConfig.tiny()
 DIT = TINY.token2wav_config.dit_config
-LENGTHS = (1, 2, 11, 12, 13, 24, 35, 36, 60, 0, 85)
+LENGTHS = (1, 11, 12, 24, 35, 36, 0, 85)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,8 @@ def test_streams_give_what_a_plain_solve_gives(engine: Token2WavEngine) -> None:
     made = pushed(stream, rows, seed=1)
     assert [len(samples) for samples in made] == [480 * n for n in LENGTHS]
     params, dit = engine.params["dit"], DiT(DIT)
-    for i in {0, 6, len(rows) - 1} & set(range(len(rows))):
-        speakers: Any = dit.apply({"params": params}, voices[i].ref_mel, method="speakers")
-        speaker = np.asarray(speakers), voices[i].cond[0]
+    for i in (4, len(rows) - 1):
+        speaker = np.asarray(encode_speakers(dit, params, voices[i].ref_mel)), voices[i].cond[0]
         mel = plainly_carried(dit, params, np.repeat(rows[i], 2), given[i], speaker)
         (wanted,) = engine.vocode([mel])
         np.testing.assert_allclose(made[i], wanted, rtol=0, atol=TOLERANCE)

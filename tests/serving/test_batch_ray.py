@@ -37,6 +37,7 @@ def over_ray(model: Path, folder: Path, name: str) -> list[str]:
     return [*command(model, folder, name), *engine]
 
 
+@pytest.mark.long  # the next one goes the same way, and on
 def test_two_actors(tiny_model: Path, folder: Path) -> None:
     done = run(*over_ray(tiny_model, folder, "ray"))
     assert done.returncode == 0, done.stderr
@@ -50,8 +51,8 @@ def test_an_actor_is_killed_half_way(tiny_model: Path, folder: Path) -> None:
     file = folder / "killed.jsonl"
     started = time.monotonic()
     actors: list[psutil.Process] = []
-    # until both are at work, and something is done
-    while len(actors) < 2 or not file.exists() or len(file.read_bytes().splitlines()) < 3:
+    # the second may begin when the first has nearly all of the work: until one is at work and something is done
+    while not actors or not file.exists() or len(file.read_bytes().splitlines()) < 3:
         assert process.poll() is None, "it ended before an actor could be killed"
         assert time.monotonic() - started < 240
         actors = [p for p in psutil.Process(process.pid).children(recursive=True) if is_actor(p)]
