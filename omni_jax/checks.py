@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,10 @@ from omni_jax.errors import InputError
 
 INT32_MAX = 2**31 - 1
 SEED_MAX = 2**32 - 1  # seeds are unsigned numbers of 32 bits
+
+# A URL within a text: scheme and slashes, user and password, host and path, query and fragment. A scheme is short, so
+# that no text takes long to search.
+_URL = re.compile(r"(?i)(https?:/*|\b[a-z][a-z0-9+.-]{0,15}:/+)([^\s/?#'\"]*@)?([^\s?#'\"]*)([?#][^\s'\"]*)?")
 
 
 def check_int(name: str, value: Any, low: int, high: int = INT32_MAX, hint: str = "") -> int:
@@ -82,7 +87,22 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # int of over 4,300 digits; a list in itself
         text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+    if len(text) > 80:
+        return f"{redact(text)[:60]}... ({len(text)} characters)"
+    return redact(text)
+
+
+def redact(text: str) -> str:
+    """A text as errors, results and logs may hold it: of the URLs in it, what signs them in is left out.
+
+    That is the name and the password of a user, the query, where buckets put signatures, and the fragment.
+    """
+    return _URL.sub(_without_secrets, text)
+
+
+def _without_secrets(url: re.Match[str]) -> str:
+    scheme, user, place, query = url.groups()
+    return f"{scheme}{'...@' if user else ''}{place}{f'{query[0]}...' if query else ''}"
 
 
 def _limits(low: int, high: int, hint: str) -> str:

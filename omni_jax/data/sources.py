@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import glob
 import itertools
 import os
@@ -15,7 +16,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from omni_jax.errors import InputError
-from omni_jax.processing.files import is_remote, open_bucket, open_file
+from omni_jax.processing.files import bucket_errors, is_remote, open_bucket, open_file
 
 _SCAN = 1 << 24  # bytes looked through at a time for the ends of lines
 _ROW_GROUPS = 4  # of a Parquet file that are kept in memory
@@ -71,18 +72,29 @@ class JsonLines:
 
     def _read(self, begin: int, end: int) -> bytes:
         if is_remote(self._path):
-            files, path = open_bucket(self._path)
-            return files.cat_file(path, start=begin, end=end)
+            with _reading(self._path):
+                files, path = open_bucket(self._path)
+                return files.cat_file(path, start=begin, end=end)
         self._file = file = self._file or open(self._path, "rb")  # noqa: SIM115, it stays open for the next row
         # pread has no position of its own, which several threads would move
         return os.pread(file.fileno(), end - begin, begin)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """A file or a bucket that cannot be read is an InputError that names it."""
+    try:
+        with bucket_errors(name):
+            yield
+    except OSError as e:
+        raise InputError(f"cannot read {name}: {e.strerror or e}") from e
 
 
 def _line_ends(path: str) -> tuple[int, np.ndarray]:
     """The size of a file, and the place of each of its line breaks."""
     ends = []  # of each piece that is read
     size = 0
-    with open_file(path) as file:
+    with bucket_errors(path), open_file(path) as file:
         while piece := file.read(_SCAN):
             ends.append(np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + size)
             size += len(piece)
@@ -134,7 +146,8 @@ class Parquet:
                 # a dictionary keeps the order in which groups came, so its first key has been there longest
                 while len(self._groups) >= _ROW_GROUPS:
                     self._groups.pop(next(iter(self._groups)))
-                self._groups[group] = self._file.read_row_group(group)
+                with _reading(self._path):
+                    self._groups[group] = self._file.read_row_group(group)
             table = self._groups[group]
         return Row(self._path, index + 1, table.slice(index - self._begins[group], 1).to_pylist()[0])
 
@@ -151,10 +164,11 @@ class Parquet:
             from pyarrow import ArrowException, parquet
         except ImportError as e:
             raise InputError(f"{self._path}: to read Parquet, install pyarrow: pip install omni_jax[parquet]") from e
-        try:
-            self._file = parquet.ParquetFile(open_file(self._path))
-        except ArrowException as e:
-            raise InputError(f"{self._path} is not a Parquet file: {e}") from e
+        with bucket_errors(self._path):
+            try:
+                self._file = parquet.ParquetFile(open_file(self._path))
+            except ArrowException as e:
+                raise InputError(f"{self._path} is not a Parquet file: {e}") from e
         self._groups: dict[int, Any] = {}  # row groups in memory, by number
         self._lock = threading.Lock()
 
@@ -213,9 +227,10 @@ def _expand(pattern: str) -> list[str]:
         files, path = open_bucket(pattern)
         try:
             paths: list[str] = []
-            for found in sorted(files.glob(path)):
-                paths.append(f"gs://{found.lstrip('/')}")
-        except (OSError, ValueError) as e:
+            with bucket_errors(pattern):
+                for found in sorted(files.glob(path)):
+                    paths.append(f"gs://{found.lstrip('/')}")
+        except OSError as e:
             raise InputError(f"cannot look into the bucket of {pattern}: {e}") from e
     else:
         pattern = os.path.expanduser(pattern)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from omni_jax.checks import check_names, shown
+from omni_jax.checks import check_names, redact, shown
 from omni_jax.errors import InputError
-from omni_jax.processing.files import open_file
+from omni_jax.processing.files import bucket_errors, open_file
 from omni_jax.serving.chat_request import ChatRequest, parse_body
 
 URL = "/v1/chat/completions"
@@ -77,7 +77,7 @@ def read_lines(name: str, number: int = 1, offset: int = 0) -> Iterator[Line]:
       InputError: if the file cannot be read.
     """
     try:
-        with open_file(name) as file:
+        with bucket_errors(name), open_file(name) as file:
             file.seek(offset)
             # a byte more than is allowed, to tell a line that is too long from one that is just as long
             while data := file.readline(MAX_LINE_BYTES + 1):
@@ -145,6 +145,7 @@ def make_error(line: Line, custom_id: str | None, error: Exception) -> Result:
     else:
         code = "failed"
         message = f"{type(error).__name__}: {error}"
+    message = redact(message)  # results are shown to others than those who signed the URLs in them
     if len(message) > _MAX_MESSAGE:  # some quote all that they were given
         message = f"{message[:_MAX_MESSAGE]}... ({len(message)} characters)"
     problem = {"code": code, "message": message}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.errors import InputError
-from omni_jax.processing.files import is_remote, open_bucket
+from omni_jax.processing.files import bucket_errors, is_remote, open_bucket
 from omni_jax.serving.batch_lines import ID_PREFIX
 
 PART_LINES = 1000  # at most, in an object
@@ -137,14 +137,13 @@ class BucketResults(Results):
         self._waiting: list[bytes] = []
         self._written = time.monotonic()
         try:
-            self._parts = sorted(self._files.find(self._folder)) if self._files.exists(self._folder) else []
-            # for what it notes on the way
-            for _ in self._lines():
-                pass
-        except (OSError, ValueError) as e:
-            if isinstance(e, InputError):
-                raise
-            raise InputError(f"cannot read {url}: {e}") from e
+            with bucket_errors(url):
+                self._parts = sorted(self._files.find(self._folder)) if self._files.exists(self._folder) else []
+                # for what it notes on the way
+                for _ in self._lines():
+                    pass
+        except OSError as e:
+            raise InputError(f"cannot read {url}: {e.strerror or e}") from e
 
     def _lines(self) -> Iterator[bytes]:
         """The lines of the object, then those of the parts, each result once."""
@@ -188,9 +187,12 @@ class BucketResults(Results):
 
     def _attempt(self, work: Any, *args: Any) -> None:
         try:
-            work(*args)
-        except (OSError, ValueError) as e:
-            raise InputError(f"cannot write {self._url}: {e}; the same command goes on from what is written") from e
+            with bucket_errors(self._url):
+                work(*args)
+        except OSError as e:
+            raise InputError(
+                f"cannot write {self._url}: {e.strerror or e}; the same command goes on from what is written"
+            ) from e
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # also after an error, for what was answered is to be kept; the parts are joined when all lines are done

@@ -313,10 +313,9 @@ class _Run:
 def _write_file(path: str, data: bytes) -> None:
     try:
         write_atomically(path, data)
-    except OSError as e:
-        raise OutputError(
-            f"cannot write {path}: {e.strerror or e}; the same command goes on from what is written"
-        ) from e
+    except (OSError, InputError) as e:  # InputError: a bucket that cannot be reached
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise OutputError(f"cannot write {path}: {reason}; the same command goes on from what is written") from e
 
 
 def _is_speech_prompt(message: Message) -> bool:
