@@ -46,6 +46,7 @@ from omni_jax.generation.options import Options
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
+from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.live import LivePrompt
 from omni_jax.processing.prefill_plan import PromptPiece
@@ -65,7 +66,8 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     components: Sequence[str] | None = None,
-    allow_urls: bool = False,
+    allow_web: Sequence[str] = (),
+    allow_buckets: Sequence[str] = (),
     chunk_sizes: ChunkSizes | None = None,
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
@@ -76,14 +78,18 @@ def load(
         always computes in float32.
       mesh: from ``omni_jax.sharding.make_mesh``, to shard the parameters over several devices.
       components: ("thinker",) to read and write only; all that the checkpoint has if None.
-      allow_urls: whether media may be fetched from the web; a server that does so lends its network to whoever asks.
+      allow_web: hosts that media may be fetched from: "example.com", "*.example.com" for all below it, "*" for every
+        public one. Without any, nothing is fetched.
+      allow_buckets: ("gs://bucket/folder",): media that lie in it may be read, with the account of this machine.
       chunk_sizes: how much is computed at a time while a reply is streamed; the defaults if None.
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
       ConfigError: if its config.json does not describe the model, or the mesh does not divide a parameter.
+      InputError: if what is allowed is no host, or no place in a bucket.
     """
     folder = Path(folder)
+    access = RemoteAccess(allow_web, allow_buckets)
     # what the checkpoint has, and what of it is asked for
     stored = store.components(folder)
     wanted = tuple(stored if components is None else components)
@@ -93,7 +99,7 @@ def load(
         )
     # small files first: what is wrong with them is found before gigabytes are read
     config = OmniConfig.load(folder)
-    processor = Processor.load(folder, allow_urls=allow_urls)
+    processor = Processor.load(folder, access=access)
     # of several dtypes in the checkpoint the one that holds them all
     compute_dtype = jnp.dtype(dtype or jnp.result_type(*stored["thinker"]))
     # slices of stacked layers are copies on a CPU; see omni_jax/layers/stack.py

@@ -27,6 +27,7 @@ from omni_jax.processing.chat import (
     parse_messages,
     split_at_replies,
 )
+from omni_jax.processing.fetch import NO_ACCESS, RemoteAccess, fetch_source
 from omni_jax.processing.images import read_image
 from omni_jax.processing.layout import (
     FRAMES_PER_SECOND,
@@ -134,7 +135,7 @@ class Processor:
         settings: ProcessorConfig,
         *,
         stop_ids: Sequence[int],
-        allow_urls: bool = False,
+        access: RemoteAccess = NO_ACCESS,
     ) -> None:
         settings.check(config)
         self.config = config
@@ -142,15 +143,15 @@ class Processor:
         self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)
         self._template = template
-        self._allow_urls = allow_urls
+        self._access = access
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, allow_urls: bool = False) -> Self:
+    def load(cls, folder: str | os.PathLike[str], *, access: RemoteAccess = NO_ACCESS) -> Self:
         """Reads a checkpoint folder: config, tokenizer, chat template, preprocessor and generation configs.
 
         Args:
           folder: with ``config.json``, ``tokenizer.json`` and ``preprocessor_config.json``; the others may be missing.
-          allow_urls: whether media may be fetched from the web.
+          access: from which hosts and buckets media may be fetched.
 
         Raises:
           CheckpointError: if a file is missing or broken.
@@ -164,7 +165,7 @@ class Processor:
         template = ChatTemplate.load(path)
         settings = ProcessorConfig.load(path)
         stop_ids = _load_stop_ids(path, config)
-        return cls(config, tokenizer, template, settings, stop_ids=stop_ids, allow_urls=allow_urls)
+        return cls(config, tokenizer, template, settings, stop_ids=stop_ids, access=access)
 
     def __call__(
         self,
@@ -267,6 +268,12 @@ class Processor:
         other.settings = dataclasses.replace(self.settings, pixels=pixels)
         return other
 
+    def with_access(self, access: RemoteAccess) -> Self:
+        """The same processor with other hosts and buckets that media may be fetched from."""
+        other = copy.copy(self)
+        other._access = access
+        return other
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a reply; special tokens give none."""
         return self.tokenizer.decode(ids)
@@ -328,14 +335,20 @@ class Processor:
           InputError: if it cannot be read, naming its place and the file.
         """
         try:
+            fetched = dataclasses.replace(part, source=self._fetch(part))
             if part.kind == "image":
-                picture = read_image(part.source, allow_urls=self._allow_urls)
-                return image_input(picture, self.settings.pixels, part.options)
+                return image_input(read_image(fetched.source), self.settings.pixels, part.options)
             if part.kind == "audio":
-                return self._read_audio(part)
-            return self._read_video(part, assume_fps)
+                return self._read_audio(fetched)
+            return self._read_video(fetched, assume_fps)
         except InputError as e:
             raise InputError(f"{_describe_part(part)}: {e}") from e
+
+    def _fetch(self, part: MediaPart) -> Any:
+        """The source, fetched if it is on the web or in a bucket; of a list of frames each when it is asked for."""
+        if part.kind == "video" and isinstance(part.source, list | tuple):
+            return _FetchedFrames(part.source, self._access)
+        return fetch_source(part.source, self._access)
 
     def _read_audio(self, part: MediaPart) -> AudioInput:
         mel = self.settings.mel
@@ -345,7 +358,7 @@ class Processor:
         if is_located(part.source):
             if "sampling_rate" in options:
                 raise InputError("sampling_rate is for an array of samples; a file knows its own")
-            sound = media.read_sound(part.source, mel, begin=begin, end=end, allow_urls=self._allow_urls)
+            sound = media.read_sound(part.source, mel, begin=begin, end=end)
             return audio_input(sound.samples, mel, sound.num_bad_packets)
         if not isinstance(part.source, np.ndarray):
             raise InputError(f"a sound must be a path, a URL, bytes or an array, got {type(part.source).__name__}")
@@ -364,7 +377,6 @@ class Processor:
             options,
             mel=self.settings.mel if wants_sound else None,
             resize=FrameResizer(pixels, options),
-            allow_urls=self._allow_urls,
         )
         # of a list of pictures, they are read only now, one by one
         frames = list(video.frames)
@@ -403,6 +415,23 @@ class Processor:
     def _count_tokens(self, item: Item) -> int:
         parts: tuple[AudioInput | VisionInput, ...] = item if isinstance(item, tuple) else (item,)
         return sum(media_tokens(part, self.config.thinker_config) for part in parts)
+
+
+class _FetchedFrames(Sequence[Any]):
+    """Frames of a video, some of which may have to be fetched: one is in memory at a time."""
+
+    def __init__(self, frames: Sequence[Any], access: RemoteAccess) -> None:
+        self._frames = frames
+        self._access = access
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return fetch_source(self._frames[index], self._access)
+        except InputError as e:
+            raise InputError(f"frame {index}: {e}") from e
 
 
 def _describe_part(part: MediaPart) -> str:

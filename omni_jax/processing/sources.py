@@ -1,4 +1,4 @@
-"""Where media come from: a path, a file: or data: URL, bytes, or the web and buckets if that is allowed."""
+"""Where media come from: a path, a file: or data: URL, or bytes; ``processing.fetch`` fetches what lies elsewhere."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ import binascii
 import io
 import os
 import re
-import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from omni_jax.checks import redact, shown
 from omni_jax.errors import InputError
-from omni_jax.processing.files import open_bucket
+from omni_jax.processing.files import is_within, join_path, resolve_path
 
-MAX_FETCHED_BYTES = 2 << 30  # fetched from the web
-_TIMEOUT = 30.0  # seconds without an answer
+WEB_IS_OFF = "fetching from the web is off; pass the file, or name its host: allow_web=(HOST,), --allow-web HOST"
+BUCKETS_ARE_OFF = (
+    "reading media from buckets is off; pass the file, or name where it lies: allow_buckets=(PREFIX,), "
+    "--allow-buckets gs://BUCKET/FOLDER"
+)
+
+
+_SCHEMES = ("file", "data", "http", "https", "gs")
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def describe_source(value: Any) -> str:
     if isinstance(value, str) and value.startswith("data:"):
         return f"{value[:30].split(',')[0]},..."
     if isinstance(value, str | os.PathLike):
-        name = os.fspath(value)
+        name = redact(os.fsdecode(value))
         return repr(name if len(name) <= 100 else f"...{name[-97:]}")
     if isinstance(value, bytes | bytearray | memoryview):
         return f"{len(value)} bytes"
@@ -55,13 +61,24 @@ def is_located(value: Any) -> bool:
     return isinstance(value, Source | str | os.PathLike | bytes | bytearray | memoryview)
 
 
+def find_scheme(text: str) -> str:
+    """The scheme of a URL in lower case, if it has one that is known, or is followed by ``//``; else nothing.
+
+    A colon alone makes no URL: call-12:30.wav is a path, for "call-12" is no scheme that is known.
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?", text)
+    if scheme is None:
+        return ""
+    name = scheme[1].lower()
+    return name if scheme[2] or name in _SCHEMES else ""
+
+
 def locate_source(value: Any, *, allow_urls: bool = False) -> Source:
     """Finds out what a value names.
 
     Args:
-      value: a path, a ``file:``, ``data:``, ``http:``, ``https:`` or ``gs:`` URL, the bytes of a file, or a source.
-      allow_urls: whether to fetch from the web and from buckets. A server that does so lends its network, and what its
-        account may read, to whoever asks.
+      value: a path, a ``file:`` or ``data:`` URL, the bytes of a file, or a source.
+      allow_urls: of no effect.
 
     Raises:
       InputError: if it is none of these, is not there, or is empty.
@@ -72,22 +89,55 @@ def locate_source(value: Any, *, allow_urls: bool = False) -> Source:
         return _check_not_empty(Source(bytes(value)))
     if not isinstance(value, str | os.PathLike):
         raise InputError(f"expected a path, a URL or bytes, got {type(value).__name__}")
-    text = os.fspath(value)
-    # a colon alone makes no URL: call-12:30.wav is a path, for "call-12" is no scheme that is known
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
-    name = scheme.group(1).lower() if scheme else ""
-    if name == "data":
+    text = os.fsdecode(value)
+    scheme = find_scheme(text)
+    if scheme == "data":
         return _check_not_empty(Source(_data_url(text)))
-    if name in ("http", "https"):
-        return _check_not_empty(Source(_fetch_url(text, allow_urls)))
-    if name == "gs":
-        return _check_not_empty(Source(_fetch_from_bucket(text, allow_urls)))
-    if name == "file":
+    # whoever may fetch has done so, and has a source in their place
+    if scheme in ("http", "https"):
+        raise InputError(WEB_IS_OFF)
+    if scheme == "gs":
+        raise InputError(BUCKETS_ARE_OFF)
+    if scheme == "file":
         return _find_file(_file_url(text))
-    # a path with these letters is rather a misspelt URL, and "no such file" would not help
-    if "://" in text:
-        raise InputError(f"unknown kind of URL {name!r}; known: file, data, http, https, gs")
+    if scheme:
+        raise InputError(f"unknown kind of URL {scheme!r}; known: {', '.join(_SCHEMES)}")
     return _find_file(text)
+
+
+def confine_source(source: Any, base_dir: str, media_root: str, option: str) -> str | bytes:
+    """Takes a path of media from one folder, and none that leads out of another.
+
+    Args:
+      source: the bytes of a file, a URL or a path; a path and a ``file:`` URL are of this machine.
+      base_dir: that relative paths are taken from, a path or a ``gs://`` URL.
+      media_root: within which it must lie, links followed; likewise.
+      option: that names another, for the error.
+
+    Returns:
+      The path that is to be opened, from its root on, and without links. A URL as it is: whether the web and buckets
+      are allowed is decided where they are fetched from.
+
+    Raises:
+      InputError: for a file outside of it, and for what is neither bytes, a path nor a URL that is known.
+    """
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, str):
+        raise InputError(f"expected a path or a URL, got {shown(source)}")
+    scheme = find_scheme(source)
+    if scheme and scheme != "file":
+        return source
+    try:
+        name = _file_url(source) if scheme else source
+        root = resolve_path(media_root)
+        # links are followed here, once, and the path that comes out is the one that is opened
+        path = resolve_path(join_path(base_dir, name))
+    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: links that lead in a circle
+        raise InputError(f"{describe_source(source)} is not a path that can be read: {e}") from e
+    if not is_within(path, root):
+        raise InputError(f"{describe_source(source)} is not within {root}; {option} names another folder")
+    return path
 
 
 def _check_not_empty(source: Source) -> Source:
@@ -127,38 +177,6 @@ def _data_url(url: str) -> bytes:
         raise InputError(f"a data URL must look like data:audio/wav;base64,...; got {header[:60]!r}")
     # browsers may write + and / as %2B and %2F
     return decode_base64(urllib.parse.unquote(data) if "%" in data else data, "the data URL")
-
-
-def _fetch_from_bucket(url: str, allowed: bool) -> bytes:
-    # before the bucket is touched: a name alone must not make this machine use its account
-    _check_allowed(allowed)
-    files, path = open_bucket(url)
-    try:
-        return files.cat_file(path)
-    except FileNotFoundError as e:
-        raise InputError("no such file") from e
-    except (OSError, ValueError) as e:
-        raise InputError(f"cannot fetch it: {e}") from e
-
-
-def _check_allowed(allowed: bool) -> None:
-    if not allowed:
-        raise InputError(
-            "fetching from the web is off; pass the file, or load the model with allow_urls=True (--allow-urls)"
-        )
-
-
-def _fetch_url(url: str, allowed: bool) -> bytes:
-    _check_allowed(allowed)
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
-            # a byte more than is allowed, to tell a file that is over the limit from one that ends at it
-            data = answer.read(MAX_FETCHED_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as e:
-        raise InputError(f"cannot fetch it: {e}") from e
-    if len(data) > MAX_FETCHED_BYTES:
-        raise InputError(f"it is over the limit of {MAX_FETCHED_BYTES} bytes")
-    return data
 
 
 def decode_base64(text: str, where: str) -> bytes:

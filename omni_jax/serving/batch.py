@@ -12,7 +12,16 @@ from omni_jax.checks import check_float, check_int
 from omni_jax.distributed import gather, is_main_process, join_processes
 from omni_jax.engine.request import BLOCK_SIZES, SchedulerConfig
 from omni_jax.errors import InputError
-from omni_jax.processing.files import folder_of, is_file, is_remote, open_file, resolve_path
+from omni_jax.processing.fetch import RemoteAccess
+from omni_jax.processing.files import (
+    bucket_errors,
+    check_bucket_url,
+    folder_of,
+    is_file,
+    is_remote,
+    open_file,
+    resolve_path,
+)
 from omni_jax.serving.batch_lines import Line, LineError, Result, SeenIds, make_error, read_custom_id, read_lines
 from omni_jax.serving.batch_progress import BatchProgress, print_summary
 from omni_jax.serving.batch_ray import answer_over_ray
@@ -67,8 +76,13 @@ def check_command(command: BatchCommand) -> None:
     check_int("--ray.actors", command.ray.actors, 1)
     check_float("--media.seconds", command.media.seconds, 0, _MAX_MEDIA_SECONDS, above=True)
     check_float("--media.gigabytes", command.media.gigabytes, 0, _MAX_MEDIA_GIGABYTES, above=True)
+    RemoteAccess(command.allow_web, command.allow_buckets)  # for its errors alone
     # files and folders; in a bucket there are no folders that could be missing
-    if not is_file(command.input):
+    places = {"-i": command.input, "-o": command.output, "--audio-dir": command.audio_dir}
+    for name, place in {**places, "--media-root": command.media_root}.items():
+        if place is not None and is_remote(place):
+            _check_remote(name, place)
+    if not _is_file(command.input):
         raise InputError(f"-i {command.input}: no such file")
     if command.distributed and (command.engine == "ray" or command.mesh.num_devices == 1):
         raise InputError("--distributed is of one model over several hosts: give --mesh, and not --engine ray")
@@ -79,6 +93,20 @@ def check_command(command: BatchCommand) -> None:
             raise InputError(f"{name}: the folder {folder} does not exist")
     if command.audio_dir is not None and not is_remote(command.audio_dir):
         Path(command.audio_dir).mkdir(parents=True, exist_ok=True)
+
+
+def _check_remote(option: str, url: str) -> None:
+    try:
+        check_bucket_url(url)
+    except InputError as e:
+        raise InputError(f"{option} {url}: {e}") from None
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return is_file(name)
+    except OSError as e:  # a bucket that cannot be looked into
+        raise InputError(f"-i {name}: {e.strerror or e}") from e
 
 
 def make_spec(command: BatchCommand) -> WorkerSpec:
@@ -93,7 +121,7 @@ def make_spec(command: BatchCommand) -> WorkerSpec:
         mesh=command.mesh,
         media_processes=command.workers,
         media_limits=command.media,
-        allow_urls=command.allow_urls,
+        access=RemoteAccess(command.allow_web, command.allow_buckets),
         warmup_tokens=command.warmup_tokens,
         warmup_windows=command.warmup_windows,
         compile_cache=command.compile_cache,
@@ -157,9 +185,12 @@ def _count_lines(name: str) -> int:
     """Requests in a file, roughly: it is only for the progress bar, and read in big pieces."""
     count = 0
     last_byte = b"\n"  # of an empty file, which has no last line either
-    with open_file(name) as file:
-        while piece := file.read(_READ_BYTES):
-            count += piece.count(b"\n")
-            last_byte = piece[-1:]
+    try:
+        with bucket_errors(name), open_file(name) as file:
+            while piece := file.read(_READ_BYTES):
+                count += piece.count(b"\n")
+                last_byte = piece[-1:]
+    except OSError as e:
+        raise InputError(f"cannot read {name}: {e.strerror or e}") from e
     # the last line need not end in a line break
     return count + (last_byte != b"\n")

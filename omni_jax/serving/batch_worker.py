@@ -14,6 +14,7 @@ import jax
 from omni_jax.engine.request import SchedulerConfig
 from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.model import OmniModel, load
+from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.serving.batch_lines import Line, Result
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
 from omni_jax.serving.media_workers import MediaLimits, MediaWorkers
@@ -32,7 +33,7 @@ class WorkerSpec:
       mesh: devices that the model is spread over; of one device, no mesh is made.
       media_processes: that decode media.
       media_limits: of each request.
-      allow_urls: whether media may be fetched from the web.
+      access: from which hosts and buckets media may be fetched.
       warmup_tokens: of a prompt with its reply that is compiled for at first; 0 for nothing.
       warmup_windows: the same for pictures, in windows of 112 x 112 pixels.
       compile_cache: folder of compiled programs, if they are kept.
@@ -45,7 +46,7 @@ class WorkerSpec:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     media_processes: int = 1
     media_limits: MediaLimits = field(default_factory=MediaLimits)
-    allow_urls: bool = False
+    access: RemoteAccess = field(default_factory=RemoteAccess)
     warmup_tokens: int = 0
     warmup_windows: int = 0
     compile_cache: Path | None = None
@@ -70,7 +71,7 @@ class Worker:
         """
         self.status = RunStatus()
         # its processes start with the first request, so they take nothing while the model is loaded
-        self._media = MediaWorkers(spec.model, spec.media_processes, spec.media_limits, allow_urls=spec.allow_urls)
+        self._media = MediaWorkers(spec.model, spec.media_processes, spec.media_limits, spec.access)
         try:
             set_phase(f"loading {spec.model}")
             model = _load_model(spec)

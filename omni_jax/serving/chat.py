@@ -46,7 +46,13 @@ def run_chat(command: ChatCommand) -> None:
     # without speech two of the three components need not be loaded
     components = ("thinker",) if sound_path is None else None
     with terminal.status(f"loading {command.model}"):
-        model = load(command.model, dtype=command.dtype, components=components, allow_urls=command.allow_urls)
+        model = load(
+            command.model,
+            dtype=command.dtype,
+            components=components,
+            allow_web=command.allow_web,
+            allow_buckets=command.allow_buckets,
+        )
     load_seconds = time.perf_counter() - start_time
     # the spinner turns until the first text, which would be written into its line
     with terminal.status("reading the question and compiling for its length") as waiting:

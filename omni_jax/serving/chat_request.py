@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +12,7 @@ from omni_jax.engine.sampling import SamplingParams
 from omni_jax.errors import InputError
 from omni_jax.generation.options import Options
 from omni_jax.processing.chat import MediaPart, Message, parse_messages
-from omni_jax.processing.files import is_within, join_path, resolve_path
-from omni_jax.processing.sources import describe_source
+from omni_jax.processing.sources import confine_source
 
 AUDIO_FORMATS = ("wav", "pcm16")
 
@@ -283,36 +279,19 @@ def confine(messages: Sequence[Message], base_dir: str, media_root: str) -> tupl
     Raises:
       InputError: for a file outside of it, and for what is neither a path, a URL nor the bytes of a file.
     """
-    # links are followed here, once, and the path that comes out is the one that is opened
-    root = resolve_path(media_root)
+
+    def confine_one(source: Any, where: str) -> str | bytes:
+        try:
+            return confine_source(source, base_dir, media_root, "--media-root")
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from e
 
     def confine_part(part: MediaPart) -> MediaPart:
         # a video may be a list of frames, each with a source of its own
         if isinstance(part.source, list | tuple):
-            source: Any = [_confine_source(frame, part.where, base_dir, root) for frame in part.source]
+            source: Any = [confine_one(frame, part.where) for frame in part.source]
         else:
-            source = _confine_source(part.source, part.where, base_dir, root)
+            source = confine_one(part.source, part.where)
         return dataclasses.replace(part, source=source)
 
     return _map_media(messages, confine_part)
-
-
-def _confine_source(source: Any, where: str, base_dir: str, root: str) -> str | bytes:
-    # input_audio, which was decoded when the messages were parsed
-    if isinstance(source, bytes):
-        return source
-    if not isinstance(source, str):
-        raise InputError(f"{where}: expected a path or a URL, got {shown(source)}")
-    # no file of this machine; whether the web and buckets are allowed is decided where they are fetched
-    if re.match(r"(?i)(data|https?|gs):", source):
-        return source
-    try:
-        name = source
-        if source.lower().startswith("file:"):
-            name = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
-        path = resolve_path(join_path(base_dir, name))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{where}: {describe_source(source)} is not a path that can be read: {e}") from e
-    if not is_within(path, root):
-        raise InputError(f"{where}: {describe_source(source)} is not within {root}; --media-root names another folder")
-    return path

@@ -18,6 +18,8 @@ from omni_jax.sharding import MeshConfig
 
 _DIR = tyro.conf.arg(metavar="DIR")
 _FILE = tyro.conf.arg(metavar="FILE")
+_HOSTS = tyro.conf.arg(metavar="HOSTS")
+_PREFIXES = tyro.conf.arg(metavar="gs://BUCKET/FOLDER")
 _FLAT = tyro.conf.arg(name="")  # the fields become options without the name of what holds them
 
 
@@ -73,8 +75,10 @@ class ChatCommand:
     sampling: Annotated[SamplingParams, _FLAT] = field(default_factory=SamplingParams)
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End the answer before this string."""
-    allow_urls: bool = False
-    """Fetch media that are addresses on the web."""
+    allow_web: Annotated[tuple[str, ...], _HOSTS] = ()
+    """Fetch media from these hosts: example.com, '*.example.com' for all below it, '*' for every public one."""
+    allow_buckets: Annotated[tuple[str, ...], _PREFIXES] = ()
+    """Read media that lie here in a bucket, with the account of this machine."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What to compute in; without it, what the checkpoint holds."""
 
@@ -105,8 +109,10 @@ class BatchCommand:
     """Write speech into files here, with their paths in the results; without it, it is in the results, in base64."""
     media_root: Annotated[str | None, _DIR] = None
     """Media must lie within this folder; without it, within that of the requests, from which relative paths start."""
-    allow_urls: bool = False
-    """Fetch media that are on the web or in a bucket."""
+    allow_web: Annotated[tuple[str, ...], _HOSTS] = ()
+    """Fetch media from these hosts: example.com, '*.example.com' for all below it, '*' for every public one."""
+    allow_buckets: Annotated[tuple[str, ...], _PREFIXES] = ()
+    """Read media that lie here in a bucket, with the account of this machine."""
     slots: int = 16
     """Requests that are answered at once, and as many that are spoken at once."""
     workers: int = field(default_factory=lambda: max(1, min(8, (os.cpu_count() or 2) // 2)))

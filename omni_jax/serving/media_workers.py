@@ -17,6 +17,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from omni_jax.errors import InputError
 from omni_jax.processing.chat import Message
+from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.processor import Processor
 
@@ -44,20 +45,20 @@ class PreparationError(Exception):
 class MediaWorkers:
     """A pool of such processes; a context manager that ends them."""
 
-    def __init__(self, folder: Path, count: int, limits: MediaLimits, *, allow_urls: bool):
+    def __init__(self, folder: Path, count: int, limits: MediaLimits, access: RemoteAccess):
         """Makes the pool; the processes start with the first request.
 
         Args:
           folder: of the model, whose processor they load.
           count: of the processes.
           limits: of each request's media.
-          allow_urls: whether media may be fetched from the web.
+          access: from which hosts and buckets media may be fetched.
         """
         self.limits = limits
         self._pool = ProcessPool(
             max_workers=count,
             initializer=_start_worker,
-            initargs=(folder, allow_urls, limits.gigabytes),
+            initargs=(folder, access, limits.gigabytes),
             context=multiprocessing.get_context("spawn"),  # forking a process with jax's threads may deadlock
         )
 
@@ -98,10 +99,10 @@ class MediaWorkers:
         self.close()
 
 
-def _start_worker(folder: Path, allow_urls: bool, gigabytes: float) -> None:
+def _start_worker(folder: Path, access: RemoteAccess, gigabytes: float) -> None:
     global _processor
     jax.config.update("jax_platforms", "cpu")  # the accelerator is the model's
-    _processor = Processor.load(folder, allow_urls=allow_urls)
+    _processor = Processor.load(folder, access=access)
     # the first number of Linux's account: pages of address space, which is what RLIMIT_AS limits
     with open("/proc/self/statm", encoding="ascii") as file:
         in_use = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import omni_jax
+from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.serving.media_workers import MediaLimits, MediaWorkers
 
 MEDIA_SECONDS = 8.0  # that a request's media may take
@@ -20,5 +21,5 @@ def model(tiny_model: Path) -> omni_jax.OmniModel:
 
 @pytest.fixture(scope="session")
 def media_workers(tiny_model: Path) -> Iterator[MediaWorkers]:
-    with MediaWorkers(tiny_model, 2, MediaLimits(MEDIA_SECONDS, 2.0), allow_urls=False) as pool:
+    with MediaWorkers(tiny_model, 2, MediaLimits(MEDIA_SECONDS, 2.0), RemoteAccess()) as pool:
         yield pool
