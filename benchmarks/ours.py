@@ -354,7 +354,8 @@ class OmniJaxSide(Side):
     @functools.cached_property
     def _prepare(self) -> Prepare:
         """The published settings of sound and pictures."""
-        return Prepare(Processor.load(self.folder / PUBLISHED), BUDGET.tokens, BUDGET.check)
+        # the media are files of the benchmark, wherever it has put them
+        return Prepare(Processor.load(self.folder / PUBLISHED), BUDGET.tokens, BUDGET.check, media_root="/")
 
     # what only this side can do
 

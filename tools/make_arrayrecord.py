@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -20,22 +21,40 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
+from omni_jax.checks import redact
 from omni_jax.data.rows import is_path, map_media_sources, resolve_source, row_values
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import InputError
-from omni_jax.processing.sources import locate_source
+from omni_jax.processing.containers import open_media, read_info
+from omni_jax.processing.fetch import NO_ACCESS, RemoteAccess, fetch_source
+from omni_jax.processing.files import folder_of
+from omni_jax.processing.images import read_image
+from omni_jax.processing.sources import Source, confine_source, describe_source, locate_source
 
 Rows = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 
 
-def write(src: str, dst: Path, *, embed: bool = False, progress: Callable[[int, int], None]) -> int:
+@dataclass(frozen=True)
+class Embedding:
+    """Which media are copied into the rows.
+
+    Attributes:
+      media_root: the folder that they must lie within; None: that of the row's file.
+      access: from which hosts and buckets they may be fetched.
+    """
+
+    media_root: str | None = None
+    access: RemoteAccess = NO_ACCESS
+
+
+def write(src: str, dst: Path, *, embed: Embedding | None = None, progress: Callable[[int, int], None]) -> int:
     """Writes every row of ``src``; ``dst`` appears only once it is whole.
 
     Args:
       src: files of rows, see ``omni_jax.data.sources.open_rows``.
       dst: where to.
-      embed: whether media are copied into the rows.
+      embed: which media are copied into the rows; None: none are.
       progress: is told how many rows of how many are written.
 
     Returns:
@@ -65,15 +84,18 @@ def write(src: str, dst: Path, *, embed: bool = False, progress: Callable[[int, 
     return len(rows)
 
 
-def record(row: Row, folder: Path, embed: bool) -> bytes:
+def record(row: Row, folder: Path, embed: Embedding | None) -> bytes:
     """The JSON of a row whose media are found from ``folder``, or are in it."""
     # TypeError: what Parquet may hold and JSON cannot, such as dates
     try:
-        place = partial(_embedded if embed else _linked, from_folder=os.path.dirname(row.file), to_folder=folder)
+        if embed is None:
+            place = partial(_linked, from_folder=os.path.dirname(row.file), to_folder=folder)
+        else:
+            place = partial(_embedded, from_folder=folder_of(row.file), embedding=embed)
         values = map_media_sources(row_values(row), place)
         return json.dumps(values, ensure_ascii=False).encode()
     except (InputError, TypeError) as e:
-        raise InputError(f"{row.name}: {e}") from e
+        raise InputError(f"{row.name}: {redact(str(e))}") from e
 
 
 def _linked(source: str | bytes, from_folder: str, to_folder: Path) -> str:
@@ -85,18 +107,30 @@ def _linked(source: str | bytes, from_folder: str, to_folder: Path) -> str:
     return os.path.relpath(place, to_folder) if is_path(place) and not os.path.isabs(source) else place
 
 
-def _embedded(source: str | bytes, from_folder: str, to_folder: Path) -> str:
-    # inside already
-    if isinstance(source, str) and source.startswith("data:"):
-        return source
-    # whoever runs this has chosen the rows, so what they name is fetched
+def _embedded(source: str | bytes, from_folder: str, embedding: Embedding) -> str:
+    # whoever wrote the rows need not be who runs this: what they name must lie where it may, and be media
     try:
-        with locate_source(
-            source if isinstance(source, bytes) else resolve_source(source, from_folder), allow_urls=True
-        ).open() as file:
+        found = confine_source(source, from_folder, embedding.media_root or from_folder, "--media-root")
+        found = locate_source(fetch_source(found, embedding.access))
+        _check_media(found)
+        with found.open() as file:
             return _data_url(file.read())
     except InputError as e:
-        raise InputError(f"{source!r:.120}: {e}") from e
+        raise InputError(f"{describe_source(source)}: {e}") from e
+
+
+def _check_media(source: Source) -> None:
+    """Raises InputError unless it can be read as a picture, or has a track of sound or pictures."""
+    try:
+        read_image(source)
+        return
+    except InputError:
+        pass
+    try:
+        with open_media(source) as file:
+            read_info(file)
+    except InputError as e:
+        raise InputError(f"it is neither a picture, a sound nor a video: {e}") from e
 
 
 def _data_url(data: bytes) -> str:
@@ -104,7 +138,14 @@ def _data_url(data: bytes) -> str:
     return f"data:application/octet-stream;base64,{base64.b64encode(data).decode()}"
 
 
-def main(src: Rows, dst: Target, embed: bool = False) -> None:
+def main(
+    src: Rows,
+    dst: Target,
+    embed: bool = False,
+    media_root: str | None = None,
+    allow_web: tuple[str, ...] = (),
+    allow_buckets: tuple[str, ...] = (),
+) -> None:
     """Writes rows into an ArrayRecord file, which training reads at random and shuffles as a whole.
 
     The rows stay what they are (docs/data.md lists their shapes): one JSON object a record. For example:
@@ -117,12 +158,17 @@ def main(src: Rows, dst: Target, embed: bool = False) -> None:
       dst: where to; nothing may be there yet. It appears once it is whole: stopped on the way, nothing is there.
       embed: copy the media into the file, so that it can be moved alone and a row is one read. Without it, the rows
         keep the paths, and relative ones are rewritten so that they hold from the new place.
+      media_root: with --embed: the folder that media must lie within; without it, that of the file of each row.
+      allow_web: with --embed: hosts that media may be fetched from: example.com, '*.example.com' for all below it, '*'
+        for every public one.
+      allow_buckets: with --embed: where in buckets media may be read: gs://BUCKET/FOLDER.
     """
     columns = TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn()
     try:
+        embedding = Embedding(media_root, RemoteAccess(allow_web, allow_buckets)) if embed else None
         with Progress(*columns) as bar:
             task = bar.add_task("", total=None)
-            count = write(src, dst, embed=embed, progress=lambda n, of: bar.update(task, completed=n, total=of))
+            count = write(src, dst, embed=embedding, progress=lambda n, of: bar.update(task, completed=n, total=of))
     except InputError as e:
         raise SystemExit(f"error: {e}") from None
     print(f"{dst}: {count} rows, {dst.stat().st_size:,} bytes")

@@ -85,6 +85,8 @@ def main(out: tyro.conf.Positional[Path], steps: int = 20, options: Sequence[str
             str(init),
             "--data.train",
             str(data),
+            "--data.media-root",
+            str(MEDIA),
             "--steps",
             str(steps),
             *options,

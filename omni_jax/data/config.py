@@ -9,7 +9,8 @@ from typing import Any
 
 from omni_jax.checks import SEED_MAX
 from omni_jax.data.rows import VideoSound
-from omni_jax.errors import ConfigError
+from omni_jax.errors import ConfigError, InputError
+from omni_jax.processing.fetch import RemoteAccess
 
 # the least that each count may be; 0 where a run can do without
 _MINIMA = {
@@ -67,6 +68,12 @@ class DataConfig:
     """Frames a second that are taken of a video; 2 if nothing is said."""
     max_frames: int | None = None
     """Maximum of frames of a video."""
+    media_root: str | None = None
+    """Folder that the media of rows must lie within; without it, that of the file of each row."""
+    allow_web: tuple[str, ...] = ()
+    """Hosts that media may be fetched from: example.com, '*.example.com' for all below it, '*' for every public one."""
+    allow_buckets: tuple[str, ...] = ()
+    """Where in buckets media may be read, with the account of this machine: gs://BUCKET/FOLDER."""
     max_reject_share: float = 0.01
     """The run stops when more than this share of the rows cannot be used."""
     rejects: Path | None = None
@@ -100,6 +107,19 @@ class DataConfig:
             raise ConfigError(f"data.max_reject_share must be from 0 to below 1, got {self.max_reject_share}")
         if not 0 <= self.seed <= SEED_MAX:
             raise ConfigError(f"data.seed must be from 0 to {SEED_MAX}, got {self.seed}")
+        try:
+            _ = self.access
+        except InputError as e:
+            raise ConfigError(f"data.{e}") from e
+
+    @property
+    def access(self) -> RemoteAccess:
+        """From where media may be fetched.
+
+        Raises:
+          InputError: for what is no host, and no place in a bucket.
+        """
+        return RemoteAccess(self.allow_web, self.allow_buckets)
 
     @property
     def pixels(self) -> dict[str, Any]:

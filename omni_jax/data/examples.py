@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from omni_jax import mrope
 from omni_jax.batch import NO_FEATURE, AudioBlocks, Spans, VisionFrames
+from omni_jax.checks import redact
 from omni_jax.config import OmniConfig
 from omni_jax.data.rows import Document, VideoSound, read_row
 from omni_jax.data.sources import Row
@@ -128,21 +129,22 @@ class Prepare:
     max_length: int  # tokens
     check: Callable[[Example], None]  # raises InputError if it does not fit a batch
     use_audio_in_video: VideoSound = "auto"
+    media_root: str | None = None  # that media must lie within; None: the folder of the row's file
 
     def __call__(self, row: Row) -> Example | Reject:
         """The example; or, if anything is wrong with the row, why it cannot be used."""
         try:
             return self.example(row)
         except InputError as e:
-            return Reject(row.file, row.number, str(e))
+            return Reject(row.file, row.number, redact(str(e)))
         except Exception as e:
             # A file may be broken in ways that no decoder foresees; the share of rejects is bounded.
-            return Reject(row.file, row.number, f"{type(e).__name__}: {e}")
+            return Reject(row.file, row.number, redact(f"{type(e).__name__}: {e}"))
 
     def example(self, row: Row) -> Example:
         """Raises InputError if the row has no target, or is not what it should be."""
         # the code that inference uses, so that a model is trained on the tokens that it will be given
-        content = read_row(row, self.use_audio_in_video)
+        content = read_row(row, self.use_audio_in_video, self.media_root)
         if isinstance(content, Document):
             prompt = self.processor.document(content.text, max_length=self.max_length)
             weights = np.ones(len(prompt), np.float32)

@@ -33,6 +33,8 @@ _DECODING_THREADS = 2  # where there are no workers
 _PREFETCHED_EXAMPLES = 4  # of each worker, or of the threads together
 # The share of rejects is taken of at least so many rows: one bad row among the first few is no reason to stop.
 _MIN_ROWS_FOR_SHARE = 100
+# of the configuration: they change how rows and media are found, decoded and reported, but no batch
+_CHANGEABLE = ("train", "workers", "rejects", "max_reject_share", "media_root", "allow_web", "allow_buckets")
 _MAX_REASONS = 5  # that the error names
 
 State: TypeAlias = dict[str, Any]  # of JSON's types
@@ -43,7 +45,7 @@ def batches(config: DataConfig, processor: Processor, *, process_index: int = 0,
 
     Args:
       config: which rows, and the budgets.
-      processor: reads the rows; load it with ``allow_urls=True`` for media in buckets or on the web.
+      processor: reads the rows; from where it may fetch media, ``config`` says.
       process_index: of this process, from 0.
       process_count: how many processes make up a batch.
 
@@ -54,7 +56,13 @@ def batches(config: DataConfig, processor: Processor, *, process_index: int = 0,
     config.check(process_count)
     sources = [open_rows(path) for path in config.train]
     budget = Budget.of(config)
-    prepare = Prepare(processor.with_pixels(**config.pixels), config.tokens, budget.check, config.use_audio_in_video)
+    prepare = Prepare(
+        processor.with_pixels(**config.pixels).with_access(config.access),
+        config.tokens,
+        budget.check,
+        config.use_audio_in_video,
+        config.media_root,
+    )
     rejects = RejectsFile(_rejects_path(config.rejects, process_index, process_count))
 
     # every process has the same endless order of rows, and takes each ``streams``-th row of it for a stream
@@ -99,8 +107,7 @@ def _identity(config: DataConfig, sources: Sequence[Files]) -> dict[str, Any]:
     """What must not change when a run goes on, or its batches would be others. Files may have moved."""
     identity: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
-        # these change how rows are found, decoded and reported, but no batch
-        if name not in ("train", "workers", "rejects", "max_reject_share"):
+        if name not in _CHANGEABLE:
             identity[name] = value
     # a list, as it comes back from JSON
     identity["weights"] = list(config.weights)

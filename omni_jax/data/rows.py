@@ -14,7 +14,6 @@ left is text: HTML has tags of the same names.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,8 @@ from typing import Any, Literal, TypeAlias
 from omni_jax.checks import check_float, shown
 from omni_jax.data.sources import Row
 from omni_jax.errors import InputError
-from omni_jax.processing.files import join_path
+from omni_jax.processing.files import folder_of, join_path
+from omni_jax.processing.sources import confine_source, find_scheme
 
 VideoSound: TypeAlias = Literal["auto", "always", "never"]
 MapSource: TypeAlias = Callable[[str | bytes], Any]
@@ -37,8 +37,6 @@ _SHAPES = ("messages", "conversations", "text")
 _TAG = re.compile(r"<(image|audio|video)>")
 # sharegpt's names of the speakers, beside the roles themselves
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# A colon alone makes no URL: recordings are named after times, call-12:30.wav.
-_URL = re.compile(r"(data|file):|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # a regular pair is one character once JSON is read, so any surrogate that is left is half of one
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # keys of a message that say how much of it is a target
@@ -65,7 +63,7 @@ class Document:
     text: str
 
 
-def read_row(row: Row, sound: VideoSound = "auto") -> Dialogue | Document:
+def read_row(row: Row, sound: VideoSound = "auto", media_root: str | None = None) -> Dialogue | Document:
     """Reads a row; its media are not opened.
 
     Args:
@@ -73,15 +71,17 @@ def read_row(row: Row, sound: VideoSound = "auto") -> Dialogue | Document:
       sound: whether the sound of videos is used that do not say so themselves: where they have any, always, or never.
         Under "always" an ``<audio>`` tag right behind a ``<video>`` tag names the sound of that video, which is read
         once.
+      media_root: the folder that media must lie within; None: that of the row's file.
 
     Raises:
-      InputError: if it has none of the known shapes, holds more media than places for them, or says itself that its
-        answer is a bad one.
+      InputError: if a medium lies elsewhere; if it has none of the known shapes, holds more media than places for them,
+        or says itself that its answer is a bad one.
     """
-    folder = os.path.dirname(row.file)
+    folder = folder_of(row.file)
 
+    # rows are published by strangers, and must not name what only this machine's user may read
     def resolve(source: str | bytes) -> str | bytes:
-        return source if isinstance(source, bytes) else resolve_source(source, folder)
+        return confine_source(source, folder, media_root or folder, "data.media_root (--data.media-root)")
 
     # what kind of row it is, and whether it can be trained on
     values = map_media_sources(row_values(row), resolve)
@@ -124,8 +124,8 @@ def _drop_nulls(value: Any) -> Any:
 
 
 def is_path(source: str) -> bool:
-    """Whether it is a path on this machine, not a URL: ``data:``, ``file:``, or a scheme with ``://``."""
-    return not _URL.match(source)
+    """Whether it is a path, not a URL."""
+    return not find_scheme(source)
 
 
 def resolve_source(source: str, folder: str) -> str:

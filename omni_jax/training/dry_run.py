@@ -160,7 +160,7 @@ def measure_fill(recipe: Recipe) -> dict[str, float]:
       InputError: if the rows cannot be read.
     """
     assert recipe.init is not None
-    data = batches(recipe.data, Processor.load(resolve_checkpoint(recipe.init), allow_urls=True))
+    data = batches(recipe.data, Processor.load(resolve_checkpoint(recipe.init)))
     values: dict[str, list[float]] = defaultdict(list)
     try:
         for batch in itertools.islice(data, _NUM_BATCHES):

@@ -64,7 +64,7 @@ def train(recipe: Recipe, workdir: Path) -> bool:
     # the others read what the main process has just made
     barrier("the run's model")
     # the run's own copy, so that it goes on where ``init`` is gone or has changed
-    processor = Processor.load(workdir / MODEL_FOLDER, allow_urls=True)
+    processor = Processor.load(workdir / MODEL_FOLDER)
     data = batches(recipe.data, processor, process_index=shard.index, process_count=shard.count)
     with jax.set_mesh(mesh), _StopSignal() as stop_signal:
         loop = _TrainLoop(recipe, workdir, mesh, data)

@@ -27,7 +27,7 @@ def processor(config: OmniConfig, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("processor")
     write_tokenizer(folder, config)
     config.save(folder)
-    return Processor.load(folder, allow_urls=True)
+    return Processor.load(folder)
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ from omni_jax.data.examples import Prepare, Reject
 from omni_jax.data.packing import Budget
 from omni_jax.data.sources import Row
 from omni_jax.mrope import resolve_spans
+from omni_jax.processing.fetch import RemoteAccess
 from tests.data.conftest import PICTURE, VIDEO, WAV
 
 CONFIG = DataConfig(tokens=600, spans=16, audio_blocks=4, canvases=1, windows=8)
@@ -19,7 +21,7 @@ SMALL = dict(max_pixels=120 * 120, video_max_pixels=120 * 120)
 
 @pytest.fixture(scope="module")
 def prepare(processor):
-    return Prepare(processor.with_pixels(**SMALL), CONFIG.tokens, Budget.of(CONFIG).check)
+    return Prepare(processor.with_pixels(**SMALL), CONFIG.tokens, Budget.of(CONFIG).check, media_root="/")
 
 
 def row(values, file="/data/rows.jsonl"):
@@ -94,8 +96,10 @@ def test_media_become_units(prepare, config):
 
 
 def test_media_in_a_bucket(prepare, gs):
+    access = RemoteAccess(buckets=("gs://b",))
+    prepare = dataclasses.replace(prepare, processor=prepare.processor.with_access(access), media_root=None)
     gs.pipe("gs://b/media/picture.jpg", Path(PICTURE).read_bytes())
-    local = prepare(row(ask("<image>", images=[PICTURE])))
+    local = prepare(row(ask("<image>", images=[PICTURE]), f"{PICTURE}.jsonl"))
     for source, file in (("gs://b/media/picture.jpg", "/data/rows.jsonl"), ("media/picture.jpg", "gs://b/rows.jsonl")):
         found = prepare(row(ask("<image>", images=[source]), file))
         np.testing.assert_array_equal(found.vision[0].patches, local.vision[0].patches)

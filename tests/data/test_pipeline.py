@@ -33,6 +33,7 @@ DATA = DataConfig(
     lookahead=4,
     max_pixels=112 * 112,
     video_max_pixels=84 * 84,
+    media_root="/",
     max_reject_share=0.2,
 )
 

@@ -38,7 +38,7 @@ def test_tags_take_from_the_lists_in_order():
         "<image><image>Which is <audio>?", "The first.", "And <video>now", "<image>",
         images=["a.png", "/b.png", "https://c/d.png"], audios=["e.wav"], videos=["f.mp4"],
     )  # fmt: skip
-    dialogue = read(row)
+    dialogue = read(row, media_root="/")
     assert isinstance(dialogue, Dialogue)
     assert [m["content"] for m in dialogue.messages] == [
         [
@@ -146,9 +146,9 @@ def test_a_tag_without_a_medium_is_text(content, lists, expected):
         ("12:30.wav", "/data/12:30.wav"),
         ("C:\\media\\a.png", "/data/C:\\media\\a.png"),
         ("C:/media/a.png", "/data/C:/media/a.png"),
-        ("../a.png", "/data/../a.png"),
-        ("file:///media/a.png", "file:///media/a.png"),
-        ("FILE:/media/a.png", "FILE:/media/a.png"),
+        ("../a.png", "/a.png"),
+        ("file:///media/a.png", "/media/a.png"),
+        ("FILE:/media/a.png", "/media/a.png"),
         ("data:image/png;base64,AA==", "data:image/png;base64,AA=="),
         ("https://a/b.png", "https://a/b.png"),
         ("gs://a/b.png", "gs://a/b.png"),
@@ -156,9 +156,10 @@ def test_a_tag_without_a_medium_is_text(content, lists, expected):
     ],
 )
 def test_paths_and_urls(source, expected):
-    assert read(talk("<image>", "x", images=[source])).messages[0]["content"] == [part("image", expected)]
+    row = talk("<image>", "x", images=[source])
+    assert read(row, media_root="/").messages[0]["content"] == [part("image", expected)]
     url = {"type": "image_url", "image_url": {"url": source}}
-    assert read(talk([url], "x")).messages[0]["content"][0]["image_url"]["url"] == expected
+    assert read(talk([url], "x"), media_root="/").messages[0]["content"][0]["image_url"]["url"] == expected
 
 
 @pytest.mark.parametrize(

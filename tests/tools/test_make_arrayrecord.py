@@ -20,7 +20,7 @@ from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
 from omni_jax.processing.processor import Processor
 from tools import make_arrayrecord
-from tools.make_arrayrecord import record, write
+from tools.make_arrayrecord import Embedding, record, write
 from tools.tokenizer_files import write_tokenizer
 
 MEDIA = Path(__file__).parents[1] / "media"
@@ -54,11 +54,13 @@ def prepare(tmp_path: Path) -> Prepare:
     folder.mkdir()
     write_tokenizer(folder, OmniConfig.tiny())
     OmniConfig.tiny().save(folder)
-    return Prepare(Processor.load(folder), 512, lambda example: None)
+    return Prepare(Processor.load(folder), 512, lambda example: None, media_root=str(tmp_path))
 
 
-@pytest.mark.parametrize("embed", [False, True])
-def test_rows_say_the_same_from_another_place(rows: Path, prepare: Prepare, tmp_path: Path, embed: bool) -> None:
+@pytest.mark.parametrize("embed", [None, Embedding()])
+def test_rows_say_the_same_from_another_place(
+    rows: Path, prepare: Prepare, tmp_path: Path, embed: Embedding | None
+) -> None:
     steps: list[tuple[int, int]] = []
     path = tmp_path / "out" / "deep" / "rows.arrayrecord"
     assert write(str(rows), path, embed=embed, progress=lambda n, of: steps.append((n, of))) == 3
@@ -82,7 +84,7 @@ def test_nothing_is_left_of_what_failed(rows: Path, tmp_path: Path) -> None:
         write(str(rows), path, progress=lambda n, of: None)
     (rows.parent / "media" / "picture.png").unlink()
     with pytest.raises(InputError, match=r"rows.jsonl:2: 'media/picture.png': no such file"):
-        write(str(rows), path, embed=True, progress=lambda n, of: None)
+        write(str(rows), path, embed=Embedding(), progress=lambda n, of: None)
     assert not list(tmp_path.glob("rows.arrayrecord*"))
     path.touch()
     with pytest.raises(InputError, match="exists already"):
@@ -111,9 +113,9 @@ def test_names_with_colons_are_paths(rows: Path, tmp_path: Path) -> None:
     (rows.parent / "media" / "speech.wav").rename(sound)
     rows.write_text(json.dumps(talk("<audio>?", audios=[sound.name])))
     (row,) = open_rows(str(rows))
-    moved = json.loads(record(row, rows.parent, embed=False))
+    moved = json.loads(record(row, rows.parent, embed=None))
     assert moved["audios"] == ["call-12:30.wav"]
-    moved = json.loads(record(row, tmp_path, embed=False))
+    moved = json.loads(record(row, tmp_path, embed=None))
     assert moved["audios"] == ["in/call-12:30.wav"]
-    (embedded,) = json.loads(record(row, tmp_path, embed=True))["audios"]
+    (embedded,) = json.loads(record(row, tmp_path, embed=Embedding()))["audios"]
     assert base64.b64decode(embedded.partition(",")[2]) == sound.read_bytes()

@@ -11,7 +11,7 @@ import pytest
 
 from configs import RECIPES
 from omni_jax.training.recipe import CheckpointConfig, Recipe
-from tools.train_demo import write_rows
+from tools.train_demo import MEDIA, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def make_recipe(tiny_model: Path, rows: Path) -> Callable[..., Recipe]:
         recipe = dataclasses.replace(
             RECIPES[f"{name}-tiny"], init=tiny_model, steps=6, checkpoint=CheckpointConfig(every=2, keep=9)
         )
-        changes["data"] = {"train": (str(rows),), **changes.get("data", {})}
+        changes["data"] = {"train": (str(rows),), "media_root": str(MEDIA), **changes.get("data", {})}
         for field, value in changes.items():
             if isinstance(value, dict):
                 value = dataclasses.replace(getattr(recipe, field), **value)

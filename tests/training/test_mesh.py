@@ -37,12 +37,14 @@ def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
 
 
 def _rows(make_recipe: Callable[..., Recipe]) -> dict:
-    return {"train": make_recipe().data.train}
+    data = make_recipe().data
+    return {"train": data.train, "media_root": data.media_root}
 
 
 @pytest.fixture(scope="module")
 def options(recipe: Recipe) -> list[str]:
     about = {"init": recipe.init, "data.train": recipe.data.train[0], "steps": STEPS, "checkpoint.every": STEPS // 2}
+    about["data.media-root"] = recipe.data.media_root
     about |= {f"data.{name.replace('_', '-')}": value for name, value in CHANGES.items()}
     about |= {f"optimizer.{name.replace('_', '-')}": value for name, value in OPTIMIZER.items()}
     return ["pretrain2-tiny", *(part for name, value in about.items() for part in (f"--{name}", str(value)))]

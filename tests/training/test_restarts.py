@@ -12,6 +12,7 @@ import pytest
 from omni_jax.training.loop import PREEMPTED
 from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
 from tests.processes import finish, start
+from tools.train_demo import MEDIA
 
 NUM_STEPS = 12
 KILLED = -signal.SIGKILL
@@ -30,7 +31,7 @@ def runs(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
     """The same run three times, all of them children of one process: unbroken, killed, and told to stop."""
     folder = tmp_path_factory.mktemp("restarts")
     options = ["thinker-sft-tiny", "--init", str(tiny_model), "--data.train", str(rows), "--data.rows", "1"]
-    options += ["--steps", str(NUM_STEPS), "--checkpoint.every"]
+    options += ["--data.media-root", str(MEDIA), "--steps", str(NUM_STEPS), "--checkpoint.every"]
     stops = {"unbroken": [], "killed": KILLS, "stopped": [("SIGTERM", "step 1")]}
     every = {"unbroken": 2, "killed": 2, "stopped": 1000}
     cases = []
