@@ -353,12 +353,14 @@ class ChatTemplate:
             _STAND_INS: stand_ins,
         }
         try:
-            text = self._template.render(values)
+            # words are looked for here too: a template may have made some that stand for nothing
+            return stand_ins.split(self._template.render(values))
+        except InputError:
+            raise
         except jinja2.TemplateError as e:
             raise InputError(f"the chat template refuses these messages: {e}") from e
         except Exception as e:  # a template is a program, and may fail like one
             raise InputError(f"the chat template fails at these messages: {type(e).__name__}: {e}") from e
-        return stand_ins.split(text)
 
 
 _STAND_INS = "_stand_ins"  # the variable that filters find them in

@@ -49,6 +49,8 @@ _CLOCK_LENGTH = {"matroska", "flv", "asf"}  # whose headers may come from a cloc
 # formats of packets in a row, without a header that says how many
 _CUT_ANYWHERE = {"mpegts", "mpeg", "mpegvideo", "mp3", "aac", "ac3", "eac3", "amr", "h264", "hevc", "m4v"}
 MAX_FRAME_PIXELS = 8192 * 4320
+MAX_CHANNELS = 64  # of sound
+SAMPLING_RATES = (1_000, 384_000)  # Hz, of sound
 EXACT_SLACK = 0.1  # seconds that a header may be wrong by
 _CLOCK_SLACK = 1.0  # seconds, and
 _CLOCK_SLACK_SHARE = 0.01  # of the length that a clock has written
@@ -121,10 +123,20 @@ def open_media(source: Source) -> Iterator[BinaryIO]:
 
 
 def open_container(file: BinaryIO) -> InputContainer:
-    """A demuxer at the beginning of an open file."""
+    """A demuxer at the beginning of an open file, whose decoders make no frames that are far too large."""
     file.seek(0)
-    # without the list, ffmpeg guesses among all formats that it has, playlists of other files included
-    return av.open(file, "r", options={"format_whitelist": CONTAINER_FORMATS})
+    # a frame may be larger than its container says, and its memory is taken before it can be looked at; a quarter more,
+    # because decoders round sides up
+    decoder_options = {"max_pixels": str(MAX_FRAME_PIXELS * 5 // 4)}
+    # without the list, ffmpeg guesses among all formats that it has, playlists of other files included; the options of
+    # decoders are for those that look into the file as it is opened
+    options = {"format_whitelist": CONTAINER_FORMATS, **decoder_options}
+    # tags are in any encoding, and none of them is worth a file
+    container = av.open(file, "r", options=options, metadata_errors="replace")
+    for video in container.streams.video:
+        if video.codec_context is not None:
+            video.codec_context.options = decoder_options
+    return container
 
 
 def read_info(file: BinaryIO) -> ContainerInfo:
@@ -165,8 +177,20 @@ def read_info(file: BinaryIO) -> ContainerInfo:
 
 def check_bad_packets(num_bad: int, num_packets: int, kind: TrackKind) -> None:
     """Raises InputError if more packets than a slip do not decode."""
-    if num_bad > max(_MAX_BAD_PACKETS, _MAX_BAD_SHARE * num_packets):
-        raise InputError(f"its {kind} is damaged: {num_bad} of {num_packets} packets do not decode")
+    if num_bad <= max(_MAX_BAD_PACKETS, _MAX_BAD_SHARE * num_packets):
+        return
+    # the decoder refuses such frames, and does not tell them from damage
+    or_large = f", or its frames are over the limit of {MAX_FRAME_PIXELS} pixels" if kind == "video" else ""
+    raise InputError(f"its {kind} is damaged{or_large}: {num_bad} of {num_packets} packets do not decode")
+
+
+def check_sound(rate: int, channels: int) -> None:
+    """Raises InputError for sound that nobody records: it would take memory and time without end."""
+    low, high = SAMPLING_RATES
+    if not low <= rate <= high:
+        raise InputError(f"its sound has {rate} samples a second; it must have from {low} to {high}")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise InputError(f"its sound has {channels} channels; it must have from 1 to {MAX_CHANNELS}")
 
 
 def _pick_streams(container: InputContainer) -> list[Any]:
@@ -189,11 +213,15 @@ def _pick_stream(container: InputContainer, kind: str) -> Any:
 
 
 def _check_stream(stream: Any) -> None:
-    """Checks before anything is decoded that there is a decoder, and that pictures are not too large for it."""
-    if stream.codec_context is None:
+    """Checks before anything is decoded that there is a decoder, and that it is not asked for too much."""
+    context = stream.codec_context
+    if context is None:
         raise InputError(f"its {stream.type} is in a format that cannot be decoded")
     if stream.type == "video":
-        check_pixels(stream.codec_context.width, stream.codec_context.height, MAX_FRAME_PIXELS)
+        check_pixels(context.width, context.height, MAX_FRAME_PIXELS)
+    # some headers leave it to the frames, which are checked again
+    elif context.sample_rate and context.layout.nb_channels:
+        check_sound(context.sample_rate, context.layout.nb_channels)
 
 
 @dataclass

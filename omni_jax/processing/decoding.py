@@ -22,6 +22,7 @@ from omni_jax.processing.containers import (
     ContainerInfo,
     Track,
     check_bad_packets,
+    check_sound,
     open_container,
 )
 from omni_jax.processing.images import check_pixels, to_rgb
@@ -123,20 +124,22 @@ class SoundCollector:
             return
         if self.rate not in (0, frame.sample_rate):
             raise InputError(f"its sampling rate changes midway, from {self.rate} to {frame.sample_rate}")
+        # of each frame, and before it becomes an array: a header may say something else
+        check_sound(frame.sample_rate, frame.layout.nb_channels)
         self.rate = frame.sample_rate
-        samples = mix_frame(frame)
+        num_samples = frame.samples
         # sound without a time stamp goes on where the last piece has ended
         fallback = self.track.start if self._next == -math.inf else self._next
         time = fallback if frame.time is None else float(frame.time)
-        self._next = time + len(samples) / self.rate
+        self._next = time + num_samples / self.rate
         if time > self.end + _MARGIN:
             self.finished = True
         elif self._next >= self.begin - _MARGIN:
-            self.pieces.append((time, samples))
-            self._num_samples += len(samples)
+            self._num_samples += num_samples
             # time stamps of packets were checked before, but packets may hold more sound than they say
             if self._num_samples > (self.settings.max_seconds + 2 * _MARGIN + EXACT_SLACK) * self.rate:
                 raise audio.too_long(self._num_samples / self.rate, self.settings)
+            self.pieces.append((time, mix_frame(frame)))
 
     def assemble(self) -> np.ndarray:
         """The sound of the range on its own clock, with silence before it and in gaps; float32 [n], maybe empty."""
@@ -186,9 +189,11 @@ def decode_tracks(file: BinaryIO, info: ContainerInfo, collectors: Sequence[Coll
     with open_container(file) as container:
         by_stream = {collector.track.index: collector for collector in collectors}
         streams = [container.streams[index] for index in by_stream]
-        # whole frames in parallel, too; by default PyAV has threads for the slices of one frame alone
-        for video in container.streams.video:
-            video.thread_type = "AUTO"
+        # whole frames in parallel, too; by default PyAV has threads for the slices of one frame alone. Streams that are
+        # not taken may have no decoder
+        for stream in streams:
+            if stream.type == "video":
+                stream.codec_context.thread_type = "AUTO"
         last_is_bad = dict.fromkeys(by_stream, False)
         for packet in container.demux(streams):
             collector = by_stream[packet.stream.index]

@@ -30,12 +30,20 @@ def read_image(source: Any, *, allow_urls: bool = False) -> Image.Image:
       InputError: if it is not a picture, is cut off, or is too large to be decoded safely.
     """
     if isinstance(source, Image.Image):
-        return to_rgb(source)
-    if isinstance(source, np.ndarray):
-        return to_rgb(_image_of_array(source))
-    if not is_located(source):
+        check_pixels(*source.size, MAX_IMAGE_PIXELS)
+        picture = source
+    elif isinstance(source, np.ndarray):
+        picture = _image_of_array(source)
+    elif is_located(source):
+        picture = _decode_image(source, allow_urls)
+    else:
         raise InputError(f"expected a path, a URL or bytes, got {type(source).__name__}")
-    return to_rgb(_decode_image(source, allow_urls))
+    try:
+        return to_rgb(picture)
+    except InputError:
+        raise
+    except Exception as e:  # Pillow cannot convert some modes, and decodes a picture that it was given only now
+        raise InputError(f"a picture of mode {picture.mode} cannot be brought to RGB: {e}") from e
 
 
 def check_pixels(width: int, height: int, limit: int) -> None:

@@ -33,6 +33,28 @@ def audio_tokens(frames: int) -> int:
 
 
 @dataclass(frozen=True)
+class TokenBudget:
+    """How many tokens a prompt may have, so that media over it are refused before they are made.
+
+    Attributes:
+      limit: tokens of the prompt.
+      used: tokens of the media that come before.
+    """
+
+    limit: int
+    used: int = 0
+
+    def check(self, tokens: int) -> None:
+        """Raises InputError if an item of so many tokens is over the limit, whatever else the prompt holds."""
+        total = self.used + tokens
+        if total > self.limit:
+            raise InputError(
+                f"with its {tokens} tokens the prompt has at least {total} tokens, over the limit of {self.limit}; let "
+                "media take fewer (max_pixels, fps, nframes, a time range)"
+            )
+
+
+@dataclass(frozen=True)
 class AudioInput:
     """One sound, or the sound of a video.
 
@@ -133,6 +155,15 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its arrays."""
+        total = self.tokens.nbytes + self.media_item.nbytes + self.media_token.nbytes
+        for item in self.media:
+            features = item.mel if isinstance(item, AudioInput) else item.patches
+            total += features.nbytes
+        return total
 
 
 def lay_out(ids: Sequence[int], items: Sequence[Item], config: ThinkerConfig) -> Prompt:

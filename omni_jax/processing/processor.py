@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
@@ -34,6 +34,7 @@ from omni_jax.processing.layout import (
     AudioInput,
     Item,
     Prompt,
+    TokenBudget,
     VisionInput,
     lay_out,
     media_tokens,
@@ -120,6 +121,10 @@ class ProcessorConfig:
                 raise ConfigError(f"preprocessor_config.json: {name} is {value}, but the model takes {expected}")
 
 
+# the sizes, an item of media, ``assume_fps`` and the prompt's budget, to what ``Processor.read_media`` makes of it
+MediaReader: TypeAlias = Callable[[ProcessorConfig, MediaPart, float | None, TokenBudget], Item]
+
+
 class Processor:
     """Turns messages into prompts, and tokens into text.
 
@@ -144,6 +149,7 @@ class Processor:
         self.stop_ids = tuple(stop_ids)
         self._template = template
         self._access = access
+        self._media_reader: MediaReader | None = None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, access: RemoteAccess = NO_ACCESS) -> Self:
@@ -274,6 +280,12 @@ class Processor:
         other._access = access
         return other
 
+    def with_media_reader(self, media_reader: MediaReader) -> Self:
+        """The same processor, whose media are read by a function of another process, see ``media_workers``."""
+        other = copy.copy(self)
+        other._media_reader = media_reader
+        return other
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a reply; special tokens give none."""
         return self.tokenizer.decode(ids)
@@ -305,7 +317,12 @@ class Processor:
     ) -> Prompt:
         """Reads the media of messages, and puts them in the places that the template has left."""
         parts = [part for message in messages for part in message.media]
-        items = [self._read_item(part, assume_fps) for part in parts]
+        items: list[Item] = []
+        budget = TokenBudget(self._max_length(max_length))
+        for part in parts:
+            item = self._read_item(part, assume_fps, budget)
+            items.append(item)
+            budget = dataclasses.replace(budget, used=budget.used + self._count_tokens(item))
         prompt = lay_out(ids, items, self.config.thinker_config)
         self._check_length(prompt, parts, items, max_length)
         return prompt
@@ -328,21 +345,43 @@ class Processor:
         # a template could put media into a reply, and placeholders are no targets
         return np.where(prompt.media_item < 0, replies, -1).astype(np.int32)
 
-    def _read_item(self, part: MediaPart, assume_fps: float | None) -> Item:
-        """Reads one item of media.
+    def _read_item(self, part: MediaPart, assume_fps: float | None, budget: TokenBudget) -> Item:
+        """Reads one item of media, here or in another process.
 
         Raises:
           InputError: if it cannot be read, naming its place and the file.
         """
         try:
-            fetched = dataclasses.replace(part, source=self._fetch(part))
-            if part.kind == "image":
-                return image_input(read_image(fetched.source), self.settings.pixels, part.options)
-            if part.kind == "audio":
-                return self._read_audio(fetched)
-            return self._read_video(fetched, assume_fps)
+            if self._media_reader is not None:
+                return self._media_reader(self.settings, part, assume_fps, budget)
+            return self.read_media(part, assume_fps, budget)
         except InputError as e:
             raise InputError(f"{_describe_part(part)}: {e}") from e
+        except MemoryError:  # of the whole process, or of a worker, which says what its limit is
+            raise
+        except Exception as e:  # whatever a library makes of a file of a stranger's
+            raise InputError(f"{_describe_part(part)}: cannot read it: {type(e).__name__}: {e}") from e
+
+    def read_media(self, part: MediaPart, assume_fps: float | None, budget: TokenBudget) -> Item:
+        """Reads one item of media in this process.
+
+        Args:
+          part: of a message.
+          assume_fps: see ``__call__``.
+          budget: over which it is refused, before it takes memory where that can be told.
+
+        Raises:
+          InputError: if it cannot be read.
+        """
+        part = dataclasses.replace(part, source=self._fetch(part))
+        if part.kind == "image":
+            return image_input(read_image(part.source), self.settings.pixels, part.options, budget)
+        if part.kind == "audio":
+            sound = self._read_audio(part)
+            # one sound is bounded in seconds; many of them are by this
+            budget.check(sound.tokens)
+            return sound
+        return self._read_video(part, assume_fps, budget)
 
     def _fetch(self, part: MediaPart) -> Any:
         """The source, fetched if it is on the web or in a bucket; of a list of frames each when it is asked for."""
@@ -367,7 +406,7 @@ class Processor:
         samples = media.array_audio(part.source, options["sampling_rate"], mel, begin=begin, end=end)
         return audio_input(samples, mel)
 
-    def _read_video(self, part: MediaPart, assume_fps: float | None) -> Item:
+    def _read_video(self, part: MediaPart, assume_fps: float | None, budget: TokenBudget) -> Item:
         options = part.options
         pixels = self.settings.pixels
         wants_sound = options.get("use_audio_in_video", "auto")
@@ -376,7 +415,7 @@ class Processor:
             pixels,
             options,
             mel=self.settings.mel if wants_sound else None,
-            resize=FrameResizer(pixels, options),
+            resize=FrameResizer(pixels, options, budget),
         )
         # of a list of pictures, they are read only now, one by one
         frames = list(video.frames)
@@ -396,8 +435,7 @@ class Processor:
     def _check_length(
         self, prompt: Prompt, parts: Sequence[MediaPart], items: Sequence[Item], max_length: int | None
     ) -> None:
-        context = self.config.thinker_config.text_config.max_position_embeddings
-        limit = context if max_length is None else max_length
+        limit = self._max_length(max_length)
         if len(prompt) <= limit:
             return
         usage = prompt.usage
@@ -411,6 +449,9 @@ class Processor:
         raise InputError(
             f"{message}; shorten it, or let media take fewer tokens (max_pixels, fps, nframes, a time range)"
         )
+
+    def _max_length(self, max_length: int | None) -> int:
+        return self.config.thinker_config.text_config.max_position_embeddings if max_length is None else max_length
 
     def _count_tokens(self, item: Item) -> int:
         parts: tuple[AudioInput | VisionInput, ...] = item if isinstance(item, tuple) else (item,)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from omni_jax.errors import InputError
-from omni_jax.processing.layout import VisionInput
+from omni_jax.processing.layout import TokenBudget, VisionInput
 
 MAX_ASPECT_RATIO = 200  # longer side over shorter side
 MAX_NATIVE_FPS = 1000.0
@@ -101,10 +101,9 @@ def smart_nframes(total: int, native_fps: float, settings: PixelSettings, option
     factor = settings.temporal_patch_size
     if "nframes" in options:
         frames = round(options["nframes"] / factor) * factor
-        if not factor <= frames <= total:
-            raise InputError(
-                f"nframes is {options['nframes']}; this video allows {factor} to {total // factor * factor}"
-            )
+        most = min(total, max(settings.max_frames, PixelSettings.max_frames)) // factor * factor
+        if not factor <= frames <= most:
+            raise InputError(f"nframes is {options['nframes']}; this video allows {factor} to {most}")
         return frames
     # a short video may have fewer frames than the minimum, so the number of its frames has the last word
     min_frames = math.ceil(settings.min_frames / factor) * factor
@@ -216,10 +215,11 @@ def _nearest_indices(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 class FrameResizer:
     """Brings the frames of a video to the size that the encoder takes, one by one."""
 
-    def __init__(self, settings: PixelSettings, options: Mapping[str, Any]) -> None:
-        """``options`` may carry ``min_pixels`` and ``max_pixels`` of a frame."""
+    def __init__(self, settings: PixelSettings, options: Mapping[str, Any], budget: TokenBudget | None = None) -> None:
+        """``options`` may carry ``min_pixels`` and ``max_pixels`` of a frame; over ``budget`` none is resized."""
         self._settings = settings
         self._options = options
+        self._budget = budget
         self._size: tuple[int, int] | None = None
 
     def __call__(self, frame: Image.Image, count: int) -> Image.Image:
@@ -229,20 +229,31 @@ class FrameResizer:
             factor = self._settings.temporal_patch_size
             even_count = -(-count // factor) * factor
             self._size = video_size(frame.height, frame.width, even_count, self._settings, self._options)
+            _check_tokens(even_count // factor, *self._size, self._settings, self._budget)
         height, width = self._size
         return frame.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def image_input(picture: Image.Image, settings: PixelSettings, options: Mapping[str, Any]) -> VisionInput:
+def image_input(
+    picture: Image.Image, settings: PixelSettings, options: Mapping[str, Any], budget: TokenBudget | None = None
+) -> VisionInput:
     """A picture as the model takes it: the encoder sees it twice, as a video that does not move.
 
     Args:
       picture: in RGB.
       settings: the sizes.
       options: may carry ``min_pixels`` and ``max_pixels``.
+      budget: of the prompt; without one, the picture may take any number of tokens.
+
+    Raises:
+      InputError: if it is too thin, ``min_pixels`` is over the model's maximum, or it is over the budget.
     """
-    low, high = _pixel_budget(options, settings.min_pixels, settings.max_pixels)
+    # what the published model takes, where the settings have less for pictures of which nothing is said
+    ceiling = max(settings.max_pixels, PixelSettings.max_pixels)
+    bounded = _limit_max_pixels(options, ceiling)
+    low, high = _pixel_budget(bounded, settings.min_pixels, settings.max_pixels, ceiling)
     height, width = smart_resize(picture.height, picture.width, settings.cell, low, high)
+    _check_tokens(1, height, width, settings, budget)
     resized = _resize(picture, height, width)  # [height, width, 3]
     frames = np.repeat(resized[None], settings.temporal_patch_size, axis=0)  # [2, height, width, 3]
     patches, grid = patchify(frames, settings)
@@ -289,16 +300,31 @@ def video_size(
 ) -> tuple[int, int]:
     """The size of a video's frames: a frame's budget shrinks as there are more of them."""
     shared = settings.video_total_pixels / frames * settings.temporal_patch_size
-    # as in the official utilities, a user can lower the largest size of a frame and never raise it
     low = options.get("min_pixels", settings.video_min_pixels)
-    max_pixels = max(min(settings.video_max_pixels, shared), int(low * 1.05))
-    bounded = {**options, "max_pixels": min(options.get("max_pixels", max_pixels), max_pixels)}
-    low, high = _pixel_budget(bounded, low, max_pixels)
+    # the minimum comes first, as in the official utilities: many frames that must be large share no budget
+    high = max(min(settings.video_max_pixels, shared), int(low * 1.05))
+    ceiling = max(settings.video_max_pixels, PixelSettings.video_max_pixels)
+    low, high = _pixel_budget(_limit_max_pixels(options, high), low, high, ceiling)
     return smart_resize(height, width, settings.cell, low, high)
 
 
-def _pixel_budget(options: Mapping[str, Any], low: float, high: float) -> tuple[float, float]:
-    """Least and largest number of pixels; a bound that the user sets moves the default of the other out of its way."""
+def _limit_max_pixels(options: Mapping[str, Any], high: float) -> Mapping[str, Any]:
+    """The options with a ``max_pixels`` of at most ``high``, if they have one: larger ones ask for nothing more."""
+    return {**options, "max_pixels": min(options["max_pixels"], high)} if "max_pixels" in options else options
+
+
+def _pixel_budget(options: Mapping[str, Any], low: float, high: float, ceiling: float) -> tuple[float, float]:
+    """Least and largest number of pixels; a bound that the user sets moves the default of the other out of its way.
+
+    Args:
+      options: may carry ``min_pixels`` and ``max_pixels``.
+      low, high: without them.
+      ceiling: that ``min_pixels`` may have.
+    """
+    if options.get("min_pixels", 0) > ceiling:
+        raise InputError(
+            f"min_pixels is {options['min_pixels']}; it must be at most {ceiling}, the most that the model takes"
+        )
     if "min_pixels" in options and "max_pixels" in options and options["min_pixels"] > options["max_pixels"]:
         raise InputError(f"min_pixels {options['min_pixels']} is over max_pixels {options['max_pixels']}")
     if "max_pixels" in options:
@@ -306,6 +332,12 @@ def _pixel_budget(options: Mapping[str, Any], low: float, high: float) -> tuple[
         return min(options.get("min_pixels", low), high), high
     low = options.get("min_pixels", low)
     return low, max(low, high)
+
+
+def _check_tokens(num_grids: int, height: int, width: int, settings: PixelSettings, budget: TokenBudget | None) -> None:
+    """Raises InputError if frames of this size, two in a grid, are over the budget."""
+    if budget is not None:
+        budget.check(num_grids * (height // settings.cell) * (width // settings.cell))
 
 
 def _resize(picture: Image.Image, height: int, width: int) -> np.ndarray:
