@@ -57,6 +57,9 @@ class DataConfig:
     """Examples that may wait for a place while smaller ones fill the batch."""
     workers: int = 0
     """Processes that decode for each stream; 0: threads of this process do."""
+    isolate_media: bool = False
+    """Whether each medium is decoded within two minutes and 8 GiB, by the same processes (one, if workers is 0): a file
+    that was made to do harm costs its row, and not the run."""
     use_audio_in_video: VideoSound = "auto"
     """Whether the sound of videos is used that do not say so themselves. Under always, the sound that a row lists
     beside a video (`<video><audio>`) is the video's own."""

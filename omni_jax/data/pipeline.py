@@ -26,6 +26,7 @@ from omni_jax.data.packing import Budget, Part, assemble
 from omni_jax.data.rejects import RejectsFile
 from omni_jax.data.sources import Files, open_rows
 from omni_jax.errors import ConfigError, InputError
+from omni_jax.processing.media_workers import isolate
 from omni_jax.processing.processor import Processor
 
 PREFETCHED_BATCHES = 2
@@ -34,7 +35,16 @@ _PREFETCHED_EXAMPLES = 4  # of each worker, or of the threads together
 # The share of rejects is taken of at least so many rows: one bad row among the first few is no reason to stop.
 _MIN_ROWS_FOR_SHARE = 100
 # of the configuration: they change how rows and media are found, decoded and reported, but no batch
-_CHANGEABLE = ("train", "workers", "rejects", "max_reject_share", "media_root", "allow_web", "allow_buckets")
+_CHANGEABLE = (
+    "train",
+    "workers",
+    "isolate_media",
+    "rejects",
+    "max_reject_share",
+    "media_root",
+    "allow_web",
+    "allow_buckets",
+)
 _MAX_REASONS = 5  # that the error names
 
 State: TypeAlias = dict[str, Any]  # of JSON's types
@@ -56,18 +66,15 @@ def batches(config: DataConfig, processor: Processor, *, process_index: int = 0,
     config.check(process_count)
     sources = [open_rows(path) for path in config.train]
     budget = Budget.of(config)
-    prepare = Prepare(
-        processor.with_pixels(**config.pixels).with_access(config.access),
-        config.tokens,
-        budget.check,
-        config.use_audio_in_video,
-        config.media_root,
-    )
+    streams_per_process = config.streams // process_count
+    processor = processor.with_pixels(**config.pixels).with_access(config.access)
+    if config.isolate_media:
+        processor = isolate(processor, max(config.workers, 1) * streams_per_process)
+    prepare = Prepare(processor, config.tokens, budget.check, config.use_audio_in_video, config.media_root)
     rejects = RejectsFile(_rejects_path(config.rejects, process_index, process_count))
 
     # every process has the same endless order of rows, and takes each ``streams``-th row of it for a stream
     rows = mixture(sources, config.weights, config.seed)
-    streams_per_process = config.streams // process_count
     first = process_index * streams_per_process
     streams = []
     for i in range(first, first + streams_per_process):
@@ -198,8 +205,11 @@ class _Stream:
     def _start(self) -> Iterator[Example | Reject]:
         workers = self._config.workers
         rest = self._examples.slice(slice(self._next, None))
-        if not workers:
-            options = grain.ReadOptions(num_threads=_DECODING_THREADS, prefetch_buffer_size=_PREFETCHED_EXAMPLES)
+        # the processes that isolate media belong to this one, whose threads wait for them: grain's may start none
+        if not workers or self._config.isolate_media:
+            num_threads = max(workers, _DECODING_THREADS)
+            buffer_size = max(workers, _PREFETCHED_EXAMPLES)
+            options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer_size)
             return iter(rest.to_iter_dataset(options))
         # grain 0.2.18 reads a flag of absl's, whoever started the program (google/grain #1355)
         if not flags.FLAGS.is_parsed():

@@ -49,6 +49,7 @@ from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.live import LivePrompt
+from omni_jax.processing.media_workers import isolate
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
 from omni_jax.sharding import param_shardings
@@ -68,6 +69,7 @@ def load(
     components: Sequence[str] | None = None,
     allow_web: Sequence[str] = (),
     allow_buckets: Sequence[str] = (),
+    isolate_media: bool = False,
     chunk_sizes: ChunkSizes | None = None,
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
@@ -81,6 +83,9 @@ def load(
       allow_web: hosts that media may be fetched from: "example.com", "*.example.com" for all below it, "*" for every
         public one. Without any, nothing is fetched.
       allow_buckets: ("gs://bucket/folder",): media that lie in it may be read, with the account of this machine.
+      isolate_media: whether media are decoded in a process of its own, with limits of time and memory, so that a file
+        made to do harm costs its request alone (``processing.media_workers``). A script that asks for it needs
+        ``if __name__ == "__main__":``, as always where Python starts processes.
       chunk_sizes: how much is computed at a time while a reply is streamed; the defaults if None.
 
     Raises:
@@ -114,7 +119,7 @@ def load(
         params = unstack_layers(params)
     voices = load_voices(folder) if "talker" in wanted else {}
     engines = make_engines(config, models, params, mesh, chunk_sizes or ChunkSizes())
-    return OmniModel(config, processor, engines, voices)
+    return OmniModel(config, isolate(processor) if isolate_media else processor, engines, voices)
 
 
 def make_engines(

@@ -19,10 +19,10 @@ from omni_jax.generation.model import OmniModel
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
 from omni_jax.processing.files import join_path, write_atomically
 from omni_jax.processing.layout import AudioInput, Prompt
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.serving.batch_lines import Line, Result, make_error, make_result, parse_line, read_custom_id
 from omni_jax.serving.chat_request import ChatRequest, confine
 from omni_jax.serving.chat_response import make_body, make_sound_file
-from omni_jax.serving.media_workers import MediaWorkers
 
 # enough to choose prompts of like length from, and to bridge a medium that takes long to decode
 _PREPARED_PER_SLOT = 4  # prompts that are prepared for each slot of the Thinker

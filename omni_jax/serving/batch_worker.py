@@ -15,9 +15,9 @@ from omni_jax.engine.request import SchedulerConfig
 from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.model import OmniModel, load
 from omni_jax.processing.fetch import RemoteAccess
+from omni_jax.processing.media_workers import MediaLimits, MediaWorkers
 from omni_jax.serving.batch_lines import Line, Result
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
-from omni_jax.serving.media_workers import MediaLimits, MediaWorkers
 from omni_jax.sharding import MeshConfig
 
 
@@ -70,18 +70,15 @@ class Worker:
           CheckpointError, ConfigError: where ``omni_jax.load`` does.
         """
         self.status = RunStatus()
-        # its processes start with the first request, so they take nothing while the model is loaded
-        self._media = MediaWorkers(spec.model, spec.media_processes, spec.media_limits, spec.access)
-        try:
-            set_phase(f"loading {spec.model}")
-            model = _load_model(spec)
-            # programs for the usual lengths; others are compiled when a request needs them
-            set_phase("compiling")
-            if spec.warmup_tokens:
-                model.warmup(tokens=spec.warmup_tokens, windows=spec.warmup_windows, scheduler=spec.scheduler)
-        except BaseException:  # a model that cannot be loaded must leave no processes behind
-            self.close()
-            raise
+        set_phase(f"loading {spec.model}")
+        model = _load_model(spec)
+        # programs for the usual lengths; others are compiled when a request needs them
+        set_phase("compiling")
+        if spec.warmup_tokens:
+            model.warmup(tokens=spec.warmup_tokens, windows=spec.warmup_windows, scheduler=spec.scheduler)
+        # last, so that a model that cannot be loaded leaves no processes behind
+        processor = model.processor.with_access(spec.access)
+        self._media = MediaWorkers(processor, spec.media_processes, spec.media_limits)
         self._runner = BatchRunner(model, spec.model.name, self._media, spec.scheduler, spec.locations, self.status)
 
     def answer(self, lines: Iterable[Line]) -> Iterator[Result]:
@@ -107,4 +104,4 @@ def _load_model(spec: WorkerSpec) -> OmniModel:
         jax.config.update("jax_compilation_cache_dir", str(spec.compile_cache))
     # a mesh of one device would only make every program a sharded one
     mesh = spec.mesh.make() if spec.mesh.num_devices > 1 else None
-    return load(spec.model, dtype=spec.dtype, mesh=mesh)
+    return load(spec.model, dtype=spec.dtype, mesh=mesh, allow_urls=spec.allow_urls)

@@ -52,6 +52,7 @@ def run_chat(command: ChatCommand) -> None:
             components=components,
             allow_web=command.allow_web,
             allow_buckets=command.allow_buckets,
+            isolate_media=command.isolate_media,
         )
     load_seconds = time.perf_counter() - start_time
     # the spinner turns until the first text, which would be written into its line

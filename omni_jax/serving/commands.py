@@ -12,8 +12,8 @@ import tyro
 from omni_jax.engine.request import TalkerParams
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.generation.options import Options
+from omni_jax.processing.media_workers import MediaLimits
 from omni_jax.serving.batch_ray import RayOptions
-from omni_jax.serving.media_workers import MediaLimits
 from omni_jax.sharding import MeshConfig
 
 _DIR = tyro.conf.arg(metavar="DIR")
@@ -79,6 +79,8 @@ class ChatCommand:
     """Fetch media from these hosts: example.com, '*.example.com' for all below it, '*' for every public one."""
     allow_buckets: Annotated[tuple[str, ...], _PREFIXES] = ()
     """Read media that lie here in a bucket, with the account of this machine."""
+    isolate_media: bool = True
+    """Decode media in a process of its own, each within two minutes and 8 GiB; without it, in this one."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What to compute in; without it, what the checkpoint holds."""
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import omni_jax
-from omni_jax.processing.fetch import RemoteAccess
-from omni_jax.serving.media_workers import MediaLimits, MediaWorkers
+from omni_jax.processing.media_workers import MediaLimits, MediaWorkers
+from omni_jax.processing.processor import Processor
 
 MEDIA_SECONDS = 8.0  # that a request's media may take
 
@@ -21,5 +21,5 @@ def model(tiny_model: Path) -> omni_jax.OmniModel:
 
 @pytest.fixture(scope="session")
 def media_workers(tiny_model: Path) -> Iterator[MediaWorkers]:
-    with MediaWorkers(tiny_model, 2, MediaLimits(MEDIA_SECONDS, 2.0), RemoteAccess()) as pool:
+    with MediaWorkers(Processor.load(tiny_model), 2, MediaLimits(MEDIA_SECONDS, 2.0)) as pool:
         yield pool

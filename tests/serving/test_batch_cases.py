@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import omni_jax
 from omni_jax.engine.request import SchedulerConfig
 from omni_jax.errors import InputError
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.serving import batch_runner, chat_request
 from omni_jax.serving.batch_lines import Line, LineError, make_error, parse_line, read_custom_id, read_lines
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
-from omni_jax.serving.media_workers import MediaWorkers
 from tests.serving import requests
 
 CASES = Path(__file__).parents[1] / "cases"

@@ -16,11 +16,11 @@ from PIL import Image
 import omni_jax
 from omni_jax.engine.request import SchedulerConfig
 from omni_jax.errors import InputError
+from omni_jax.processing import media_workers as media_workers_module
 from omni_jax.processing.chat import parse_messages
-from omni_jax.serving import media_workers as media_workers_module
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.serving.batch_lines import Line
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
-from omni_jax.serving.media_workers import MediaWorkers
 from tests.serving import requests
 from tests.serving.conftest import MEDIA_SECONDS
 

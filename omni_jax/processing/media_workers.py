@@ -1,6 +1,7 @@
 """Processes that decode media, so that a file which hangs, or takes all memory, or kills its decoder costs one request.
 
-They turn messages into prompts: decoding, resampling, features, tokens. The model works on while they do.
+They turn messages into prompts: decoding, resampling, features, tokens. The model works on while they do. Or they read
+the media of messages alone, for a processor that ``isolate`` has made.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 from pebble import ProcessExpired, ProcessPool
 
 from omni_jax.errors import InputError
-from omni_jax.processing.chat import Message
-from omni_jax.processing.fetch import RemoteAccess
-from omni_jax.processing.layout import Prompt
-from omni_jax.processing.processor import Processor
+from omni_jax.processing.chat import MediaPart, Message
+from omni_jax.processing.layout import Item, Prompt, TokenBudget
+from omni_jax.processing.processor import Processor, ProcessorConfig
+
+T = TypeVar("T")
 
 _GIB = 1 << 30
 _processor: Processor | None = None  # of this process, where it is a worker
@@ -27,7 +31,7 @@ _processor: Processor | None = None  # of this process, where it is a worker
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What the media of one request may cost.
+    """What the media of one request may cost, or one item of media where they are read one by one.
 
     Attributes:
       seconds: to decode and process them.
@@ -45,29 +49,44 @@ class PreparationError(Exception):
 class MediaWorkers:
     """A pool of such processes; a context manager that ends them."""
 
-    def __init__(self, folder: Path, count: int, limits: MediaLimits, access: RemoteAccess):
+    def __init__(self, processor: Processor, count: int, limits: MediaLimits):
         """Makes the pool; the processes start with the first request.
 
         Args:
-          folder: of the model, whose processor they load.
+          processor: that each of them has a copy of.
           count: of the processes.
           limits: of each request's media.
-          access: from which hosts and buckets media may be fetched.
         """
         self.limits = limits
         self._pool = ProcessPool(
             max_workers=count,
             initializer=_start_worker,
-            initargs=(folder, access, limits.gigabytes),
+            initargs=(processor, limits.gigabytes),
             context=multiprocessing.get_context("spawn"),  # forking a process with jax's threads may deadlock
         )
+        # for those who do not close it: with the last who uses it, or with the program, the processes end
+        self._stop = weakref.finalize(self, _stop_pool, self._pool)
 
     def submit(self, messages: tuple[Message, ...], assume_fps: float | None, max_length: int) -> Future[Prompt]:
         """Sends a request to a worker; ``result`` tells what has become of it."""
         return self._pool.schedule(_prepare, args=(messages, assume_fps, max_length), timeout=self.limits.seconds)
 
-    def result(self, future: Future[Prompt]) -> Prompt:
-        """The prompt of a request that is done.
+    def read_media(
+        self, settings: ProcessorConfig, part: MediaPart, assume_fps: float | None, budget: TokenBudget
+    ) -> Item:
+        """Has a worker read one item of media, and waits for it; see ``Processor.read_media``.
+
+        Raises:
+          InputError: if it cannot be read, goes over a limit, or ends the worker.
+        """
+        args = (settings, part, assume_fps, budget)
+        try:
+            return self.result(self._pool.schedule(_read_media, args=args, timeout=self.limits.seconds))
+        except PreparationError as e:
+            raise InputError(str(e)) from e
+
+    def result(self, future: Future[Any]) -> Any:
+        """The prompt of a request, or the item of media, that is done.
 
         Raises:
           InputError: if it cannot be served, or went over a limit, or its worker died.
@@ -89,8 +108,7 @@ class MediaWorkers:
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""
-        self._pool.stop()
-        self._pool.join()
+        self._stop()
 
     def __enter__(self) -> MediaWorkers:
         return self
@@ -99,10 +117,28 @@ class MediaWorkers:
         self.close()
 
 
-def _start_worker(folder: Path, access: RemoteAccess, gigabytes: float) -> None:
+def isolate(processor: Processor, count: int = 1, limits: MediaLimits | None = None) -> Processor:
+    """The same processor, whose media are read in processes of their own.
+
+    They start with the first item of media, and end with the processor.
+
+    Args:
+      processor: as ``Processor.load`` gives it.
+      count: of the processes.
+      limits: of each item of media.
+    """
+    return processor.with_media_reader(MediaWorkers(processor, count, limits or MediaLimits()).read_media)
+
+
+def _stop_pool(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()
+
+
+def _start_worker(processor: Processor, gigabytes: float) -> None:
     global _processor
     jax.config.update("jax_platforms", "cpu")  # the accelerator is the model's
-    _processor = Processor.load(folder, access=access)
+    _processor = processor
     # the first number of Linux's account: pages of address space, which is what RLIMIT_AS limits
     with open("/proc/self/statm", encoding="ascii") as file:
         in_use = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -114,9 +150,21 @@ def _start_worker(folder: Path, access: RemoteAccess, gigabytes: float) -> None:
 def _prepare(messages: tuple[Message, ...], assume_fps: float | None, max_length: int) -> Prompt:
     """What a worker does with a request; only errors that can be sent to another process come out of it."""
     assert _processor is not None
+    return _call(_processor, messages, assume_fps=assume_fps, max_length=max_length)
+
+
+def _read_media(settings: ProcessorConfig, part: MediaPart, assume_fps: float | None, budget: TokenBudget) -> Item:
+    """What a worker does with an item of media."""
+    assert _processor is not None
+    # the caller's may be another one by now (``with_pixels``)
+    _processor.settings = settings
+    return _call(_processor.read_media, part, assume_fps, budget)
+
+
+def _call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     # errors are made anew from their words: whatever else they hold may not be picklable
     try:
-        return _processor(messages, assume_fps=assume_fps, max_length=max_length)
+        return function(*args, **kwargs)
     except InputError as e:
         raise InputError(str(e)) from None
     except (MemoryError, KeyboardInterrupt, SystemExit):
