@@ -15,7 +15,7 @@ from omni_jax.processing.files import bucket_errors, open_file
 from omni_jax.serving.chat_request import ChatRequest, parse_body
 
 URL = "/v1/chat/completions"
-MAX_LINE_BYTES = 1 << 30
+MAX_LINE_BYTES = 64 << 20
 ID_PREFIX = "batch_req_"  # of the id of a result; the line's number follows
 
 _FIELDS = ("custom_id", "method", "url", "body")

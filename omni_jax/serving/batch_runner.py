@@ -18,15 +18,16 @@ from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
 from omni_jax.processing.files import join_path, write_atomically
-from omni_jax.processing.layout import AudioInput, Prompt
+from omni_jax.processing.layout import Prompt
 from omni_jax.processing.media_workers import MediaWorkers
+from omni_jax.processing.vision import PixelSettings
 from omni_jax.serving.batch_lines import Line, Result, make_error, make_result, parse_line, read_custom_id
 from omni_jax.serving.chat_request import ChatRequest, confine
 from omni_jax.serving.chat_response import make_body, make_sound_file
 
 # enough to choose prompts of like length from, and to bridge a medium that takes long to decode
 _PREPARED_PER_SLOT = 4  # prompts that are prepared for each slot of the Thinker
-_MAX_PREPARED_BYTES = 4 << 30  # of prompts that are prepared and wait
+_MAX_BYTES = 8 << 30  # of all lines and prompts that are there at once
 _NUM_WRITERS = 4  # threads that write speech; a bucket takes a while
 
 
@@ -73,7 +74,8 @@ class _ActiveRequest:
 
     line: Line
     custom_id: str
-    request: ChatRequest  # without its messages, once they are prepared
+    request: ChatRequest  # without its messages, which its media process has
+    num_bytes: int  # that are held for it; while it is prepared, the most that they can become
 
 
 @dataclass
@@ -87,15 +89,6 @@ class _PreparedRequest:
     def max_length(self) -> int:
         """Tokens of prompt and reply, at most."""
         return len(self.prompt) + self.active.request.options.max_tokens
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the media."""
-        total = 0
-        for item in self.prompt.media:
-            features = item.mel if isinstance(item, AudioInput) else item.patches
-            total += features.nbytes
-        return total
 
 
 class BatchRunner:
@@ -123,8 +116,14 @@ class BatchRunner:
         self.status = status
         self.num_slots = _num_slots(scheduler_config)
         self.max_prepared = _PREPARED_PER_SLOT * self.num_slots
+        self.max_prompt_bytes = self.max_prompt_length * _bytes_per_token(model.processor.settings.pixels)
         # its program is compiled before the first request
         allreduce_min([_Preparation.DONE], self.max_prepared)
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Tokens; a position of the context is left for the reply."""
+        return self.model.config.thinker_config.text_config.max_position_embeddings - 1
 
     def run(self, lines: Iterable[Line]) -> Iterator[Result]:
         """The results of lines, in the order in which they are done.
@@ -195,8 +194,9 @@ class _Run:
     def _has_room(self) -> bool:
         if len(self._preparing) + len(self._prepared) >= self._runner.max_prepared:
             return False
-        # a few long videos are gigabytes of patches
-        return sum(item.num_bytes for item in self._prepared) < _MAX_PREPARED_BYTES
+        # a few long videos are gigabytes of patches, which are held until they are answered
+        in_flight = [*self._preparing.values(), *(item.active for item in self._prepared), *self._running.values()]
+        return sum(active.num_bytes for active in in_flight) < _MAX_BYTES
 
     def _prepare(self, line: Line) -> None:
         """Sends a line to a media process.
@@ -212,10 +212,13 @@ class _Run:
             runner.status.num_untrained_prompts += 1
         # before any file is opened, and whatever process will open it
         messages = confine(request.messages, runner.locations.base_dir, runner.locations.media_root)
-        # a position of the context is left for the reply
-        context = runner.model.config.thinker_config.text_config.max_position_embeddings
-        future = runner.media_workers.submit(messages, request.options.assume_fps, context - 1)
-        self._preparing[future] = _ActiveRequest(line, custom_id, dataclasses.replace(request, messages=()))
+        future = runner.media_workers.submit(messages, request.options.assume_fps, runner.max_prompt_length)
+        # the line itself goes, for its media may be in it; the messages have as many bytes, about
+        num_bytes = len(line.data or b"")
+        if any(message.media for message in messages):
+            num_bytes += runner.max_prompt_bytes
+        request = dataclasses.replace(request, messages=())
+        self._preparing[future] = _ActiveRequest(dataclasses.replace(line, data=b""), custom_id, request, num_bytes)
 
     def _collect_prepared(self) -> list[Result]:
         """Takes what media processes have done. Every host has its own, and goes on with what all have done."""
@@ -235,6 +238,7 @@ class _Run:
             except Exception as error:
                 results.append(make_error(active.line, active.custom_id, error))
             else:
+                active = dataclasses.replace(active, num_bytes=prompt.num_bytes)
                 self._prepared.append(_PreparedRequest(prompt, active))
         return results
 
@@ -323,6 +327,11 @@ def _is_speech_prompt(message: Message) -> bool:
     # two parts at most are looked at, to see that there is no second one
     content = message.content if isinstance(message.content, str) else message.content[:2]
     return message.role == "system" and content in (SPEECH_SYSTEM_PROMPT, (TextPart(SPEECH_SYSTEM_PROMPT),))
+
+
+def _bytes_per_token(pixels: PixelSettings) -> int:
+    """Of the float32 patches of a cell, which are more than the log-mel of a token of sound."""
+    return 4 * 3 * pixels.temporal_patch_size * pixels.cell**2
 
 
 def _preparation(future: Future[Prompt]) -> _Preparation:

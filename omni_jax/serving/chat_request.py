@@ -15,6 +15,7 @@ from omni_jax.processing.chat import MediaPart, Message, parse_messages
 from omni_jax.processing.sources import confine_source
 
 AUDIO_FORMATS = ("wav", "pcm16")
+MAX_PARTS = 32_768  # of all messages; the context has no room for more, and each takes memory of this process
 
 # what changes nothing: there is one model, and nobody is billed
 _IGNORED = (
@@ -110,11 +111,23 @@ def parse_body(body: Any) -> ChatRequest:
         if name in values:
             read(values[name], fields)
     messages = _add_media_options(parse_messages(values["messages"]), fields.media_options)
+    _check_num_parts(messages)
     # checks the numbers, and fills in what the body does not have
     options = Options.create(**fields.options)
     if fields.audio_format is not None and not options.speaks:
         raise InputError('body: audio was given, but modalities does not have "audio"')
     return ChatRequest(messages, options, fields.audio_format or AUDIO_FORMATS[0], fields.return_token_ids)
+
+
+def _check_num_parts(messages: Sequence[Message]) -> None:
+    """Counts messages without parts, parts, and the pictures that a video is given as."""
+    num_parts = 0
+    for message in messages:
+        num_parts += 1 if isinstance(message.content, str) else len(message.content)
+        for part in message.media:
+            num_parts += len(part.source) if isinstance(part.source, list) else 0
+    if num_parts > MAX_PARTS:
+        raise InputError(f"body: messages have {num_parts} parts, over the limit of {MAX_PARTS}")
 
 
 def _check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:

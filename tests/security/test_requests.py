@@ -1,0 +1,243 @@
+"""Lines of requests that strangers wrote: each costs itself, and the memory of the process is bounded."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+import types
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from omni_jax.errors import InputError
+from omni_jax.processing.processor import Processor
+from omni_jax.serving import batch_lines, batch_runner, chat_request
+from omni_jax.serving.batch_lines import Line, make_error, parse_line, read_custom_id, read_lines
+from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
+from omni_jax.serving.chat_request import confine
+from tests.security.conftest import MEDIA
+from tests.serving import requests
+
+BODY_FIELDS = sorted({*chat_request._READERS, *chat_request._NEUTRAL, *chat_request._IGNORED, "messages"})
+STAGE_FIELDS = "temperature top_k top_p repetition_penalty max_tokens seed stop stop_token_ids".split()
+MEDIA_FIELDS = "use_audio_in_video fps min_pixels max_pixels".split()
+PART_FIELDS = """image audio video image_url input_audio audio_url video_url text type url path min_pixels max_pixels
+    audio_start audio_end sampling_rate use_audio_in_video fps nframes video_start video_end""".split()
+MESSAGE_FIELDS = "role content audio name".split()
+
+
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+HOSTILE = {
+    "a number of 400 digits": 10**400,
+    "a negative one": -(10**400),
+    "one of 4000 digits": 10**4000,
+    "3e9": 3_000_000_000,
+    "infinity": float("1e999"),
+    "a URL that cannot be split": "file://[x/y",
+    "a list nested 700 deep": nested(700),
+    "an object nested 300 deep": json.loads('{"a":' * 300 + "1" + "}" * 300),
+    "half a surrogate pair": "\ud83d",
+    "a zero byte": "a\0b",
+    "a name of 100,000 letters": "x" * 100_000,
+}
+
+
+def read_line(data: bytes) -> InputError | None:
+    """What is said of a line: up to where its media would be opened, as a run does it."""
+    line = Line(1, data)
+    try:
+        _, request = parse_line(line)
+        confine(request.messages, str(MEDIA), str(MEDIA))
+    except InputError as error:
+        result = make_error(line, read_custom_id(line), error)
+        values = json.loads(result.text.encode())  # in UTF-8
+        assert values["error"]["message"] and len(result.text) < 20_000 + len(data)
+        return error
+    return None
+
+
+def with_body(**fields: Any) -> bytes:
+    values = json.loads(requests.line("x", "hi"))
+    values["body"] |= fields
+    return json.dumps(values).encode()
+
+
+def place_everywhere(value: Any) -> dict[str, bytes]:
+    """Lines that hold a value in one field each."""
+    lines = {name: with_body(**{name: value}) for name in BODY_FIELDS}
+    for stage in range(3):
+        for name in STAGE_FIELDS:
+            stages: list[dict[str, Any]] = [{}, {}, {}]
+            stages[stage][name] = value
+            lines[f"sampling_params_list[{stage}].{name}"] = with_body(sampling_params_list=stages)
+    for name in MEDIA_FIELDS:
+        lines[f"mm_processor_kwargs.{name}"] = with_body(mm_processor_kwargs={name: value})
+    for kind in ("image", "audio", "video"):
+        for name in PART_FIELDS:
+            lines[f"{kind}.{name}"] = requests.line("x", [{"type": kind, kind: "a", name: value}]).encode()
+        lines[f"{kind}_url.url"] = requests.line("x", [{"type": f"{kind}_url", f"{kind}_url": {"url": value}}]).encode()
+    for name in ("data", "format"):
+        part = {"type": "input_audio", "input_audio": {"data": "AAAA", name: value}}
+        lines[f"input_audio.{name}"] = requests.line("x", [part]).encode()
+    for name in MESSAGE_FIELDS:
+        lines[f"message.{name}"] = with_body(messages=[{"role": "assistant", "content": "hi", name: value}])
+    for name in ("custom_id", "method", "url", "body"):
+        lines[name] = json.dumps({**json.loads(requests.line("x", "hi")), name: value}).encode()
+    return lines
+
+
+# what takes any value: it is read by nobody
+FREE = {*chat_request._IGNORED}
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=list(HOSTILE))
+def test_a_hostile_value_of_any_field_costs_its_line(value: Any) -> None:
+    for name, data in place_everywhere(value).items():
+        # as text that JSON allows
+        error = read_line(data.replace(b"Infinity", b"1e999"))
+        if isinstance(value, int | float) and name not in FREE:
+            assert error is not None or value == 3_000_000_000, name
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.sampled_from([10**400, 2**31, 2**32, 2**63]),
+        st.floats(allow_nan=False),
+        st.text(st.characters(codec=None, categories=None), max_size=8),
+        st.sampled_from(["file://[x/y", "data:,", "gs://", "http://[", "\0", "/", ".."]),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(PART_FIELDS), inner)),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(BODY_FIELDS), VALUES, min_size=1, max_size=4))
+def test_any_values_of_the_body(fields: dict[str, Any]) -> None:
+    read_line(with_body(**fields))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.dictionaries(st.sampled_from([*PART_FIELDS, *MESSAGE_FIELDS]), VALUES, max_size=4), max_size=3))
+def test_any_parts(parts: list[dict[str, Any]]) -> None:
+    read_line(requests.line("x", parts).encode())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        requests.line("x", "hi").encode("utf-16"),
+        requests.line("x", "hi").encode("utf-32-le"),
+        requests.line("x", "hi").encode().replace(b"hi", b"caf\xe9"),
+        requests.line("x", "hi").encode().replace(b"hi", b"\xed\xa0\x80"),  # half a surrogate pair
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"custom_id": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe\x00",
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_what_is_no_json_costs_its_line(data: bytes) -> None:
+    assert "the line is" in str(read_line(data))
+
+
+# --- the memory of the process ---
+
+
+def test_a_line_of_over_64_mib_is_passed_over(tmp_path: Path) -> None:
+    assert batch_lines.MAX_LINE_BYTES == 64 << 20
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.truncate(200 << 20)  # a line of zeros, which take no room on the disk
+        file.seek(0, 2)
+        file.write(b"\n" + requests.line("good", "hi").encode() + b"\n")
+    tracemalloc.start()
+    try:
+        long_line, good = read_lines(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(InputError, match="the line is longer than 67108864 bytes"):
+        parse_line(long_line)
+    assert parse_line(good)[0] == "good"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "a"}] * 40_000,
+        [{"role": "user", "content": [{"type": "text", "text": "a"}] * 40_000}],
+        [{"role": "user", "content": [{"type": "video", "video": ["a"] * 39_999}]}],
+    ],
+    ids=["messages", "parts", "frames"],
+)
+def test_parts_are_bounded(messages: list[Any]) -> None:
+    assert "messages have 40000 parts, over the limit of 32768" in str(read_line(with_body(messages=messages)))
+
+
+class WaitingWorkers:
+    """Media processes that never get done."""
+
+    def submit(self, *_: Any) -> Future[Any]:
+        return Future()
+
+
+def make_runner(processor: Processor) -> BatchRunner:
+    scheduler = types.SimpleNamespace(busy=True, num_waiting=0, num_running=0, utilization=None, step=list)
+    model: Any = types.SimpleNamespace(
+        config=processor.config,
+        processor=processor,
+        check=lambda options: None,
+        scheduler=lambda config: scheduler,
+    )
+    locations = FileLocations(str(MEDIA), str(MEDIA))
+    workers: Any = WaitingWorkers()
+    config: Any = types.SimpleNamespace(thinker_slots=16)
+    return BatchRunner(model, "m", workers, config, locations, RunStatus())
+
+
+def count_taken(runner: BatchRunner, text: str, lines: int = 100) -> int:
+    """How many lines are taken while none is done."""
+    taken = []
+
+    def give() -> Any:
+        for number in range(1, lines + 1):
+            taken.append(number)
+            yield Line(number, text.replace("NUMBER", str(number)).encode())
+
+    run = batch_runner._Run(runner, give(), None)  # type: ignore[arg-type]
+    run.step()
+    run.step()
+    held = [active.line.data for active in run._preparing.values()]
+    assert not any(held)  # the line itself, in which media may be, is held by nobody
+    return len(taken)
+
+
+def test_bytes_in_flight_are_counted_whole(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that are being prepared count with what they can become, and not only those that are done."""
+    runner = make_runner(processor)
+    context = processor.config.thinker_config.text_config.max_position_embeddings
+    assert runner.max_prompt_bytes == (context - 1) * 4 * 1176 * 4
+    text = requests.line("NUMBER", "hi")
+    picture = requests.line("NUMBER", [{"type": "image", "image": "picture.jpg"}])
+    assert count_taken(runner, text) == 64
+    assert count_taken(runner, picture) == -(-(8 << 30) // (runner.max_prompt_bytes + len(picture)))
+    # what stands in the line itself counts as well
+    monkeypatch.setattr(batch_runner, "_MAX_BYTES", 10_000_000)
+    assert count_taken(runner, requests.line("NUMBER", "x" * 1_000_000)) == 10
+    # one is always taken, however large
+    monkeypatch.setattr(batch_runner, "_MAX_BYTES", 1)
+    assert count_taken(runner, picture) == 1
