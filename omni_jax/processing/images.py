@@ -18,13 +18,12 @@ MAX_IMAGE_PIXELS = 80_000_000
 MAX_PIXELS_OF_FORMAT = {"WEBP": 25_000_000, "AVIF": 25_000_000, "JPEG2000": 25_000_000}
 
 
-def read_image(source: Any, *, allow_urls: bool = False) -> Image.Image:
+def read_image(source: Any) -> Image.Image:
     """A picture in RGB, upright; what is transparent becomes white. Of an animation, the first frame.
 
     Args:
       source: what ``sources.locate_source`` takes, a Pillow image, or uint8 [height, width] or [height, width, 1, 3 or
         4].
-      allow_urls: whether to fetch from the web.
 
     Raises:
       InputError: if it is not a picture, is cut off, or is too large to be decoded safely.
@@ -35,7 +34,7 @@ def read_image(source: Any, *, allow_urls: bool = False) -> Image.Image:
     elif isinstance(source, np.ndarray):
         picture = _image_of_array(source)
     elif is_located(source):
-        picture = _decode_image(source, allow_urls)
+        picture = _decode_image(source)
     else:
         raise InputError(f"expected a path, a URL or bytes, got {type(source).__name__}")
     try:
@@ -75,8 +74,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return white
 
 
-def _decode_image(source: Any, allow_urls: bool) -> Image.Image:
-    with locate_source(source, allow_urls=allow_urls).open() as file:
+def _decode_image(source: Any) -> Image.Image:
+    with locate_source(source).open() as file:
         try:
             # opening reads the header alone, so the size is checked before memory is taken for the pixels
             picture = Image.open(file, formats=IMAGE_FORMATS)

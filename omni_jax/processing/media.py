@@ -69,7 +69,6 @@ def read_video(
     *,
     mel: MelSettings | None = None,
     resize: Resize | None = None,
-    allow_urls: bool = False,
 ) -> Video:
     """Reads the frames of a video that are looked at, and its sound.
 
@@ -80,14 +79,13 @@ def read_video(
       options: may carry ``fps`` or ``nframes``, and ``video_start`` and ``video_end`` in seconds.
       mel: to read the sound too; its sampling rate, and the longest sound that is taken.
       resize: what is done with each frame as it is decoded, given how many there will be; None: they are kept in full.
-      allow_urls: whether to fetch from the web.
 
     Raises:
       InputError: if it holds no video, is cut off or damaged, or is too large.
     """
     if not is_located(source):
-        return _list_video(source, settings, options, resize, allow_urls)
-    with open_media(locate_source(source, allow_urls=allow_urls)) as file:
+        return _list_video(source, settings, options, resize)
+    with open_media(locate_source(source)) as file:
         info = read_info(file)
         if not info.has("video"):
             raise InputError("it holds no frames of video")
@@ -104,9 +102,7 @@ def read_video(
     return Video(kept, len(kept), choice.fps, info.has("audio"), samples, frames.num_bad)
 
 
-def read_sound(
-    source: Any, settings: MelSettings, *, begin: float = 0.0, end: float = math.inf, allow_urls: bool = False
-) -> Sound:
+def read_sound(source: Any, settings: MelSettings, *, begin: float = 0.0, end: float = math.inf) -> Sound:
     """Sound, mixed to one channel and resampled, where its time stamps say: with silence before it and in gaps.
 
     Args:
@@ -114,7 +110,6 @@ def read_sound(
       settings: the sampling rate, and the longest sound that is taken.
       begin: seconds from the start of the file.
       end: seconds from the start of the file; what comes later is not read.
-      allow_urls: whether to fetch from the web.
 
     Returns:
       At ``settings.sampling_rate``.
@@ -122,7 +117,7 @@ def read_sound(
     Raises:
       InputError: if there is no sound, it is cut off or damaged, or the range is too long or holds none.
     """
-    with open_media(locate_source(source, allow_urls=allow_urls)) as file:
+    with open_media(locate_source(source)) as file:
         info = read_info(file)
         if not info.has("audio"):
             raise InputError("it has no sound")
@@ -138,11 +133,9 @@ def read_sound(
     return sound
 
 
-def read_audio(
-    source: Any, settings: MelSettings, *, begin: float = 0.0, end: float = math.inf, allow_urls: bool = False
-) -> np.ndarray:
+def read_audio(source: Any, settings: MelSettings, *, begin: float = 0.0, end: float = math.inf) -> np.ndarray:
     """The samples of ``read_sound``, float32 [n]."""
-    return read_sound(source, settings, begin=begin, end=end, allow_urls=allow_urls).samples
+    return read_sound(source, settings, begin=begin, end=end).samples
 
 
 def _sound_collector(info: ContainerInfo, begin: float, end: float, settings: MelSettings) -> SoundCollector:
@@ -243,9 +236,7 @@ def array_audio(
     return audio.resample(samples, rate, settings.sampling_rate)
 
 
-def _list_video(
-    frames: Any, settings: PixelSettings, options: Mapping[str, Any], resize: Resize | None, allow_urls: bool
-) -> Video:
+def _list_video(frames: Any, settings: PixelSettings, options: Mapping[str, Any], resize: Resize | None) -> Video:
     # [frames, height, width, channels]; what shape and type each frame must have, read_image checks
     if isinstance(frames, np.ndarray) and frames.ndim == 4:
         frames = list(frames)
@@ -257,17 +248,17 @@ def _list_video(
         if name in options:
             raise InputError(f"{name} chooses among the frames of a file; of a list of frames all are taken")
     count = len(frames)
-    pictures = _read_pictures(frames, allow_urls)
+    pictures = _read_pictures(frames)
     if resize is not None:
         pictures = (resize(picture, count) for picture in pictures)
     return Video(pictures, count, options.get("fps", settings.fps), False)
 
 
-def _read_pictures(frames: Sequence[Any], allow_urls: bool) -> Iterator[Image.Image]:
+def _read_pictures(frames: Sequence[Any]) -> Iterator[Image.Image]:
     size = None
     for i, frame in enumerate(frames):
         try:
-            picture = read_image(frame, allow_urls=allow_urls)
+            picture = read_image(frame)
         except InputError as e:
             raise InputError(f"frame {i}: {e}") from e
         size = size or picture.size

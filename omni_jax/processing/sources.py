@@ -73,12 +73,11 @@ def find_scheme(text: str) -> str:
     return name if scheme[2] or name in _SCHEMES else ""
 
 
-def locate_source(value: Any, *, allow_urls: bool = False) -> Source:
+def locate_source(value: Any) -> Source:
     """Finds out what a value names.
 
     Args:
       value: a path, a ``file:`` or ``data:`` URL, the bytes of a file, or a source.
-      allow_urls: of no effect.
 
     Raises:
       InputError: if it is none of these, is not there, or is empty.

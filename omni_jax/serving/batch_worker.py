@@ -104,4 +104,4 @@ def _load_model(spec: WorkerSpec) -> OmniModel:
         jax.config.update("jax_compilation_cache_dir", str(spec.compile_cache))
     # a mesh of one device would only make every program a sharded one
     mesh = spec.mesh.make() if spec.mesh.num_devices > 1 else None
-    return load(spec.model, dtype=spec.dtype, mesh=mesh, allow_urls=spec.allow_urls)
+    return load(spec.model, dtype=spec.dtype, mesh=mesh)
