@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from omni_jax.checks import printable
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.serving.batch import run_batch
 from omni_jax.serving.chat import run_chat
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             run_batch(command)
     except (InputError, CheckpointError, ConfigError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(str(e))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

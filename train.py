@@ -17,6 +17,7 @@ import jax
 import tyro
 
 from configs import RECIPES
+from omni_jax.checks import printable
 from omni_jax.distributed import join_processes
 from omni_jax.errors import CheckpointError, ConfigError, InputError, TrainingError
 from omni_jax.training.dry_run import print_dry_run
@@ -55,7 +56,7 @@ def main() -> int:
             join_processes(run.coordinator, run.processes, run.process)
         return 0 if train(run.recipe, run.workdir) else PREEMPTED
     except (CheckpointError, ConfigError, InputError, TrainingError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(str(e))}", file=sys.stderr)
         return 1
 
 

@@ -13,6 +13,8 @@ from omni_jax.errors import InputError
 
 INT32_MAX = 2**31 - 1
 SEED_MAX = 2**32 - 1  # seeds are unsigned numbers of 32 bits
+# all but tabs and line breaks: the others move the cursor, and begin what a terminal takes for commands
+_CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # A URL within a text: scheme and slashes, user and password, host and path, query and fragment. A scheme is short, so
 # that no text takes long to search.
@@ -103,6 +105,11 @@ def redact(text: str) -> str:
 def _without_secrets(url: re.Match[str]) -> str:
     scheme, user, place, query = url.groups()
     return f"{scheme}{'...@' if user else ''}{place}{f'{query[0]}...' if query else ''}"
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: control characters, which files and requests may hold, are written as escapes."""
+    return _CONTROL_CHARACTER.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def _limits(low: int, high: int, hint: str) -> str:

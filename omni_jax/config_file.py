@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 from omni_jax.checks import check_float, check_int, shown
 from omni_jax.errors import ConfigError, InputError
+from omni_jax.plain_files import read_object
 
 CONFIG_FILE = "config.json"
 
@@ -37,6 +38,25 @@ _LIBRARY_KEYS = frozenset(
 )
 # of PyTorch's training, which has its own settings here
 _TRAINING_KEYS = frozenset({"initializer_range", "init_std", "dropout", "attention_dropout", "activation_dropout"})
+
+# The largest number that a field may have. Memory and time follow from sizes, so a file from a stranger may not ask for
+# more than several times the largest model there is; shapes are then compared with those of the tensors.
+_MAX_SIZE = 2**14
+_MAX_ID = 2**20
+_LARGEST = {
+    # layers, each of which has names in a table
+    **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers"), 512),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim"), 2**17),
+    **dict.fromkeys(("vocab_size", "num_embeds", "max_position_embeddings"), 2**20),
+    # a patch and a window have the square of these
+    **dict.fromkeys(("in_channels", "temporal_patch_size", "spatial_merge_size"), 16),
+    "patch_size": 64,
+    "window_size": 1024,
+    # samples grow by the product of these
+    "upsample_rates": 64,
+    **dict.fromkeys(("upsample_kernel_sizes", "resblock_kernel_sizes", "resblock_dilation_sizes"), 256),
+}
+_MAX_ITEMS = 64  # of a list
 
 
 class ConfigSection:
@@ -64,7 +84,7 @@ class ConfigSection:
                 if value not in (None, cls.FIXED[key]):
                     raise ConfigError(f"{where}: {key} is {shown(value)}; only {cls.FIXED[key]!r} is supported")
             elif name in fields:
-                argument = _decode_value(types[name], value, f"{where}: {key}")
+                argument = _decode_value(types[name], value, f"{where}: {key}", _largest(name))
                 # a file may have both spellings, as long as they agree
                 if name in arguments and arguments[name] != argument:
                     raise ConfigError(f"{where}: {key} is {argument}, but its other spelling gives {arguments[name]}")
@@ -104,15 +124,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
       ConfigError: if the file cannot be read or holds no JSON object.
     """
     path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested thousands of times
-        raise ConfigError(f"{path} is not JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold an object, got {shown(values)}")
-    return to_transformers_4(values, str(path))
+    return to_transformers_4(read_object(path, ConfigError), str(path))
 
 
 def write_config_file(folder: Path, values: Mapping[str, Any]) -> None:
@@ -168,8 +180,14 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _decode_value(kind: Any, value: Any, where: str) -> Any:
-    """A value of the file as the field of type ``kind`` holds it."""
+def _largest(name: str) -> int:
+    """The largest number that the field of this name may have."""
+    is_id = name.endswith(("_token_id", "_token_index"))
+    return _MAX_ID if is_id else _LARGEST.get(name, _MAX_SIZE)
+
+
+def _decode_value(kind: Any, value: Any, where: str, largest: int) -> Any:
+    """A value of the file as the field of type ``kind`` holds it; a whole number is ``largest`` at most."""
     # a section within this one
     if isinstance(kind, type) and issubclass(kind, ConfigSection):
         if not isinstance(value, Mapping):
@@ -178,8 +196,10 @@ def _decode_value(kind: Any, value: Any, where: str) -> Any:
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, got {shown(value)}")
+        if len(value) > _MAX_ITEMS:
+            raise ConfigError(f"{where} has {len(value)} items; it may have {_MAX_ITEMS}")
         item_kind = typing.get_args(kind)[0]
-        return tuple(_decode_value(item_kind, item, where) for item in value)
+        return tuple(_decode_value(item_kind, item, where, largest) for item in value)
     # Python takes false for 0 and true for 1; a file that mixes them up is wrong
     if kind is bool:
         if not isinstance(value, bool):
@@ -190,7 +210,7 @@ def _decode_value(kind: Any, value: Any, where: str) -> Any:
             return check_float(where, value, 0, 1e30)
         # JSON written by other languages may hold 25.0 for 25
         is_whole_float = isinstance(value, float) and value.is_integer()
-        return check_int(where, int(value) if is_whole_float else value, 0)
+        return check_int(where, int(value) if is_whole_float else value, 0, largest)
     # the same words under another name: it is a file that is wrong here, and no request
     except InputError as e:
         raise ConfigError(str(e)) from None

@@ -32,6 +32,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from configs import RECIPES
+from omni_jax.checks import printable
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
 from omni_jax.sharding import MESH_AXES, MeshConfig
@@ -243,7 +244,7 @@ def show(report: Report) -> None:
     if report.unknown_loops:
         table.add_row("loops of unknown length, counted once", str(report.unknown_loops))
     table.add_row("compiling", f"{report.compile_seconds:.0f} s with libtpu {report.libtpu}")
-    console = Console(width=120)
+    console = Console(width=120, markup=False)
     console.print(f"{report.program} on {report.topology}", highlight=False)
     console.print(table)
     if report.fits:
@@ -262,7 +263,7 @@ def main() -> int:
     try:
         report = tyro.cli(Compile, description=__doc__).run()
     except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(str(e))}", file=sys.stderr)
         return 2
     show(report)
     return 0 if report.fits else 1

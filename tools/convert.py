@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from omni_jax.checkpoint import convert, export
+from omni_jax.checks import printable
 from omni_jax.errors import CheckpointError, ConfigError
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=arguments)
     except (CheckpointError, ConfigError) as e:
-        raise SystemExit(f"error: {e}") from None
+        raise SystemExit(f"error: {printable(str(e))}") from None
 
 
 if __name__ == "__main__":

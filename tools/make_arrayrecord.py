@@ -21,10 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checks import redact
+from omni_jax.checks import printable, redact
 from omni_jax.data.rows import is_path, map_media_sources, resolve_source, row_values
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import InputError
+from omni_jax.plain_files import unfinished_name
 from omni_jax.processing.containers import open_media, read_info
 from omni_jax.processing.fetch import NO_ACCESS, RemoteAccess, fetch_source
 from omni_jax.processing.files import folder_of
@@ -64,12 +65,12 @@ def write(src: str, dst: Path, *, embed: Embedding | None = None, progress: Call
       InputError: naming the row, if one is no object or a medium that is to be embedded cannot be read; or if ``dst``
         is there.
     """
-    if dst.exists():
+    if dst.exists() or dst.is_symlink():
         raise InputError(f"{dst} exists already; name another file")
     rows = open_rows(src)
     dst.parent.mkdir(parents=True, exist_ok=True)
     # beside the destination, since a rename is one step only within a file system
-    partial_file = dst.with_name(f"{dst.name}.partial")
+    partial_file = unfinished_name(dst)
     try:
         writer = ArrayRecordWriter(str(partial_file), "group_size:1")  # a row at a time is read
         for i, row in enumerate(rows):
@@ -170,7 +171,7 @@ def main(
             task = bar.add_task("", total=None)
             count = write(src, dst, embed=embedding, progress=lambda n, of: bar.update(task, completed=n, total=of))
     except InputError as e:
-        raise SystemExit(f"error: {e}") from None
+        raise SystemExit(f"error: {printable(str(e))}") from None
     print(f"{dst}: {count} rows, {dst.stat().st_size:,} bytes")
 
 

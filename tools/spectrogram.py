@@ -12,6 +12,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
+from omni_jax.checks import printable
 from omni_jax.errors import InputError
 from omni_jax.processing.audio import MelSettings, log_mel
 from omni_jax.processing.layout import FRAMES_PER_SECOND
@@ -46,4 +47,4 @@ if __name__ == "__main__":
     try:
         tyro.cli(main)
     except InputError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {printable(str(e))}")

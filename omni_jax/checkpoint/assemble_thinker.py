@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from omni_jax.checkpoint.pytorch import read_headers
 from omni_jax.checkpoint.tensor_file import StoredTensor, write_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
+from omni_jax.plain_files import copy_file
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def assemble_thinker(files: Path, target: Path, models: Mapping[str, Path], seed
 
     def write_beside(folder: Path) -> None:
         for file in side_files(files):
-            shutil.copyfile(file, folder / file.name)
+            copy_file(file, folder / file.name)
         # a Thinker has no constants; the file is there because ``export`` takes a checkpoint without it for an old one
         write_file(folder / CONSTANTS_FILE, [])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, write_file
 from omni_jax.config import OmniConfig, ThinkerConfig
 from omni_jax.config_file import CONFIG_FILE, read_config_file
 from omni_jax.errors import CheckpointError
+from omni_jax.plain_files import copy_file, has_file
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
@@ -95,7 +95,7 @@ def to_jax(
         copy_published_files(source, folder)
         if speakers:
             # the published file too: it goes back to PyTorch byte by byte, where the voices are still the same
-            shutil.copyfile(source / voices.PUBLISHED_FILE, folder / voices.PUBLISHED_FILE)
+            copy_file(source / voices.PUBLISHED_FILE, folder / voices.PUBLISHED_FILE)
             voices.save_voices(folder, speakers)
         _write_constants(folder, tensors, config, found)
 
@@ -106,7 +106,7 @@ def to_jax(
 
 def _read_voices(source: Path, config: OmniConfig) -> dict[str, voices.Voice]:
     path = source / voices.PUBLISHED_FILE
-    if not path.is_file():
+    if not has_file(path):
         raise CheckpointError(
             f"{source} has no {path.name}, the voices that the Talker and Token2Wav speak in; fetch it from the "
             "published model, or convert with --components thinker for text alone"

@@ -8,7 +8,6 @@ form of transformers 4, which version 5 reads too.
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from omni_jax.checkpoint.pytorch import write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor, read_header
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
+from omni_jax.plain_files import copy_file, has_file
 
 SHARD_BYTES = 5 * 10**9  # what the published files are cut at
 
@@ -77,7 +77,7 @@ def to_hf(
 
     with store.new_folder(target) as unfinished:
         for file in files:
-            shutil.copyfile(file, unfinished / file.name)
+            copy_file(file, unfinished / file.name)
         if is_thinker_alone:
             write_thinker_config(unfinished)
         else:
@@ -132,7 +132,7 @@ def _check_components(source: Path) -> tuple[str, ...]:
 def _make_constants(source: Path, config: OmniConfig, components: Sequence[str]) -> list[NewTensor]:
     """The tensors that are no parameters: as they came, or computed where the converted files had none."""
     path = source / CONSTANTS_FILE
-    if not path.is_file():
+    if not has_file(path):
         raise CheckpointError(f"{source} has no {CONSTANTS_FILE}: an older release made it; convert it again")
     stored = read_header(path)
     # any of them may be missing, but nothing else may be there
@@ -156,10 +156,10 @@ def _make_constants(source: Path, config: OmniConfig, components: Sequence[str])
 def _write_voices(source: Path, target: Path, speakers: dict[str, voices.Voice]) -> None:
     """Writes the voices; the published file as it came, as long as it holds the same as ours."""
     original = source / voices.PUBLISHED_FILE
-    if original.is_file():
+    if has_file(original):
         published = voices.read_spk_dict(original)
         if _are_same_voices(published, speakers):
-            shutil.copyfile(original, target / original.name)
+            copy_file(original, target / original.name)
             return
     voices.write_spk_dict(target / voices.PUBLISHED_FILE, speakers)
 

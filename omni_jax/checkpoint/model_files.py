@@ -7,14 +7,15 @@ so that the rest of this package knows one form and both releases read what is e
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omni_jax.checks import shown
 from omni_jax.config import THINKER_CLASS, ThinkerConfig
 from omni_jax.config_file import CONFIG_FILE, read_config_file, write_config_file
 from omni_jax.errors import CheckpointError
+from omni_jax.plain_files import copy_file, has_file, read_object, resolve_file
 
 # tensors of the source that are no parameters (name_map.optional_constants); without them PyTorch misses something
 CONSTANTS_FILE = "constants.safetensors"
@@ -60,11 +61,11 @@ def side_files(source: Path) -> list[Path]:
     """The model's small files in a folder, a published one or one of ours.
 
     Raises:
-      CheckpointError: if one that must be there is missing.
+      CheckpointError: if one that must be there is missing, or one is no plain file of the folder.
     """
     missing: list[str] = []
     for name in REQUIRED_FILES:
-        if not (source / name).is_file():
+        if not has_file(source / name):
             missing.append(name)
     # either release's file of the preprocessors will do
     if not _find_files(source, (_PREPROCESSOR_FILE, _PROCESSOR_FILE)):
@@ -82,7 +83,8 @@ def _find_files(folder: Path, names: Sequence[str]) -> list[Path]:
     found = []
     for name in names:
         path = folder / name
-        if path.is_file():
+        if has_file(path):
+            resolve_file(path)  # what is no plain file of the folder is told before anything is written
             found.append(path)
     return found
 
@@ -97,10 +99,10 @@ def copy_published_files(source: Path, target: Path) -> None:
       ConfigError: if config.json cannot be put into that form.
     """
     for file in side_files(source):
-        shutil.copyfile(file, target / file.name)
+        copy_file(file, target / file.name)
     # written again only where the form changed, so that a file of version 4 keeps its bytes
     values = read_config_file(source)
-    if values != _read_object(source / CONFIG_FILE):
+    if values != read_object(source / CONFIG_FILE):
         write_config_file(target, values)
     _split_processor_config(target)
     _rename_special_tokens(target)
@@ -121,7 +123,7 @@ def _split_processor_config(folder: Path) -> None:
     if not path.is_file():
         return
     # the sections that version 5 writes, each of which must be an object
-    values = _read_object(path)
+    values = read_object(path)
     sections = {}
     for name in ("feature_extractor", "image_processor", "video_processor"):
         section = values.get(name)
@@ -141,6 +143,8 @@ def _split_processor_config(folder: Path) -> None:
             preprocessor[key] = image[key]
     # version 5 keeps the limits of a picture in ``size``, where a copy of version 4's keys may stand beside it
     size = preprocessor.pop("size", None) or {}
+    if not isinstance(size, Mapping):
+        raise CheckpointError(f"{path}: size must be an object, got {shown(size)}")
     for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if edge in size:
             preprocessor[key] = size[edge]
@@ -159,7 +163,7 @@ def _rename_special_tokens(folder: Path) -> None:
     if not path.is_file():
         return
     # nothing to do for a file of version 4, which then keeps its bytes
-    values = _read_object(path)
+    values = read_object(path)
     if not isinstance(values.get("extra_special_tokens"), list) and "backend" not in values:
         return
     for key in _TOKENIZER_LOADING_KEYS:
@@ -172,18 +176,6 @@ def _rename_special_tokens(folder: Path) -> None:
         values["extra_special_tokens"] = values.pop("model_specific_special_tokens")
     values["tokenizer_class"] = "Qwen2Tokenizer"  # version 5 may name a class of its own
     _write_object(path, values)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold an object, got a {type(values).__name__}")
-    return values
 
 
 def _write_object(path: Path, values: Mapping[str, Any]) -> None:

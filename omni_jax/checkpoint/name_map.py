@@ -56,6 +56,7 @@ _IN_MEMORY = re.compile(r"^thinker\.model\.(language_model|audio_tower|visual)\.
 _PUBLISHED = {"language_model": "thinker.model.", "audio_tower": "thinker.audio_tower.", "visual": "thinker.visual."}
 
 _MAX_LISTED = 20  # names that a message lists of each kind of trouble
+_MAX_LINE = 500  # characters of one
 
 # constants of the reference that no file holds
 _TIME_FREQUENCIES = 256  # width of the DiT's sinusoidal embedding of time
@@ -203,7 +204,8 @@ def describe_list(heading: str, lines: list[str]) -> str:
         return ""
     text = f"\n  {len(lines)} {heading}:"
     for line in lines[:_MAX_LISTED]:
-        text += f"\n    {line}"
+        # a name of a file may be as long as the file
+        text += f"\n    {line if len(line) <= _MAX_LINE else line[:_MAX_LINE] + '...'}"
     if len(lines) > _MAX_LISTED:
         text += f"\n    ... and {len(lines) - _MAX_LISTED} more"
     return text

@@ -24,6 +24,7 @@ from omni_jax.checkpoint.name_map import (
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, read_header, write_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
+from omni_jax.plain_files import has_file, is_plain_name, read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,9 +40,9 @@ def read_headers(folder: Path, component: str | None = None) -> dict[str, Stored
     Raises:
       CheckpointError: for a file that is missing, cut short or disagrees with the index; each is named.
     """
-    if (folder / SINGLE_FILE).exists():
+    if has_file(folder / SINGLE_FILE):
         found = read_header(folder / SINGLE_FILE)
-    elif (folder / INDEX_FILE).exists():
+    elif has_file(folder / INDEX_FILE):
         found = _read_shards(folder)
     else:
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read")
@@ -64,21 +65,18 @@ def read_headers(folder: Path, component: str | None = None) -> dict[str, Stored
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     index = folder / INDEX_FILE
-    try:
-        files_of_tensors: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(files_of_tensors.values()))
-        outside = [file for file in files if Path(file).name != file]
-    except OSError as e:
-        raise CheckpointError(f"cannot read {index}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CheckpointError(f"{index} is no index: it must be JSON with a weight_map ({e})") from e
+    files_of_tensors = read_object(index).get("weight_map")
+    if not isinstance(files_of_tensors, dict) or not all(isinstance(file, str) for file in files_of_tensors.values()):
+        raise CheckpointError(f"{index} is no index: its weight_map must name a file for each tensor")
+    files = sorted(set(files_of_tensors.values()))
     # an index from a stranger reads no file but those beside it
+    outside = [file for file in files if not is_plain_name(file)]
     if outside:
         raise CheckpointError(f"{index} names files outside its folder:{describe_list('of them', outside)}")
     # named together, so that a download that was interrupted can be completed at once
     absent: list[str] = []
     for file in files:
-        if not (folder / file).is_file():
+        if not has_file(folder / file):
             absent.append(file)
     if absent:
         trouble = describe_list("missing", absent)

@@ -37,13 +37,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from omni_jax.checkpoint.name_map import describe_differences, make_name_table
+from omni_jax.checkpoint.name_map import COMPONENTS, describe_differences, make_name_table
+from omni_jax.checks import shown
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.plain_files import has_file, list_files, read_object, unfinished_name
 
 ABOUT_FILE = "omni_jax.json"
 FORMAT = 1  # of the folder's layout; another one is refused and not guessed at
 
+_DTYPES = ("bfloat16", "float16", "float32")  # that parameters may have
 # what is written at a time: few chunks, and these so large that the C library returns their memory at once
 _CHUNK_BYTES = 64 * 2**20
 _BLOCK_BYTES = 64 * 2**20
@@ -119,14 +122,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     refuse_existing(folder)
     folder = folder.resolve()  # Orbax refuses a path with ".." in it
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # beside the folder: only within one file system is a rename a single step
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    partial = unfinished_name(folder)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
+    except OSError as e:
+        raise CheckpointError(f"cannot make {folder}: {e.strerror or e}") from e
+    try:
         yield partial
         # all of it on the disk before the name: after a power failure the name alone might have been kept
         os.sync()
+        refuse_existing(folder)  # a rename would take the place of an empty folder that has been made meanwhile
         partial.rename(folder)
     finally:  # gone already where all went well
         shutil.rmtree(partial, ignore_errors=True)
@@ -138,7 +145,7 @@ def refuse_existing(folder: Path) -> None:
     Raises:
       CheckpointError: if something stands at ``folder``.
     """
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():  # a link that leads nowhere, too
         raise CheckpointError(f"{folder} exists already; give a new folder, or remove it first")
 
 
@@ -244,19 +251,27 @@ def components(folder: Path) -> dict[str, list[str]]:
     Raises:
       CheckpointError: if ``folder`` is no checkpoint of ours, or one of another version.
     """
-    try:
-        about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-        version = about["format"]
-        found = dict(about["components"])
-    except OSError as e:
+    path = folder / ABOUT_FILE
+    if not has_file(path):
         raise CheckpointError(
-            f"{folder} is no checkpoint of omni_jax: cannot read {ABOUT_FILE} ({e.strerror}). "
+            f"{folder} is no checkpoint of omni_jax: it has no {ABOUT_FILE}. "
             "tools/convert.py to-jax makes one from a PyTorch folder"
-        ) from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{folder / ABOUT_FILE} is damaged ({e}); convert the checkpoint again") from e
+        )
+    about = read_object(path)
+    version = about.get("format")
+    found = about.get("components")
+    if version is None or not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it has no format or no components; convert the checkpoint again")
     if version != FORMAT:
-        raise CheckpointError(f"{folder} is of format {version}; this release reads {FORMAT}; convert it again")
+        raise CheckpointError(f"{folder} is of format {shown(version)}; this release reads {FORMAT}; convert it again")
+    for name, dtypes in found.items():
+        # names become paths, so they are ours alone
+        if name not in COMPONENTS:
+            raise CheckpointError(f"{path}: unknown component {shown(name)}; known: {', '.join(COMPONENTS)}")
+        if not isinstance(dtypes, list) or not dtypes or not all(dtype in _DTYPES for dtype in dtypes):
+            raise CheckpointError(
+                f"{path}: the dtypes of {name} are {shown(dtypes)}; they must be a list of {', '.join(_DTYPES)}"
+            )
     return found
 
 
@@ -290,6 +305,7 @@ def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike
 
 def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
     path = folder / "params" / component
+    list_files(path, folder)  # Orbax would follow links out of the folder
     # a tree that lacks a parameter would be loaded as it is, so all paths and shapes are compared here
     found: dict[str, Any] = flatten_dict(tree_shapes(path), sep="/")
     expected: dict[str, tuple[int, ...]] = {}

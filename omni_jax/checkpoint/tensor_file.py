@@ -17,11 +17,15 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from omni_jax.checks import shown
 from omni_jax.errors import CheckpointError
+from omni_jax.plain_files import create_file, resolve_file
 
 # the format's names of dtypes; it has more, in which no tensor of this model is
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 2**24  # the published 7B has 400,000 in its largest
+_MAX_AXES = 8
 _BLOCK_BYTES = 64 * 2**20  # of an array that are copied at a time while it is written
 
 
@@ -57,16 +61,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, by name.
 
     Raises:
-      CheckpointError: if the file cannot be read, is cut short, or holds something that is no model's tensor.
+      CheckpointError: if the file cannot be read, is cut short, holds something that is no model's tensor, or its
+        tensors do not lie side by side, from the end of the header to that of the file; and if it is a link that leads
+        out of its folder.
     """
     try:
-        size = path.stat().st_size
+        size = resolve_file(path).stat().st_size
         with open(path, "rb") as f:
             # the length is what the file says; it is compared with the file's size before as much is read
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or 8 + length > size:
                 raise CheckpointError(f"{path} is cut short or no safetensors file ({size} bytes); fetch it again")
-            header = json.loads(f.read(length))
+            if length > _MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path} has a header of {length:,} bytes; {_MAX_HEADER_BYTES:,} are read at most"
+                )
+            header = json.loads(f.read(length).decode())
             # free text of the program that wrote the file, and no tensor
             header.pop("__metadata__", None)
             tensors = {}
@@ -78,27 +88,50 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
         raise CheckpointError(f"{path} has a header that is no safetensors header ({e}); fetch it again") from e
+    _check_layout(path, tensors, 8 + length, size)
+    return tensors
+
+
+def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], begin: int, size: int) -> None:
+    """Checks that the tensors of a file of ``size`` bytes fill it from ``begin`` on, each behind the other."""
+    # an empty tensor begins where the next one does, so it is sorted before that
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
+    end = begin
+    for name, tensor in ordered:
+        if tensor.offset != end:
+            what = "lies over another tensor" if tensor.offset < end else "lies behind bytes of no tensor"
+            raise CheckpointError(f"{path}: {name} {what}, at byte {tensor.offset} and not {end}; fetch the file again")
+        end += tensor.nbytes
     # a download that was cut short may have its whole header, but not all values
-    end = 8 + length
-    for tensor in tensors.values():
-        end = max(end, tensor.offset + tensor.nbytes)
     if end > size:
         raise CheckpointError(f"{path} is cut short: its tensors end at byte {end}, it has {size}; fetch it again")
-    return tensors
+    if end < size:
+        raise CheckpointError(f"{path} has {size} bytes, but its tensors end at byte {end}; fetch it again")
 
 
 def _parse_tensor(path: Path, data_offset: int, name: str, description: Mapping[str, Any]) -> StoredTensor:
     dtype = description["dtype"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of {name} is {shown(dtype)}")
     if dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: {name} is of dtype {dtype}; only {', '.join(_DTYPES)} can be read")
-    # offsets in the file count from the end of the header
-    begin, end = description["data_offsets"]
-    tensor = StoredTensor(path, data_offset + begin, tuple(description["shape"]), _DTYPES[dtype])
-    if begin < 0 or any(size < 0 for size in tensor.shape):
-        raise ValueError(f"{name} has a negative offset or size")
+        raise CheckpointError(f"{path}: {name} is of dtype {dtype[:20]}; only {', '.join(_DTYPES)} can be read")
+    shape = _parse_sizes(path, f"{name}: shape", description["shape"])
+    offsets = _parse_sizes(path, f"{name}: data_offsets", description["data_offsets"])
+    if len(shape) > _MAX_AXES or len(offsets) != 2:
+        raise CheckpointError(f"{path}: {name} has a shape of over {_MAX_AXES} axes, or not two data_offsets")
+    # they count from the end of the header
+    begin, end = offsets
+    tensor = StoredTensor(path, data_offset + begin, shape, _DTYPES[dtype])
     if end - begin != tensor.nbytes:
         raise CheckpointError(f"{path}: {name} has {end - begin} bytes, but its shape takes {tensor.nbytes}")
     return tensor
+
+
+def _parse_sizes(path: Path, what: str, values: Any) -> tuple[int, ...]:
+    """A list of whole numbers. To ``isinstance`` True would be one, and 2.0 would pass where it is only compared."""
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        raise CheckpointError(f"{path}: {what} must be whole numbers from 0 to 2^63, got {shown(values)}")
+    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -140,7 +173,7 @@ def write_file(path: Path, tensors: Iterable[NewTensor]) -> None:
     # the values begin at a multiple of 8: the format lets a header end in spaces
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
+    with create_file(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             _write_array(f, tensor)

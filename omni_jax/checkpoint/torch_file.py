@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from omni_jax.errors import CheckpointError
+from omni_jax.plain_files import resolve_file
 
 # the published file of voices has 0.26 MB and a program of some hundred bytes; more is no such file, but may be a trap
 LARGEST_FILE = 64 * 2**20
@@ -72,7 +73,7 @@ def read(path: Path) -> Any:
     """
     try:
         # before anything of it is in memory
-        size = path.stat().st_size
+        size = resolve_file(path).stat().st_size
         if size > LARGEST_FILE:
             raise CheckpointError(f"{path} has {size:,} bytes; a file of voices has {LARGEST_FILE:,} at most")
         with zipfile.ZipFile(path) as archive:

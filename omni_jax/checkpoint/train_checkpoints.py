@@ -48,6 +48,7 @@ from omni_jax.checkpoint.convert import CONSTANTS_FILE, side_files
 from omni_jax.checkpoint.store import ABOUT_FILE, FORMAT
 from omni_jax.distributed import barrier, is_main_process
 from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.plain_files import copy_file, has_file, link_folder, read_object, resolve_file
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
@@ -109,14 +110,14 @@ def resolve_checkpoint(init: Path) -> Path:
 def find_damage(folder: Path) -> str:
     """What is wrong with the files of a run's checkpoint; empty if nothing is."""
     try:
-        sizes: dict[str, int] = json.loads((folder / FILES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        sizes = read_object(folder / FILES_FILE)
+    except CheckpointError as e:
         return f"{FILES_FILE} cannot be read ({e})"
     # lengths alone, which take no time; contents that cannot be decoded show when they are loaded
     for name, size in sizes.items():
         try:
-            found = (folder / name).stat().st_size
-        except OSError:
+            found = resolve_file(folder / name, folder).stat().st_size
+        except (OSError, ValueError):  # ValueError: a null character, or what is outside of the folder
             return f"{name} is missing"
         if found != size:
             return f"{name} has {found} bytes, not {size}"
@@ -136,13 +137,13 @@ def prepare_model(workdir: Path, init: Path) -> None:
     components.pop("thinker", None)
     files = side_files(init)
     for name in (CONSTANTS_FILE, voices.VOICES_FILE, voices.PUBLISHED_FILE):
-        if (init / name).is_file():
+        if has_file(init / name):
             files.append(init / name)
     with store.new_folder(workdir / MODEL_FOLDER) as unfinished:
         for file in files:
-            shutil.copyfile(file, unfinished / file.name)
+            copy_file(file, unfinished / file.name)
         for name in components:
-            _link_files(init / "params" / name, unfinished / "params" / name)
+            link_folder(init / "params" / name, unfinished / "params" / name, init)
         _write_json(unfinished / ABOUT_FILE, {"format": FORMAT, "components": components})
 
 
@@ -283,8 +284,8 @@ class TrainCheckpoints:
         (unfinished,) = self._parent.glob(f"{step_folder(self._workdir, state.step).name}.*")
         for file in model.iterdir():
             if file.is_file():
-                shutil.copyfile(file, unfinished / file.name)
-        _link_files(model / "params", unfinished / "params")
+                copy_file(file, unfinished / file.name)
+        link_folder(model / "params", unfinished / "params", model)
 
         # of the arrays only dtypes are read: the step after may have taken their memory already
         dtypes = {str(np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(state.params)}
@@ -308,10 +309,10 @@ class TrainCheckpoints:
         if damage := find_damage(folder):
             raise CheckpointError(damage)
         try:
-            about = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            about = read_object(folder / RUN_FILE)
             step = int(about["step"])
             data = dict(about["data"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, OverflowError) as e:  # OverflowError: of Infinity
             raise CheckpointError(f"{RUN_FILE} cannot be read ({e!r})") from e
 
         # moments are kept for what trains, so their paths say what the run has trained
@@ -338,20 +339,6 @@ def _list_steps(parent: Path) -> list[Path]:
         if re.fullmatch(r"\d+", path.name):
             folders.append(path)
     return sorted(folders)
-
-
-def _link_files(source: Path, target: Path) -> None:
-    """One more name for each file of a folder; a copy of it where the file system has no hard links."""
-    for file in source.rglob("*"):
-        if not file.is_file():
-            continue
-        link = target / file.relative_to(source)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        # both names stand for the same bytes, which nothing changes once a checkpoint is written
-        try:
-            os.link(file, link)
-        except OSError:
-            shutil.copyfile(file, link)
 
 
 def _write_json(path: Path, value: Any) -> None:

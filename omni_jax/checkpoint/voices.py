@@ -5,6 +5,8 @@ PyTorch's folder has them in ``spk_dict.pt``, a file of ``torch.save``; a checkp
 
 from __future__ import annotations
 
+import io
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import numpy as np
 from omni_jax.checkpoint import torch_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, InputError
+from omni_jax.plain_files import resolve_file
 
 PUBLISHED_FILE = "spk_dict.pt"
 VOICES_FILE = "voices.npz"
@@ -126,7 +129,7 @@ def _parse_voice(path: Path, name: str, entry: Any) -> Voice:
 
 def _parse_token(where: str, value: Any) -> int:
     """An id, written as a number or as a tensor of one."""
-    if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind == "i":
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1 and value.dtype.kind == "i":
         value = int(value.item())
     # not isinstance, to which True is an int; the upper bound is that of int32, in which ids are on a device
     if type(value) is not int or not 0 <= value < 2**31:
@@ -185,19 +188,64 @@ def load_voices(folder: Path) -> dict[str, Voice]:
       CheckpointError: if there are none, or the file is damaged.
     """
     path = folder / VOICES_FILE
+    voices = {}
     try:
-        # an array of objects would be a pickle, which may run a program
-        with np.load(path, allow_pickle=False) as arrays:
-            voices = {}
-            for i, (name, bos_token) in enumerate(zip(arrays["names"], arrays["bos_tokens"], strict=True)):
-                voices[str(name)] = Voice(str(name), int(bos_token), arrays[f"cond.{i}"], arrays[f"ref_mel.{i}"])
+        arrays = _read_arrays(path)
+        for i, (name, bos_token) in enumerate(zip(arrays["names"], arrays["bos_tokens"], strict=True)):
+            entry = {"bos_token": bos_token, "cond": arrays[f"cond.{i}"], "ref_mel": arrays[f"ref_mel.{i}"]}
+            voice = _parse_voice(path, str(name), entry)
+            voices[voice.name] = voice
+    except CheckpointError:  # a ValueError too, but with the right message already
+        raise
     except OSError as e:
         raise CheckpointError(
             f"{folder} has no voices: cannot read {VOICES_FILE} ({e.strerror}). tools/convert.py to-jax makes it of "
             f"the published {PUBLISHED_FILE}; convert again without --components"
         ) from e
-    except (ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as e:
+    # RuntimeError: a password, an unknown way of compression, or a header that is nested deeply, as is MemoryError
+    except (ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile) as e:
         raise CheckpointError(f"{path} is damaged ({e}); convert the checkpoint again") from e
     if not voices:
         raise CheckpointError(f"{path} holds no voice; convert the checkpoint again")
     return voices
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file.
+
+    numpy's own reader unfolds whatever an entry unfolds to, and makes room for as much as the header of an array says.
+    Here no more is read than the file is long.
+    """
+    size = resolve_file(path).stat().st_size
+    if size > torch_file.LARGEST_FILE:
+        raise CheckpointError(f"{path} has {size:,} bytes; a file of voices has {torch_file.LARGEST_FILE:,} at most")
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        # entries may lie over each other
+        if sum(entry.file_size for entry in entries) > size:
+            raise CheckpointError(f"{path} claims to hold more than its {size:,} bytes")
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path}: {entry.filename[:_LONGEST_NAME]!r} is compressed, which no voices are")
+            arrays[entry.filename.removesuffix(".npy")] = _parse_array(archive.read(entry))
+    return arrays
+
+
+def _parse_array(data: bytes) -> np.ndarray:
+    """An array of numbers or text, as ``.npy`` has it.
+
+    Raises:
+      ValueError: if it is none, or has not as many values as its header says.
+    """
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array of an unknown version")
+    shape, is_transposed, dtype = np.lib.format.read_array_header_1_0(file)
+    # an array of objects would be a pickle, which may run a program
+    if dtype.kind not in "fiU" or is_transposed:
+        raise ValueError(f"an array of {dtype}")
+    values = data[file.tell() :]
+    if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != len(values):
+        raise ValueError(f"an array {list(shape)} of {dtype} in {len(values)} bytes")
+    return np.frombuffer(values, dtype).reshape(shape)

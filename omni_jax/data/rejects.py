@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omni_jax.data.examples import Reject
 from omni_jax.errors import InputError
+from omni_jax.plain_files import open_own_file
 
 
 class RejectsFile:
@@ -29,21 +30,24 @@ class RejectsFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Opened for each line, so that what a run has rejected can be read while it goes on. The name of a file need
         # not be UTF-8; one that is not must not end the run.
-        with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line + "\n")
+        with open_own_file(self._path, append=True) as file:
+            file.write(line.encode(errors="backslashreplace") + b"\n")
 
 
 def _read_known(path: Path) -> set[tuple[str, int]]:
     # not splitlines: a name may hold other characters that end a line for it
-    *lines, rest = path.read_bytes().split(b"\n")
-    if rest:  # a run was killed while it wrote, maybe in the middle of a character
-        with path.open("r+b") as file:
-            file.truncate(path.stat().st_size - len(rest))
-    try:
-        values = [json.loads(line) for line in lines]
-        known = set()
-        for value in values:
-            known.add((value["file"], value["row"]))
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path} is not a file of rejected rows ({e}); name another as data.rejects") from e
+    with open_own_file(path) as file:
+        *lines, rest = file.read().split(b"\n")
+        try:
+            known = set()
+            for line in lines:
+                value = json.loads(line)
+                known.add((value["file"], value["row"]))
+            if rest and not lines:
+                raise ValueError("it has no whole line")
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise InputError(f"{path} is not a file of rejected rows ({e}); name another as data.rejects") from e
+        # a run was killed while it wrote, maybe in the middle of a character
+        if rest:
+            file.truncate(file.tell() - len(rest))
     return known

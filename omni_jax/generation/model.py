@@ -18,7 +18,8 @@ from jaxtyping import Float
 from omni_jax import mrope
 from omni_jax.batch import bucket
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.voices import Voice, choose, load_voices
+from omni_jax.checkpoint.voices import VOICES_FILE, Voice, choose, load_voices
+from omni_jax.checkpoint.voices import check as check_voices
 from omni_jax.checks import check_int
 from omni_jax.config import OmniConfig
 from omni_jax.engine.detokenizer import Detokenizer
@@ -117,7 +118,10 @@ def load(
     params = store.load(folder, wanted, dtype=compute_dtype, shardings=shardings)
     if not scan_layers:
         params = unstack_layers(params)
-    voices = load_voices(folder) if "talker" in wanted else {}
+    voices: Mapping[str, Voice] = {}
+    if "talker" in wanted:
+        voices = load_voices(folder)
+        check_voices(voices, config, folder / VOICES_FILE)
     engines = make_engines(config, models, params, mesh, chunk_sizes or ChunkSizes())
     return OmniModel(config, isolate(processor) if isolate_media else processor, engines, voices)
 

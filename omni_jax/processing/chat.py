@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import re
@@ -13,14 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import jinja2.runtime
-import jinja2.sandbox
 
 from omni_jax.checks import check_float, check_int, shown
 from omni_jax.errors import CheckpointError, InputError
+from omni_jax.plain_files import has_file, read_file, read_object
+from omni_jax.processing import template_sandbox
 from omni_jax.processing.sources import decode_base64
 from omni_jax.processing.tokenizer import replace_surrogates
 
@@ -61,6 +58,8 @@ ROLES = ("system", "user", "assistant")
 LOW_DETAIL_PIXELS = 512 * 512  # what OpenAI's detail "low" asks for
 MAX_SECONDS = 1e9  # of a place in a medium: far beyond any, and still whole nanoseconds in 64 bits
 MAX_FPS = 1000.0
+_MAX_INDENT = 16  # characters, of JSON
+_MAX_REPEATS = 8  # how often a template may write what a user wrote, on average
 SAMPLING_RATES = (1_000, 1_000_000)  # Hz, of an array of samples; beyond these, resampling costs without end
 
 Kind: TypeAlias = Literal["image", "audio", "video"]
@@ -301,17 +300,16 @@ class ChatTemplate:
     def __init__(self, source: str, where: str = "the chat template") -> None:
         self._source = source
         self._where = where
-        # a template comes with a checkpoint, from anywhere: in the sandbox it can neither reach Python's internals nor
-        # change what it is given; blocks are trimmed as transformers does it
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
-        )
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        # a template comes with a checkpoint, from anywhere, and is a program
+        environment = template_sandbox.Environment()
         environment.filters["tojson"] = _to_json
+        if len(source) > template_sandbox.MAX_SOURCE:
+            raise CheckpointError(
+                f"{where} has {len(source):,} characters; a template may have {template_sandbox.MAX_SOURCE:,}"
+            )
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as e:
+        except Exception as e:  # its own errors, and those of Python, whose code it becomes: blocks nested too deeply
             raise CheckpointError(f"{where} is not a template: {e}") from e
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
@@ -326,13 +324,15 @@ class ChatTemplate:
           CheckpointError: if one of these files cannot be read.
         """
         plain = folder / "chat_template.jinja"
-        if plain.exists():
-            return cls(plain.read_text(encoding="utf-8"), str(plain))
-        for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        if has_file(plain):
             try:
-                source = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.exists() else None
-            except (ValueError, AttributeError) as e:
-                raise CheckpointError(f"{path} is not a JSON object: {e}") from e
+                return cls(read_file(plain).decode(), str(plain))
+            except OSError as e:
+                raise CheckpointError(f"cannot read {plain}: {e.strerror}") from e
+            except UnicodeDecodeError as e:
+                raise CheckpointError(f"{plain} is not UTF-8: {e}") from e
+        for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+            source = read_object(path).get("chat_template") if has_file(path) else None
             if isinstance(source, str):
                 return cls(source, str(path))
         return cls(BUILT_IN_TEMPLATE)
@@ -353,10 +353,13 @@ class ChatTemplate:
             _STAND_INS: stand_ins,
         }
         try:
+            text = template_sandbox.render(self._template, values)
             # words are looked for here too: a template may have made some that stand for nothing
-            return stand_ins.split(self._template.render(values))
+            return stand_ins.split(text)
         except InputError:
             raise
+        except template_sandbox.TemplateLimitError as e:
+            raise InputError(f"the chat template asks for too much: {e}") from e
         except jinja2.TemplateError as e:
             raise InputError(f"the chat template refuses these messages: {e}") from e
         except Exception as e:  # a template is a program, and may fail like one
@@ -380,13 +383,21 @@ class _StandIns:
         self._pieces.append((text, is_markup))
         return f"{self._salt}.{len(self._pieces) - 1}."
 
+    def _find(self, number: str) -> tuple[str, bool]:
+        """A piece by the number in its word."""
+        # a template may cut words up and put another number into one
+        if len(number) > 9 or int(number) >= len(self._pieces):
+            raise InputError("the chat template changes the words of messages, which is not supported")
+        return self._pieces[int(number)]
+
     def escape(self, text: str) -> str:
         """Text inside of JSON, with words that stand for what JSON writes."""
 
         def replace(match: re.Match[str]) -> str:
-            piece, is_markup = self._pieces[int(match[1])]
+            piece, is_markup = self._find(match[1])
             # without quotes: the word already stands between those that JSON put around it
-            return self.add(json.dumps(piece, ensure_ascii=False)[1:-1], is_markup=is_markup)
+            encoded = json.dumps(piece, ensure_ascii=False)[1:-1]
+            return self.add(template_sandbox.count_text(encoded), is_markup=is_markup)
 
         return self._pattern.sub(replace, text)
 
@@ -397,9 +408,14 @@ class _StandIns:
           InputError: if the template has changed a word, by ``upper`` for instance, so that its text would be lost.
         """
         pieces = []
+        left = template_sandbox.MAX_SIZE + _MAX_REPEATS * sum(len(piece) for piece, _ in self._pieces)
         for i, piece in enumerate(self._pattern.split(text)):
             if i % 2:  # the number in a word; even ones are the text between words
-                pieces.append(self._pieces[int(piece)])
+                pieces.append(self._find(piece))
+                # a short text of the template may have a long one of the user's many times
+                left -= len(pieces[-1][0])
+                if left < 0:
+                    raise InputError(f"the chat template repeats messages over {_MAX_REPEATS} times")
             elif self._salt in piece.lower():
                 raise InputError("the chat template changes the letters of messages, which is not supported")
             else:
@@ -446,14 +462,6 @@ def _template_message(message: Message, stand_ins: _StandIns) -> dict[str, Any]:
     return {"role": message.role, "content": _Parts(parts, text)}
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
 @jinja2.pass_context
 def _to_json(
     context: jinja2.runtime.Context,
@@ -464,18 +472,13 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """The filter ``tojson`` as transformers has it: jinja's own escapes what HTML does not take."""
+    if indent is not None:
+        indent = check_int("tojson: indent", indent, 0, _MAX_INDENT)
+    if separators is not None and sum(map(len, separators)) > _MAX_INDENT:
+        raise jinja2.TemplateError(f"tojson: separators may have {_MAX_INDENT} characters")
+    template_sandbox.count_output(value)
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return context[_STAND_INS].escape(text)
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}``, by which training finds the answers: what is in it is written as it is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    return template_sandbox.count_text(context[_STAND_INS].escape(text))
 
 
 def split_at_replies(pieces: Sequence[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +13,10 @@ from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 
+from omni_jax.checks import check_float, check_int, shown
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.plain_files import has_file, read_object
 from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings, audio_input, min_samples
 from omni_jax.processing.chat import (
@@ -65,6 +66,19 @@ _FIXED = {
     "rescale_factor": 1 / 255,
 }
 
+_MAX_STOP_IDS = 100
+# the largest numbers that a file may have: memory follows from them
+_MAX_SETTING = 2**16
+_LARGEST_SETTINGS = {
+    "sampling_rate": 2**20,
+    "patch_size": 64,
+    "temporal_patch_size": 16,
+    "merge_size": 16,
+    # those of the published file are 12,845,056 and 90,316,800
+    **dict.fromkeys(("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"), 2**26),
+    "video_total_pixels": 2**28,
+}
+
 
 @dataclass(frozen=True)
 class ProcessorConfig:
@@ -86,24 +100,27 @@ class ProcessorConfig:
         names |= {f.name: "pixels" for f in dataclasses.fields(PixelSettings)}
         # later releases of transformers spell the bounds as edges of a size
         size = values.get("size") or {}
+        if not isinstance(size, Mapping):
+            raise ConfigError(f"{where}: size must be an object, got {shown(size)}")
         edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
         # a key of its own outweighs the edges of later releases
         for key, value in (*edges.items(), *values.items()):
             if value is None:
                 continue
             if key in names:
-                parts[names[key]][key] = tuple(value) if isinstance(value, list) else value
+                parts[names[key]][key] = _check_setting(f"{where}: {key}", key, value)
             elif key in _FIXED:
                 if value != _FIXED[key]:
-                    raise ConfigError(f"{where}: {key} is {value!r}; only {_FIXED[key]!r} is supported")
+                    raise ConfigError(f"{where}: {key} is {shown(value)}; only {_FIXED[key]!r} is supported")
             elif key not in _IGNORED:
-                raise ConfigError(f"{where}: unknown key {key!r} (value {value!r}); known: {', '.join(sorted(names))}")
+                known = ", ".join(sorted(names))
+                raise ConfigError(f"{where}: unknown key {shown(key)} (value {shown(value)}); known: {known}")
         return cls(MelSettings(**parts["mel"]), PixelSettings(**parts["pixels"]))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Reads preprocessor_config.json of a checkpoint folder."""
-        return cls.from_dict(_read_json(folder / "preprocessor_config.json"))
+        return cls.from_dict(read_object(folder / "preprocessor_config.json"))
 
     def check(self, config: OmniConfig) -> None:
         """Raises ConfigError if the model's encoders are not made for these sizes."""
@@ -123,6 +140,20 @@ class ProcessorConfig:
 
 # the sizes, an item of media, ``assume_fps`` and the prompt's budget, to what ``Processor.read_media`` makes of it
 MediaReader: TypeAlias = Callable[[ProcessorConfig, MediaPart, float | None, TokenBudget], Item]
+
+
+def _check_setting(where: str, key: str, value: Any) -> Any:
+    """A number of the preprocessor, or three for the colours, within what any model could have."""
+    try:
+        if key in ("image_mean", "image_std"):
+            if not isinstance(value, list | tuple) or len(value) != 3:
+                raise InputError(f"{where} must be three numbers, got {shown(value)}")
+            return tuple(check_float(where, number, 0, 100, above=key == "image_std") for number in value)
+        if key in ("max_seconds", "fps"):
+            return check_float(where, value, 0, _MAX_SETTING, above=True)
+        return check_int(where, value, 1, _LARGEST_SETTINGS.get(key, _MAX_SETTING))
+    except InputError as e:  # it is a file that is wrong here, and no request
+        raise ConfigError(str(e)) from None
 
 
 class Processor:
@@ -503,22 +534,14 @@ def _check_special_tokens(tokenizer: TextTokenizer, config: OmniConfig, folder: 
 def _load_stop_ids(folder: Path, config: OmniConfig) -> tuple[int, ...]:
     """What ends a reply: the generation config's end tokens, else the model config's."""
     path = folder / "generation_config.json"
-    stop = _read_json(path).get("eos_token_id") if path.exists() else None
+    stop = read_object(path).get("eos_token_id") if has_file(path) else None
     if stop is None:
         stop = config.thinker_config.eos_token_id
     ids = stop if isinstance(stop, list) else [stop]
-    if not all(isinstance(i, int) for i in ids):
-        raise CheckpointError(f"{path}: eos_token_id must be a token or a list of them, got {stop!r}")
+    vocab_size = config.thinker_config.text_config.vocab_size
+    if len(ids) > _MAX_STOP_IDS or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise CheckpointError(
+            f"{path}: eos_token_id must be a token under {vocab_size} or up to {_MAX_STOP_IDS} of them, "
+            f"got {shown(stop)}"
+        )
     return tuple(ids)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
-    except json.JSONDecodeError as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold an object, got {type(values).__name__}")
-    return values

@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 
 from omni_jax.errors import CheckpointError
+from omni_jax.plain_files import read_file
 
 
 class TextTokenizer:
@@ -23,8 +24,10 @@ class TextTokenizer:
         self._special = {token["content"]: token["id"] for token in values["added_tokens"]}
         # some added tokens, such as <tool_call>, are not special: they stay in the text of a reply
         self._hidden = {token["id"] for token in values["added_tokens"] if token["special"]}
-        # without its added tokens the tokenizer reads their names as the letters they are made of
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**values, "added_tokens": [], "post_processor": None}))
+        # without its added tokens the tokenizer reads their names as the letters they are made of; truncation and
+        # padding, which a file keeps of the program that wrote it, would cut or fill prompts without a word
+        unused = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**values, **unused}))
         # the longest first, as an alternative of a pattern wins over those after it; (?!) never matches
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
         self._special_name = re.compile("|".join(names) or r"(?!)")
@@ -38,7 +41,9 @@ class TextTokenizer:
         """
         path = folder / "tokenizer.json"
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            return cls(read_file(path).decode())
+        except CheckpointError:  # with the right message already
+            raise
         except OSError as e:
             raise CheckpointError(f"cannot read {path}: {e.strerror}; a checkpoint folder needs its tokenizer") from e
         except Exception as e:  # the library raises bare Exception

@@ -49,7 +49,7 @@ def run_batch(command: BatchCommand) -> None:
         join_processes(command.coordinator, command.processes, command.process)
         is_main = is_main_process()
     # all processes do the same work; one of them prints
-    terminal = Console(stderr=True, quiet=not is_main)
+    terminal = Console(stderr=True, quiet=not is_main, markup=False)
     total = _count_lines(command.input)
     with _open_results(command, is_main) as results, BatchProgress(terminal, total, results) as progress:
         # written before the next one is asked for, so that a run which is killed loses as little as possible

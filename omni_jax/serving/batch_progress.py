@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from omni_jax.checks import printable
 from omni_jax.engine.outputs import Utilization
 from omni_jax.serving.batch_lines import Result
 from omni_jax.serving.batch_results import Results
@@ -37,7 +38,7 @@ class BatchProgress:
         self._num_tokens = 0
         self._speech_seconds = 0.0
         self._progress = _BarWithFigures(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -61,7 +62,7 @@ class BatchProgress:
 
     def set_phase(self, description: str) -> None:
         """Says what is done before the first request."""
-        self._progress.update(self._bar, description=description)
+        self._progress.update(self._bar, description=printable(description))
 
     def start_clock(self, status: RunStatus) -> None:
         """From now on time counts, and ``status`` is watched."""
@@ -152,7 +153,7 @@ def print_summary(terminal: Console, summary: dict[str, Any], status: RunStatus,
             highlight=False,
             soft_wrap=True,
         )
-    terminal.print(f"results in {output}", highlight=False, soft_wrap=True)
+    terminal.print(f"results in {printable(output)}", highlight=False, soft_wrap=True)
     # before the summary goes to stdout, so that the two do not mix where both are one terminal
     sys.stderr.flush()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.errors import InputError
+from omni_jax.plain_files import open_own_file
 from omni_jax.processing.files import bucket_errors, is_remote, open_bucket
 from omni_jax.serving.batch_lines import ID_PREFIX
 
@@ -51,7 +52,7 @@ class Results(ABC):
                 raise ValueError(f"its id is {name_of_line}")
             line = int(name_of_line.removeprefix(ID_PREFIX))
             failed = values["error"] is not None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise InputError(
                 f"{name} is no file of results: line {number} cannot be read ({e}); name another file, or remove it"
             ) from e
@@ -76,11 +77,16 @@ class FileResults(Results):
     """A file on a disk. A result is there once it is added, whatever happens to the process from then on."""
 
     def __init__(self, path: Path):
-        """Makes the file one's own; a line that was torn when a run was killed is taken off."""
+        """Makes the file one's own; a line that was torn when a run was killed is taken off.
+
+        Raises:
+          InputError: if it cannot be written, is a link, another run writes it, or it holds anything but results. It is
+            left as it is then.
+        """
         super().__init__()
         # for reading and appending; what is there is never cut off by opening it
         try:
-            self._file = path.open("a+b")
+            self._file = open_own_file(path, append=True)
         except OSError as e:
             raise InputError(f"cannot write {path}: {e.strerror}") from e
         # the lock goes with the process, however it ends
@@ -103,6 +109,9 @@ class FileResults(Results):
                 break
             self._read(name, number, data)
             num_bytes += len(data)
+        # without a whole line it cannot be told whose the file is
+        if not num_bytes and self._file.seek(0, os.SEEK_END):
+            raise InputError(f"{name} is no file of results: it has no whole line; name another file, or remove it")
         # a torn line goes, and its request is answered again
         self._file.truncate(num_bytes)
         self._file.seek(0, os.SEEK_END)

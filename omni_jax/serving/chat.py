@@ -13,7 +13,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from omni_jax.checks import printable
 from omni_jax.engine.outputs import Event, Reply, Timings
 from omni_jax.errors import InputError
 from omni_jax.generation.model import load
@@ -41,11 +43,11 @@ def run_chat(command: ChatCommand) -> None:
     if sound_path is not None and not sound_path.resolve().parent.is_dir():
         raise InputError(f"--out {sound_path}: the folder {sound_path.resolve().parent} does not exist")
     # figures go to stderr, so that stdout holds the answer and nothing else
-    terminal = Console(stderr=True)
+    terminal = Console(stderr=True, markup=False)
     start_time = time.perf_counter()
     # without speech two of the three components need not be loaded
     components = ("thinker",) if sound_path is None else None
-    with terminal.status(f"loading {command.model}"):
+    with terminal.status(Text(f"loading {printable(str(command.model))}")):
         model = load(
             command.model,
             dtype=command.dtype,
@@ -146,7 +148,7 @@ def _play(events: Iterator[Event], wav: GrowingWav | None, on_first_text: Callab
             if first_text_seconds is None:
                 first_text_seconds = seconds
                 on_first_text()
-            sys.stdout.write(event.text)
+            sys.stdout.write(printable(event.text))  # the model may repeat what a file told it
             sys.stdout.flush()
         if event.audio is not None and wav is not None:
             if first_sound_seconds is None:
@@ -167,7 +169,7 @@ def _print_figures(terminal: Console, answer: _Answer, load_seconds: float, soun
     lines = [f"prompt: {_describe_usage(reply.usage)}", f"reply: {describe_reply(reply)}"]
     if sound_path is not None and reply.audio is not None:
         seconds = len(reply.audio) / reply.sample_rate
-        lines.append(f"speech: {len(reply.codec_ids)} codes, {seconds:.2f} s in {sound_path}")
+        lines.append(f"speech: {len(reply.codec_ids)} codes, {seconds:.2f} s in {printable(str(sound_path))}")
     firsts = []
     for name, first_seconds in (("text", answer.first_text_seconds), ("sound", answer.first_sound_seconds)):
         if first_seconds is not None:

@@ -102,7 +102,7 @@ def estimate_memory(recipe: Recipe, phase: Phase) -> dict[str, int]:
 
 def print_dry_run(recipe: Recipe) -> None:
     """Prints every phase of the recipe, and how full the batches are where data is named."""
-    console = Console(width=160, highlight=False)  # a parameter's name must not be cut
+    console = Console(width=160, highlight=False, markup=False)  # a parameter's name must not be cut
     for phase in recipe.phases:
         _print_phase(console, recipe, phase)
     _print_batches(console, recipe)

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from omni_jax.batch import TrainBatch
 from omni_jax.checkpoint.train_checkpoints import MODEL_FOLDER, TrainCheckpoints, step_folder
+from omni_jax.checks import printable
 from omni_jax.data.pipeline import Batches, batches
 from omni_jax.distributed import barrier, gather, is_main_process
 from omni_jax.errors import TrainingError
@@ -276,7 +277,7 @@ class _TrainLoop:
         if self._log_file:
             self._log_file.print(text)
         elif is_main_process():
-            print(text)
+            print(printable(text))
 
 
 class _StopSignal:

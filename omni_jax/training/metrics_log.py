@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from omni_jax.checks import printable
+from omni_jax.plain_files import open_own_file, replace_file
+
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
 
@@ -47,21 +50,19 @@ class MetricsLog:
         self._num_steps = num_steps
         # lines of steps that the run makes again are dropped from the file, and hidden in TensorBoard
         kept = read_metrics(self._path, first_step)
-        # under another name first, so that a kill loses no line that was kept
-        unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
-        unfinished.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        # all at once, so that a kill loses no line that was kept
+        replace_file(self._path, "".join(f"{json.dumps(values)}\n" for values in kept).encode())
+        self._file = open_own_file(self._path, append=True)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
 
         # a line that is rewritten in place where there is a terminal; elsewhere ``log_step`` prints some of the steps
-        self._console = Console()
+        self._console = Console(markup=False)
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(20),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
         )
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("", total=num_steps, completed=first_step)
@@ -76,7 +77,7 @@ class MetricsLog:
           peak: FLOPs a second that a device can do; None if it is not known.
         """
         # flushed, so that a kill costs no step that was reported
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(json.dumps(metrics).encode() + b"\n")
         self._file.flush()
 
         step = metrics["step"]
@@ -103,7 +104,7 @@ class MetricsLog:
 
     def print(self, text: str) -> None:
         """Prints a line above the progress."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Ends the line of progress and both files."""

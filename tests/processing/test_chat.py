@@ -201,7 +201,7 @@ def test_the_template_of_the_checkpoint_is_used(tmp_path):
         ChatTemplate.load(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.json").write_text("[")
-    with pytest.raises(CheckpointError, match=r"chat_template\.json is not a JSON object"):
+    with pytest.raises(CheckpointError, match=r"chat_template\.json is not JSON"):
         ChatTemplate.load(tmp_path)
 
 
