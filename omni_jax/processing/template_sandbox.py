@@ -23,8 +23,8 @@ import jinja2.compiler
 import jinja2.ext
 import jinja2.filters
 import jinja2.nodes
-import jinja2.runtime
 import jinja2.sandbox
+import jinja2.utils
 
 MAX_SOURCE = 2**18
 """Characters of a template; published ones have up to 20,000."""
@@ -189,7 +189,7 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
         self.write(")")
 
 
-class _Namespace(jinja2.runtime.Namespace):
+class _Namespace(jinja2.utils.Namespace):
     """What ``namespace()`` makes; as text it does not unfold what is in it."""
 
     def __repr__(self) -> str:
