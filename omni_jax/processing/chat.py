@@ -473,7 +473,7 @@ def _to_json(
 ) -> str:
     """The filter ``tojson`` as transformers has it: jinja's own escapes what HTML does not take."""
     if indent is not None:
-        indent = check_int("tojson: indent", indent, 0, _MAX_INDENT)
+        indent = check_int("the chat template: indent of tojson", indent, 0, _MAX_INDENT)
     if separators is not None and sum(map(len, separators)) > _MAX_INDENT:
         raise jinja2.TemplateError(f"tojson: separators may have {_MAX_INDENT} characters")
     template_sandbox.count_output(value)

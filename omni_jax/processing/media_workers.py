@@ -21,7 +21,8 @@ from pebble import ProcessExpired, ProcessPool
 from omni_jax.errors import InputError
 from omni_jax.processing.chat import MediaPart, Message
 from omni_jax.processing.layout import Item, Prompt, TokenBudget
-from omni_jax.processing.processor import Processor, ProcessorConfig
+from omni_jax.processing.processor import Processor
+from omni_jax.processing.processor_config import ProcessorConfig
 
 T = TypeVar("T")
 

@@ -17,7 +17,8 @@ from omni_jax.checkpoint.name_map import optional_constants
 from omni_jax.checkpoint.pytorch import SINGLE_FILE
 from omni_jax.config import THINKER_CLASS, OmniConfig, ThinkerConfig
 from omni_jax.errors import CheckpointError
-from omni_jax.processing.processor import Processor, ProcessorConfig
+from omni_jax.processing.processor import Processor
+from omni_jax.processing.processor_config import ProcessorConfig
 from tests.transformers_5 import CASES, as_transformers_5, rewrite_as_transformers_5
 
 MESSAGES = [{"role": "user", "content": "Hello."}]

@@ -10,7 +10,8 @@ from PIL import Image
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.mrope import Grid, Interleaved
 from omni_jax.processing.layout import AudioInput
-from omni_jax.processing.processor import Processor, ProcessorConfig
+from omni_jax.processing.processor import Processor
+from omni_jax.processing.processor_config import ProcessorConfig
 from tests.processing.conftest import MEDIA
 from tools.tokenizer_files import PREPROCESSOR
 

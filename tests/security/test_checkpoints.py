@@ -19,7 +19,8 @@ from omni_jax.checkpoint.train_checkpoints import find_damage, prepare_model, re
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.plain_files import link_folder
-from omni_jax.processing.processor import Processor, ProcessorConfig
+from omni_jax.processing.processor import Processor
+from omni_jax.processing.processor_config import ProcessorConfig
 from omni_jax.processing.tokenizer import TextTokenizer
 from tests.security.folders import edit_json, make_hub_cache
 

@@ -106,7 +106,15 @@ def test_training_isolates_media_and_makes_the_same_batches(
         question = {"from": "human", "value": f"<image>What is {number}?"}
         lines.append(json.dumps({"conversations": [question, answer], "images": [PICTURE]}))
     rows.write_text("\n".join(lines))
-    config = DataConfig(train=(str(rows),), tokens=256, audio_blocks=0, canvases=4, windows=8, max_pixels=112 * 112)
+    config = DataConfig(
+        train=(str(rows),),
+        media_root=str(Path(PICTURE).parent),
+        tokens=256,
+        audio_blocks=0,
+        canvases=4,
+        windows=8,
+        max_pixels=112 * 112,
+    )
     batches = pipeline.batches(config, processor)
     expected = next(batches)
     batches.close()
