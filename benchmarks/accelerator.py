@@ -8,26 +8,31 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.budget import LINES, REST, ReplyLength, median_round, summarize_reply
 from benchmarks.latency import SOUND, make_request
-from benchmarks.models import make_voice, write_processor
+from benchmarks.models import (
+    find_excluded_codes,
+    find_text_tokens,
+    make_params,
+    make_voice,
+    write_processor,
+)
 from benchmarks.ours import OmniJaxSide
 from benchmarks.report import check_at_least_one, check_seconds, format_seconds, print_tables, write_json
 from benchmarks.side import CODES_PER_SECOND, PUBLISHED, VOICE, Side
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig
 from omni_jax.engine.request import ChunkSizes
-from omni_jax.engine.talker_engine import suppressed_codes
 from omni_jax.generation.model import OmniModel, make_engines
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.processing.processor import Processor
@@ -38,8 +43,6 @@ DECODED_TOKENS = 64
 TALKER_PROMPT = 512
 VOICE_FRAMES = 300
 SPOKEN_SECONDS = 10
-STANDARD_DEVIATION = 0.02  # of the random parameters, as that of the published initialisation
-SCALES = ("scale",)  # of norms: around one
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -58,7 +61,7 @@ def accelerator(
     batches: tuple[int, ...] = (1, 8, 32),
     seconds: tuple[int, ...] = (2, 10, 30),
     repeats: int = 3,
-    parts: tuple[AcceleratorPart, ...] = tuple(AcceleratorPart),
+    parts: Annotated[tuple[AcceleratorPart, ...], tyro.conf.EnumChoicesFromValues] = tuple(AcceleratorPart),
     json_out: Path | None = None,
 ) -> None:
     """Decoding, Token2Wav and the first packet of a published size on one accelerator, beside PyTorch on the same one.
@@ -116,7 +119,7 @@ class StepTimes:
         """Median seconds of each."""
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, 500, PROMPT_TOKENS)  # below the special tokens of every size
-        times = {"prefill of 512 tokens": self._time(lambda: side.prefill(tokens))}
+        times = {f"prefill of {PROMPT_TOKENS} tokens": self._time(lambda: side.prefill(tokens))}
         for batch in self.batches:
             decode_text = functools.partial(side.decode_text, tokens, batch, DECODED_TOKENS)
             times[f"Thinker step, batch {batch}"] = self._time(decode_text)
@@ -192,34 +195,13 @@ class RandomSide(OmniJaxSide):
 
     def _exclude_ends(self, params: dict[str, Any], processor: Processor) -> None:
         """Sets the logits of what must not be drawn to zero, as ``models.write_model`` does."""
-        vocab_size = self._config.thinker_config.text_config.vocab_size
-        is_text = np.zeros(vocab_size, bool)
-        for token in range(vocab_size):
-            text = processor.tokenizer.token_bytes(token)
-            is_text[token] = bool(text) and text.isascii()
-        sizes = self._config.talker_config
-        excluded = suppressed_codes(self._config)
-        excluded[[sizes.tts_codec_pad_token_id, sizes.tts_codec_end_token_id]] = True
+        is_text = find_text_tokens(processor, self._config)
+        is_code = ~find_excluded_codes(self._config)
         for head, keep in (
             (params["thinker"]["decoder"]["head"], is_text),
-            (params["talker"]["decoder"]["head"], ~excluded),
+            (params["talker"]["decoder"]["head"], is_code),
         ):
             head["kernel"] = jnp.where(keep, head["kernel"], 0).astype(head["kernel"].dtype)  # [hidden, vocabulary]
-
-
-def make_params(abstract: Any) -> Any:
-    """Random parameters on the device: normal, those of norms around one."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract))
-    made = []
-    for number, (path, leaf) in enumerate(leaves):
-        mean = 1.0 if path[-1].key in SCALES else 0.0
-        made.append(_draw(jax.random.key(number), leaf.shape, leaf.dtype, mean))
-    return jax.tree.unflatten(tree, made)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, mean: float) -> jax.Array:
-    return (mean + STANDARD_DEVIATION * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
 
 
 def print_results(results: dict[str, Any]) -> None:

@@ -1,11 +1,13 @@
 """The one place that makes models of the benchmarks: their sizes, and their random parameters.
 
-Parameters come from ``tools/make_checkpoint.py``, and both sides load them from the folder that it writes.
+Parameters come from ``tools/make_checkpoint.py``, and both sides load them from the folder that it writes. Where they
+are made on an accelerator instead, each side draws its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -13,9 +15,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
-from benchmarks.side import CONVERTED, PUBLISHED, VoiceArrays
+from benchmarks.side import CONVERTED, PARAMETER_DEVIATION, PUBLISHED, VoiceArrays
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.checkpoint.pytorch import read_headers
 from omni_jax.config import (
@@ -104,18 +108,46 @@ def write_model(folder: Path, config: OmniConfig) -> None:
     published = folder / PUBLISHED
     write_checkpoint(published, config, dtype="float32")
     # whole characters alone: a token that is a part of one would hold back the first piece of text
-    tokenizer = Processor.load(published).tokenizer
+    _zero_rows(published, "thinker.lm_head.weight", ~find_text_tokens(Processor.load(published), config))
+    _zero_rows(published, "talker.codec_head.weight", find_excluded_codes(config))
+    to_jax(published, folder / CONVERTED)
+
+
+def find_text_tokens(processor: Processor, config: OmniConfig) -> Bool[np.ndarray, " vocabulary"]:
+    """The tokens of the Thinker that are whole characters."""
     is_text = np.zeros(config.thinker_config.text_config.vocab_size, bool)
     for token in range(len(is_text)):
-        text = tokenizer.token_bytes(token)
+        text = processor.tokenizer.token_bytes(token)
         is_text[token] = bool(text) and text.isascii()
-    _zero_rows(published, "thinker.lm_head.weight", ~is_text)
-    # the two ends, beside the codes that are suppressed anyway
+    return is_text
+
+
+def find_excluded_codes(config: OmniConfig) -> Bool[np.ndarray, " codes"]:
+    """The Talker's tokens that must not be drawn: those that are never drawn, padding, and the end."""
     talker = config.talker_config
     excluded = suppressed_codes(config)
     excluded[[talker.tts_codec_pad_token_id, talker.tts_codec_end_token_id]] = True
-    _zero_rows(published, "talker.codec_head.weight", excluded)
-    to_jax(published, folder / CONVERTED)
+    return excluded
+
+
+def make_params(abstract: Any) -> Any:
+    """Random parameters on the device, without a checkpoint: normal, the scales of norms around one.
+
+    Args:
+      abstract: shapes and dtypes, as ``models.*.abstract_params`` gives them.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract))
+    made = []
+    for number, (path, leaf) in enumerate(leaves):
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        made.append(_draw(jax.random.key(number), leaf.shape, leaf.dtype, mean))
+    return jax.tree.unflatten(tree, made)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, mean: float) -> jax.Array:
+    # drawn in bfloat16: the largest of the 7B would take twice its memory in float32
+    return (mean + PARAMETER_DEVIATION * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
 
 
 def write_processor(folder: Path, config: OmniConfig) -> None:

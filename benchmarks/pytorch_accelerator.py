@@ -15,14 +15,12 @@ from transformers import (
 )
 
 from benchmarks.pytorch_side import ATTENTION, PyTorchSide
-from benchmarks.side import VoiceArrays
+from benchmarks.side import PARAMETER_DEVIATION, VoiceArrays
 from omni_jax.config import OmniConfig
-
-STANDARD_DEVIATION = 0.02
 
 
 class RandomPyTorchSide(PyTorchSide):
-    """Thinker and Talker in ``dtype``, Token2Wav in float32, each on the accelerator only while it is timed."""
+    """Thinker and Talker in ``dtype``, Token2Wav in float32; a network is made when it is first timed."""
 
     def __init__(self, folder: Path, config: OmniConfig, dtype: str):
         super().__init__(folder)
@@ -41,7 +39,7 @@ class RandomPyTorchSide(PyTorchSide):
         model = kind._from_config(config, attn_implementation=ATTENTION, dtype=dtype)
         for name, parameter in model.named_parameters():
             is_scale = "norm" in name and name.endswith("weight")
-            parameter.data.normal_(1.0 if is_scale else 0.0, STANDARD_DEVIATION)
+            parameter.data.normal_(1.0 if is_scale else 0.0, PARAMETER_DEVIATION)
         return model.to(self._device).eval()
 
     @functools.cached_property

@@ -27,6 +27,7 @@ PUBLISHED = "published"  # folder, in that of the model, of the layout that PyTo
 CONVERTED = "converted"  # folder of the layout that omni_jax reads
 TOKENS_PER_SECOND = 4  # of text, in a second of speech
 CODES_PER_SECOND = 50
+PARAMETER_DEVIATION = 0.02  # of parameters made on an accelerator, about that of the published initialisation
 
 _PROCESS = Path("/proc/self")
 

@@ -21,7 +21,6 @@ from omni_jax.errors import CheckpointError, InputError
 MAX_SMALL_FILE = 2**26
 """Bytes of any file but those of parameters; the largest published one, ``tokenizer.json``, has 11 million."""
 
-
 MAX_NESTING = 64
 """Levels of lists and objects in a JSON file; published ones have up to 8."""
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from omni_jax.checks import redact
 from omni_jax.errors import InputError
+from omni_jax.plain_files import replace_file
 
 _BUCKET = "gs://"
 _BUCKET_URL = re.compile(r"gs://[a-z0-9][a-z0-9._-]*(/.*)?", re.DOTALL)
@@ -147,9 +148,4 @@ def write_atomically(name: str, data: bytes) -> None:
             files, path = open_bucket(name)
             files.pipe_file(path, data)  # an object is there once it is uploaded
         return
-    folder, base = os.path.split(name)
-    # in the same folder, for only within a file system is a rename one step
-    part = os.path.join(folder, f".{base}.part")
-    # a process that is killed here leaves a part file, which the next attempt overwrites
-    Path(part).write_bytes(data)
-    os.replace(part, name)
+    replace_file(Path(name), data)

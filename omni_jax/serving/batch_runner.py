@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omni_jax.distributed import allreduce_min, is_main_process
@@ -17,9 +16,8 @@ from omni_jax.engine.request import RequestState, SchedulerConfig
 from omni_jax.engine.warmup import Compilations
 from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
-from omni_jax.plain_files import replace_file
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
-from omni_jax.processing.files import is_remote, join_path, write_atomically
+from omni_jax.processing.files import join_path, write_atomically
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.vision import PixelSettings
@@ -318,10 +316,7 @@ class _Run:
 
 def _write_file(path: str, data: bytes) -> None:
     try:
-        if is_remote(path):
-            write_atomically(path, data)
-        else:
-            replace_file(Path(path), data)
+        write_atomically(path, data)
     except (OSError, InputError) as e:  # InputError: a bucket that cannot be reached
         reason = e.strerror if isinstance(e, OSError) and e.strerror else e
         raise OutputError(f"cannot write {path}: {reason}; the same command goes on from what is written") from e

@@ -5,10 +5,8 @@ from __future__ import annotations
 import http.client
 import pickle
 import re
-import shutil
 import socket
 import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,19 +206,20 @@ def test_the_next_address_where_one_cannot_be_reached(internet: Internet) -> Non
 # --- TLS ---
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_certificates_are_of_the_name(tmp_path: Path) -> None:
-    options = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=a.example -addext subjectAltName=DNS:a.example"
-    files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate")]
-    subprocess.run(["openssl", *options.split(), *files], check=True, capture_output=True)
+# of a.example, signed by itself, with its key, valid until 2126: openssl req -x509 -newkey rsa:2048 -nodes -days 36500
+# -subj /CN=a.example -addext subjectAltName=DNS:a.example
+CERTIFICATE = Path(__file__).parent / "a.example.pem"
+
+
+def test_certificates_are_of_the_name() -> None:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    server.load_cert_chain(CERTIFICATE)
     names: list[str | None] = []
     server.sni_callback = lambda connection, name, context: names.append(name)
     with serve(lambda path: [ok(b"data", "Content-Length: 4")], server) as internet:
         internet.hosts = {"a.example": [PUBLIC], "c.example": [PUBLIC]}
         refused(internet, "its certificate cannot be verified: self-signed certificate", "https://a.example/x")
-        internet.tls = ssl.create_default_context(cafile=str(tmp_path / "certificate"))
+        internet.tls = ssl.create_default_context(cafile=str(CERTIFICATE))
         assert get(internet, "https://a.example/x") == b"data" and names[-1] == "a.example"
         refused(internet, "its certificate cannot be verified: Hostname mismatch", "https://c.example/x")
         assert internet.connected[-1] == (PUBLIC, 443) and "\r\nHost: a.example\r\n" in internet.requests[0]

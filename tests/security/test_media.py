@@ -84,7 +84,9 @@ def make_motion_jpeg(pictures: Sequence[bytes], kind: str) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format=kind) as container:
         stream = container.add_stream("mjpeg", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        stream.width = 64
+        stream.height = 64
+        stream.pix_fmt = "yuvj420p"
         for number, data in enumerate(pictures):
             packet = av.Packet(data)
             packet.stream = stream

@@ -37,7 +37,7 @@ def over_ray(model: Path, folder: Path, name: str) -> list[str]:
     return [*command(model, folder, name), *engine]
 
 
-@pytest.mark.long  # the next one goes the same way, and on
+@pytest.mark.long  # the test below runs all of this too, with an actor that is killed
 def test_two_actors(tiny_model: Path, folder: Path) -> None:
     done = run(*over_ray(tiny_model, folder, "ray"))
     assert done.returncode == 0, done.stderr
