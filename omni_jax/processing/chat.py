@@ -408,13 +408,13 @@ class _StandIns:
           InputError: if the template has changed a word, by ``upper`` for instance, so that its text would be lost.
         """
         pieces = []
-        left = template_sandbox.MAX_SIZE + _MAX_REPEATS * sum(len(piece) for piece, _ in self._pieces)
+        remaining = template_sandbox.MAX_SIZE + _MAX_REPEATS * sum(len(piece) for piece, _ in self._pieces)
         for i, piece in enumerate(self._pattern.split(text)):
             if i % 2:  # the number in a word; even ones are the text between words
                 pieces.append(self._find(piece))
                 # a short text of the template may have a long one of the user's many times
-                left -= len(pieces[-1][0])
-                if left < 0:
+                remaining -= len(pieces[-1][0])
+                if remaining < 0:
                     raise InputError(f"the chat template repeats messages over {_MAX_REPEATS} times")
             elif self._salt in piece.lower():
                 raise InputError("the chat template changes the letters of messages, which is not supported")

@@ -3,8 +3,8 @@
 jinja2's own sandbox keeps a template away from Python's internals, and lets it take all time and memory there is: by
 ``'x' * 10**10``, by doubling a text forty times, by loops in loops; even before it is rendered, for constants are
 computed when it is compiled. Here nothing is computed then. While it is rendered, a meter looks at every value that is
-made, at every turn of a loop and at every call. What a chat template has no use for is left out: ``str.format`` and
-paddings, most filters, ``lipsum``.
+made, at every iteration of a loop and at every call. What a chat template has no use for is left out: ``str.format``, paddings,
+most filters, ``lipsum``.
 """
 
 # ruff: noqa: N802, the names of jinja2's visitors
@@ -59,7 +59,7 @@ class _Meter:
 
     def __init__(self) -> None:
         self._end = time.monotonic() + MAX_SECONDS
-        self._left = MAX_TOTAL
+        self._remaining = MAX_TOTAL
         # of lists and dictionaries by id, for one that is made of others is measured in one step; with the value
         # itself, so that no other gets its id
         self._sizes: dict[int, tuple[Any, int]] = {}
@@ -71,8 +71,8 @@ class _Meter:
 
     def spend(self, amount: int) -> None:
         """Counts characters or items that are made."""
-        self._left -= amount
-        if self._left < 0:
+        self._remaining -= amount
+        if self._remaining < 0:
             raise TemplateLimitError(f"it makes more than {MAX_TOTAL:,} characters and items")
 
     def add(self, value: Any) -> Any:
@@ -154,7 +154,7 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
         self.fail("autoescape is not supported", node.lineno)
 
     def visit_For(self, node: jinja2.nodes.For, frame: Any) -> None:
-        counted = jinja2.nodes.EnvironmentAttribute("count_turns")
+        counted = jinja2.nodes.EnvironmentAttribute("count_iterations")
         node.iter = jinja2.nodes.Call(counted, [node.iter], [], None, None, lineno=node.lineno)
         super().visit_For(node, frame)
 
@@ -233,7 +233,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Counts a value that a compiled template has made."""
         return _METER.get().add(value)
 
-    def count_turns(self, items: Iterable[Any]) -> Iterator[Any]:
+    def count_iterations(self, items: Iterable[Any]) -> Iterator[Any]:
         """What a loop goes over."""
         meter = _METER.get()
         for item in items:

@@ -101,9 +101,9 @@ def smart_nframes(total: int, native_fps: float, settings: PixelSettings, option
     factor = settings.temporal_patch_size
     if "nframes" in options:
         frames = round(options["nframes"] / factor) * factor
-        most = min(total, max(settings.max_frames, PixelSettings.max_frames)) // factor * factor
-        if not factor <= frames <= most:
-            raise InputError(f"nframes is {options['nframes']}; this video allows {factor} to {most}")
+        max_frames = min(total, max(settings.max_frames, PixelSettings.max_frames)) // factor * factor
+        if not factor <= frames <= max_frames:
+            raise InputError(f"nframes is {options['nframes']}; this video allows {factor} to {max_frames}")
         return frames
     # a short video may have fewer frames than the minimum, so the number of its frames has the last word
     min_frames = math.ceil(settings.min_frames / factor) * factor
