@@ -3,8 +3,8 @@
 jinja2's own sandbox keeps a template away from Python's internals, and lets it take all time and memory there is: by
 ``'x' * 10**10``, by doubling a text forty times, by loops in loops; even before it is rendered, for constants are
 computed when it is compiled. Here nothing is computed then. While it is rendered, a meter looks at every value that is
-made, at every iteration of a loop and at every call. What a chat template has no use for is left out: ``str.format``, paddings,
-most filters, ``lipsum``.
+made, at every iteration of a loop and at every call. What a chat template has no use for is left out:
+``str.format``, paddings, most filters, ``lipsum``.
 """
 
 # ruff: noqa: N802, the names of jinja2's visitors
