@@ -54,6 +54,8 @@ SAMPLING_RATES = (1_000, 384_000)  # Hz, of sound
 EXACT_SLACK = 0.1  # seconds that a header may be wrong by
 _CLOCK_SLACK = 1.0  # seconds, and
 _CLOCK_SLACK_SHARE = 0.01  # of the length that a clock has written
+# tags are in any encoding, and none of them is worth a file; from 19 on PyAV has no other way, and no option
+_TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 # of the packets of a track; the larger of both
 _MAX_BAD_PACKETS = 2
 _MAX_BAD_SHARE = 0.01
@@ -131,8 +133,7 @@ def open_container(file: BinaryIO) -> InputContainer:
     # without the list, ffmpeg guesses among all formats that it has, playlists of other files included; the options of
     # decoders are for those that look into the file as it is opened
     options = {"format_whitelist": CONTAINER_FORMATS, **decoder_options}
-    # tags are in any encoding, and none of them is worth a file
-    container = av.open(file, "r", options=options, metadata_errors="replace")
+    container = av.open(file, "r", options=options, **_TAG_OPTIONS)
     for video in container.streams.video:
         if video.codec_context is not None:
             video.codec_context.options = decoder_options
