@@ -19,7 +19,6 @@ from omni_jax import mrope
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
 from omni_jax.mrope import Grid, Interleaved
-from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings, MelStream, Resampler
 from omni_jax.processing.chat import parse_messages
 from omni_jax.processing.layout import AudioInput, Media, Prompt, Usage, VisionInput, audio_tokens, lay_out
@@ -103,7 +102,7 @@ class LivePrompt:
         """Sees more, see ``LiveSession.video``; returns the windows that are full now."""
         if self._video is None:
             raise InputError("this dialogue takes no pictures; begin it with video=True")
-        image = media.read_image(picture)
+        image = self._processor.read_picture(picture)
         self._video.check(image, seconds)
         self._check_room(self._num_frames_so_far, self._video.grid_with(image, seconds), self._min_tokens_after)
         self._video.push(image, seconds)

@@ -21,6 +21,7 @@ from omni_jax.processing.files import join_path, write_atomically
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.vision import PixelSettings
+from omni_jax.processing.worker_pool import WorkerStartError
 from omni_jax.serving.batch_lines import Line, Result, make_error, make_result, parse_line, read_custom_id
 from omni_jax.serving.chat_request import ChatRequest, confine
 from omni_jax.serving.chat_response import make_body, make_sound_file
@@ -132,6 +133,7 @@ class BatchRunner:
 
         Raises:
           OutputError: if speech cannot be written.
+          WorkerStartError: if the processes that decode media cannot be started.
         """
         with ThreadPoolExecutor(_NUM_WRITERS) as writers:
             run = _Run(self, iter(lines), writers)
@@ -187,6 +189,8 @@ class _Run:
                 break
             try:
                 self._prepare(line)
+            except WorkerStartError:
+                raise
             except Exception as error:  # of whatever type: it is this line's alone
                 results.append(make_error(line, read_custom_id(line), error))
         return results
@@ -235,6 +239,8 @@ class _Run:
                 prompt = self._runner.media_workers.result(future)
                 if preparation != _Preparation.DONE:
                     raise InputError("its media could not be decoded on another host")
+            except WorkerStartError:
+                raise
             except Exception as error:
                 results.append(make_error(active.line, active.custom_id, error))
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tracemalloc
 import types
 from concurrent.futures import Future
@@ -14,12 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from omni_jax.errors import InputError
+from omni_jax.processing import worker_pool
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.worker_pool import MediaLimits, WorkerStartError
 from omni_jax.serving import batch_lines, batch_runner, chat_request
 from omni_jax.serving.batch_lines import Line, make_error, parse_line, read_custom_id, read_lines
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
 from omni_jax.serving.chat_request import confine
 from tests.security.conftest import MEDIA
+from tests.security.test_isolation import Unpickled
 from tests.serving import requests
 
 BODY_FIELDS = sorted({*chat_request._READERS, *chat_request._NEUTRAL, *chat_request._IGNORED, "messages"})
@@ -195,8 +200,8 @@ class WaitingWorkers:
         return Future()
 
 
-def make_runner(processor: Processor) -> BatchRunner:
-    scheduler = types.SimpleNamespace(busy=True, num_waiting=0, num_running=0, utilization=None, step=list)
+def make_runner(processor: Processor, workers: Any = None) -> BatchRunner:
+    scheduler = types.SimpleNamespace(busy=workers is None, num_waiting=0, num_running=0, utilization=None, step=list)
     model: Any = types.SimpleNamespace(
         config=processor.config,
         processor=processor,
@@ -204,7 +209,7 @@ def make_runner(processor: Processor) -> BatchRunner:
         scheduler=lambda config: scheduler,
     )
     locations = FileLocations(str(MEDIA), str(MEDIA))
-    workers: Any = WaitingWorkers()
+    workers = workers or WaitingWorkers()
     config: Any = types.SimpleNamespace(thinker_slots=16)
     return BatchRunner(model, "m", workers, config, locations, RunStatus())
 
@@ -241,3 +246,16 @@ def test_bytes_in_flight_are_counted_whole(processor: Processor, monkeypatch: py
     # one is always taken, however large
     monkeypatch.setattr(batch_runner, "_MAX_BYTES", 1)
     assert count_taken(runner, picture) == 1
+
+
+def test_a_run_ends_where_no_worker_gets_ready(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of its lines, each of which would get an error as its result."""
+    monkeypatch.setattr(worker_pool, "MAX_START_SECONDS", 2.0)
+    hanging: Any = Unpickled(time.sleep, 60)
+    lines = [Line(number, requests.line(f"{number}", "hi").encode()) for number in range(1, 4)]
+    with MediaWorkers(hanging, 1, MediaLimits()) as workers:
+        with pytest.raises(WorkerStartError, match="cannot be started"):
+            list(make_runner(processor, workers).run(lines))
+        # nor do those get one that come after it
+        with pytest.raises(WorkerStartError, match="cannot be started"):
+            list(make_runner(processor, workers).run(lines))
