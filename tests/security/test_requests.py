@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import tracemalloc
 import types
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from omni_jax.engine.outputs import Event, Reply
 from omni_jax.errors import InputError
 from omni_jax.processing import worker_pool
+from omni_jax.processing.layout import Prompt, Usage
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.worker_pool import MediaLimits, WorkerStartError
@@ -246,6 +250,80 @@ def test_bytes_in_flight_are_counted_whole(processor: Processor, monkeypatch: py
     # one is always taken, however large
     monkeypatch.setattr(batch_runner, "_MAX_BYTES", 1)
     assert count_taken(runner, picture) == 1
+
+
+class FinishedScheduler:
+    """Answers whatever it is given at its next step, with seconds of speech."""
+
+    utilization = None
+    num_waiting = num_running = 0
+
+    def __init__(self, seconds: int) -> None:
+        self.submitted: list[object] = []
+        self._seconds = seconds
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.submitted)
+
+    def submit(self, *_: Any) -> object:
+        self.submitted.append(object())
+        return self.submitted[-1]
+
+    def step(self) -> list[tuple[object, Event]]:
+        states, self.submitted = self.submitted, []
+        sound = np.zeros(24_000 * self._seconds, np.float32)
+        reply = Reply("hi", (1, 2), "stop", Usage(), audio=sound)
+        return [(state, Event(reply=reply)) for state in states]
+
+
+class ReadyWorkers:
+    """Media processes that are done at once."""
+
+    def submit(self, *_: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(Prompt(np.zeros(4, np.int32), (), (), np.full(4, -1, np.int32), np.zeros(4, np.int32), Usage()))
+        return done
+
+    def result(self, future: Future[Any]) -> Any:
+        return future.result()
+
+
+def test_answers_that_wait_to_be_written_are_counted(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the disk or the bucket is slower than the model, no more lines are taken; once all is written, they are."""
+    seconds = 10
+    runner = make_runner(processor, ReadyWorkers())
+    scheduler = FinishedScheduler(seconds)
+    runner.model.scheduler = lambda config: scheduler  # type: ignore[method-assign, assignment]
+    runner.model.submit = scheduler.submit  # type: ignore[method-assign, assignment]
+    runner.locations = FileLocations(str(MEDIA), str(MEDIA), str(tmp_path))
+    open_gate = threading.Event()
+    monkeypatch.setattr(batch_runner, "_write_file", lambda path, data: open_gate.wait(60))
+    # room for the answers of three lines
+    monkeypatch.setattr(batch_runner, "_MAX_BYTES", 3 * 12 * 24_000 * seconds)
+    taken = []
+
+    def give() -> Any:
+        for number in range(1, 201):
+            taken.append(number)
+            yield Line(number, requests.line(f"{number}", "hi").encode())
+
+    with ThreadPoolExecutor(4) as writers:
+        run = batch_runner._Run(runner, give(), writers)
+        try:
+            for _ in range(6):
+                assert run.step() == []
+            assert len(taken) == runner.max_prepared
+            held = sum(run._writing.values())
+            assert held > len(run._writing) * 24_000 * seconds * (4 + 2)
+        finally:
+            open_gate.set()
+        results = []
+        while not run.finished:
+            results += run.step()
+    assert len(results) == 200 and not any(result.failed for result in results)
 
 
 def test_a_run_ends_where_no_worker_gets_ready(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
