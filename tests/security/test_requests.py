@@ -22,7 +22,7 @@ from omni_jax.processing import worker_pool
 from omni_jax.processing.layout import Prompt, Usage
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
-from omni_jax.processing.worker_pool import MediaLimits, WorkerStartError
+from omni_jax.processing.worker_pool import MediaLimits, PreparationError, WorkerStartError
 from omni_jax.serving import batch_lines, batch_runner, chat_request
 from omni_jax.serving.batch_lines import Line, make_error, parse_line, read_custom_id, read_lines
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
@@ -324,6 +324,63 @@ def test_answers_that_wait_to_be_written_are_counted(
         while not run.finished:
             results += run.step()
     assert len(results) == 200 and not any(result.failed for result in results)
+
+
+class FailingScheduler(FinishedScheduler):
+    """Raises for every third request that it is given, and cannot answer the next one."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self._count = 0
+        self._unanswered: set[object] = set()
+
+    def submit(self, *args: Any) -> object:
+        self._count += 1
+        if self._count % 3 == 1:
+            raise ZeroDivisionError("of some library")
+        state = super().submit(*args)
+        if self._count % 3 == 2:
+            self._unanswered.add(state)
+        return state
+
+    def step(self) -> list[tuple[object, Event]]:
+        events = []
+        for state, event in super().step():
+            failed = Event(reply=Reply.from_error(RuntimeError("out of memory")))
+            events.append((state, failed if state in self._unanswered else event))
+        return events
+
+
+class FailingWorkers(ReadyWorkers):
+    """Fail for every fourth request, as they begin or when they are done."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def submit(self, *_: Any) -> Future[Any]:
+        self._count += 1
+        if self._count % 8 == 1:
+            raise OverflowError("of some library")
+        future = super().submit()
+        if self._count % 8 == 5:
+            future = Future()
+            future.set_exception(PreparationError("of some library"))
+        return future
+
+
+def test_whatever_a_stage_raises_costs_its_line(processor: Processor) -> None:
+    scheduler = FailingScheduler()
+    runner = make_runner(processor, FailingWorkers())
+    runner.model.scheduler = lambda config: scheduler  # type: ignore[method-assign, assignment]
+    runner.model.submit = scheduler.submit  # type: ignore[method-assign, assignment]
+    lines = [Line(number, requests.line(f"{number}", "hi").encode()) for number in range(1, 97)]
+    results = [json.loads(result.text) for result in runner.run(lines)]
+    assert sorted(int(values["custom_id"]) for values in results) == list(range(1, 97))
+    told: dict[str, int] = {}
+    for values in results:
+        message = (values["error"] or {"message": ""})["message"].partition(":")[0]
+        told[message] = told.get(message, 0) + 1
+    assert told == {"OverflowError": 12, "PreparationError": 12, "ZeroDivisionError": 24, "RuntimeError": 24, "": 24}
 
 
 def test_a_run_ends_where_no_worker_gets_ready(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
