@@ -43,6 +43,7 @@ from omni_jax.processing.processor_config import ProcessorConfig
 from omni_jax.processing.sources import describe_source, is_located
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
 from omni_jax.processing.vision import FrameResizer, image_input, pack_frames
+from omni_jax.processing.worker_pool import WorkerStartError
 
 LiveKind: TypeAlias = Literal["audio", "video"]  # media that may come while a prompt is read
 
@@ -288,11 +289,14 @@ class Processor:
 
         Raises:
           InputError: if it cannot be read, naming its place and the file.
+          WorkerStartError: if the processes that read it cannot be started.
         """
         try:
             if self._media_reader is not None:
                 return self._media_reader.read_media(self.settings, part, assume_fps, budget)
             return self.read_media(part, assume_fps, budget)
+        except WorkerStartError:  # no fault of this item
+            raise
         except InputError as e:
             raise InputError(f"{_describe_part(part)}: {e}") from e
         except MemoryError:  # of the whole process, or of a worker, which says what its limit is

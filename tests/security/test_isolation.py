@@ -204,6 +204,29 @@ def test_workers_that_never_get_ready(monkeypatch: pytest.MonkeyPatch, call: Any
         assert time.monotonic() - begin < 2.0
 
 
+def test_training_ends_where_no_worker_gets_ready(
+    processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are not rejected one by one."""
+    answer = {"from": "gpt", "value": "A disc."}
+    row = {"conversations": [{"from": "human", "value": "<image>?"}, answer], "images": [PICTURE]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(worker_pool, "MAX_START_SECONDS", 2.0)
+    hanging: Any = Unpickled(time.sleep, 60)
+    monkeypatch.setattr(
+        pipeline, "isolate", lambda p, count: p.with_media_reader(MediaWorkers(hanging, count, MediaLimits()))
+    )
+    config = DataConfig(
+        train=(str(tmp_path / "rows.jsonl"),), media_root=str(MEDIA), isolate_media=True, max_reject_share=0.9
+    )
+    batches = pipeline.batches(config, processor)
+    try:
+        with pytest.raises(WorkerStartError, match="cannot be started"):
+            next(batches)
+    finally:
+        batches.close()
+
+
 def test_the_time_of_a_start_is_no_limit_of_the_work() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker_pool, "MAX_START_SECONDS", 3.0)
