@@ -82,19 +82,29 @@ class WorkerPool:
           * PreparationError: for whatever else comes up.
 
         Raises:
+          InputError: if an argument cannot be pickled.
           WorkerStartError: if it is known already that no process can be started.
+          RuntimeError: if the pool is closed.
         """
+        # not by pebble, whose thread would end with what that raises; and unpickled within the limits of the call
+        try:
+            call = pickle.dumps((function, args))
+        except Exception as e:
+            raise InputError(f"it cannot be sent to another process: {type(e).__name__}: {e}") from e
         with self._lock:
+            if not self._stop.alive:
+                raise RuntimeError("the pool is closed")
             # pebble gives a pool up when a process ends that has nothing to do
             if not self._pool.active:
                 if not self._started.is_set():
                     raise _start_error()
                 self._stop()
                 self._open_pool()
-            call = self._pool.schedule(function, args=args, timeout=self._limits.seconds)
+            result = self._pool.schedule(_call, args=(call,), timeout=self._limits.seconds)
+            started = self._started
         future: Future[T] = Future()
         # not a method: the pool is to go when nobody else has it, whatever waits in it
-        call.add_done_callback(functools.partial(_settle, future, self._limits, self._started))
+        result.add_done_callback(functools.partial(_settle, future, self._limits, started))
         return future
 
     def close(self) -> None:
@@ -119,13 +129,13 @@ class WorkerPool:
         self._stop = weakref.finalize(self, _stop_pool, self._pool)
 
 
-def _settle(future: Future[T], limits: MediaLimits, started: threading.Event, call: Future[T]) -> None:
+def _settle(future: Future[T], limits: MediaLimits, started: threading.Event, result: Future[T]) -> None:
     """Gives ``future`` what has become of a call in a process, in errors of ours."""
-    error = call.exception()
+    error = result.exception()
     if not isinstance(error, BrokenProcessPool):
         started.set()
     if error is None:
-        future.set_result(call.result())
+        future.set_result(result.result())
     else:
         future.set_exception(_translate(error, limits, started.is_set()))
 
@@ -173,6 +183,11 @@ def _start_worker(set_up: bytes, gigabytes: float, seconds: float) -> None:
     limit = _memory_limit(gigabytes)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _call(call: bytes) -> Any:
+    function, args = pickle.loads(call)
+    return function(*args)
 
 
 def _memory_limit(gigabytes: float) -> int:

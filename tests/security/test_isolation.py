@@ -173,6 +173,20 @@ def test_a_picture_of_a_live_session_costs_no_more_than_itself(
     np.testing.assert_array_equal(np.asarray(picture), np.asarray(read_image(PICTURE)))
 
 
+class Unpicklable:
+    """Raises what a damaged picture may raise when Pillow decodes it to pickle it."""
+
+    def __reduce__(self) -> Any:
+        raise SyntaxError("broken PNG file")
+
+
+def test_what_cannot_be_sent_costs_itself() -> None:
+    with WorkerPool(1, MediaLimits()) as pool:
+        with pytest.raises(InputError, match="it cannot be sent to another process: SyntaxError: broken PNG file"):
+            pool.schedule(len, Unpicklable())
+        assert pool.schedule(len, "abc").result(timeout=60) == 3
+
+
 # --- processes that do not get ready ---
 
 
