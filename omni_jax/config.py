@@ -18,6 +18,7 @@ from omni_jax.config_file import (
     CONFIG_FILE,
     ConfigSection,
     check_divides,
+    check_lengths,
     read_config_file,
     to_transformers_4,
     write_config_file,
@@ -315,6 +316,18 @@ class DiTConfig(ConfigSection):
     enc_res2net_scale: int = 2  # parts that a block's channels are split into
     enc_se_channels: int = 64
 
+    def __post_init__(self) -> None:
+        where = "dit_config"
+        channels = self.enc_channels
+        lists = {"enc_channels": channels, "enc_kernel_sizes": self.enc_kernel_sizes}
+        check_lengths(where, {**lists, "enc_dilations": self.enc_dilations}, 3)
+        # what a block gives is added to what it was given; the last item is of all blocks side by side
+        if len(set(channels[:-1])) > 1 or sum(channels[1:-1]) != channels[-1]:
+            raise ConfigError(
+                f"{where}: enc_channels {channels} must be equal, and the last one the sum of the blocks'"
+            )
+        check_divides(where, "enc_res2net_scale", self.enc_res2net_scale, "enc_channels", channels[0])
+
     @classmethod
     def tiny(cls, **changes: Any) -> DiTConfig:
         sizes: dict[str, Any] = dict(
@@ -338,6 +351,20 @@ class BigVGANConfig(ConfigSection):
     upsample_kernel_sizes: tuple[int, ...] = (11, 7, 4, 4, 4, 4)
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)  # of each stage's residual blocks, whose mean it takes
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+
+    def __post_init__(self) -> None:
+        where = "bigvgan_config"
+        rates, kernels = self.upsample_rates, self.upsample_kernel_sizes
+        check_lengths(where, {"upsample_rates": rates, "upsample_kernel_sizes": kernels})
+        dilations = self.resblock_dilation_sizes
+        lists = {"resblock_kernel_sizes": self.resblock_kernel_sizes, "resblock_dilation_sizes": dilations}
+        check_lengths(where, lists)
+        for number, items in enumerate(dilations):
+            check_lengths(where, {f"resblock_dilation_sizes[{number}]": items})
+        halves = 2 ** len(rates)
+        check_divides(
+            where, "2 to the number of stages,", halves, "upsample_initial_channel", self.upsample_initial_channel
+        )
 
     @classmethod
     def tiny(cls, **changes: Any) -> BigVGANConfig:

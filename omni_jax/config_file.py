@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -58,6 +58,10 @@ _LARGEST = {
 }
 _MAX_ITEMS = 64  # of a list
 
+# Sizes, counts and rates are at least 1: what has none of something is divided by it, or has no layers to run. These
+# may be 0: numbers of layers, and of frequencies that rotate by an axis; and ids.
+_MAY_BE_ZERO = ("fullatt_block_indexes", "look_ahead_layers", "look_backward_layers", "mrope_section")
+
 
 class ConfigSection:
     """One section of ``config.json``: how its keys become fields and its fields keys. Subclasses are dataclasses."""
@@ -84,7 +88,7 @@ class ConfigSection:
                 if value not in (None, cls.FIXED[key]):
                     raise ConfigError(f"{where}: {key} is {shown(value)}; only {cls.FIXED[key]!r} is supported")
             elif name in fields:
-                argument = _decode_value(types[name], value, f"{where}: {key}", _largest(name))
+                argument = _decode_value(types[name], value, f"{where}: {key}", _limits(name))
                 # a file may have both spellings, as long as they agree
                 if name in arguments and arguments[name] != argument:
                     raise ConfigError(f"{where}: {key} is {argument}, but its other spelling gives {arguments[name]}")
@@ -115,6 +119,18 @@ def check_divides(where: str, part: str, part_size: int, total: str, total_size:
     """
     if part_size <= 0 or total_size % part_size:
         raise ConfigError(f"{where}: {part} {part_size} does not divide {total} {total_size}")
+
+
+def check_lengths(where: str, lists: Mapping[str, Sequence[Any]], least: int = 1) -> None:
+    """Checks that lists go together item by item.
+
+    Raises:
+      ConfigError: naming them, unless they are equally long and have ``least`` items or more.
+    """
+    lengths = {name: len(items) for name, items in lists.items()}
+    if len(set(lengths.values())) > 1 or min(lengths.values()) < least:
+        found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ConfigError(f"{where}: lists must be equally long and have {least} items at least; {found}")
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -180,14 +196,15 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _largest(name: str) -> int:
-    """The largest number that the field of this name may have."""
-    is_id = name.endswith(("_token_id", "_token_index"))
-    return _MAX_ID if is_id else _LARGEST.get(name, _MAX_SIZE)
+def _limits(name: str) -> tuple[int, int]:
+    """The least and the largest whole number that the field of this name may have."""
+    if name.endswith(("_token_id", "_token_index")):
+        return 0, _MAX_ID
+    return int(name not in _MAY_BE_ZERO), _LARGEST.get(name, _MAX_SIZE)
 
 
-def _decode_value(kind: Any, value: Any, where: str, largest: int) -> Any:
-    """A value of the file as the field of type ``kind`` holds it; a whole number is ``largest`` at most."""
+def _decode_value(kind: Any, value: Any, where: str, limits: tuple[int, int]) -> Any:
+    """A value of the file as the field of type ``kind`` holds it; a whole number is within ``limits``."""
     # a section within this one
     if isinstance(kind, type) and issubclass(kind, ConfigSection):
         if not isinstance(value, Mapping):
@@ -199,7 +216,7 @@ def _decode_value(kind: Any, value: Any, where: str, largest: int) -> Any:
         if len(value) > _MAX_ITEMS:
             raise ConfigError(f"{where} has {len(value)} items; it may have {_MAX_ITEMS}")
         item_kind = typing.get_args(kind)[0]
-        return tuple(_decode_value(item_kind, item, where, largest) for item in value)
+        return tuple(_decode_value(item_kind, item, where, limits) for item in value)
     # Python takes false for 0 and true for 1; a file that mixes them up is wrong
     if kind is bool:
         if not isinstance(value, bool):
@@ -207,10 +224,10 @@ def _decode_value(kind: Any, value: Any, where: str, largest: int) -> Any:
         return value
     try:
         if kind is float:
-            return check_float(where, value, 0, 1e30)
+            return check_float(where, value, 0, 1e30, above=True)
         # JSON written by other languages may hold 25.0 for 25
         is_whole_float = isinstance(value, float) and value.is_integer()
-        return check_int(where, int(value) if is_whole_float else value, 0, largest)
+        return check_int(where, int(value) if is_whole_float else value, *limits)
     # the same words under another name: it is a file that is wrong here, and no request
     except InputError as e:
         raise ConfigError(str(e)) from None

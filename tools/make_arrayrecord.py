@@ -26,14 +26,16 @@ from omni_jax.data.rows import is_path, map_media_sources, resolve_source, row_v
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import InputError
 from omni_jax.plain_files import unfinished_name
-from omni_jax.processing.containers import open_media, read_info
-from omni_jax.processing.fetch import NO_ACCESS, RemoteAccess, fetch_source
+from omni_jax.processing.fetch import MAX_FETCHED_BYTES, NO_ACCESS, RemoteAccess, fetch_source
 from omni_jax.processing.files import folder_of
-from omni_jax.processing.images import read_image
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.sources import Source, confine_source, describe_source, locate_source
+from omni_jax.processing.worker_pool import MediaLimits, WorkerStartError
 
 Rows = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+
+DEFAULT_LIMITS = MediaLimits()
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,12 @@ class Embedding:
     Attributes:
       media_root: the folder that they must lie within; None: that of the row's file.
       access: from which hosts and buckets they may be fetched.
+      limits: of time and memory, for the process that looks into each of them.
     """
 
     media_root: str | None = None
     access: RemoteAccess = NO_ACCESS
+    limits: MediaLimits = DEFAULT_LIMITS
 
 
 def write(src: str, dst: Path, *, embed: Embedding | None = None, progress: Callable[[int, int], None]) -> int:
@@ -73,9 +77,10 @@ def write(src: str, dst: Path, *, embed: Embedding | None = None, progress: Call
     partial_file = unfinished_name(dst)
     try:
         writer = ArrayRecordWriter(str(partial_file), "group_size:1")  # a row at a time is read
-        for i, row in enumerate(rows):
-            progress(i, len(rows))
-            writer.write(record(row, dst.parent, embed))
+        with MediaWorkers(None, 1, DEFAULT_LIMITS if embed is None else embed.limits) as workers:
+            for i, row in enumerate(rows):
+                progress(i, len(rows))
+                writer.write(record(row, dst.parent, embed, workers))
         writer.close()
         os.replace(partial_file, dst)
     # after a rename there is none left
@@ -85,14 +90,18 @@ def write(src: str, dst: Path, *, embed: Embedding | None = None, progress: Call
     return len(rows)
 
 
-def record(row: Row, folder: Path, embed: Embedding | None) -> bytes:
-    """The JSON of a row whose media are found from ``folder``, or are in it."""
+def record(row: Row, folder: Path, embed: Embedding | None, workers: MediaWorkers) -> bytes:
+    """The JSON of a row whose media are found from ``folder``, or are in it once ``workers`` have looked into them.
+
+    Raises:
+      InputError: naming the row, as ``write`` does.
+    """
     # TypeError: what Parquet may hold and JSON cannot, such as dates
     try:
         if embed is None:
             place = partial(_linked, from_folder=os.path.dirname(row.file), to_folder=folder)
         else:
-            place = partial(_embedded, from_folder=folder_of(row.file), embedding=embed)
+            place = partial(_embedded, from_folder=folder_of(row.file), embedding=embed, workers=workers)
         values = map_media_sources(row_values(row), place)
         return json.dumps(values, ensure_ascii=False).encode()
     except (InputError, TypeError) as e:
@@ -108,30 +117,26 @@ def _linked(source: str | bytes, from_folder: str, to_folder: Path) -> str:
     return os.path.relpath(place, to_folder) if is_path(place) and not os.path.isabs(source) else place
 
 
-def _embedded(source: str | bytes, from_folder: str, embedding: Embedding) -> str:
+def _embedded(source: str | bytes, from_folder: str, embedding: Embedding, workers: MediaWorkers) -> str:
     # whoever wrote the rows need not be who runs this: what they name must lie where it may, and be media
     try:
         found = confine_source(source, from_folder, embedding.media_root or from_folder, "--media-root")
-        found = locate_source(fetch_source(found, embedding.access))
-        _check_media(found)
-        with found.open() as file:
-            return _data_url(file.read())
+        # read once, so that what is embedded is what has been looked into
+        data = _read_bytes(locate_source(fetch_source(found, embedding.access)))
+        workers.check_media(Source(data))
+        return _data_url(data)
+    except WorkerStartError:
+        raise
     except InputError as e:
         raise InputError(f"{describe_source(source)}: {e}") from e
 
 
-def _check_media(source: Source) -> None:
-    """Raises InputError unless it can be read as a picture, or has a track of sound or pictures."""
-    try:
-        read_image(source)
-        return
-    except InputError:
-        pass
-    try:
-        with open_media(source) as file:
-            read_info(file)
-    except InputError as e:
-        raise InputError(f"it is neither a picture, a sound nor a video: {e}") from e
+def _read_bytes(source: Source) -> bytes:
+    with source.open() as file:
+        data = file.read(MAX_FETCHED_BYTES + 1)
+    if len(data) > MAX_FETCHED_BYTES:
+        raise InputError(f"it is over the limit of {MAX_FETCHED_BYTES} bytes")
+    return data
 
 
 def _data_url(data: bytes) -> str:
@@ -146,6 +151,7 @@ def main(
     media_root: str | None = None,
     allow_web: tuple[str, ...] = (),
     allow_buckets: tuple[str, ...] = (),
+    media: MediaLimits = DEFAULT_LIMITS,
 ) -> None:
     """Writes rows into an ArrayRecord file, which training reads at random and shuffles as a whole.
 
@@ -163,10 +169,11 @@ def main(
       allow_web: with --embed: hosts that media may be fetched from: example.com, '*.example.com' for all below it, '*'
         for every public one.
       allow_buckets: with --embed: where in buckets media may be read: gs://BUCKET/FOLDER.
+      media: with --embed: limits for the process that looks whether a file is media.
     """
     columns = TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn()
     try:
-        embedding = Embedding(media_root, RemoteAccess(allow_web, allow_buckets)) if embed else None
+        embedding = Embedding(media_root, RemoteAccess(allow_web, allow_buckets), media) if embed else None
         with Progress(*columns) as bar:
             task = bar.add_task("", total=None)
             count = write(src, dst, embed=embedding, progress=lambda n, of: bar.update(task, completed=n, total=of))

@@ -37,11 +37,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
+from omni_jax.checkpoint.array_files import check_arrays
 from omni_jax.checkpoint.name_map import COMPONENTS, describe_differences, make_name_table
 from omni_jax.checks import shown
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
-from omni_jax.plain_files import has_file, list_files, read_object, unfinished_name
+from omni_jax.plain_files import has_file, read_object, unfinished_name
 
 ABOUT_FILE = "omni_jax.json"
 FORMAT = 1  # of the folder's layout; another one is refused and not guessed at
@@ -305,15 +306,19 @@ def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike
 
 def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
     path = folder / "params" / component
-    list_files(path, folder)  # Orbax would follow links out of the folder
-    # a tree that lacks a parameter would be loaded as it is, so all paths and shapes are compared here
-    found: dict[str, Any] = flatten_dict(tree_shapes(path), sep="/")
     expected: dict[str, tuple[int, ...]] = {}
     for entry in make_name_table(config, [component]):
         expected["/".join(entry.path[1:])] = entry.leaf_shape
-    trouble = describe_differences(expected, found)
-    if trouble:
-        raise CheckpointError(f"{path} does not hold the {component} that config.json describes:{trouble}")
+    # Orbax would follow links out of the folder, and tensorstore allocate whatever metadata ask for
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in check_arrays(path, folder).items()}
+    # a tree that lacks a parameter would be loaded as it is, so all paths and shapes are compared; those of the files
+    # first, before anything of them is opened
+    found: dict[str, Any] = {}
+    for source in (lambda: shapes, lambda: flatten_dict(tree_shapes(path), sep="/")):
+        found = source()
+        trouble = describe_differences(expected, found)
+        if trouble:
+            raise CheckpointError(f"{path} does not hold the {component} that config.json describes:{trouble}")
     keeps_dtype = component == "token2wav" or dtype is None
     leaves = {}
     for name, leaf in found.items():

@@ -44,6 +44,7 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from omni_jax.checkpoint import store, voices
+from omni_jax.checkpoint.array_files import check_arrays
 from omni_jax.checkpoint.convert import CONSTANTS_FILE, side_files
 from omni_jax.checkpoint.store import ABOUT_FILE, FORMAT
 from omni_jax.distributed import barrier, is_main_process
@@ -317,6 +318,7 @@ class TrainCheckpoints:
 
         # moments are kept for what trains, so their paths say what the run has trained
         target = make_target(step, read_dtypes(folder))
+        check_arrays(folder / _MOMENTS, folder)
         saved_paths = set(flatten_dict(store.tree_shapes(folder / _MOMENTS, _MOMENTS_TREE)["mu"]))
         target_paths = set(flatten_dict(target.moments["mu"]))
         if saved_paths != target_paths:

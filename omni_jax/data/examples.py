@@ -22,6 +22,7 @@ from omni_jax.errors import InputError
 from omni_jax.processing.collate import CollatedMedia, collate_media, media_index_of
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.worker_pool import WorkerStartError
 
 
 @struct.dataclass
@@ -132,9 +133,15 @@ class Prepare:
     media_root: str | None = None  # that media must lie within; None: the folder of the row's file
 
     def __call__(self, row: Row) -> Example | Reject:
-        """The example; or, if anything is wrong with the row, why it cannot be used."""
+        """The example; or, if anything is wrong with the row, why it cannot be used.
+
+        Raises:
+          WorkerStartError: if the processes that read its media cannot be started.
+        """
         try:
             return self.example(row)
+        except WorkerStartError:
+            raise
         except InputError as e:
             return Reject(row.file, row.number, redact(str(e)))
         except Exception as e:

@@ -14,9 +14,11 @@ import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ MAX_REDIRECTS = 5
 
 _CONNECT_SECONDS = 10.0  # to each address
 _PIECE = 1 << 20  # bytes that are read at a time
+_OBJECT_PIECE = 64 << 20  # the same of an object in a bucket, where each is a request
 # A server that was told to close the connection and does not is given so long to send more than it has promised.
 _TRAILING_SECONDS = 1.0
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -154,6 +157,26 @@ def fetch_source(value: Any, access: RemoteAccess) -> Any:
     return Source(data)
 
 
+class _DeadlineError(TimeoutError):
+    """The time for all of a file is over."""
+
+
+class _Deadline:
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds; raises _DeadlineError if none remain."""
+        seconds = self._end - time.monotonic()
+        if seconds <= 0:
+            raise _DeadlineError
+        return seconds
+
+
+def _too_late() -> str:
+    return f"cannot fetch it: not all of it came in time; the limit is {MAX_FETCH_SECONDS:g} s"
+
+
 # --- buckets ---
 
 
@@ -164,39 +187,52 @@ def _fetch_object(url: str, access: RemoteAccess) -> bytes:
     check_bucket_url(url)
     if not access.allows_object(url):
         raise InputError(f"it is not within {' or '.join(access.buckets)} (allow_buckets, --allow-buckets)")
+    deadline = _Deadline(MAX_FETCH_SECONDS)
+    found: Future[bytes] = Future()
+
+    def read() -> None:
+        try:
+            found.set_result(_read_object(url, deadline))
+        except BaseException as e:
+            found.set_exception(e)
+
+    # A bucket's libraries have no deadline for the whole, so it is waited for from outside. What they are in then ends
+    # by itself, with the piece that it reads; as a daemon, it does not keep the program from ending.
+    threading.Thread(target=read, name="bucket", daemon=True).start()
+    if not wait([found], deadline.remaining()).done:
+        raise InputError(_too_late())
     try:
-        with bucket_errors(url):
-            files, path = open_bucket(url)
-            info = files.info(path)
-            if info["type"] != "file":
-                raise InputError("it is not a file")
-            size = info["size"]
-            if size > MAX_FETCHED_BYTES:
-                raise InputError(f"it has {size} bytes, over the limit of {MAX_FETCHED_BYTES}")
-            # an empty range of bytes is an error to some buckets
-            data = files.cat_file(path, start=0, end=size) if size else b""
+        return found.result()
+    except _DeadlineError:
+        raise InputError(_too_late()) from None
     except FileNotFoundError as e:
         raise InputError("no such file") from e
     except OSError as e:
         raise InputError(f"cannot fetch it: {e}") from e
-    if len(data) != size:
-        raise InputError(f"cannot fetch it: {len(data)} bytes came of the {size} that it has")
-    return data
+
+
+def _read_object(url: str, deadline: _Deadline) -> bytes:
+    with bucket_errors(url):
+        files, path = open_bucket(url)
+        info = files.info(path)
+        if info["type"] != "file":
+            raise InputError("it is not a file")
+        size = info["size"]
+        if size > MAX_FETCHED_BYTES:
+            raise InputError(f"it has {size} bytes, over the limit of {MAX_FETCHED_BYTES}")
+        data = bytearray()
+        while len(data) < size:
+            deadline.remaining()  # nobody waits for what would come after it
+            end = min(len(data) + _OBJECT_PIECE, size)
+            piece = files.cat_file(path, start=len(data), end=end)
+            if len(piece) != end - len(data):
+                came = len(data) + len(piece)
+                raise InputError(f"cannot fetch it: {came} bytes came of the {size} that it has")
+            data += piece
+    return bytes(data)
 
 
 # --- the web ---
-
-
-class _Deadline:
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def remaining(self) -> float:
-        """Seconds; raises TimeoutError if none remain."""
-        seconds = self._end - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        return seconds
 
 
 class _Received(io.RawIOBase):
@@ -245,7 +281,7 @@ def _fetch_web(url: str, access: RemoteAccess) -> bytes:
     except (InputError, MemoryError):
         raise
     except TimeoutError:
-        raise InputError(f"cannot fetch it: not all of it came in time; the limit is {MAX_FETCH_SECONDS:g} s") from None
+        raise InputError(_too_late()) from None
     except Exception as e:  # of sockets, of TLS, of HTTP; of names that are none
         raise InputError(f"cannot fetch it: {_describe_error(e)}") from None
     raise InputError(f"cannot fetch it: over {MAX_REDIRECTS} redirects")

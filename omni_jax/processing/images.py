@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from omni_jax.errors import InputError
 from omni_jax.processing.sources import is_located, locate_source
@@ -43,6 +43,33 @@ def read_image(source: Any) -> Image.Image:
         raise
     except Exception as e:  # Pillow cannot convert some modes, and decodes a picture that it was given only now
         raise InputError(f"a picture of mode {picture.mode} cannot be brought to RGB: {e}") from e
+
+
+def find_encoded(source: Any) -> Any:
+    """Of a Pillow picture whose pixels have not been decoded, the bytes of its file; of a list of them, a list.
+
+    Anything else comes back as it is. So what is sent to another process is decoded there, and not to be sent.
+
+    Raises:
+      InputError: if the file cannot be read any more.
+    """
+    if isinstance(source, list | tuple):
+        return [_find_file(item) for item in source]
+    return _find_file(source)
+
+
+def _find_file(picture: Any) -> Any:
+    # Pillow lets go of a file when it has decoded it; another frame than the first was decoded to be found
+    if not isinstance(picture, ImageFile.ImageFile) or picture.fp is None or picture.tell():
+        return picture
+    try:
+        position = picture.fp.tell()
+        picture.fp.seek(0)
+        data = picture.fp.read()
+        picture.fp.seek(position)
+    except (OSError, ValueError) as e:  # ValueError: it has been closed
+        raise InputError(f"the file of the picture cannot be read: {e}") from e
+    return data
 
 
 def check_pixels(width: int, height: int, limit: int) -> None:

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from omni_jax import mrope
+from omni_jax.checks import check_int
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
 from omni_jax.mrope import Grid, Interleaved
-from omni_jax.processing import media
 from omni_jax.processing.audio import MelSettings, MelStream, Resampler
-from omni_jax.processing.chat import parse_messages
+from omni_jax.processing.chat import SAMPLING_RATES, parse_messages
 from omni_jax.processing.layout import AudioInput, Media, Prompt, Usage, VisionInput, audio_tokens, lay_out
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import LiveKind, Processor
@@ -103,7 +103,7 @@ class LivePrompt:
         """Sees more, see ``LiveSession.video``; returns the windows that are full now."""
         if self._video is None:
             raise InputError("this dialogue takes no pictures; begin it with video=True")
-        image = media.read_image(picture)
+        image = self._processor.read_picture(picture)
         self._video.check(image, seconds)
         self._check_room(self._num_frames_so_far, self._video.grid_with(image, seconds), self._min_tokens_after)
         self._video.push(image, seconds)
@@ -287,8 +287,7 @@ class _AudioInput:
 
     def check(self, samples: Any, rate: int) -> None:
         """Raises InputError unless this can follow what was heard before."""
-        if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or rate < 1:
-            raise InputError(f"rate is {rate!r}; it must be a whole number of samples a second")
+        check_int("rate", rate, *SAMPLING_RATES, hint="samples a second")
         if self._rate not in (0, rate):
             raise InputError(f"rate is {rate}, but the sound began at {self._rate}; give all of it at one rate")
         if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype.kind != "f":

@@ -20,7 +20,7 @@ from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.containers import EXACT_SLACK, ContainerInfo, open_media, read_info
 from omni_jax.processing.decoding import FrameCollector, SoundCollector, decode_tracks, scale_samples
 from omni_jax.processing.images import read_image
-from omni_jax.processing.sources import is_located, locate_source
+from omni_jax.processing.sources import Source, is_located, locate_source
 from omni_jax.processing.vision import FrameChoice, PixelSettings, choose_frames
 
 MAX_CHANNELS = 8  # of an array of sound
@@ -60,6 +60,24 @@ class Video:
     has_audio: bool
     sound: Sound | None = None
     num_bad_packets: int = 0
+
+
+def check_media(source: Source) -> None:
+    """Looks whether a file is media: a picture that decodes, or a file with a track of sound or pictures.
+
+    Raises:
+      InputError: if it is neither.
+    """
+    try:
+        read_image(source)
+        return
+    except InputError:
+        pass
+    try:
+        with open_media(source) as file:
+            read_info(file)
+    except InputError as e:
+        raise InputError(f"it is neither a picture, a sound nor a video: {e}") from e
 
 
 def read_video(

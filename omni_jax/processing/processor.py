@@ -6,11 +6,12 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import numpy as np
+from PIL import Image
 
 from omni_jax.checks import shown
 from omni_jax.config import OmniConfig
@@ -42,12 +43,25 @@ from omni_jax.processing.processor_config import ProcessorConfig
 from omni_jax.processing.sources import describe_source, is_located
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
 from omni_jax.processing.vision import FrameResizer, image_input, pack_frames
+from omni_jax.processing.worker_pool import WorkerStartError
 
 LiveKind: TypeAlias = Literal["audio", "video"]  # media that may come while a prompt is read
 
 _MAX_STOP_IDS = 100
-# the sizes, an item of media, ``assume_fps`` and the prompt's budget, to what ``Processor.read_media`` makes of it
-MediaReader: TypeAlias = Callable[[ProcessorConfig, MediaPart, float | None, TokenBudget], Item]
+
+
+class MediaReader(Protocol):
+    """What reads media for a processor in other processes, see ``media_workers``."""
+
+    def read_media(
+        self, settings: ProcessorConfig, part: MediaPart, assume_fps: float | None, budget: TokenBudget
+    ) -> Item:
+        """What ``Processor.read_media`` makes of an item with these settings."""
+        ...
+
+    def read_picture(self, source: Any) -> Image.Image:
+        """What ``images.read_image`` makes of a source."""
+        ...
 
 
 class Processor:
@@ -206,7 +220,7 @@ class Processor:
         return other
 
     def with_media_reader(self, media_reader: MediaReader) -> Self:
-        """The same processor, whose media are read by a function of another process, see ``media_workers``."""
+        """The same processor, whose media are read by another, see ``media_workers.isolate``."""
         other = copy.copy(self)
         other._media_reader = media_reader
         return other
@@ -275,11 +289,14 @@ class Processor:
 
         Raises:
           InputError: if it cannot be read, naming its place and the file.
+          WorkerStartError: if the processes that read it cannot be started.
         """
         try:
             if self._media_reader is not None:
-                return self._media_reader(self.settings, part, assume_fps, budget)
+                return self._media_reader.read_media(self.settings, part, assume_fps, budget)
             return self.read_media(part, assume_fps, budget)
+        except WorkerStartError:  # no fault of this item
+            raise
         except InputError as e:
             raise InputError(f"{_describe_part(part)}: {e}") from e
         except MemoryError:  # of the whole process, or of a worker, which says what its limit is
@@ -307,6 +324,13 @@ class Processor:
             budget.check(sound.tokens)
             return sound
         return self._read_video(part, assume_fps, budget)
+
+    def read_picture(self, source: Any) -> Image.Image:
+        """A picture that comes alone, decoded where media are; see ``images.read_image``, also for what is raised."""
+        # pixels are no file of a stranger's
+        if self._media_reader is None or isinstance(source, np.ndarray):
+            return read_image(source)
+        return self._media_reader.read_picture(source)
 
     def _fetch(self, part: MediaPart) -> Any:
         """The source, fetched if it is on the web or in a bucket; of a list of frames each when it is asked for."""

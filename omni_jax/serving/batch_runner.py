@@ -21,13 +21,15 @@ from omni_jax.processing.files import join_path, write_atomically
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.vision import PixelSettings
+from omni_jax.processing.worker_pool import WorkerStartError
 from omni_jax.serving.batch_lines import Line, Result, make_error, make_result, parse_line, read_custom_id
 from omni_jax.serving.chat_request import ChatRequest, confine
 from omni_jax.serving.chat_response import make_body, make_sound_file
 
 # enough to choose prompts of like length from, and to bridge a medium that takes long to decode
 _PREPARED_PER_SLOT = 4  # prompts that are prepared for each slot of the Thinker
-_MAX_BYTES = 8 << 30  # of all lines and prompts that are there at once
+_MAX_BYTES = 8 << 30  # of all lines, prompts and answers that are there at once
+_TOKEN_BYTES = 40  # of a number in a tuple of Python's
 _NUM_WRITERS = 4  # threads that write speech; a bucket takes a while
 
 
@@ -132,6 +134,7 @@ class BatchRunner:
 
         Raises:
           OutputError: if speech cannot be written.
+          WorkerStartError: if the processes that decode media cannot be started.
         """
         with ThreadPoolExecutor(_NUM_WRITERS) as writers:
             run = _Run(self, iter(lines), writers)
@@ -153,7 +156,7 @@ class _Run:
         self._preparing: dict[Future[Prompt], _ActiveRequest] = {}
         self._prepared: list[_PreparedRequest] = []
         self._running: dict[RequestState, _ActiveRequest] = {}
-        self._writing: set[Future[Result]] = set()
+        self._writing: dict[Future[Result], int] = {}  # and the bytes that are held for each
         runner.status.utilization = _utilization(self._scheduler)
 
     @property
@@ -187,6 +190,8 @@ class _Run:
                 break
             try:
                 self._prepare(line)
+            except WorkerStartError:
+                raise
             except Exception as error:  # of whatever type: it is this line's alone
                 results.append(make_error(line, read_custom_id(line), error))
         return results
@@ -196,7 +201,9 @@ class _Run:
             return False
         # a few long videos are gigabytes of patches, which are held until they are answered
         in_flight = [*self._preparing.values(), *(item.active for item in self._prepared), *self._running.values()]
-        return sum(active.num_bytes for active in in_flight) < _MAX_BYTES
+        num_bytes = sum(active.num_bytes for active in in_flight)
+        # answers wait where a bucket or a disk is slower than the model
+        return num_bytes + sum(self._writing.values()) < _MAX_BYTES
 
     def _prepare(self, line: Line) -> None:
         """Sends a line to a media process.
@@ -235,6 +242,8 @@ class _Run:
                 prompt = self._runner.media_workers.result(future)
                 if preparation != _Preparation.DONE:
                     raise InputError("its media could not be decoded on another host")
+            except WorkerStartError:
+                raise
             except Exception as error:
                 results.append(make_error(active.line, active.custom_id, error))
             else:
@@ -274,13 +283,15 @@ class _Run:
             active = self._running.pop(state)
             # of several hosts one writes; all have made the same reply
             if is_main_process():
-                self._writing.add(self._writers.submit(self._write, active, event.reply))
+                result = self._writers.submit(self._write, active, event.reply)
+                self._writing[result] = _reply_bytes(event.reply)
         self._runner.status.num_running = _num_running(self._scheduler)
 
     def _collect_written(self) -> list[Result]:
         # an OutputError comes out here, in the thread that runs the batch, and ends it
         written = [future for future in self._writing if future.done()]
-        self._writing.difference_update(written)
+        for future in written:
+            del self._writing[future]
         return [future.result() for future in written]
 
     def _write(self, active: _ActiveRequest, reply: Reply) -> Result:
@@ -332,6 +343,14 @@ def _is_speech_prompt(message: Message) -> bool:
 def _bytes_per_token(pixels: PixelSettings) -> int:
     """Of the float32 patches of a cell, which are more than the log-mel of a token of sound."""
     return 4 * 3 * pixels.temporal_patch_size * pixels.cell**2
+
+
+def _reply_bytes(reply: Reply) -> int:
+    """What a reply and the line that is made of it take, about."""
+    samples = 0 if reply.audio is None else len(reply.audio)
+    tokens = len(reply.token_ids) + len(reply.codec_ids)
+    # of a sample 4 bytes as it comes, 2 in a file, and twice 8/3 in letters, for the body and for the line
+    return 12 * samples + _TOKEN_BYTES * tokens + 8 * len(reply.text)
 
 
 def _preparation(future: Future[Prompt]) -> _Preparation:

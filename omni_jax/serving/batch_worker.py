@@ -15,7 +15,8 @@ from omni_jax.engine.request import SchedulerConfig
 from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.model import OmniModel, load
 from omni_jax.processing.fetch import RemoteAccess
-from omni_jax.processing.media_workers import MediaLimits, MediaWorkers
+from omni_jax.processing.media_workers import MediaWorkers
+from omni_jax.processing.worker_pool import MediaLimits
 from omni_jax.serving.batch_lines import Line, Result
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
 from omni_jax.sharding import MeshConfig

@@ -12,7 +12,7 @@ import tyro
 from omni_jax.engine.request import TalkerParams
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.generation.options import Options
-from omni_jax.processing.media_workers import MediaLimits
+from omni_jax.processing.worker_pool import MediaLimits
 from omni_jax.serving.batch_ray import RayOptions
 from omni_jax.sharding import MeshConfig
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from omni_jax.config import OmniConfig
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.worker_pool import MediaLimits
 from tools.tokenizer_files import write_tokenizer
 
 MEDIA = Path(__file__).parents[1] / "media"
@@ -20,3 +23,10 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     write_tokenizer(folder, config)
     config.save(folder)
     return Processor.load(folder)
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[MediaWorkers]:
+    """One that looks into media that are to be embedded; it starts when it is first asked."""
+    with MediaWorkers(None, 1, MediaLimits(seconds=8.0, gigabytes=2.0)) as pool:
+        yield pool

@@ -8,6 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+# JSON that is nested deeper than a parser of it, or what reads it, can call itself
+DEEP = "[" * 100_000
+DEEP_OBJECT = '{"a":' * 900 + "1" + "}" * 900
+
 
 def edit_json(path: Path, **changes: Any) -> None:
     """Changes values of a JSON object in a file."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from omni_jax.config import OmniConfig
@@ -17,14 +19,18 @@ from omni_jax.data.examples import Example, Prepare, Reject
 from omni_jax.data.pipeline import batches
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import ConfigError, InputError
+from omni_jax.processing import media, media_workers
 from omni_jax.processing.fetch import RemoteAccess
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.worker_pool import MediaLimits
 from omni_jax.serving.batch import check_command
 from omni_jax.serving.chat_request import confine, parse_body
 from omni_jax.serving.commands import BatchCommand
 from tests.bucket import Bucket
 from tests.security.internet import PUBLIC, ok, serve
-from tools.make_arrayrecord import Embedding, record
+from tools import make_arrayrecord
+from tools.make_arrayrecord import Embedding, record, write
 from tools.tokenizer_files import write_tokenizer
 
 PICTURE = Path(__file__).parents[1] / "media" / "picture.png"
@@ -141,39 +147,85 @@ def test_the_recipe_says_from_where(processor: Processor, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_embedded_lies_where_it_may(folder: Path, shape: Any) -> None:
-    embedded = record(make_row(folder, shape("a.png")), folder, Embedding())
+def test_what_is_embedded_lies_where_it_may(workers: MediaWorkers, folder: Path, shape: Any) -> None:
+    embedded = record(make_row(folder, shape("a.png")), folder, Embedding(), workers)
     assert b"data:application/octet-stream;base64,iVBOR" in embedded
     for name in ("../secret.png", str(folder.parent / "secret.png"), "link.png", "file:///etc/passwd"):
         with pytest.raises(InputError, match=r"is not within .*--media-root"):
-            record(make_row(folder, shape(name)), folder, Embedding())
-    record(make_row(folder, shape("../secret.png")), folder, Embedding(str(folder.parent)))
+            record(make_row(folder, shape(name)), folder, Embedding(), workers)
+    record(make_row(folder, shape("../secret.png")), folder, Embedding(str(folder.parent)), workers)
 
 
-def test_what_is_embedded_is_fetched_where_that_is_allowed(folder: Path) -> None:
+def test_what_is_embedded_is_fetched_where_that_is_allowed(workers: MediaWorkers, folder: Path) -> None:
     row = make_row(folder, SHAPES[0]("http://a.example/a.png?signature=s3cret"))
     with serve(lambda path: [ok(PICTURE.read_bytes())]) as internet:
         internet.hosts = {"a.example": [PUBLIC]}
         with pytest.raises(InputError, match="fetching from the web is off") as caught:
-            record(row, folder, Embedding())
+            record(row, folder, Embedding(), workers)
         assert "s3cret" not in str(caught.value) and not internet.requests
         allowed = Embedding(access=RemoteAccess(("a.example",), network=internet.network))
-        assert b"base64,iVBOR" in record(row, folder, allowed)
+        assert b"base64,iVBOR" in record(row, folder, allowed, workers)
 
 
 @pytest.mark.parametrize(
     "data", [b"root:x:0:0:root:/root:/bin/bash\n", b"\x89PNG\r\n\x1a\n", b"#EXTM3U\n/etc/passwd\n"]
 )
-def test_what_is_embedded_is_media(folder: Path, data: bytes) -> None:
+def test_what_is_embedded_is_media(workers: MediaWorkers, folder: Path, data: bytes) -> None:
     (folder / "a.png").write_bytes(data)
     with pytest.raises(InputError, match="it is neither a picture, a sound nor a video"):
-        record(make_row(folder, SHAPES[0]("a.png")), folder, Embedding())
+        record(make_row(folder, SHAPES[0]("a.png")), folder, Embedding(), workers)
 
 
 @pytest.mark.parametrize("name", ["picture.jpg", "speech.wav", "video.mp4", "speech2.mp3"])
-def test_media_of_all_kinds_are_embedded(folder: Path, name: str) -> None:
+def test_media_of_all_kinds_are_embedded(workers: MediaWorkers, folder: Path, name: str) -> None:
     row = make_row(folder, dialogue("<video>?", videos=[str(PICTURE.with_name(name))]))
-    assert b"base64," in record(row, folder, Embedding(str(PICTURE.parent)))
+    assert b"base64," in record(row, folder, Embedding(str(PICTURE.parent)), workers)
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("it was looked into in this process")
+
+
+def hang(*_: object) -> None:
+    time.sleep(60)
+
+
+def grow(*_: object) -> int:
+    return np.ones(4 << 30, np.uint8).nbytes
+
+
+def die(*_: object) -> None:
+    os._exit(9)
+
+
+def test_what_is_embedded_is_looked_into_within_limits(
+    workers: MediaWorkers, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "check_media", refuse)
+    for name in ("read_image", "open_media"):
+        monkeypatch.setattr(media, name, refuse)
+    row = make_row(folder, SHAPES[0]("a.png"))
+    for wrong, message in ((hang, "took over 8 s"), (grow, "over 2 GiB"), (die, "died")):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=rf"'a.png': .*{message}"):
+            patch.setattr(media_workers, "_check_media", wrong)
+            record(row, folder, Embedding(), workers)
+    assert b"base64,iVBOR" in record(row, folder, Embedding(), workers)
+    # nor does a run of its own
+    (folder / "rows.jsonl").write_text(json.dumps(SHAPES[0]("a.png")) + "\n")
+    limits = MediaLimits(seconds=30.0, gigabytes=2.0)
+    told: list[int] = []
+    write(
+        str(folder / "rows.jsonl"), folder / "out", embed=Embedding(limits=limits), progress=lambda n, _: told.append(n)
+    )
+    assert told == [0, 1]
+
+
+def test_a_file_that_is_embedded_has_the_size_of_one_that_is_fetched(
+    workers: MediaWorkers, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_arrayrecord, "MAX_FETCHED_BYTES", PICTURE.stat().st_size - 1)
+    with pytest.raises(InputError, match=r"'a\.png': it is over the limit of"):
+        record(make_row(folder, SHAPES[0]("a.png")), folder, Embedding(), workers)
 
 
 # --- requests ---

@@ -7,6 +7,7 @@ import pickle
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -376,6 +377,43 @@ def test_an_object_that_comes_in_part(gs: Bucket, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Bucket, "cat_file", lambda *_, **__: b"dat")
     with pytest.raises(InputError, match="3 bytes came of the 4 that it has"):
         fetch_source("gs://b/media/a.wav", BUCKETS)
+
+
+@pytest.mark.parametrize("method", ["info", "cat_file"])
+def test_a_bucket_that_stalls(gs: Bucket, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    gs.pipe("gs://b/media/a.wav", b"data")
+    ended = threading.Event()
+    monkeypatch.setattr(Bucket, method, lambda *_, **__: ended.wait(60))
+    monkeypatch.setattr(fetch, "MAX_FETCH_SECONDS", 0.5)
+    begin = time.monotonic()
+    with pytest.raises(InputError, match=re.escape("not all of it came in time; the limit is 0.5 s")):
+        fetch_source("gs://b/media/a.wav", BUCKETS)
+    assert time.monotonic() - begin < 5
+    ended.set()
+
+
+def test_a_trickle_of_pieces(gs: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of which comes in time; when it is over nothing more is asked for."""
+    gs.pipe("gs://b/media/a.wav", bytes(range(100)))
+    asked = []
+    original = Bucket.cat_file
+
+    def trickle(*args: Any, **kwargs: Any) -> bytes:
+        asked.append(kwargs)
+        time.sleep(0.1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(Bucket, "cat_file", trickle)
+    monkeypatch.setattr(fetch, "_OBJECT_PIECE", 30)
+    assert fetch_source("gs://b/media/a.wav", BUCKETS).contents == bytes(range(100))
+    assert [(kwargs["start"], kwargs["end"]) for kwargs in asked] == [(0, 30), (30, 60), (60, 90), (90, 100)]
+    monkeypatch.setattr(fetch, "_OBJECT_PIECE", 1)
+    monkeypatch.setattr(fetch, "MAX_FETCH_SECONDS", 0.5)
+    asked.clear()
+    with pytest.raises(InputError, match="not all of it came in time"):
+        fetch_source("gs://b/media/a.wav", BUCKETS)
+    time.sleep(0.5)
+    assert len(asked) < 10
 
 
 def test_what_buckets_raise_of_their_own(gs: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from omni_jax.processing.containers import Track
 from omni_jax.processing.decoding import SoundCollector
 from omni_jax.processing.images import IMAGE_FORMATS, read_image
 from omni_jax.processing.layout import TokenBudget
+from omni_jax.processing.live import LivePrompt
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.vision import PixelSettings, image_input, smart_nframes, video_size
 from tests.security.conftest import MEDIA
@@ -131,6 +132,14 @@ def make_wav(rate: int, channels: int, samples: int = 16_000) -> bytes:
 def test_sound_of_absurd_rates_and_channels(rate: int, channels: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         media.read_audio(make_wav(rate, channels, 2000), MEL)
+
+
+@pytest.mark.parametrize("rate", [-1, 0, 1, 999, 1_000_001, 2_000_000_000, 10**400, 16_000.0, True])
+def test_sound_that_comes_live_has_limits_of_its_rate(processor: Processor, rate: Any) -> None:
+    live = LivePrompt(processor, [], audio=True, video=False)
+    with pytest.raises(InputError, match=r"rate is .* from 1000 to 1000000"):
+        live.audio(np.zeros(100, np.float32), rate)
+    live.audio(np.zeros(100, np.float32), 16_000)
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(1000, 1), (384_000, 2), (16_000, 8)])

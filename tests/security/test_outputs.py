@@ -136,6 +136,13 @@ class TestUnfinishedFiles:
             open_own_file(tmp_path / "link")
         assert victim.read_text() == "mine"
 
+    def test_a_link_that_is_laid_after_it_was_looked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        victim = self.plant(tmp_path, "link")
+        monkeypatch.setattr(Path, "is_symlink", lambda path: False)
+        with pytest.raises(OSError, match="symbolic links"):
+            open_own_file(tmp_path / "link")
+        assert victim.read_text() == "mine"
+
     def test_nothing_is_left_of_what_fails(self, tmp_path: Path) -> None:
         (tmp_path / "folder").mkdir()
         with pytest.raises(OSError):

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import tracemalloc
 import types
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from omni_jax.engine.outputs import Event, Reply
 from omni_jax.errors import InputError
+from omni_jax.processing import worker_pool
+from omni_jax.processing.layout import Prompt, Usage
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.worker_pool import MediaLimits, PreparationError, WorkerStartError
 from omni_jax.serving import batch_lines, batch_runner, chat_request
 from omni_jax.serving.batch_lines import Line, make_error, parse_line, read_custom_id, read_lines
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
 from omni_jax.serving.chat_request import confine
 from tests.security.conftest import MEDIA
+from tests.security.test_isolation import Unpickled
 from tests.serving import requests
 
 BODY_FIELDS = sorted({*chat_request._READERS, *chat_request._NEUTRAL, *chat_request._IGNORED, "messages"})
@@ -195,8 +204,8 @@ class WaitingWorkers:
         return Future()
 
 
-def make_runner(processor: Processor) -> BatchRunner:
-    scheduler = types.SimpleNamespace(busy=True, num_waiting=0, num_running=0, utilization=None, step=list)
+def make_runner(processor: Processor, workers: Any = None) -> BatchRunner:
+    scheduler = types.SimpleNamespace(busy=workers is None, num_waiting=0, num_running=0, utilization=None, step=list)
     model: Any = types.SimpleNamespace(
         config=processor.config,
         processor=processor,
@@ -204,7 +213,7 @@ def make_runner(processor: Processor) -> BatchRunner:
         scheduler=lambda config: scheduler,
     )
     locations = FileLocations(str(MEDIA), str(MEDIA))
-    workers: Any = WaitingWorkers()
+    workers = workers or WaitingWorkers()
     config: Any = types.SimpleNamespace(thinker_slots=16)
     return BatchRunner(model, "m", workers, config, locations, RunStatus())
 
@@ -241,3 +250,147 @@ def test_bytes_in_flight_are_counted_whole(processor: Processor, monkeypatch: py
     # one is always taken, however large
     monkeypatch.setattr(batch_runner, "_MAX_BYTES", 1)
     assert count_taken(runner, picture) == 1
+
+
+class FinishedScheduler:
+    """Answers whatever it is given at its next step, with seconds of speech."""
+
+    utilization = None
+    num_waiting = num_running = 0
+
+    def __init__(self, seconds: int) -> None:
+        self.submitted: list[object] = []
+        self._seconds = seconds
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.submitted)
+
+    def submit(self, *_: Any) -> object:
+        self.submitted.append(object())
+        return self.submitted[-1]
+
+    def step(self) -> list[tuple[object, Event]]:
+        states, self.submitted = self.submitted, []
+        sound = np.zeros(24_000 * self._seconds, np.float32)
+        reply = Reply("hi", (1, 2), "stop", Usage(), audio=sound)
+        return [(state, Event(reply=reply)) for state in states]
+
+
+class ReadyWorkers:
+    """Media processes that are done at once."""
+
+    def submit(self, *_: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(Prompt(np.zeros(4, np.int32), (), (), np.full(4, -1, np.int32), np.zeros(4, np.int32), Usage()))
+        return done
+
+    def result(self, future: Future[Any]) -> Any:
+        return future.result()
+
+
+def test_answers_that_wait_to_be_written_are_counted(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the disk or the bucket is slower than the model, no more lines are taken; once all is written, they are."""
+    seconds = 10
+    runner = make_runner(processor, ReadyWorkers())
+    scheduler = FinishedScheduler(seconds)
+    runner.model.scheduler = lambda config: scheduler  # type: ignore[method-assign, assignment]
+    runner.model.submit = scheduler.submit  # type: ignore[method-assign, assignment]
+    runner.locations = FileLocations(str(MEDIA), str(MEDIA), str(tmp_path))
+    open_gate = threading.Event()
+    monkeypatch.setattr(batch_runner, "_write_file", lambda path, data: open_gate.wait(60))
+    # room for the answers of three lines
+    monkeypatch.setattr(batch_runner, "_MAX_BYTES", 3 * 12 * 24_000 * seconds)
+    taken = []
+
+    def give() -> Any:
+        for number in range(1, 201):
+            taken.append(number)
+            yield Line(number, requests.line(f"{number}", "hi").encode())
+
+    with ThreadPoolExecutor(4) as writers:
+        run = batch_runner._Run(runner, give(), writers)
+        try:
+            for _ in range(6):
+                assert run.step() == []
+            assert len(taken) == runner.max_prepared
+            held = sum(run._writing.values())
+            assert held > len(run._writing) * 24_000 * seconds * (4 + 2)
+        finally:
+            open_gate.set()
+        results = []
+        while not run.finished:
+            results += run.step()
+    assert len(results) == 200 and not any(result.failed for result in results)
+
+
+class FailingScheduler(FinishedScheduler):
+    """Raises for every third request that it is given, and cannot answer the next one."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self._count = 0
+        self._unanswered: set[object] = set()
+
+    def submit(self, *args: Any) -> object:
+        self._count += 1
+        if self._count % 3 == 1:
+            raise ZeroDivisionError("of some library")
+        state = super().submit(*args)
+        if self._count % 3 == 2:
+            self._unanswered.add(state)
+        return state
+
+    def step(self) -> list[tuple[object, Event]]:
+        events = []
+        for state, event in super().step():
+            failed = Event(reply=Reply.from_error(RuntimeError("out of memory")))
+            events.append((state, failed if state in self._unanswered else event))
+        return events
+
+
+class FailingWorkers(ReadyWorkers):
+    """Fail for every fourth request, as they begin or when they are done."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def submit(self, *_: Any) -> Future[Any]:
+        self._count += 1
+        if self._count % 8 == 1:
+            raise OverflowError("of some library")
+        future = super().submit()
+        if self._count % 8 == 5:
+            future = Future()
+            future.set_exception(PreparationError("of some library"))
+        return future
+
+
+def test_whatever_a_stage_raises_costs_its_line(processor: Processor) -> None:
+    scheduler = FailingScheduler()
+    runner = make_runner(processor, FailingWorkers())
+    runner.model.scheduler = lambda config: scheduler  # type: ignore[method-assign, assignment]
+    runner.model.submit = scheduler.submit  # type: ignore[method-assign, assignment]
+    lines = [Line(number, requests.line(f"{number}", "hi").encode()) for number in range(1, 97)]
+    results = [json.loads(result.text) for result in runner.run(lines)]
+    assert sorted(int(values["custom_id"]) for values in results) == list(range(1, 97))
+    told: dict[str, int] = {}
+    for values in results:
+        message = (values["error"] or {"message": ""})["message"].partition(":")[0]
+        told[message] = told.get(message, 0) + 1
+    assert told == {"OverflowError": 12, "PreparationError": 12, "ZeroDivisionError": 24, "RuntimeError": 24, "": 24}
+
+
+def test_a_run_ends_where_no_worker_gets_ready(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of its lines, each of which would get an error as its result."""
+    monkeypatch.setattr(worker_pool, "MAX_START_SECONDS", 2.0)
+    hanging: Any = Unpickled(time.sleep, 60)
+    lines = [Line(number, requests.line(f"{number}", "hi").encode()) for number in range(1, 4)]
+    with MediaWorkers(hanging, 1, MediaLimits()) as workers:
+        with pytest.raises(WorkerStartError, match="cannot be started"):
+            list(make_runner(processor, workers).run(lines))
+        # nor do those get one that come after it
+        with pytest.raises(WorkerStartError, match="cannot be started"):
+            list(make_runner(processor, workers).run(lines))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import omni_jax
-from omni_jax.processing.media_workers import MediaLimits, MediaWorkers
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.worker_pool import MediaLimits
 
 MEDIA_SECONDS = 8.0  # that a request's media may take
 

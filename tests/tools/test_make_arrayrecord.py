@@ -18,7 +18,9 @@ from omni_jax.config import OmniConfig
 from omni_jax.data.examples import Example, Prepare
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
+from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.worker_pool import MediaLimits
 from tools import make_arrayrecord
 from tools.make_arrayrecord import Embedding, record, write
 from tools.tokenizer_files import write_tokenizer
@@ -113,9 +115,10 @@ def test_names_with_colons_are_paths(rows: Path, tmp_path: Path) -> None:
     (rows.parent / "media" / "speech.wav").rename(sound)
     rows.write_text(json.dumps(talk("<audio>?", audios=[sound.name])))
     (row,) = open_rows(str(rows))
-    moved = json.loads(record(row, rows.parent, embed=None))
+    workers = MediaWorkers(None, 1, MediaLimits())
+    moved = json.loads(record(row, rows.parent, None, workers))
     assert moved["audios"] == ["call-12:30.wav"]
-    moved = json.loads(record(row, tmp_path, embed=None))
+    moved = json.loads(record(row, tmp_path, None, workers))
     assert moved["audios"] == ["in/call-12:30.wav"]
-    (embedded,) = json.loads(record(row, tmp_path, embed=Embedding()))["audios"]
+    (embedded,) = json.loads(record(row, tmp_path, Embedding(), workers))["audios"]
     assert base64.b64decode(embedded.partition(",")[2]) == sound.read_bytes()
