@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
+from omni_jax.checks import INT32_MAX, shown
 from omni_jax.errors import CheckpointError
 from omni_jax.plain_files import read_file
 
@@ -21,6 +23,7 @@ class TextTokenizer:
     def __init__(self, description: str) -> None:
         """Takes the contents of ``tokenizer.json``."""
         values = json.loads(description)
+        _check_added_tokens(values["added_tokens"])
         self._special = {token["content"]: token["id"] for token in values["added_tokens"]}
         # some added tokens, such as <tool_call>, are not special: they stay in the text of a reply
         self._hidden = {token["id"] for token in values["added_tokens"] if token["special"]}
@@ -101,6 +104,17 @@ class TextTokenizer:
     @cached_property
     def _names(self) -> dict[int, str]:
         return {token: name for name, token in self._special.items()}
+
+
+def _check_added_tokens(tokens: Any) -> None:
+    """Raises ValueError unless each has a text, an id and whether it is special; no library looks at them here."""
+    for token in tokens:
+        text, number, special = (token[name] for name in ("content", "id", "special"))
+        is_id = type(number) is int and 0 <= number <= INT32_MAX
+        if not isinstance(text, str) or not text or not is_id or not isinstance(special, bool):
+            raise ValueError(
+                f"added_tokens has {shown(token)}; it must have a content, an id and special: true or false"
+            )
 
 
 def replace_surrogates(text: str) -> str:

@@ -287,6 +287,8 @@ def _use_processor(processor: Processor) -> None:
         {"role": "user", "content": [{"type": "text", "text": "b <|im_end|>"}]},
     ]
     prompt = processor(messages)
+    vocab_size = processor.config.thinker_config.text_config.vocab_size
+    assert 0 <= prompt.tokens.min() <= prompt.tokens.max() < vocab_size, "a token outside of the vocabulary"
     processor.decode(prompt.tokens.tolist())
 
 
