@@ -16,8 +16,10 @@ from typing import Any, Self
 from omni_jax.checks import shown
 from omni_jax.config_file import (
     CONFIG_FILE,
+    MAX_ITEMS,
     ConfigSection,
     check_divides,
+    check_lengths,
     read_config_file,
     to_transformers_4,
     write_config_file,
@@ -315,6 +317,20 @@ class DiTConfig(ConfigSection):
     enc_res2net_scale: int = 2  # parts that a block's channels are split into
     enc_se_channels: int = 64
 
+    def __post_init__(self) -> None:
+        where = "dit_config"
+        check_lengths(
+            where,
+            enc_channels=self.enc_channels,
+            enc_kernel_sizes=self.enc_kernel_sizes,
+            enc_dilations=self.enc_dilations,
+        )
+        between = self.enc_channels[1:-1]
+        for channels in between:
+            check_divides(where, "enc_res2net_scale", self.enc_res2net_scale, "enc_channels", channels)
+        if not between or sum(between) != self.enc_channels[-1]:
+            raise ConfigError(f"{where}: the last of enc_channels {self.enc_channels} must be those before it together")
+
     @classmethod
     def tiny(cls, **changes: Any) -> DiTConfig:
         sizes: dict[str, Any] = dict(
@@ -338,6 +354,24 @@ class BigVGANConfig(ConfigSection):
     upsample_kernel_sizes: tuple[int, ...] = (11, 7, 4, 4, 4, 4)
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)  # of each stage's residual blocks, whose mean it takes
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+
+    def __post_init__(self) -> None:
+        where = "bigvgan_config"
+        check_lengths(where, upsample_rates=self.upsample_rates, upsample_kernel_sizes=self.upsample_kernel_sizes)
+        blocks = self.resblock_dilation_sizes
+        check_lengths(where, resblock_kernel_sizes=self.resblock_kernel_sizes, resblock_dilation_sizes=blocks)
+        stages = 2 ** len(self.upsample_rates)
+        check_divides(
+            where,
+            "2 to the number of upsample_rates =",
+            stages,
+            "upsample_initial_channel",
+            self.upsample_initial_channel,
+        )
+        # each of them is two convolutions in each stage
+        num_rounds = sum(len(dilations) for dilations in blocks)
+        if num_rounds > MAX_ITEMS:
+            raise ConfigError(f"{where}: resblock_dilation_sizes has {num_rounds} items; it may have {MAX_ITEMS}")
 
     @classmethod
     def tiny(cls, **changes: Any) -> BigVGANConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -56,7 +56,7 @@ _LARGEST = {
     "upsample_rates": 64,
     **dict.fromkeys(("upsample_kernel_sizes", "resblock_kernel_sizes", "resblock_dilation_sizes"), 256),
 }
-_MAX_ITEMS = 64  # of a list
+MAX_ITEMS = 64  # of a list
 
 
 class ConfigSection:
@@ -115,6 +115,18 @@ def check_divides(where: str, part: str, part_size: int, total: str, total_size:
     """
     if part_size <= 0 or total_size % part_size:
         raise ConfigError(f"{where}: {part} {part_size} does not divide {total} {total_size}")
+
+
+def check_lengths(where: str, **lists: Sequence[Any]) -> None:
+    """Checks that lists which go together, given by their names, have as many items, and at least one.
+
+    Raises:
+      ConfigError: naming them, and how many each has.
+    """
+    lengths = {name: len(items) for name, items in lists.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ConfigError(f"{where}: these lists must have as many items, and at least one: {found}")
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -196,8 +208,8 @@ def _decode_value(kind: Any, value: Any, where: str, largest: int) -> Any:
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, got {shown(value)}")
-        if len(value) > _MAX_ITEMS:
-            raise ConfigError(f"{where} has {len(value)} items; it may have {_MAX_ITEMS}")
+        if len(value) > MAX_ITEMS:
+            raise ConfigError(f"{where} has {len(value)} items; it may have {MAX_ITEMS}")
         item_kind = typing.get_args(kind)[0]
         return tuple(_decode_value(item_kind, item, where, largest) for item in value)
     # Python takes false for 0 and true for 1; a file that mixes them up is wrong

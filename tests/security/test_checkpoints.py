@@ -358,6 +358,24 @@ class TestConfigs:
             OmniConfig.from_dict(replaced(TINY.to_dict(), path, [1] * 100_000))
 
     @pytest.mark.parametrize(
+        ("section", "key", "value"),
+        [
+            ("bigvgan_config", "resblock_dilation_sizes", [[1, 3, 5]]),
+            ("bigvgan_config", "resblock_dilation_sizes", [[1] * 64, [1] * 64]),
+            ("bigvgan_config", "upsample_rates", []),
+            ("bigvgan_config", "upsample_kernel_sizes", [4]),
+            ("bigvgan_config", "upsample_initial_channel", 6),
+            ("dit_config", "enc_dilations", [1, 2]),
+            ("dit_config", "enc_channels", []),
+            ("dit_config", "enc_channels", [16, 16, 16, 16, 32]),
+            ("dit_config", "enc_res2net_scale", 0),
+        ],
+    )
+    def test_lists_that_go_together(self, section: str, key: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=section):
+            OmniConfig.from_dict(replaced(TINY.to_dict(), ("token2wav_config", section, key), value))
+
+    @pytest.mark.parametrize(
         "values",
         [
             {"n_fft": 2**31},
@@ -460,6 +478,15 @@ def test_added_tokens_are_texts_with_ids(published: Path, change: dict[str, Any]
     edit_json(published / "tokenizer.json", added_tokens=values["added_tokens"])
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer: added_tokens has"):
         Processor.load(published)
+
+
+def test_half_a_surrogate_pair_in_a_preprocessor(published: Path, tmp_path: Path) -> None:
+    preprocessor = json.loads((published / "preprocessor_config.json").read_text())
+    sections = {"feature_extractor": preprocessor, "image_processor": {"image_processor_type": "\ud800"}}
+    (published / "processor_config.json").write_text(json.dumps(sections))
+    convert.to_jax(published, tmp_path / "model", components=["thinker"])
+    values = json.loads((tmp_path / "model" / "preprocessor_config.json").read_bytes().decode())
+    assert values["image_processor_type"] == "\ud800"
 
 
 def test_tokens_outside_of_the_vocabulary(published: Path) -> None:
