@@ -192,7 +192,6 @@ def _trace_sample(tally: Tally, name: Name, options: Options) -> None:
     tally.traced_cases = sample.traced_cases
     tally.fault_counts.update(sample.fault_counts)
     tally.faults += sample.faults
-    tally.seconds += sample.seconds
 
 
 # --- what is told at the end ---

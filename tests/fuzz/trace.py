@@ -20,9 +20,10 @@ from typing import Any
 
 _SOURCE_SUFFIXES = (".py", ".pyc", ".so")
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# what the C library, OpenMP and FFmpeg look at; nothing in them is anybody's secret
+# what the C library, OpenMP, FFmpeg and OpenSSL look at: clocks, processors, libraries, certificates of authorities
 _SYSTEM_FILES = re.compile(
-    r"/dev/(null|urandom)|/etc/(localtime|ld\.so\.cache|ssl/openssl\.cnf)|/usr/share/zoneinfo/.*|/usr/lib/ssl/.*"
+    r"/dev/(null|urandom)|/etc/(localtime|ld\.so\.cache)|/usr/share/zoneinfo/.*"
+    r"|/etc/(ssl|pki)/(tls/)?(certs|openssl\.cnf)(/.*)?|/usr/(lib/ssl|share/ca-certificates)/.*"
     r"|/proc/(self|\d+)/(statm|stat|status|maps|task/\d+/comm|cgroup|mountinfo)|/proc/(meminfo|stat|cpuinfo)"
     r"|/proc/sys/vm/.*|/sys/devices/system/(cpu|node)(/.*)?|/sys/fs/cgroup/.*|(/usr)?/lib(/[\w.+-]+)*\.so[\w.]*"
 )
