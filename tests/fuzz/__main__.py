@@ -95,7 +95,8 @@ def main(options: Options) -> int:
         return 2
     names: list[Name] = list(PLANS) if options.command == "all" else [options.command]
     options.out.mkdir(parents=True, exist_ok=True)
-    tallies = []
+    tallies: list[Tally] = []
+    problem = None
     try:
         for name in names:
             tally = run_command(name, PLANS[name], options)
@@ -105,12 +106,14 @@ def main(options: Options) -> int:
             tallies.append(tally)
             print_errors(tally, console)
     except SeedError as e:
-        console.print(f"nothing was found out: {e}")
-        return 2
+        problem = e
     print_table(tallies, console)
     if not options.strace and not has_strace:
         console.print("strace is not installed: files that C libraries open by themselves were not traced")
-    return _print_complaints(tallies, options, console)
+    code = _print_complaints(tallies, options, console)
+    if problem is not None:
+        console.print(f"FAILED, and what comes after it was not run: {problem}")
+    return code if problem is None else 2
 
 
 def run_command(name: Name, plan: Plan, options: Options) -> Tally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -221,7 +222,7 @@ def _change_value(rng: random.Random, value: Any) -> Any:
         return not value
     if isinstance(value, int) and abs(value) < 2**200:  # one of many digits is as odd as it can be
         return rng.choice((value + 1, value - 1, -value, value * 2, value * 1000, value // 2, float(value), str(value)))
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isfinite(value):
         return rng.choice((value * 1e30, -value, value / 1e30, 0.0, round(value)))
     if isinstance(value, str):
         place = rng.randint(0, len(value))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_SOURCE_SUFFIXES = (".py", ".pyc", ".so")
+_MODULE = re.compile(r".*\.(py|pyc|so(\.[\d.]+)?)")
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # what the C library, OpenMP, FFmpeg and OpenSSL look at: clocks, processors, libraries, certificates of authorities
 _SYSTEM_FILES = re.compile(
@@ -73,7 +73,7 @@ class Rules:
             return path == "/dev/null"
         if any(_is_within(path, folder) for folder in self.readable) or _SYSTEM_FILES.fullmatch(path):
             return True
-        is_module = path.endswith(_SOURCE_SUFFIXES) or os.path.isdir(path)
+        is_module = _MODULE.fullmatch(path) is not None or os.path.isdir(path)
         return is_module and any(_is_within(path, folder) for folder in self.libraries)
 
 
