@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from omni_jax.checks import INT32_MAX, shown
-from omni_jax.errors import CheckpointError
+from omni_jax.errors import CheckpointError, InputError
 from omni_jax.plain_files import read_file
 
 
@@ -30,7 +31,8 @@ class TextTokenizer:
         # without its added tokens the tokenizer reads their names as the letters they are made of; truncation and
         # padding, which a file keeps of the program that wrote it, would cut or fill prompts without a word
         unused = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**values, **unused}))
+        with _library_errors("it cannot be read"):
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps({**values, **unused}))
         # the longest first, as an alternative of a pattern wins over those after it; (?!) never matches
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
         self._special_name = re.compile("|".join(names) or r"(?!)")
@@ -65,6 +67,9 @@ class TextTokenizer:
 
         Args:
           pieces: each a text and whether it is trusted.
+
+        Raises:
+          InputError: if the file's rules make the library fail at this text.
         """
         ids: list[int] = []
         waiting: list[str] = []  # text since the last special token, which is split as one
@@ -84,7 +89,8 @@ class TextTokenizer:
     def _encode_plain(self, texts: Sequence[str]) -> list[int]:
         # the library refuses half a surrogate pair, which JSON can hold
         text = replace_surrogates("".join(texts))
-        return self._plain.encode(text, add_special_tokens=False).ids if text else []
+        with _library_errors("the tokenizer cannot split this text"):
+            return self._plain.encode(text, add_special_tokens=False).ids if text else []
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens and ids without a name give none, broken characters become U+FFFD."""
@@ -104,6 +110,20 @@ class TextTokenizer:
     @cached_property
     def _names(self) -> dict[int, str]:
         return {token: name for name, token in self._special.items()}
+
+
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Whatever the library raises within, of which a file from anywhere may be the reason, is an InputError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as e:
+        # a panic of Rust is no Exception, and its type cannot be imported
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what}: {type(e).__name__}: {e}") from e
 
 
 def _check_added_tokens(tokens: Any) -> None:
