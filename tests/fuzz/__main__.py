@@ -57,7 +57,7 @@ PLANS: dict[Name, Plan] = {
     "media": Plan("tests.fuzz.media_targets:Media", 9_000, 900, 40),
     "batch": Plan("tests.fuzz.batch_target:Batch", 20_000, 1200, 40),
     "voices": Plan("tests.fuzz.checkpoint_targets:Voices", 20_000, 600, 5),
-    "folders": Plan("tests.fuzz.checkpoint_targets:Folders", 5_000, 900, 25),
+    "folders": Plan("tests.fuzz.checkpoint_targets:Folders", 5_000, 1500, 25),
 }
 
 
@@ -126,7 +126,7 @@ def run_command(name: Name, plan: Plan, options: Options) -> Tally:
     count = 1 if options.case is not None else options.count or plan.count
     processes = 1 if options.strace else min(options.processes, count)
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=options.out)).resolve()
-    spec = Spec(plan.target, options.seed, plan.case_seconds, folder, marks=options.strace)
+    spec = Spec(plan.target, options.seed, plan.case_seconds, folder, is_traced=options.strace)
     tally = Tally(name, count)
     begin = time.monotonic()
     try:

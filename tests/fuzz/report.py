@@ -104,18 +104,18 @@ def print_table(tallies: Sequence[Tally], console: Console) -> None:
     rows: list[tuple[str, list[str]]] = [
         ("cases", [f"{tally.count:,}" for tally in tallies]),
         ("accepted", [f"{tally.kinds['accepted']:,}" for tally in tallies]),
-        ("refused by an error of ours", [f"{tally.kinds['refused']:,}" for tally in tallies]),
+        ("refused, errors of ours", [f"{tally.kinds['refused']:,}" for tally in tallies]),
         ("foreign exceptions", [str(tally.kinds["foreign"]) for tally in tallies]),
         ("processes that died", [str(tally.kinds["crash"]) for tally in tallies]),
-        ("cases over their limit of time", [str(tally.kinds["hang"]) for tally in tallies]),
+        ("over the limit of time", [str(tally.kinds["hang"]) for tally in tallies]),
         ("slowest case", [_describe_slowest(tally) for tally in tallies]),
         ("growth of memory", [f"{tally.growth / 2**20:.0f} MiB" for tally in tallies]),
-        ("files opened, folders listed", [f"{tally.num_opens:,}" for tally in tallies]),
+        ("opens of files and folders", [f"{tally.num_opens:,}" for tally in tallies]),
         ("of these not allowed", [str(tally.fault_counts["opens"]) for tally in tallies]),
         ("connections attempted", [f"{tally.num_connections:,}" for tally in tallies]),
         ("to addresses not public", [str(tally.fault_counts["connections"]) for tally in tallies]),
         ("programs started, pickles", [str(tally.fault_counts["programs"]) for tally in tallies]),
-        ("system calls traced of", [_describe_traced(tally) for tally in tallies]),
+        ("system calls traced", [_describe_traced(tally) for tally in tallies]),
         ("time", [f"{tally.seconds:.0f} s" for tally in tallies]),
         ("cases a second", [f"{tally.count / max(tally.seconds, 1e-9):.0f}" for tally in tallies]),
     ]
@@ -126,7 +126,7 @@ def print_table(tallies: Sequence[Tally], console: Console) -> None:
 
 def _describe_slowest(tally: Tally) -> str:
     slowest = tally.slowest
-    return "" if slowest is None else f"{slowest.seconds:.2f} s (case {slowest.number})"
+    return "" if slowest is None else f"{slowest.seconds:.2f} s"
 
 
 def _describe_traced(tally: Tally) -> str:

@@ -43,7 +43,7 @@ class Spec:
       case_seconds: limit of one case.
       gigabytes: of memory (GiB) that a process may take beyond what it has before its first case.
       folder: for the files of targets.
-      marks: whether cases are to be told from each other in a list of system calls.
+      is_traced: whether cases are to be told from each other in a list of system calls.
       grace: seconds after the limit of a case before its process is killed.
     """
 
@@ -52,7 +52,7 @@ class Spec:
     case_seconds: float
     folder: Path
     gigabytes: float = 8.0
-    marks: bool = False
+    is_traced: bool = False
     grace: float = 5.0
 
 
@@ -123,7 +123,7 @@ def run_cases(spec: Spec, numbers: range, connection: Connection) -> None:
         return
     _limit_memory(spec.gigabytes)
     target.trace = Trace(target.rules)
-    if spec.marks:
+    if spec.is_traced:
         rules = json.dumps({"writable": target.rules.writable, "readable": target.rules.readable})
         (target.folder / RULES_FILE).write_text(rules, encoding="utf-8")
     gc.collect()
@@ -167,7 +167,7 @@ def _run_case(spec: Spec, target: Target, case: Case, number: int) -> Outcome:
     assert target.trace is not None
     kind: Kind = "accepted"
     error = detail = ""
-    if spec.marks:
+    if spec.is_traced:
         mark(f"begin-{number}")
     target.trace.begin()
     begin = time.perf_counter()
@@ -184,7 +184,7 @@ def _run_case(spec: Spec, target: Target, case: Case, number: int) -> Outcome:
         signal.setitimer(signal.ITIMER_REAL, 0)
     seconds = time.perf_counter() - begin
     observed = target.trace.end()
-    if spec.marks:
+    if spec.is_traced:
         mark("end")
     if seconds > spec.case_seconds and kind != "hang":  # something has swallowed the alarm
         kind, error = "hang", f"over {spec.case_seconds:g} s"

@@ -93,7 +93,7 @@ def make_wav(samples: np.ndarray, width: int) -> bytes:
     return file.getvalue()
 
 
-# of each file: the format, the encoder of its pictures, that of its sound, and the layout of its samples
+# of each file: the format, the encoder of its pictures, and that of its sound
 _FORMATS: dict[str, tuple[str, str | None, str | None]] = {
     "wav-float": ("wav", None, "pcm_f32le"),
     "wav-24": ("wav", None, "pcm_s24le"),
@@ -135,7 +135,7 @@ def make_media() -> dict[str, bytes]:
     tone = np.sin(np.arange(round(SAMPLE_SECONDS * _RATE)) / 7) * 0.5
     files = {
         "wav-16": make_wav((tone * 32767).astype(np.int16), 2),
-        "wav-stereo": make_wav(np.stack([tone, -tone], 1).__mul__(32767).astype(np.int16), 2),
+        "wav-stereo": make_wav((np.stack([tone, -tone], 1) * 32767).astype(np.int16), 2),
         "wav-8": make_wav((tone * 127 + 128).astype(np.uint8), 1),
     }
     for name, (kind, picture_codec, sound_codec) in _FORMATS.items():
