@@ -2,6 +2,7 @@
 # make train-demo   trains a tiny random model in the paper's four stages, each from the last one's end
 # make test         every test, with PyTorch as the oracle; needs nothing done before
 # make test-long    what takes longer: whole runs of the benchmarks, and parity again with programs as users compile them
+# make fuzz         154,000 mutants of pictures, sounds, videos, requests and checkpoints; 20 to 40 minutes on two cores
 # make test-aot     compiles programs of the whole 7B for TPUs, some minutes each; no TPU is needed
 # make check        lint, format and types
 # make test-newest  the tests that need neither PyTorch nor the TPU compiler, on Python 3.12 with the newest jax and flax
@@ -36,7 +37,7 @@ OLD_LOOPS = from importlib.metadata import version; \
 	print('--xla_cpu_use_fusion_emitters=false' if version('jaxlib').split('.') < ['0', '12'] else '')
 QUICKLY = JAX_DISABLE_MOST_OPTIMIZATIONS=true XLA_FLAGS=$$($(1)/python -c "$(OLD_LOOPS)")
 
-.PHONY: demo train-demo test test-long test-aot check test-newest clean
+.PHONY: demo train-demo test test-long fuzz test-aot check test-newest clean
 
 demo: $(VENV)/installed-run
 ifdef MODEL
@@ -65,6 +66,10 @@ test: $(VENV)/installed-test
 test-long: $(VENV)/installed-test
 	$(BIN)/python $(PYTEST) -m long
 	$(BIN)/python $(PYTEST) $$(find tests -name '*_parity.py')
+
+# one of the commands alone, or a single case: python -m tests.fuzz --help
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -m tests.fuzz all
 
 test-aot: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m aot tests/tools/test_aot.py

@@ -19,6 +19,7 @@ _CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # A URL within a text: scheme and slashes, user and password, host and path, query and fragment. A scheme is short, so
 # that no text takes long to search.
 _URL = re.compile(r"(?i)(https?:/*|\b[a-z][a-z0-9+.-]{0,15}:/+)([^\s/?#'\"]*@)?([^\s?#'\"]*)([?#][^\s'\"]*)?")
+_INNER_USER = re.compile(r"//[^\s/?#'\"]*@")  # of a URL in the path of another, as proxies and archives have it
 
 
 def check_int(name: str, value: Any, low: int, high: int = INT32_MAX, hint: str = "") -> int:
@@ -104,6 +105,7 @@ def redact(text: str) -> str:
 
 def _without_secrets(url: re.Match[str]) -> str:
     scheme, user, place, query = url.groups()
+    place = _INNER_USER.sub("//...@", place)
     return f"{scheme}{'...@' if user else ''}{place}{f'{query[0]}...' if query else ''}"
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 from omni_jax.checks import shown
 from omni_jax.config_file import (
     CONFIG_FILE,
+    MAX_ITEMS,
     ConfigSection,
     check_divides,
     check_lengths,
@@ -365,6 +366,10 @@ class BigVGANConfig(ConfigSection):
         check_divides(
             where, "2 to the number of stages,", halves, "upsample_initial_channel", self.upsample_initial_channel
         )
+        # each of them is two convolutions in each stage
+        num_rounds = sum(map(len, dilations))
+        if num_rounds > MAX_ITEMS:
+            raise ConfigError(f"{where}: resblock_dilation_sizes has {num_rounds} items; it may have {MAX_ITEMS}")
 
     @classmethod
     def tiny(cls, **changes: Any) -> BigVGANConfig:

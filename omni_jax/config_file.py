@@ -56,7 +56,7 @@ _LARGEST = {
     "upsample_rates": 64,
     **dict.fromkeys(("upsample_kernel_sizes", "resblock_kernel_sizes", "resblock_dilation_sizes"), 256),
 }
-_MAX_ITEMS = 64  # of a list
+MAX_ITEMS = 64  # of a list
 
 # Sizes, counts and rates are at least 1: what has none of something is divided by it, or has no layers to run. These
 # may be 0: numbers of layers, and of frequencies that rotate by an axis; and ids.
@@ -213,8 +213,8 @@ def _decode_value(kind: Any, value: Any, where: str, limits: tuple[int, int]) ->
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, got {shown(value)}")
-        if len(value) > _MAX_ITEMS:
-            raise ConfigError(f"{where} has {len(value)} items; it may have {_MAX_ITEMS}")
+        if len(value) > MAX_ITEMS:
+            raise ConfigError(f"{where} has {len(value)} items; it may have {MAX_ITEMS}")
         item_kind = typing.get_args(kind)[0]
         return tuple(_decode_value(item_kind, item, where, limits) for item in value)
     # Python takes false for 0 and true for 1; a file that mixes them up is wrong

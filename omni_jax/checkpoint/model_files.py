@@ -179,4 +179,6 @@ def _rename_special_tokens(folder: Path) -> None:
 
 
 def _write_object(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    # half a surrogate pair, which JSON may hold and UTF-8 not, becomes JSON's own escape for it
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

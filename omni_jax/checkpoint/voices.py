@@ -241,7 +241,10 @@ def _parse_array(data: bytes) -> np.ndarray:
     file = io.BytesIO(data)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("an array of an unknown version")
-    shape, is_transposed, dtype = np.lib.format.read_array_header_1_0(file)
+    try:
+        shape, is_transposed, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as e:  # a header is a piece of Python; tokenizer, parser and dtypes raise errors of many types
+        raise ValueError(f"an array whose header cannot be read: {type(e).__name__}: {e}") from e
     # an array of objects would be a pickle, which may run a program
     if dtype.kind not in "fiU" or is_transposed:
         raise ValueError(f"an array of {dtype}")

@@ -17,7 +17,9 @@ damaged.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,6 +126,30 @@ def open_media(source: Source) -> Iterator[BinaryIO]:
             raise InputError(f"cannot decode it: {type(e).__name__}: {e}") from e
 
 
+class _MediaFile:
+    """A file as PyAV reads it, where only the first seek to where nothing can be is an exception.
+
+    A damaged file may ask for many of them. PyAV keeps the last exception, and prints the traceback of every other.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._has_failed = False
+        self.read = file.read
+        self.tell = file.tell
+        # the ending of a file's name is a hint at what it is; bytes have none
+        self.name = getattr(file, "name", "<none>")
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):
+            if not self._has_failed:
+                self._has_failed = True
+                raise
+            return -errno.EINVAL
+
+
 def open_container(file: BinaryIO) -> InputContainer:
     """A demuxer at the beginning of an open file, whose decoders make no frames that are far too large."""
     file.seek(0)
@@ -133,7 +159,7 @@ def open_container(file: BinaryIO) -> InputContainer:
     # without the list, ffmpeg guesses among all formats that it has, playlists of other files included; the options of
     # decoders are for those that look into the file as it is opened
     options = {"format_whitelist": CONTAINER_FORMATS, **decoder_options}
-    container = av.open(file, "r", options=options, **_TAG_OPTIONS)
+    container = av.open(_MediaFile(file), "r", options=options, **_TAG_OPTIONS)
     for video in container.streams.video:
         if video.codec_context is not None:
             video.codec_context.options = decoder_options

@@ -251,7 +251,9 @@ def mix_frame(frame: Any) -> np.ndarray:
     samples = frame.to_ndarray()  # [channels, n] if planar, else [1, n * channels]
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
-    return scale_samples(samples).mean(axis=0, dtype=np.float32)
+    # formats of floats can hold anything; what is not finite is refused once the sound is whole
+    with np.errstate(over="ignore", invalid="ignore"):
+        return scale_samples(samples).mean(axis=0, dtype=np.float32)
 
 
 def scale_samples(samples: np.ndarray) -> np.ndarray:

@@ -175,8 +175,12 @@ def lay_out(ids: Sequence[int], items: Sequence[Item], config: ThinkerConfig) ->
       config: gives the special ids and the rule by which a video is interleaved with its sound (docs/reference.md, 5).
 
     Raises:
-      InputError: if the placeholders and the items do not pair up.
+      InputError: if the placeholders and the items do not pair up, or an id is outside of the vocabulary.
     """
+    # a tokenizer from anywhere gives whatever ids it likes, and an embedding that is not there is no error to JAX
+    vocab_size = config.text_config.vocab_size
+    if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise InputError(f"the tokenizer gives token {max(ids)}, but the model's vocabulary has {vocab_size}")
     builder = _PromptBuilder(config)
     num_read = 0  # ids that are laid out already
     for place, item in zip(_find_placeholders(ids, items, config), items, strict=True):

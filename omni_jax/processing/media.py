@@ -171,6 +171,9 @@ def _finish_sound(collector: SoundCollector) -> Sound | None:
     if not len(samples):
         return None
     resampled = audio.resample(samples, collector.rate, collector.settings.sampling_rate)
+    # formats of floats can hold anything, and resampling spreads it
+    if not np.isfinite(resampled).all():
+        raise InputError("its sound holds NaN, infinity, or samples too large for float32")
     return Sound(resampled, collector.num_bad)
 
 
@@ -251,7 +254,10 @@ def array_audio(
         raise InputError("the array holds no samples in this range")
     if not np.isfinite(samples).all():
         raise InputError("the array holds NaN or infinity")
-    return audio.resample(samples, rate, settings.sampling_rate)
+    resampled = audio.resample(samples, rate, settings.sampling_rate)
+    if not np.isfinite(resampled).all():
+        raise InputError("the array holds samples too large to be resampled in float32")
+    return resampled
 
 
 def _list_video(frames: Any, settings: PixelSettings, options: Mapping[str, Any], resize: Resize | None) -> Video:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
-from omni_jax.errors import CheckpointError
+from omni_jax.checks import INT32_MAX, shown
+from omni_jax.errors import CheckpointError, InputError
 from omni_jax.plain_files import read_file
 
 
@@ -21,13 +24,15 @@ class TextTokenizer:
     def __init__(self, description: str) -> None:
         """Takes the contents of ``tokenizer.json``."""
         values = json.loads(description)
+        _check_added_tokens(values["added_tokens"])
         self._special = {token["content"]: token["id"] for token in values["added_tokens"]}
         # some added tokens, such as <tool_call>, are not special: they stay in the text of a reply
         self._hidden = {token["id"] for token in values["added_tokens"] if token["special"]}
         # without its added tokens the tokenizer reads their names as the letters they are made of; truncation and
         # padding, which a file keeps of the program that wrote it, would cut or fill prompts without a word
         unused = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**values, **unused}))
+        with _library_errors("it cannot be read"):
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps({**values, **unused}))
         # the longest first, as an alternative of a pattern wins over those after it; (?!) never matches
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
         self._special_name = re.compile("|".join(names) or r"(?!)")
@@ -62,6 +67,9 @@ class TextTokenizer:
 
         Args:
           pieces: each a text and whether it is trusted.
+
+        Raises:
+          InputError: if the file's rules make the library fail at this text.
         """
         ids: list[int] = []
         waiting: list[str] = []  # text since the last special token, which is split as one
@@ -81,7 +89,8 @@ class TextTokenizer:
     def _encode_plain(self, texts: Sequence[str]) -> list[int]:
         # the library refuses half a surrogate pair, which JSON can hold
         text = replace_surrogates("".join(texts))
-        return self._plain.encode(text, add_special_tokens=False).ids if text else []
+        with _library_errors("the tokenizer cannot split this text"):
+            return self._plain.encode(text, add_special_tokens=False).ids if text else []
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens and ids without a name give none, broken characters become U+FFFD."""
@@ -101,6 +110,31 @@ class TextTokenizer:
     @cached_property
     def _names(self) -> dict[int, str]:
         return {token: name for name, token in self._special.items()}
+
+
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Whatever the library raises within, of which a file from anywhere may be the reason, is an InputError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as e:
+        # a panic of Rust is no Exception, and its type cannot be imported
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what}: {type(e).__name__}: {e}") from e
+
+
+def _check_added_tokens(tokens: Any) -> None:
+    """Raises ValueError unless each has a text, an id and whether it is special; no library looks at them here."""
+    for token in tokens:
+        text, number, special = (token[name] for name in ("content", "id", "special"))
+        is_id = type(number) is int and 0 <= number <= INT32_MAX
+        if not isinstance(text, str) or not text or not is_id or not isinstance(special, bool):
+            raise ValueError(
+                f"added_tokens has {shown(token)}; it must have a content, an id and special: true or false"
+            )
 
 
 def replace_surrogates(text: str) -> str:

@@ -378,3 +378,12 @@ def test_a_path_that_is_no_folder(use: Callable[[Path], Any], secret: Path, tmp_
     for path in (secret, tmp_path / "nowhere"):
         with pytest.raises((CheckpointError, ConfigError)):
             use(path)
+
+
+def test_half_a_surrogate_pair_in_a_preprocessor(published: Path, tmp_path: Path) -> None:
+    preprocessor = json.loads((published / "preprocessor_config.json").read_text())
+    sections = {"feature_extractor": preprocessor, "image_processor": {"image_processor_type": "\ud800"}}
+    (published / "processor_config.json").write_text(json.dumps(sections))
+    convert.to_jax(published, tmp_path / "model", components=["thinker"])
+    values = json.loads((tmp_path / "model" / "preprocessor_config.json").read_bytes().decode())
+    assert values["image_processor_type"] == "\ud800"

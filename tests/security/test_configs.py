@@ -116,6 +116,7 @@ class TestConfigs:
             ("resblock_kernel_sizes", []),
             ("resblock_dilation_sizes", [[1, 3, 5]]),
             ("resblock_dilation_sizes", [[1, 3, 5], []]),
+            ("resblock_dilation_sizes", [[1] * 64, [1] * 64]),
         ],
     )
     def test_lists_that_do_not_go_together(self, name: str, value: Any) -> None:

@@ -9,6 +9,7 @@ import struct
 import types
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
@@ -145,6 +146,41 @@ def test_sound_that_comes_live_has_limits_of_its_rate(processor: Processor, rate
 @pytest.mark.parametrize(("rate", "channels"), [(1000, 1), (384_000, 2), (16_000, 8)])
 def test_sound_of_rare_rates_and_channels(rate: int, channels: int) -> None:
     assert len(media.read_audio(make_wav(rate, channels), MEL)) == -(-16_000 * 16_000 // rate)
+
+
+def make_float_wav(samples: np.ndarray) -> bytes:
+    head = struct.pack("<HHIIHH", 3, 1, 16_000, 64_000, 4, 32)  # 3: floats
+    body = b"WAVEfmt " + struct.pack("<I", len(head)) + head
+    body += b"data" + struct.pack("<I", samples.nbytes) + samples.astype("<f4").tobytes()
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_sound_that_is_no_number_is_refused(value: float, recwarn: pytest.WarningsRecorder) -> None:
+    samples = np.full(16_000, 0.1, np.float32)
+    assert len(media.read_audio(make_float_wav(samples), MEL)) == 16_000
+    for rate in (16_000, 48_000):
+        samples[100:200] = [value, -value] * 50
+        data = bytearray(make_float_wav(samples))
+        data[24:28] = struct.pack("<I", rate)
+        if np.isfinite(value) and rate == 16_000:  # not resampled, and loud enough for anybody
+            continue
+        with pytest.raises(InputError, match="its sound holds NaN, infinity, or samples too large for float32"):
+            media.read_audio(bytes(data), MEL)
+    with pytest.raises(InputError, match="the array holds"):
+        media.array_audio(samples, 48_000, MEL)
+    assert not recwarn.list
+
+
+def test_a_file_that_seeks_to_nowhere_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    description = struct.pack(">d4sIIIII", 16_000.0, b"lpcm", 2, 2, 1, 1, 16)
+    chunks = b"desc" + struct.pack(">q", len(description)) + description
+    chunks += (b"junk" + struct.pack(">q", 1 << 60)) * 3  # each of which leads to behind the largest of files
+    path = tmp_path / "a.caf"
+    path.write_bytes(b"caff\0\1\0\0" + chunks + b"data" + struct.pack(">qI", 4 + 3200, 0) + bytes(3200))
+    with pytest.raises(InputError, match="cannot decode it"):
+        media.read_audio(str(path), MEL)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

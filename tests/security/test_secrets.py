@@ -23,6 +23,8 @@ URLS = [
     "gs://b/x.png?generation=s3cret",
     "s3://alice:s3cret@b/x.png?s3cret",
     "ftp://alice:s3cret@a.example/x.png",
+    "https://proxy.example/https://alice:s3cret@a.example/x.png",
+    "http:/http://alice:s3cret@a.example/x.png",
 ]
 
 

@@ -71,6 +71,24 @@ class TestArchive:
         assert "is damaged" in self.complaint(tmp_path)
 
     @pytest.mark.parametrize(
+        "header",
+        [
+            b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 9, 80)\n",
+            b"{'descr': ('<f4',), 'fortran_order': False, 'shape': (1, 9, 80)}\n",
+            b"{'descr': [(1,)], 'fortran_order': False, 'shape': (1, 9, 80)}\n",
+            b"{'descr': '<f4', 'fortran_order': False, 'shape': ('a', 9, 80)}\n",
+            b'"""\n',
+            b"  1\n 2\n",
+            b"\\",
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:Reading `.npy`")
+    def test_a_header_that_is_no_header(self, tmp_path: Path, header: bytes) -> None:
+        data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4 * 9 * 80)
+        write_npz(tmp_path / "voices.npz", self.entries() | {"ref_mel.0": data})
+        assert "is damaged (an array whose header cannot be read" in self.complaint(tmp_path)
+
+    @pytest.mark.parametrize(
         ("key", "value", "told"),
         [
             ("ref_mel.0", np.full((1, 9, 80), np.nan, np.float32), "not finite"),
