@@ -71,7 +71,7 @@ class Options:
       seed: case I of seed S is always the same.
       seconds: after which the command ends; if it is not done by then, it fails.
       processes: side by side.
-      case: run this one alone, and show what it is.
+      case: run this one alone, and write what it is.
       strace: trace system calls too, which shows files that C libraries open; needs the program strace and is slow.
       out: where faults are written.
     """
@@ -201,15 +201,18 @@ def _trace_sample(tally: Tally, name: Name, options: Options) -> None:
 
 
 def _write_faults(tally: Tally, spec: Spec, options: Options) -> None:
-    """Writes what must not be: the input of each case, and what it did."""
-    if not tally.faults and options.case is None:
+    """Writes the input of each case that is a fault and what it did; and of the case that was run alone."""
+    wanted = {outcome.number: f"{what}\n\n{outcome.detail}" for outcome, what in tally.faults}
+    if options.case is not None:
+        wanted.setdefault(options.case, "no fault")
+    if not wanted:
         return
     target = make_target(spec)
-    for outcome, what in tally.faults:
-        case = target.make_case(make_rng(spec.seed, outcome.number), outcome.number)
-        name = f"{tally.name}-{spec.seed}-{outcome.number}"
+    for number, what in wanted.items():
+        case = target.make_case(make_rng(spec.seed, number), number)
+        name = f"{tally.name}-{spec.seed}-{number}"
         (options.out / f"{name}.bin").write_bytes(case.data)
-        about = f"{what}\n{case.label} {case.way} {dict(case.options)}\n\n{outcome.detail}"
+        about = f"{case.label} {case.way} {dict(case.options)}\n{what}"
         (options.out / f"{name}.txt").write_text(about, encoding="utf-8", errors="backslashreplace")
 
 
