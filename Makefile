@@ -109,7 +109,7 @@ $(NEWEST)/installed: setup.cfg pyproject.toml
 		echo "$(PYTHON312) is no Python 3.12: install one (apt install python3.12-venv, pyenv install 3.12, or"; \
 		echo "uv python install 3.12) and say PYTHON312=/path/to/python3.12"; exit 1; }
 	$(PYTHON312) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e .[test-core] jax flax
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e .[plots,test-core] jax flax
 	touch $@
 
 clean:
