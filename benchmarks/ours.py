@@ -433,9 +433,9 @@ class CompilerClock:
 
 def make_stream_plan(config: OmniConfig, chunk_sizes: ChunkSizes) -> StreamPlan:
     """What Token2Wav's networks declare, beside the sizes of chunks."""
-    dit_model, bigvgan = parts(Token2Wav(config.token2wav_config))
+    dit_model, _ = parts(Token2Wav(config.token2wav_config))
     dit = CarriedDiT(dit_model).streaming
-    vocoder = StreamedBigVGAN(bigvgan).streaming
+    vocoder = StreamedBigVGAN(config.token2wav_config.bigvgan_config).streaming
     assert vocoder.look_back is not None
     return StreamPlan(
         **dataclasses.asdict(chunk_sizes),

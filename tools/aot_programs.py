@@ -18,6 +18,7 @@ from omni_jax.config import OmniConfig
 from omni_jax.engine.talker_engine import TalkerEngine
 from omni_jax.engine.talker_programs import NO_SLOT, TextCounters, decode_codes, suppressed_codes
 from omni_jax.engine.thinker_engine import ThinkerEngine, ThinkerPrefix, ThinkerState, decode_text, prefill_chunk
+from omni_jax.engine.token2wav_engine import make_vocoder_weights
 from omni_jax.engine.token2wav_streaming import CodeChunk, solve_chunk, vocode_chunk
 from omni_jax.layers.streaming import Block
 from omni_jax.models import talker, thinker, token2wav
@@ -135,14 +136,17 @@ def dit_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 def vocoder_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """The samples of blocks of mel for every row."""
     model = token2wav.Token2Wav(config.token2wav_config)
-    params = _place_params(token2wav.abstract_params(model), mesh)["bigvgan"]
     _, bigvgan = token2wav.parts(model)
-    part = StreamedBigVGAN(bigvgan)
+    boxed = token2wav.abstract_params(model)["bigvgan"]
+    weights = jax.eval_shape(lambda params: make_vocoder_weights(bigvgan, params), nn.unbox(boxed))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), weights)
+    part = StreamedBigVGAN(bigvgan.config)
     c = config.token2wav_config.dit_config
     mel = np.zeros((shapes.batch, shapes.blocks * c.block_size, c.mel_dim), np.float32)
     state = jax.eval_shape(lambda: part.init_state(shapes.batch))
     rest = (state, Block(mel, mel[..., 0] == 0), np.zeros(shapes.batch, bool))
-    return Program(vocode_chunk, (params, *_place_abstract(rest, mesh)), (part,))
+    return Program(vocode_chunk, (weights, *_place_abstract(rest, mesh)), (part,))
 
 
 PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {

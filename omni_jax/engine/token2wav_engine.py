@@ -7,30 +7,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float, Int, UInt32
 
 from omni_jax.batch import Array, bucket
 from omni_jax.checkpoint.voices import Voice
-from omni_jax.config import DiTConfig
+from omni_jax.config import BigVGANConfig, DiTConfig
 from omni_jax.engine.decode_state import apply_method, on_mesh
 from omni_jax.engine.token2wav_inputs import check_codes, check_noise, check_seed, check_voice, count_chunk_blocks
 from omni_jax.engine.token2wav_streaming import StreamEngine, Token2WavStream
 from omni_jax.errors import InputError
-from omni_jax.models.bigvgan import NOWHERE, gap
+from omni_jax.models.bigvgan import BigVGAN, VocoderWeights, synthesize
+from omni_jax.models.bigvgan_streaming import Sides, reach
 from omni_jax.models.dit import Blocks, DiT, pack
 from omni_jax.models.dit_streaming import Speaker
 from omni_jax.models.flow_matching import draw_noise, solve
 from omni_jax.models.token2wav import Token2Wav, parts
 from omni_jax.sharding import replicate
 
+VOCODER_WINDOW = 324  # frames: at the published size 256 new ones, and what their samples depend on to either side
 MIN_VOICES = 4  # that a call has room for at least, so that their number makes no programs of its own
 
 Noise = Float[np.ndarray, "frames mel"]
@@ -53,16 +54,20 @@ class Token2WavEngine:
 
     Attributes:
       config: of Token2Wav.
-      params: of both of its networks.
+      dit_params: of the DiT.
       streams: both networks as parts that stream.
     """
 
     def __init__(self, model: Token2Wav, params: Any, mesh: Mesh | None = None):
+        """``params`` has those of both networks; the vocoder's are copied to the layout that its programs read."""
         self.config = model.config
-        self.params = params
+        self.dit_params = params["dit"]
         self._mesh = mesh
-        self._dit, self._bigvgan = parts(model)
-        self.streams = StreamEngine(self._dit, self._bigvgan, params, mesh)
+        self._dit, bigvgan = parts(model)
+        with on_mesh(mesh):
+            self._vocoder_weights = make_vocoder_weights(bigvgan, params["bigvgan"])
+        self._vocoder_reach = reach(model.config.bigvgan_config)
+        self.streams = StreamEngine(self._dit, self.dit_params, bigvgan.config, self._vocoder_weights, mesh)
         self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
 
     @property
@@ -95,7 +100,7 @@ class Token2WavEngine:
         Raises:
           InputError: for codes, a voice, noise or a seed that cannot be used.
         """
-        return self.vocode(self.make_mels(codes, voices, noise, seeds, block_sizes), block_sizes)
+        return self.vocode(self.make_mels(codes, voices, noise, seeds, block_sizes))
 
     def make_mels(
         self,
@@ -129,53 +134,43 @@ class Token2WavEngine:
         speakers = np.stack([self._encode_speaker(voice) for voice in used])
         cond = np.concatenate([voice.cond for voice in used])
         with on_mesh(self._mesh):
-            mel = np.asarray(solve_blocks(self._dit, self.params["dit"], speech, speakers, cond))  # [N, F, mel]
+            mel = np.asarray(solve_blocks(self._dit, self.dit_params, speech, speakers, cond))  # [N, F, mel]
         mels = []
         for place, length in zip(places, lengths, strict=True):
             # without the padding of the request's last block
             mels.append(mel[place].reshape(-1, c.mel_dim)[:length])
         return mels
 
-    def vocode(
-        self, mels: Sequence[Float[np.ndarray, "frames mel"]], block_sizes: Sequence[int] = ()
-    ) -> list[Float[np.ndarray, " samples"]]:
-        """The second half of ``synthesize``. All spectrograms lie in one row, with gaps between them."""
-        if not mels:
-            return []
-        block_frames = self.config.dit_config.block_size
-        gap_frames = gap(self.config.bigvgan_config)
-        starts = []
-        num_frames = 0
-        for mel in mels:
-            starts.append(num_frames)
-            num_frames += len(mel) + gap_frames
-        num_frames -= gap_frames  # none behind the last
-        num_blocks = round_num_blocks(-(-num_frames // block_frames), block_sizes)
-        num_places = max(num_blocks, bucket(len(mels)))  # so that their number makes no programs of its own
-        # one row for all: rows of their own would each be padded to the longest
-        row = np.zeros((1, block_frames * num_blocks, mels[0].shape[1]), np.float32)
-        length = np.zeros((1, num_places), np.int32)
-        start = np.full((1, num_places), NOWHERE, np.int32)
+    def vocode(self, mels: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Float[np.ndarray, " samples"]]:
+        """The second half of ``synthesize``, window by window: one program, however long a spectrogram is."""
+        windows: list[_Window] = []
         for i, mel in enumerate(mels):
-            length[0, i] = len(mel)
-            start[0, i] = starts[i]
-            row[0, starts[i] : starts[i] + len(mel)] = mel
-        with on_mesh(self._mesh):
-            samples = np.asarray(vocode_row(self._bigvgan, self.params["bigvgan"], row, length, start))[0]
-        frame_samples = len(samples) // row.shape[1]
-        # the gaps between spectrograms have samples too, which are left out
-        pieces = []
-        for first, mel in zip(starts, mels, strict=True):
-            piece = samples[frame_samples * first : frame_samples * (first + len(mel))]
-            # a copy: a view would keep all of the array, which on a CPU is the device's own
-            pieces.append(piece.copy())
-        return pieces
+            windows += _cut_windows(i, len(mel), self._vocoder_reach)
+        num_rows = 1 if self._mesh is None else self._mesh.size
+        calls = []
+        for first in range(0, len(windows), num_rows):
+            group = windows[first : first + num_rows]
+            rows = np.zeros((num_rows, VOCODER_WINDOW, self.config.dit_config.mel_dim), np.float32)
+            length = np.zeros(num_rows, np.int32)
+            for row, window in enumerate(group):
+                frames = mels[window.mel][window.start : window.start + VOCODER_WINDOW]
+                rows[row, : len(frames)] = frames
+                length[row] = len(frames)
+            with on_mesh(self._mesh):
+                samples = vocode_windows(self.config.bigvgan_config, self._vocoder_weights, rows, length)
+            calls.append((group, samples))
+        pieces: list[list[np.ndarray]] = [[] for _ in mels]
+        # the device has all calls before the host waits for the first
+        for group, samples in calls:
+            frames = np.asarray(samples).reshape(num_rows, VOCODER_WINDOW, -1)
+            for row, window in zip(frames, group, strict=False):
+                pieces[window.mel].append(row[window.first : window.last].reshape(-1))
+        return [np.concatenate(piece) if piece else np.zeros(0, np.float32) for piece in pieces]
 
     def count_blocks(self, num_codes: int) -> int:
-        """Blocks that so many codes of one request take in a list, with the vocoder's gap behind them."""
+        """Blocks that so many codes of one request take in a list."""
         c = self.config.dit_config
-        num_frames = num_codes * c.repeats + gap(self.config.bigvgan_config)
-        return -(-num_frames // c.block_size)
+        return -(-num_codes * c.repeats // c.block_size)
 
     def stream(
         self,
@@ -255,7 +250,7 @@ class Token2WavEngine:
         if known is None or known[0] is not voice:
             # the clips of voices have lengths of their own, and each length is a program
             with on_mesh(self._mesh):
-                rows = encode_speakers(self._dit, self.params["dit"], voice.ref_mel)
+                rows = encode_speakers(self._dit, self.dit_params, voice.ref_mel)
             known = voice, np.asarray(rows)
             self._speakers[voice.name] = known
         return known[1]
@@ -276,6 +271,35 @@ def round_num_blocks(num_blocks: int, block_sizes: Sequence[int]) -> int:
         if size >= num_blocks:
             return size
     return 1 << (num_blocks - 1).bit_length() if block_sizes else round_up_finely(num_blocks)
+
+
+class _Window(NamedTuple):
+    """Frames of a spectrogram that the vocoder gets together.
+
+    Attributes:
+      mel: which spectrogram.
+      start: its first frame, of ``VOCODER_WINDOW`` or as many as there are.
+      first, last: of its frames, those whose samples are kept: the others lack what they depend on.
+    """
+
+    mel: int
+    start: int
+    first: int
+    last: int
+
+
+def _cut_windows(mel: int, num_frames: int, sides: Sides) -> list[_Window]:
+    """Windows that overlap by what a sample depends on, so that together they give the samples of the whole."""
+    windows = []
+    kept = 0  # frames whose samples are there
+    while kept < num_frames:
+        start = max(kept - sides.behind, 0)
+        end = min(start + VOCODER_WINDOW, num_frames)
+        # the last window has the true end, which needs nothing behind it
+        last = end if end == num_frames else end - sides.ahead
+        windows.append(_Window(mel, start, kept - start, last - start))
+        kept = last
+    return windows
 
 
 def _number_voices(voices: Sequence[Voice]) -> tuple[list[Voice], list[int]]:
@@ -376,18 +400,32 @@ def solve_blocks(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def vocode_row(
-    bigvgan: nn.Module,
-    params: Any,
-    mel: Float[Array, "1 frames mel"],
-    length: Int[Array, "1 places"],
-    start: Int[Array, "1 places"],
-) -> Float[jax.Array, "1 samples"]:
-    """From a row of spectrograms to their samples.
+def make_vocoder_weights(bigvgan: BigVGAN, params: Any) -> VocoderWeights:
+    """The vocoder's parameters in the layout that its programs read, in full on every device."""
+    return replicate(apply_method(bigvgan, "weights", params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def vocode_windows(
+    config: BigVGANConfig, weights: VocoderWeights, mel: Float[Array, "R W mel"], length: Int[Array, " R"]
+) -> Float[jax.Array, "R samples"]:
+    """The samples of windows of spectrograms, a window on each device of the mesh.
 
     Args:
-      bigvgan, params: the vocoder.
-      mel: spectrograms with gaps between them.
-      length, start: frames of each spectrogram, and where it begins.
+      config, weights: of the vocoder.
+      mel: a row for each window.
+      length: frames of each that are real.
     """
-    return replicate(apply_method(bigvgan, "__call__", params, mel, length, start))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return synthesize(config, weights, mel, length)
+    rows = PartitionSpec(mesh.axis_names)
+    # each device has all weights and rows of its own: nothing is moved before the end
+    mapped = jax.shard_map(
+        functools.partial(synthesize, config),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    return replicate(mapped(weights, mel, length))

@@ -25,11 +25,12 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt32
 
 from omni_jax.batch import Array
+from omni_jax.config import BigVGANConfig
 from omni_jax.engine.decode_state import on_mesh
 from omni_jax.engine.token2wav_inputs import check_codes
 from omni_jax.errors import InputError
 from omni_jax.layers.streaming import Block, StreamingPart
-from omni_jax.models.bigvgan import BigVGAN
+from omni_jax.models.bigvgan import VocoderWeights
 from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
 from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker
@@ -59,13 +60,16 @@ class StreamEngine:
       samples_per_frame: of the vocoder.
     """
 
-    def __init__(self, dit: DiT, bigvgan: BigVGAN, params: Any, mesh: Mesh | None):
+    def __init__(
+        self, dit: DiT, dit_params: Any, vocoder: BigVGANConfig, vocoder_weights: VocoderWeights, mesh: Mesh | None
+    ):
         self.config = dit.config
         self._dit = CarriedDiT(dit)
-        self.vocoder = StreamedBigVGAN(bigvgan)
-        self._params = params
+        self.vocoder = StreamedBigVGAN(vocoder)
+        self._dit_params = dit_params
+        self._vocoder_weights = vocoder_weights
         self._mesh = mesh
-        self._placement = host_sharding(params, mesh)
+        self._placement = host_sharding(dit_params, mesh)
         self.samples_per_frame = self.vocoder.streaming.outputs
 
     def init_state(self, num_rows: int) -> tuple[Any, Any]:
@@ -78,12 +82,12 @@ class StreamEngine:
     def solve(self, state: Any, chunk: CodeChunk, speaker: Speaker) -> tuple[Block, Any]:
         """The mel of as many blocks as the chunk has; the state is used up."""
         with on_mesh(self._mesh):
-            return solve_chunk(self._dit, self._params["dit"], state, chunk, speaker)
+            return solve_chunk(self._dit, self._dit_params, state, chunk, speaker)
 
     def vocode(self, state: Any, mel: Block, active: Bool[np.ndarray, " B"]) -> tuple[Block, Any]:
         """The samples of as many frames as the mel has; the state is used up."""
         with on_mesh(self._mesh):
-            return vocode_chunk(self.vocoder, self._params["bigvgan"], state, mel, active)
+            return vocode_chunk(self.vocoder, self._vocoder_weights, state, mel, active)
 
     def make_padding(self, num_rows: int, num_frames: int) -> Block:
         """Mel after the end of a row."""
@@ -304,7 +308,7 @@ def solve_chunk(part: CarriedDiT, params: Any, state: Any, chunk: CodeChunk, spe
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def vocode_chunk(
-    part: StreamedBigVGAN, params: Any, state: Any, mel: Block, active: Bool[Array, " B"]
+    part: StreamedBigVGAN, params: VocoderWeights, state: Any, mel: Block, active: Bool[Array, " B"]
 ) -> tuple[Block, Any]:
     """A step of the vocoder: the samples of as many frames as the mel has, and the state after them."""
     with jax.named_scope("vocode_chunk"):

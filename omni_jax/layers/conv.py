@@ -37,25 +37,31 @@ class Conv1D(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[jax.Array, "B T inputs"]) -> Float[jax.Array, "B T_out outputs"]:
+    def weights(self) -> tuple[Float[jax.Array, "k inputs outputs"], Float[jax.Array, " outputs"]]:
+        """The kernel, and the bias: zeros where there is none."""
         init = nn.initializers.lecun_normal(in_axis=(0, 1))
-        kernel = param(self, "kernel", init, (self.kernel, self.inputs, self.outputs), self.axes)
+        kernel = param(self, "kernel", init, (self.kernel, self.inputs, self.outputs), self.axes).astype(self.dtype)
+        if not self.use_bias:
+            return kernel, jnp.zeros(self.outputs, self.dtype)
+        bias = param(self, "bias", nn.initializers.zeros, (self.outputs,), self.axes[2:])
+        return kernel, bias.astype(self.dtype)
+
+    def __call__(self, x: Float[jax.Array, "B T inputs"]) -> Float[jax.Array, "B T_out outputs"]:
+        kernel, bias = self.weights()
         padding = same_padding(self.kernel, self.dilation)
         # XLA's convolution pads with zeros alone, so mirrored edges are written out before it
         if self.edges == "reflect":
             x = jnp.pad(x, ((0, 0), padding, (0, 0)), mode="reflect")
             padding = (0, 0)
-        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), padding, stride=self.stride, dilation=self.dilation)
-        if self.use_bias:
-            y += param(self, "bias", nn.initializers.zeros, (self.outputs,), self.axes[2:]).astype(self.dtype)
-        return y
+        y = conv(x.astype(self.dtype), kernel, padding, stride=self.stride, dilation=self.dilation)
+        return y + bias if self.use_bias else y
 
 
 class UpsamplingConv1D(nn.Module):
-    """A transposed convolution that makes exactly ``stride`` frames of each (reference ``ConvTranspose1d``).
+    """The weights of a transposed convolution that makes exactly ``stride`` frames of each.
 
     All ``stride`` phases of the output are channels of one ordinary convolution over the input, so nothing is
-    multiplied with the zeros that a stretched input would have.
+    multiplied with the zeros that a stretched input would have. Reference: ``ConvTranspose1d``.
     """
 
     inputs: int
@@ -67,39 +73,37 @@ class UpsamplingConv1D(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[jax.Array, "B T inputs"]) -> Float[jax.Array, "B T_out outputs"]:
+    def weights(self) -> tuple[Float[jax.Array, "taps inputs phases"], Float[jax.Array, " outputs"]]:
+        """The kernel of the ordinary convolution, [taps, inputs, stride * outputs], and the bias of the output."""
         init = nn.initializers.lecun_normal(in_axis=(0, 1))
-        shape = (self.kernel, self.inputs, self.outputs)
-        kernel = param(self, "kernel", init, shape, self.axes).astype(self.dtype)
-        bias = param(self, "bias", nn.initializers.zeros, (self.outputs,), self.axes[2:]).astype(self.dtype)
-        # each frame becomes ``stride`` frames, which lie side by side in its channels
-        phases, padding = _phase_kernel(kernel, self.stride)
-        y = conv(x.astype(self.dtype), phases, padding)  # [B, T, stride * outputs]
-        return y.reshape(x.shape[0], x.shape[1] * self.stride, self.outputs) + bias
+        kernel = param(self, "kernel", init, (self.kernel, self.inputs, self.outputs), self.axes)
+        bias = param(self, "bias", nn.initializers.zeros, (self.outputs,), self.axes[2:])
+        return _phase_kernel(kernel.astype(self.dtype), self.stride), bias.astype(self.dtype)
 
 
-def _phase_kernel(kernel: Float[jax.Array, "k inputs outputs"], stride: int) -> tuple[jax.Array, tuple[int, int]]:
+def upsampling_padding(kernel: int, stride: int) -> tuple[int, int]:
+    """Frames to put before and after the input of the ordinary convolution that stands for a transposed one."""
+    # frames that the reference cuts from either end of its output
+    cut = (kernel - stride) // 2
+    # the furthest input frames, before and after frame n, that one of the phases of its output reads
+    return (kernel - 1 - cut) // stride, (stride - 1 + cut) // stride
+
+
+def _phase_kernel(kernel: Float[jax.Array, "k inputs outputs"], stride: int) -> Float[jax.Array, "taps inputs phases"]:
     """A transposed convolution's kernel as that of an ordinary one, all phases of whose output are channels.
 
     Output frame ``stride * n + p`` is the sum over taps o of ``x[n + o] * kernel[p + cut - stride * o]``.
-
-    Returns:
-      [taps, inputs, stride * outputs], and the frames of padding before and after that its taps need.
     """
     size, inputs, outputs = kernel.shape
-    last = size - 1
-    # frames that the reference cuts from either end of its output
     cut = (size - stride) // 2
-    # the furthest input frames, before and after frame n, that one of its phases reads
-    behind = (last - cut) // stride
-    ahead = (stride - 1 + cut) // stride
+    behind, ahead = upsampling_padding(size, stride)
     # row i of the padded kernel is tap i - before of the kernel
     before = stride * ahead - cut
-    after = stride * behind + stride - 1 + cut - last
+    after = stride * behind + stride - 1 + cut - (size - 1)
     padded = jnp.pad(kernel, ((before, after), (0, 0), (0, 0)))  # [taps * stride, inputs, outputs]
     # a transposed convolution reads its kernel in the other direction, hence the reversal
     taps = padded.reshape(behind + ahead + 1, stride, inputs, outputs)[::-1]  # [taps, stride, inputs, outputs]
-    return taps.transpose(0, 2, 1, 3).reshape(behind + ahead + 1, inputs, -1), (behind, ahead)
+    return taps.transpose(0, 2, 1, 3).reshape(behind + ahead + 1, inputs, -1)
 
 
 def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
@@ -126,3 +130,23 @@ def conv(
         rhs_dilation=(dilation,),
         dimension_numbers=("NTC", "TIO", "NTC"),
     )
+
+
+def conv_taps(
+    x: Float[jax.Array, "B T inputs"], kernel: Float[jax.Array, "taps inputs outputs"], padding: tuple[int, int]
+) -> Float[jax.Array, "B T outputs"]:
+    """``conv`` of stride 1 as a loop over the taps, each a matrix product of all frames.
+
+    Compilers for TPUs take minutes for float32 convolutions of some shapes, and seconds for this.
+    """
+    num_rows, num_frames, inputs = x.shape
+    padded = jnp.pad(x, ((0, 0), padding, (0, 0)))
+
+    def add_tap(tap: jax.Array, total: jax.Array) -> jax.Array:
+        shifted = jax.lax.dynamic_slice_in_dim(padded, tap, num_frames, axis=1)  # [B, T, inputs]
+        weights = jax.lax.dynamic_index_in_dim(kernel, tap, keepdims=False)  # [inputs, outputs]
+        product = shifted.reshape(num_rows * num_frames, inputs) @ weights
+        return total + product.reshape(total.shape)
+
+    total = jnp.zeros((num_rows, num_frames, kernel.shape[2]), x.dtype)
+    return jax.lax.fori_loop(0, kernel.shape[0], add_tap, total)

@@ -1,18 +1,20 @@
 """The vocoder: log-mel at 100 frames a second to samples (docs/reference.md, 8.9).
 
-Rows may have different lengths, and several spectrograms may lie in a row, ``gap`` frames apart: beyond the ends of
-each its convolutions see zeros and its filters its first or last sample, as they would if it were alone.
+Rows may have different lengths: beyond the ends of each its convolutions see zeros and its filters its first or last
+sample, as they would if it were alone.
 
-Every SnakeBeta is applied at twice the rate, between two fixed 12-tap low-pass filters. Both filters are written as
-shifted sums over the two phases (even and odd samples) and never as convolutions of single channels, which compilers
-for CPUs and TPUs alike turn into slow loops.
+Compilers decide its form. A convolution is a loop over its taps, each one matrix product, and the 18 convolutions of
+the residual blocks of a stage are one loop over kernels that lie one behind the other: compiled for a TPU one by one,
+the 108 convolutions of different shapes take minutes, and some never end. Every SnakeBeta is applied at twice the rate,
+between two fixed 12-tap low-pass filters, which are shifted sums over the two phases (even and odd samples) and never
+convolutions of single channels, for those become slow loops on CPUs and TPUs alike.
 
-Letters: B rows, P spectrograms in a row, T frames or samples at the rate of a stage, C channels, M mel bins, k taps.
+Letters: B rows, T frames or samples at the rate of a stage, C channels, M mel bins, k taps, H convolutions of a stage's
+blocks, K taps of all of them.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -26,12 +28,11 @@ from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.config import BigVGANConfig
-from omni_jax.layers.conv import Conv1D, UpsamplingConv1D, conv, same_padding
+from omni_jax.layers.conv import Conv1D, UpsamplingConv1D, conv_taps, same_padding, upsampling_padding
 from omni_jax.layers.params import dtypes, param
 from omni_jax.layers.precision import full_precision
 
 EDGE_KERNEL = 7  # of the first and the last convolution; in no file
-NOWHERE = 1 << 20  # frames: where a spectrogram begins that is not there
 
 _AXES = ("kernel", "channels", "channels")
 # in decibels: the floor of the amplitude, and what is subtracted from each level
@@ -43,53 +44,75 @@ _REACH = _TAPS // 4  # samples on either side that a filter's phase reads
 ACTIVATION_REACH = 2 * _REACH - 1  # samples on either side that an activation between two filters depends on
 
 
-@struct.dataclass
-class PackedSpectrograms:
-    """Where spectrograms lie in rows, counted at one of the rates."""
+class ConvWeights(NamedTuple):
+    """Of one convolution; a transposed one's are those of an ordinary one, all phases of whose output are channels."""
 
-    begin: Int[Array, "B P"]
-    length: Int[Array, "B P"]
+    kernel: Float[jax.Array, "k inputs outputs"]
+    bias: Float[jax.Array, " outputs"]
+
+
+class SnakeBetaWeights(NamedTuple):
+    """The logarithms of each channel's frequency, and of the inverse of its height."""
+
+    alpha: Float[jax.Array, "... C"]
+    beta: Float[jax.Array, "... C"]
+
+
+@struct.dataclass
+class StageWeights:
+    """A stage's weights. Its residual blocks lie one behind the other, each as its convolutions in their order.
+
+    Attributes:
+      upsample: the transposed convolution.
+      activations: before each convolution, [H, C].
+      kernels: of all convolutions, the taps of one behind those of the other.
+      biases: of each.
+    """
+
+    upsample: ConvWeights
+    activations: SnakeBetaWeights
+    kernels: Float[jax.Array, "K C C"]
+    biases: Float[jax.Array, "H C"]
+
+
+@struct.dataclass
+class VocoderWeights:
+    """The parameters as the programs read them; ``BigVGAN.weights`` makes them of those of a checkpoint."""
+
+    conv_in: ConvWeights
+    stages: tuple[StageWeights, ...]
+    activation: SnakeBetaWeights
+    conv_out: Float[jax.Array, "k C"]
+
+
+@struct.dataclass
+class RowEnds:
+    """Which samples of rows are real, at one of the rates.
+
+    Attributes:
+      length: of each row.
+      inside: whether a sample is one of them.
+    """
+
+    length: Int[Array, " B"]
     inside: Bool[Array, "B T"]
 
-    def upsample(self, rate: int) -> PackedSpectrograms:
+    def upsample(self, rate: int) -> RowEnds:
         """The same at ``rate`` times the rate."""
-        return PackedSpectrograms(self.begin * rate, self.length * rate, jnp.repeat(self.inside, rate, axis=1))
+        return RowEnds(self.length * rate, jnp.repeat(self.inside, rate, axis=1))
 
 
-def make_packed(frames: int, length: Array, begin: Array | None = None) -> PackedSpectrograms:
-    """``length`` and ``begin`` as ``BigVGAN`` takes them, in rows of ``frames`` frames."""
+def make_row_ends(num_frames: int, length: Int[Array, " B"]) -> RowEnds:
+    """Of rows of ``num_frames`` frames, whose first ``length`` are real."""
     length = jnp.asarray(length)
-    if begin is None:
-        length = length[:, None]  # [B, 1]
-        begin = jnp.zeros_like(length)
-    begin = jnp.asarray(begin)
-    # a frame is inside if any of the row's spectrograms has it
-    frame = jnp.arange(frames)[None, :, None]  # [1, T, 1]
-    inside = (frame >= begin[:, None]) & (frame < (begin + length)[:, None])  # [B, T, P]
-    return PackedSpectrograms(begin, length, jnp.any(inside, axis=2))
-
-
-def gap(config: BigVGANConfig) -> int:
-    """Frames between two spectrograms in a row, so that neither reads what the other writes."""
-    # what an operation writes beyond the ends is replaced before the next one reads there
-    # so the gap is what the widest operation reads, not the sum over all of them
-    # in samples of a stage; 6 at least, since 3 are written beyond either end (``pad_edges``)
-    widest = 2 * _REACH
-    for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
-        for dilation in dilations:
-            widest = max(widest, *same_padding(kernel, dilation))
-    frames = max(same_padding(EDGE_KERNEL, 1))
-    rate = 1  # samples a frame before a stage
-    for upsample_rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
-        frames = max(frames, -(-kernel // (upsample_rate * rate)))  # no frame is read from further away
-        rate *= upsample_rate
-        # rounded up to frames of the mel, which the gap is counted in
-        frames = max(frames, -(-widest // rate))
-    return frames
+    return RowEnds(length, jnp.arange(num_frames) < length[:, None])
 
 
 class BigVGAN(nn.Module):
-    """Six stages, each of more samples and fewer channels (reference ``Qwen2_5OmniToken2WavBigVGANModel``)."""
+    """The parameters of six stages, each of more samples and fewer channels, and their use.
+
+    Reference: ``Qwen2_5OmniToken2WavBigVGANModel``.
+    """
 
     config: BigVGANConfig
     dtype: Dtype = jnp.float32
@@ -105,50 +128,20 @@ class BigVGAN(nn.Module):
         self.activation = SnakeBeta(last, **kw)
         self.conv_out = Conv1D(last, 1, EDGE_KERNEL, use_bias=False, axes=_AXES, **kw)
 
-    def __call__(
-        self,
-        mel: Float[Array, "B T M"],
-        length: Int[Array, " B"] | Int[Array, "B P"],
-        begin: Int[Array, "B P"] | None = None,
-    ) -> Float[jax.Array, "B samples"]:
-        """Samples from -1 to 1, ``samples_per_frame`` for each frame; zeros where no spectrogram is.
+    def __call__(self, mel: Float[Array, "B T M"], length: Int[Array, " B"]) -> Float[jax.Array, "B samples"]:
+        """``synthesize`` with the module's parameters."""
+        return synthesize(self.config, self.weights(), mel, length)
 
-        Args:
-          mel: log-mel, natural logarithm.
-          length: frames of each row that are real; or of each of the P spectrograms in it.
-          begin: the first frame of each, at least ``gap`` frames behind the end of the one before it; ``NOWHERE`` for
-            one that is not there.
-        """
-        packed = make_packed(mel.shape[1], length, begin)
-        x = self.apply_input(mel, packed)
-        for i, rate in enumerate(self.config.upsample_rates):
-            x = self.apply_stage(x, packed, i)
-            packed = packed.upsample(rate)
-        return self.apply_output(x, packed)
-
-    @full_precision
-    def apply_input(self, mel: Float[Array, "B T M"], packed: PackedSpectrograms) -> Float[jax.Array, "B T C"]:
-        """The scaling of the mel and the first convolution."""
-        with jax.named_scope("vocoder_input"):
-            scaled = scale_mel(jnp.asarray(mel, self.dtype))
-            return self.conv_in(_zero_outside(scaled, packed))
-
-    @full_precision
-    def apply_stage(self, x: Float[Array, "B T C"], packed: PackedSpectrograms, stage: int) -> jax.Array:
-        """One stage; ``packed`` is at the rate before it. [B, T * rate, C / 2]"""
-        with jax.named_scope(f"vocoder_stage_{stage}"):
-            return self.stage[stage](x, packed)
-
-    @full_precision
-    def apply_output(self, x: Float[Array, "B T C"], packed: PackedSpectrograms) -> Float[jax.Array, "B T"]:
-        """The last activation and convolution."""
-        with jax.named_scope("vocoder_output"):
-            y = self.conv_out(filtered_snake_beta(x, packed, self.activation()))  # [B, T, 1]
-            return _zero_outside(jnp.clip(y, -1.0, 1.0), packed)[..., 0]
+    def weights(self) -> VocoderWeights:
+        """The parameters as the programs read them: kernels side by side, which is a copy of all of them."""
+        kernel, bias = self.conv_in.weights()
+        conv_out, _ = self.conv_out.weights()
+        stages = tuple(stage() for stage in self.stage)
+        return VocoderWeights(ConvWeights(kernel, bias), stages, self.activation(), conv_out[..., 0])
 
 
 class VocoderStage(nn.Module):
-    """A transposed convolution, then the mean of residual blocks of different reach."""
+    """The weights of a transposed convolution, and of residual blocks of different reach."""
 
     config: BigVGANConfig
     index: int
@@ -156,85 +149,69 @@ class VocoderStage(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T C"], packed: PackedSpectrograms) -> jax.Array:
+    def __call__(self) -> StageWeights:
         c = self.config
         kw = dtypes(self)
-        channels = c.upsample_initial_channel >> self.index
+        inputs = c.upsample_initial_channel >> self.index
+        channels = inputs // 2  # half as many, and ``rate`` times as many samples
         kernel = c.upsample_kernel_sizes[self.index]
         rate = c.upsample_rates[self.index]
-        # half as many channels, ``rate`` times as many samples
-        upsample = UpsamplingConv1D(channels, channels // 2, kernel, rate, axes=_AXES, name="upsample", **kw)
-        x = upsample(_zero_outside(x, packed))  # [B, T * rate, C / 2]
-        blocks = []
+        upsample = UpsamplingConv1D(inputs, channels, kernel, rate, axes=_AXES, name="upsample", **kw)
+        halves: list[HalfRound] = []
         for i, kernel in enumerate(c.resblock_kernel_sizes):
-            block = VocoderBlock(channels // 2, kernel, c.resblock_dilation_sizes[i], name=f"block_{i}", **kw)
-            blocks.append(block())
-        return mean_of_blocks(x, packed.upsample(rate), blocks)
+            halves += VocoderBlock(channels, kernel, len(c.resblock_dilation_sizes[i]), name=f"block_{i}", **kw)()
+        return StageWeights(
+            upsample=ConvWeights(*upsample.weights()),
+            activations=SnakeBetaWeights(
+                jnp.stack([half.activation.alpha for half in halves]),
+                jnp.stack([half.activation.beta for half in halves]),
+            ),
+            kernels=jnp.concatenate([half.conv.kernel for half in halves]),
+            biases=jnp.stack([half.conv.bias for half in halves]),
+        )
 
 
-class SnakeBetaWeights(NamedTuple):
-    """The logarithms of each channel's frequency, and of the inverse of its height."""
+class HalfRound(NamedTuple):
+    """SnakeBeta and a convolution. Two of them, with a residual connection around both, are a round."""
 
-    alpha: Float[jax.Array, " C"]
-    beta: Float[jax.Array, " C"]
-
-
-class ConvWeights(NamedTuple):
-    """Of a convolution from as many channels to as many."""
-
-    kernel: Float[jax.Array, "k C C"]
-    bias: Float[jax.Array, " C"]
-
-
-class Round(NamedTuple):
-    """SnakeBeta, dilated convolution, SnakeBeta, convolution; around them a residual connection."""
-
-    activations: tuple[SnakeBetaWeights, SnakeBetaWeights]
-    convs: tuple[ConvWeights, ConvWeights]
-    dilation: int
+    activation: SnakeBetaWeights
+    conv: ConvWeights
 
 
 class VocoderBlock(nn.Module):
-    """The weights of a block's rounds (reference ``AMPBlock``)."""
+    """The weights of a block's rounds, two halves each (reference ``AMPBlock``)."""
 
     channels: int
     kernel: int
-    dilations: tuple[int, ...]
+    num_rounds: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self) -> list[Round]:
-        kw = dtypes(self)
-        rounds = []
-        for i, dilation in enumerate(self.dilations):
-            rounds.append(VocoderRound(self.channels, self.kernel, dilation, name=f"round_{i}", **kw)())
-        return rounds
+    def __call__(self) -> list[HalfRound]:
+        halves: list[HalfRound] = []
+        for i in range(self.num_rounds):
+            halves += VocoderRound(self.channels, self.kernel, name=f"round_{i}", **dtypes(self))()
+        return halves
 
 
 class VocoderRound(nn.Module):
-    """The weights of two activations and two convolutions, the first of them dilated."""
+    """The weights of two activations and two convolutions."""
 
     channels: int
     kernel: int
-    dilation: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self) -> Round:
+    def __call__(self) -> list[HalfRound]:
         kw = dtypes(self)
-        return Round(
-            activations=(
-                SnakeBeta(self.channels, name="activation1", **kw)(),
-                SnakeBeta(self.channels, name="activation2", **kw)(),
-            ),
-            convs=(
-                ConvParams(self.channels, self.kernel, name="conv1", **kw)(),
-                ConvParams(self.channels, self.kernel, name="conv2", **kw)(),
-            ),
-            dilation=self.dilation,
-        )
+        halves = []
+        for number in (1, 2):
+            activation = SnakeBeta(self.channels, name=f"activation{number}", **kw)()
+            conv = Conv1D(self.channels, self.channels, self.kernel, axes=_AXES, name=f"conv{number}", **kw)
+            halves.append(HalfRound(activation, ConvWeights(*conv.weights())))
+        return halves
 
 
 class SnakeBeta(nn.Module):
@@ -251,67 +228,153 @@ class SnakeBeta(nn.Module):
         return SnakeBetaWeights(alpha.astype(self.dtype), beta.astype(self.dtype))
 
 
-class ConvParams(nn.Module):
-    """The weights of a convolution that is called inside a loop, where a module cannot be."""
+def synthesize(
+    config: BigVGANConfig, weights: VocoderWeights, mel: Float[Array, "B T M"], length: Int[Array, " B"]
+) -> Float[jax.Array, "B samples"]:
+    """Samples from -1 to 1, as many for each frame as the rates multiply to; zeros after a row's end.
 
-    channels: int
-    kernel: int
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self) -> ConvWeights:
-        shape = (self.kernel, self.channels, self.channels)
-        kernel = param(self, "kernel", nn.initializers.lecun_normal(in_axis=(0, 1)), shape, _AXES)
-        bias = param(self, "bias", nn.initializers.zeros, (self.channels,), _AXES[2:])
-        return ConvWeights(kernel.astype(self.dtype), bias.astype(self.dtype))
-
-
-def mean_of_blocks(x: Float[Array, "B T C"], packed: PackedSpectrograms, blocks: list[list[Round]]) -> jax.Array:
-    """The mean of the outputs of the blocks, each of which takes ``x`` through its rounds.
-
-    One loop over the rounds of all blocks: an activation is compiled twice in a stage and not once a round, which takes
-    a sixth of the time, and one block's arrays exist at a time.
+    Args:
+      config: of the vocoder.
+      weights: its parameters.
+      mel: log-mel, natural logarithm.
+      length: frames of each row that are real.
     """
-    # flat lists over the rounds of all blocks, to be indexed in the loop
-    rounds = [r for block in blocks for r in block]
-    is_last = jnp.array([i + 1 == len(block) for block in blocks for i in range(len(block))])
-    activations = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[r.activations for r in rounds])
-
-    # kernels of different lengths cannot be stacked, so each convolution is a branch
-    first_convs = [functools.partial(_same_conv, r.convs[0], r.dilation) for r in rounds]
-    second_convs = [functools.partial(_same_conv, r.convs[1], 1) for r in rounds]
-
-    def apply_round(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        y, total = carry  # [B, T, C]
-        first, second = jax.tree.map(lambda a: a[i], activations)
-        z = jax.lax.switch(i, first_convs, filtered_snake_beta(y, packed, first))
-        z = jax.lax.switch(i, second_convs, filtered_snake_beta(z, packed, second))
-        # at its end a block's output is added to the total, and the next block begins with x again
-        y = y + z  # [B, T, C]
-        return jnp.where(is_last[i], x, y), jnp.where(is_last[i], total + y, total)
-
-    _, total = jax.lax.fori_loop(0, len(rounds), apply_round, (x, jnp.zeros_like(x)))
-    return total / len(blocks)
+    ends = make_row_ends(mel.shape[1], length)
+    x = apply_input(weights, mel, ends)  # [B, T, C]
+    for stage, rate in enumerate(config.upsample_rates):
+        x = apply_stage(config, weights, x, ends, stage)  # [B, T * rate, C / 2]
+        ends = ends.upsample(rate)
+    return apply_output(weights, x, ends)
 
 
-def _same_conv(weights: ConvWeights, dilation: int, x: jax.Array) -> jax.Array:
-    kernel, bias = weights
-    return conv(x, kernel, same_padding(kernel.shape[0], dilation), dilation=dilation) + bias
+@full_precision
+def apply_input(weights: VocoderWeights, mel: Float[Array, "B T M"], ends: RowEnds) -> Float[jax.Array, "B T C"]:
+    """The scaling of the mel and the first convolution."""
+    with jax.named_scope("vocoder_input"):
+        kernel, bias = weights.conv_in
+        scaled = _zero_outside(scale_mel(jnp.asarray(mel, kernel.dtype)), ends)
+        return conv_taps(scaled, kernel, same_padding(EDGE_KERNEL, 1)) + bias
 
 
-def filtered_snake_beta(x: Float[Array, "B T C"], packed: PackedSpectrograms, weights: SnakeBetaWeights) -> jax.Array:
-    """SnakeBeta at twice the rate, between the two filters; zeros where no spectrogram is. [B, T, C]"""
+@full_precision
+def apply_stage(
+    config: BigVGANConfig, weights: VocoderWeights, x: Float[Array, "B T C"], ends: RowEnds, stage: int
+) -> Float[jax.Array, "B T_up C/2"]:
+    """A transposed convolution, then the mean of the residual blocks; ``ends`` are at the rate before it."""
+    with jax.named_scope(f"vocoder_stage_{stage}"):
+        rate = config.upsample_rates[stage]
+        kernel, bias = weights.stages[stage].upsample
+        padding = upsampling_padding(config.upsample_kernel_sizes[stage], rate)
+        # each frame becomes ``rate`` frames, which lie side by side in its channels
+        phases = conv_taps(_zero_outside(x, ends), kernel, padding)  # [B, T, rate * C / 2]
+        upsampled = phases.reshape(x.shape[0], x.shape[1] * rate, -1) + bias  # [B, T * rate, C / 2]
+        return mean_of_blocks(config, weights.stages[stage], upsampled, ends.upsample(rate))
+
+
+@full_precision
+def apply_output(weights: VocoderWeights, x: Float[Array, "B T C"], ends: RowEnds) -> Float[jax.Array, "B T"]:
+    """The last activation and convolution."""
+    with jax.named_scope("vocoder_output"):
+        x = filtered_snake_beta(x, ends, weights.activation)  # [B, T, C]
+        padded = jnp.pad(x, ((0, 0), same_padding(EDGE_KERNEL, 1), (0, 0)))
+        y = jnp.zeros(x.shape[:2], x.dtype)
+        # one channel comes out, which is no work for matrix units
+        for tap in range(EDGE_KERNEL):
+            y += jnp.sum(padded[:, tap : tap + x.shape[1]] * weights.conv_out[tap], axis=2)  # [B, T]
+        return jnp.where(ends.inside, jnp.clip(y, -1.0, 1.0), 0)
+
+
+class ConvTable(NamedTuple):
+    """The convolutions of a stage's blocks, one entry for each, block by block.
+
+    Attributes:
+      num_taps, dilation: of each.
+      first_tap: where its kernel begins among all.
+      before: frames of padding in front.
+      ends_round: whether it is the second of its round.
+      ends_block: whether it is the last of its block.
+    """
+
+    num_taps: np.ndarray
+    dilation: np.ndarray
+    first_tap: np.ndarray
+    before: np.ndarray
+    ends_round: np.ndarray
+    ends_block: np.ndarray
+
+
+def _make_conv_table(config: BigVGANConfig) -> ConvTable:
+    num_taps = []
+    dilation = []
+    before = []
+    ends_block = []
+    for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
+        for i, of_round in enumerate(dilations):
+            # the first convolution of a round is dilated, the second is not
+            for half, of_conv in enumerate((of_round, 1)):
+                num_taps.append(kernel)
+                dilation.append(of_conv)
+                before.append(same_padding(kernel, of_conv)[0])
+                ends_block.append(half == 1 and i + 1 == len(dilations))
+    first_tap = np.cumsum([0, *num_taps[:-1]])
+    ends_round = np.arange(len(num_taps)) % 2 == 1
+    return ConvTable(
+        np.array(num_taps), np.array(dilation), first_tap, np.array(before), ends_round, np.array(ends_block)
+    )
+
+
+def mean_of_blocks(
+    config: BigVGANConfig, weights: StageWeights, x: Float[Array, "B T C"], ends: RowEnds
+) -> Float[jax.Array, "B T C"]:
+    """The mean of the outputs of the blocks, each of which takes ``x`` through its rounds."""
+    table = _make_conv_table(config)
+    num_taps, dilation, first_tap, before, ends_round, ends_block = map(jnp.asarray, table)
+    num_rows, num_samples, channels = x.shape
+    # room for the convolution that reads furthest, rounded to where rows of a TPU's memory begin
+    side = int(np.max((table.num_taps - 1) * table.dilation - table.before))
+    side = -(-side // 8) * 8
+
+    def apply_conv(h: jax.Array, y: jax.Array) -> jax.Array:
+        padded = jnp.pad(y, ((0, 0), (side, side), (0, 0)))
+
+        def add_tap(tap: jax.Array, total: jax.Array) -> jax.Array:
+            begin = side - before[h] + tap * dilation[h]
+            shifted = jax.lax.dynamic_slice_in_dim(padded, begin, num_samples, axis=1)  # [B, T, C]
+            kernel = jax.lax.dynamic_index_in_dim(weights.kernels, first_tap[h] + tap, keepdims=False)  # [C, C]
+            product = shifted.reshape(num_rows * num_samples, channels) @ kernel
+            return total + product.reshape(y.shape)
+
+        bias = jnp.broadcast_to(weights.biases[h], y.shape)
+        return jax.lax.fori_loop(0, num_taps[h], add_tap, bias)
+
+    def apply_half_round(h: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        round_input, y, total = carry  # [B, T, C]
+        activation = jax.tree.map(lambda a: a[h], weights.activations)
+        z = apply_conv(h, filtered_snake_beta(y, ends, activation))
+        # at the end of a round its input is added; at that of a block the next one begins with x again
+        output = round_input + z
+        total = jnp.where(ends_block[h], total + output, total)
+        next_input = jnp.where(ends_block[h], x, output)
+        y = jnp.where(ends_round[h], next_input, z)
+        return jnp.where(ends_round[h], next_input, round_input), y, total
+
+    x = jnp.asarray(x)
+    _, _, total = jax.lax.fori_loop(0, len(table.num_taps), apply_half_round, (x, x, jnp.zeros_like(x)))
+    return total / len(config.resblock_kernel_sizes)
+
+
+def filtered_snake_beta(x: Float[Array, "B T C"], ends: RowEnds, weights: SnakeBetaWeights) -> jax.Array:
+    """SnakeBeta at twice the rate, between the two filters; zeros after a row's end. [B, T, C]"""
     with jax.named_scope("snake_beta"):
-        # a spectrogram's first and last sample are repeated, as if it were alone in the row
-        even, odd = upsample_phases(pad_edges(x, x, x, packed))  # two of [B, T, C]
+        # a row's first and last sample are repeated
+        even, odd = upsample_phases(pad_edges(x, x, x, ends))  # two of [B, T, C]
         even = snake_beta(even, *weights)
         odd = snake_beta(odd, *weights)
         # or the compiler computes the activations again where it only needs their ends
         even, odd = jax.lax.optimization_barrier((even, odd))
-        # at twice the rate a spectrogram begins with an even sample and ends with an odd one
-        y = downsample_phases(pad_edges(even, even, odd, packed), pad_edges(odd, even, odd, packed))
-        return _zero_outside(y, packed)
+        # at twice the rate a row begins with an even sample and ends with an odd one
+        y = downsample_phases(pad_edges(even, even, odd, ends), pad_edges(odd, even, odd, ends))
+        return _zero_outside(y, ends)
 
 
 def scale_mel(mel: jax.Array) -> jax.Array:
@@ -377,23 +440,21 @@ def downsample_phases(even: Float[Array, "B T+6 C"], odd: Float[Array, "B T+6 C"
     return _shifted_sum(even, even_taps) + _shifted_sum(odd, odd_taps)
 
 
-def pad_edges(x: Array, first: Array, last: Array, packed: PackedSpectrograms) -> jax.Array:
-    """Rows with what filters read beyond the ends of each spectrogram. [B, T + 6, C]
+def pad_edges(x: Array, first: Array, last: Array, ends: RowEnds) -> jax.Array:
+    """Rows with what filters read beyond their ends. [B, T + 6, C]
 
     Args:
       x: the rows, [B, T, C].
-      first: a spectrogram's first frame in it is written 3 times in front.
-      last: a spectrogram's last frame in it is written 3 times behind.
-      packed: where the spectrograms lie.
+      first: its first frame stands 3 times in front.
+      last: a row's last frame in it stands after the row's end.
+      ends: of the rows.
     """
-    rows = jnp.arange(x.shape[0])[:, None]  # [B, 1]
-    end = packed.begin + packed.length
-    edges = jnp.stack([first[rows, packed.begin], last[rows, jnp.maximum(end - 1, 0)]], axis=2)  # [B, P, 2, C]
-    # only these frames are written: what stands further beyond the ends is read by nothing that is kept
-    places = jnp.stack([packed.begin, end + _REACH], axis=2)[..., None] + jnp.arange(_REACH)  # [B, P, 2, 3]
-    padded = jnp.pad(x, ((0, 0), (_REACH, _REACH), (0, 0)))
-    # a spectrogram that is not there begins far beyond the row, and is dropped here
-    return padded.at[rows[..., None, None], places].set(edges[:, :, :, None], mode="drop")
+    last_place = jnp.maximum(ends.length - 1, 0)[:, None, None]  # [B, 1, 1]
+    last_frame = jnp.take_along_axis(jnp.asarray(last), last_place, axis=1)  # [B, 1, C]
+    x = jnp.where(ends.inside[..., None], x, last_frame)
+    front = jnp.repeat(jnp.asarray(first)[:, :1], _REACH, axis=1)  # [B, 3, C]
+    behind = jnp.repeat(last_frame, _REACH, axis=1)
+    return jnp.concatenate([front, x, behind], axis=1)
 
 
 def _shifted_sum(x: Array, taps: dict[int, np.float32]) -> jax.Array:
@@ -408,6 +469,6 @@ def _shifted_sum(x: Array, taps: dict[int, np.float32]) -> jax.Array:
     return sum(parts[1:], start=parts[0])
 
 
-def _zero_outside(x: Array, packed: PackedSpectrograms) -> jax.Array:
-    """Zeros where no spectrogram is."""
-    return jnp.where(packed.inside[..., None], x, 0)
+def _zero_outside(x: Array, ends: RowEnds) -> jax.Array:
+    """Zeros after a row's end."""
+    return jnp.where(ends.inside[..., None], x, 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.config import BigVGANConfig
-from omni_jax.layers.conv import same_padding
+from omni_jax.layers.conv import same_padding, upsampling_padding
 from omni_jax.layers.streaming import Block, Streaming, keep_rows
-from omni_jax.models.bigvgan import ACTIVATION_REACH, EDGE_KERNEL, BigVGAN
+from omni_jax.models.bigvgan import ACTIVATION_REACH, EDGE_KERNEL, VocoderWeights, synthesize
 
 FRAME_SECONDS = 0.01
 
@@ -40,29 +40,27 @@ class VocoderState:
 class StreamedBigVGAN:
     """The vocoder as a part that streams: from log-mel [B, T, M] to samples [B, T * samples of a frame]."""
 
-    bigvgan: BigVGAN
+    config: BigVGANConfig
 
     @property
     def streaming(self) -> Streaming:
-        config = self.bigvgan.config
-        behind, ahead = reach(config)
-        return Streaming(FRAME_SECONDS, 1, ahead, behind, outputs=math.prod(config.upsample_rates))
+        behind, ahead = reach(self.config)
+        return Streaming(FRAME_SECONDS, 1, ahead, behind, outputs=math.prod(self.config.upsample_rates))
 
-    def apply_sequence(self, params: Any, x: Block) -> Block:
+    def apply_sequence(self, params: VocoderWeights, x: Block) -> Block:
         """Samples of whole rows."""
         valid = jnp.asarray(x.valid)
-        samples = self.bigvgan.apply({"params": params}, x.values, jnp.sum(valid, axis=1))
+        samples = synthesize(self.config, params, x.values, jnp.sum(valid, axis=1))
         return Block(samples, jnp.repeat(valid, self.streaming.outputs, axis=1))
 
     def init_state(self, batch: int) -> VocoderState:
         """The state of ``batch`` rows before their first frame."""
-        config = self.bigvgan.config
         # K frames are kept: as many as the samples of one frame depend on, to both sides together
         zeros = jnp.zeros(batch, jnp.int32)
-        return VocoderState(jnp.zeros((batch, sum(reach(config)), config.mel_dim)), zeros, zeros)
+        return VocoderState(jnp.zeros((batch, sum(reach(self.config)), self.config.mel_dim)), zeros, zeros)
 
     def step(
-        self, params: Any, state: VocoderState, block: Block, active: Bool[Array, " B"] | None = None
+        self, params: VocoderWeights, state: VocoderState, block: Block, active: Bool[Array, " B"] | None = None
     ) -> tuple[Block, VocoderState]:
         """As many frames' samples as there are new frames: those up to ``look_ahead`` frames before the newest."""
         valid = jnp.asarray(block.valid)  # [B, T]
@@ -84,7 +82,7 @@ class StreamedBigVGAN:
         new = jnp.where(valid[..., None], block.values, 0)
         window = _take_frames(jnp.concatenate([state.mel, new], axis=1), source)  # [B, W, M]
         # with its true length, so that the end of the row is an edge for the vocoder
-        samples: Any = self.bigvgan.apply({"params": params}, window, jnp.maximum(length - begin, 0))
+        samples = synthesize(self.config, params, window, jnp.maximum(length - begin, 0))
 
         # the frames whose look-ahead is there now; some lie before the row's beginning or after its end
         frame = (seen - self.streaming.look_ahead - count)[:, None] + jnp.arange(count)  # [B, T]: returned by this step
@@ -123,10 +121,8 @@ def reach(config: BigVGANConfig) -> Sides:
     stages = zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
     for rate, kernel in reversed(list(stages)):
         first, last = _widen_range(first, last, _stage_sides(config))
-        # the same arithmetic as ``layers.conv._phase_kernel``
-        cut = (kernel - rate) // 2  # sample s is under frames floor(s / rate) - behind to floor(s / rate) + ahead
-        behind = (kernel - 1 - cut) // rate
-        ahead = (rate - 1 + cut) // rate
+        # sample s is under frames floor(s / rate) - behind to floor(s / rate) + ahead
+        behind, ahead = upsampling_padding(kernel, rate)
         first = first // rate - behind
         last = last // rate + ahead
     first, last = _widen_range(first, last, edge)

@@ -80,7 +80,7 @@ def test_streams_give_what_a_plain_solve_gives(engine: Token2WavEngine) -> None:
     stream = engine.stream(voices, [0] * len(rows), given)
     made = pushed(stream, rows, seed=1)
     assert [len(samples) for samples in made] == [480 * n for n in LENGTHS]
-    params, dit = engine.params["dit"], DiT(DIT)
+    params, dit = engine.dit_params, DiT(DIT)
     for i in (4, len(rows) - 1):
         speaker = np.asarray(encode_speakers(dit, params, voices[i].ref_mel)), voices[i].cond[0]
         mel = plainly_carried(dit, params, np.repeat(rows[i], 2), given[i], speaker)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from omni_jax.config import BigVGANConfig
+from omni_jax.engine.token2wav_engine import make_vocoder_weights
 from omni_jax.layers.streaming import Block
-from omni_jax.models.bigvgan import BigVGAN
+from omni_jax.models.bigvgan import BigVGAN, VocoderWeights
 from omni_jax.models.bigvgan_streaming import StreamedBigVGAN, reach
 from tests.streaming import Case, check_contract
 
@@ -33,16 +34,19 @@ SMALL = BigVGANConfig(
 )
 
 
-def random_params(config: BigVGANConfig) -> Any:
-    """Kernels that keep the variance; what else there is lies around zero."""
+def random_weights(config: BigVGANConfig, output_scale: float = 1.0) -> VocoderWeights:
+    """Kernels that keep the variance, the last one scaled; what else there is lies around zero."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(BigVGAN(config).init, jax.random.key(0), np.zeros((1, 9, config.mel_dim)), np.array([9]))
+    model = BigVGAN(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 9, config.mel_dim)), np.array([9]))
 
     def draw(a: Any) -> np.ndarray:
         scale = 1 / np.sqrt(a.shape[0] * a.shape[1]) if len(a.shape) == 3 else 0.1
         return (scale * rng.standard_normal(a.shape)).astype(np.float32)
 
-    return jax.tree.map(draw, nn.unbox(shapes["params"]))
+    params = jax.tree.map(draw, nn.unbox(shapes["params"]))
+    params["conv_out"]["kernel"] *= output_scale
+    return make_vocoder_weights(model, params)
 
 
 def random_mel(config: BigVGANConfig, lengths: tuple[int, ...], units: int) -> Block:
@@ -54,12 +58,12 @@ def test_contract() -> None:
     behind, ahead = reach(SMALL)
     length = behind + ahead + 5
     x = random_mel(SMALL, (length, 1, ahead, length - 3), length)
-    part = StreamedBigVGAN(BigVGAN(SMALL))
-    check_contract(Case(part, random_params(SMALL), x, TOLERANCE, size=7))
+    part = StreamedBigVGAN(SMALL)
+    check_contract(Case(part, random_weights(SMALL), x, TOLERANCE, size=7))
 
 
 def test_declared_numbers() -> None:
-    streaming = StreamedBigVGAN(BigVGAN(BigVGANConfig())).streaming
+    streaming = StreamedBigVGAN(BigVGANConfig()).streaming
     assert (streaming.look_back, streaming.look_ahead, streaming.outputs) == (34, 34, 240)
     assert streaming.latency == pytest.approx(0.35)
 
@@ -70,21 +74,20 @@ def test_reach_of_the_published_sizes() -> None:
     spoilt_frame = 37
     x = random_mel(SIX_STAGES, (75,), 75)
     x.values[0, spoilt_frame] = np.nan
-    output = jax.jit(StreamedBigVGAN(BigVGAN(SIX_STAGES)).apply_sequence)(random_params(SIX_STAGES), x)
+    output = jax.jit(StreamedBigVGAN(SIX_STAGES).apply_sequence)(random_weights(SIX_STAGES), x)
     spoilt = np.isnan(np.asarray(output.values)[0].reshape(75, -1)).any(axis=1)
     assert np.flatnonzero(spoilt).tolist() == list(range(spoilt_frame - ahead, spoilt_frame + behind + 1))
 
 
 def test_no_seam() -> None:
     """Blocks as a stream of speech has them; a row that begins later and one that ends in between."""
-    part = StreamedBigVGAN(BigVGAN(TWO_STAGES))
+    part = StreamedBigVGAN(TWO_STAGES)
     samples_per_frame = part.streaming.outputs
-    params = random_params(TWO_STAGES)
     # what is clipped would hide a seam
-    params["conv_out"] = jax.tree.map(lambda a: a / 4, params["conv_out"])
+    weights = random_weights(TWO_STAGES, output_scale=0.25)
     lengths = (120, 100)
     x = random_mel(TWO_STAGES, lengths, 120)
-    expected = np.asarray(jax.jit(part.apply_sequence)(params, x).values)
+    expected = np.asarray(jax.jit(part.apply_sequence)(weights, x).values)
 
     shifted = np.zeros((2, 216, TWO_STAGES.mel_dim), np.float32)
     valid = np.zeros((2, 216), bool)
@@ -96,7 +99,7 @@ def test_no_seam() -> None:
     pieces = []
     for begin in range(0, 216, 72):
         block = slice(begin, begin + 72)
-        output, state = step(params, state, Block(shifted[:, block], valid[:, block]))
+        output, state = step(weights, state, Block(shifted[:, block], valid[:, block]))
         pieces.append([np.asarray(output.values)[i, np.asarray(output.valid)[i]] for i in range(2)])
     for row, length in enumerate(lengths):
         streamed = np.concatenate([piece[row] for piece in pieces])

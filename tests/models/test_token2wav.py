@@ -77,7 +77,7 @@ def test_products_are_computed_in_float32() -> None:
         "dit.speakers": ((clip,), 19),
         "dit.modulations": ((zeros(4),), 4),
         "dit.conditions": ((zeros((2, 24), int), zeros((2, 2, 8)), cond), 2),
-        "bigvgan.__call__": ((clip, zeros(1, int)), 2 * 12 + 4),
+        "bigvgan.__call__": ((clip, zeros(1, int)), 1 + 2 * 2),  # each stage loops over one product of each kind
     }
     with jax.default_matmul_precision("bfloat16"):
         for name, (inputs, least) in calls.items():
@@ -166,19 +166,19 @@ def test_sine_squared() -> None:
     assert (np.abs(bigvgan.sine_squared(x) - np.sin(x.astype(np.float64)) ** 2) < allowed).all()
 
 
-def _two_stages() -> tuple[BigVGANConfig, Any]:
-    """The sizes of a vocoder of two stages, and it with random parameters, jitted."""
+def _two_stages() -> Any:
+    """A vocoder of two stages with random parameters, jitted."""
     config = BigVGANConfig(upsample_initial_channel=64, upsample_rates=(5, 3), upsample_kernel_sizes=(11, 7))
     model = bigvgan.BigVGAN(config)
     rng = np.random.default_rng(0)
     abstract = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 9, 80)), np.array([9]))["params"]
     params = jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(np.float32) / a.size**0.5, nn.unbox(abstract))
-    return config, jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))
+    return jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))
 
 
 def test_vocoder_rows_are_independent_of_padding() -> None:
-    """Rows of several lengths, and several in a row, equal themselves alone but for the order of sums; no NaN leaks."""
-    config, vocode = _two_stages()
+    """Rows of several lengths equal themselves alone but for the order of sums; no NaN leaks."""
+    vocode = _two_stages()
     samples = 15  # of a frame
     lengths = np.array([1, 9, 12], np.int32)
     mel = np.random.default_rng(1).standard_normal((3, 12, 80)).astype(np.float32)
@@ -194,15 +194,3 @@ def test_vocoder_rows_are_independent_of_padding() -> None:
         assert np.abs(alone).max() > 0
         assert_close(together[row, : samples * length], alone)
         assert not together[row, samples * length :].any()
-
-    gap = bigvgan.gap(config)
-    assert gap == 5  # 25 samples on either side of the widest convolution, at 5 samples a frame
-    begins = np.array([[0, 1 + gap, 10 + 2 * gap, bigvgan.NOWHERE]])
-    packed = np.full((1, 40, 80), np.nan, np.float32)
-    for begin, length, row in zip(begins[0], lengths, mel, strict=False):
-        packed[0, begin : begin + length] = row[:length]
-    in_a_row = np.array(vocode(packed, np.array([[*lengths, 0]]), begins))[0]
-    for begin, length, expected in zip(samples * begins[0], samples * lengths, together, strict=False):
-        assert_close(in_a_row[begin : begin + length], expected[:length])
-        in_a_row[begin : begin + length] = 0
-    assert not in_a_row.any()

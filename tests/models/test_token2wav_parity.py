@@ -19,11 +19,11 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import DiTDecoderLay
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import DiTConfig, Token2WavConfig
-from omni_jax.engine.token2wav_engine import Token2WavEngine
+from omni_jax.engine.token2wav_engine import Token2WavEngine, make_vocoder_weights
 from omni_jax.layers.stack import unstack_layers
-from omni_jax.models.bigvgan import make_packed
+from omni_jax.models.bigvgan import apply_input, apply_output, apply_stage, make_row_ends
 from omni_jax.models.dit import Blocks, DiTLayer, LayerInputs, Modulations, pack, rotary_tables
-from omni_jax.models.token2wav import Token2Wav
+from omni_jax.models.token2wav import Token2Wav, parts
 from tests.pairs import Whole, relative_error
 
 # float32 sums in another order; some 1e-6 a stage, and the flow does not add to it
@@ -258,23 +258,23 @@ def test_vocoder_stage_by_stage(speaking: Speaking) -> None:
     blocks = theirs.num_residual_blocks
     mel = torch.tensor(_random(np.random.default_rng(3), 1, theirs.config.mel_dim, 31))
     x, length = theirs.conv_pre(theirs.process_mel_spectrogram(mel)), np.array([31])
-    ours = speaking.call("bigvgan", "apply_input", _frames_first(mel), make_packed(31, length))
-    assert relative_error(ours, _frames_first(x)) < TOLERANCE
     model, params = next(speaking.models())
+    config = speaking.config.bigvgan_config
+    weights = make_vocoder_weights(parts(model)[1], params["bigvgan"])
+    ours = jax.jit(apply_input)(weights, _frames_first(mel), make_row_ends(31, length))
+    assert relative_error(ours, _frames_first(x)) < TOLERANCE
     for i, rate in enumerate(theirs.config.upsample_rates):
-        apply_stage = jax.jit(
-            lambda p, x, n, i=i: model.apply({"params": p}, x, n, i, method=lambda m, *a: m.bigvgan.apply_stage(*a))
-        )
         # a longer array than the row: what stands behind the row's end must not matter
         padded = np.pad(_frames_first(x), ((0, 0), (0, 7), (0, 0)), constant_values=np.nan)
-        packed = make_packed(padded.shape[1], length)
-        ours = np.asarray(apply_stage(params, padded, packed))[:, : length[0] * rate]
+        ends = make_row_ends(padded.shape[1], length)
+        stage = jax.jit(apply_stage, static_argnums=(0, 4))(config, weights, padded, ends, i)
+        ours = np.asarray(stage)[:, : length[0] * rate]
         x = theirs.ups[i][0](x)
         x = sum(theirs.resblocks[i * blocks + b](x) for b in range(blocks)) / blocks
         length = length * rate
         assert relative_error(ours, _frames_first(x)) < STAGE_TOLERANCE
     wave = torch.clamp(theirs.conv_post(theirs.activation_post(x)), -1, 1)[:, 0].numpy()
-    ours = speaking.call("bigvgan", "apply_output", _frames_first(x), make_packed(x.shape[2], length))
+    ours = jax.jit(apply_output)(weights, _frames_first(x), make_row_ends(x.shape[2], length))
     assert relative_error(ours, wave) < STAGE_TOLERANCE
 
 
