@@ -32,6 +32,7 @@ from omni_jax.models.token2wav import Token2Wav, parts
 from omni_jax.sharding import replicate
 
 VOCODER_WINDOW = 324  # frames: at the published size 256 new ones, and what their samples depend on to either side
+MIN_CLIP_FRAMES = 512  # that a voice's clip is padded to, and then to a bucket of as many: few programs for all clips
 MIN_VOICES = 4  # that a call has room for at least, so that their number makes no programs of its own
 
 Noise = Float[np.ndarray, "frames mel"]
@@ -248,9 +249,12 @@ class Token2WavEngine:
         known = self._speakers.get(voice.name)
         # a voice of the same name may have been replaced by another
         if known is None or known[0] is not voice:
-            # the clips of voices have lengths of their own, and each length is a program
+            # clips have lengths of their own, and each length of the array is a program
+            num_frames = voice.ref_mel.shape[1]
+            padded = np.zeros((1, bucket(num_frames, MIN_CLIP_FRAMES), voice.ref_mel.shape[2]), np.float32)
+            padded[:, :num_frames] = voice.ref_mel
             with on_mesh(self._mesh):
-                rows = encode_speakers(self._dit, self.dit_params, voice.ref_mel)
+                rows = encode_speakers(self._dit, self.dit_params, padded, np.array([num_frames]))
             known = voice, np.asarray(rows)
             self._speakers[voice.name] = known
         return known[1]
@@ -369,9 +373,11 @@ def _fill_blocks(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode_speakers(dit: DiT, params: Any, ref_mel: Float[Array, "1 T mel"]) -> Float[jax.Array, "2 enc_dim"]:
+def encode_speakers(
+    dit: DiT, params: Any, ref_mel: Float[Array, "1 T mel"], length: Int[Array, " 1"]
+) -> Float[jax.Array, "2 enc_dim"]:
     """What the speaker encoder makes of a voice's clip, for the conditional and the unconditional branch."""
-    return replicate(apply_method(dit, "speakers", params, ref_mel))
+    return replicate(apply_method(dit, "speakers", params, ref_mel, length))
 
 
 @functools.partial(jax.jit, static_argnums=0)

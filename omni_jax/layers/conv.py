@@ -5,8 +5,6 @@ Letters: B batch, T frames, inputs and outputs: channels, taps of a kernel.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ Axes3 = tuple[str, str, str]
 
 
 class Conv1D(nn.Module):
-    """A convolution whose ends are padded with ``(kernel - 1) * dilation`` frames in all.
+    """A convolution whose ends are padded with ``(kernel - 1) * dilation`` zeros in all.
 
     With stride 1 there are as many frames after it as before.
     """
@@ -30,7 +28,6 @@ class Conv1D(nn.Module):
     kernel: int
     stride: int = 1
     dilation: int = 1
-    edges: Literal["constant", "reflect"] = "constant"  # zeros, or the mirrored neighbours
     use_bias: bool = True
     axes: Axes3 = ("kernel", "patch", "embed")
     dtype: Dtype = jnp.float32
@@ -49,10 +46,6 @@ class Conv1D(nn.Module):
     def __call__(self, x: Float[jax.Array, "B T inputs"]) -> Float[jax.Array, "B T_out outputs"]:
         kernel, bias = self.weights()
         padding = same_padding(self.kernel, self.dilation)
-        # XLA's convolution pads with zeros alone, so mirrored edges are written out before it
-        if self.edges == "reflect":
-            x = jnp.pad(x, ((0, 0), padding, (0, 0)), mode="reflect")
-            padding = (0, 0)
         y = conv(x.astype(self.dtype), kernel, padding, stride=self.stride, dilation=self.dilation)
         return y + bias if self.use_bias else y
 

@@ -138,11 +138,17 @@ class DiT(nn.Module):
         self.proj = Linear((width,), (c.mel_dim,), ("embed", "channels"), **kw)
 
     @full_precision
-    def speakers(self, ref_mel: Float[Array, "1 T M"]) -> Float[jax.Array, "2 enc_dim"]:
-        """Speaker embeddings of a voice's clip and of a silent clip as long, which is the unconditional voice."""
+    def speakers(self, ref_mel: Float[Array, "1 T M"], length: Int[Array, " 1"]) -> Float[jax.Array, "2 enc_dim"]:
+        """Speaker embeddings of a voice's clip and of a silent clip as long, which is the unconditional voice.
+
+        Args:
+          ref_mel: the clip, and behind it anything.
+          length: frames of the clip.
+        """
         with jax.named_scope("speaker_encoder"):
             clip = jnp.asarray(ref_mel, self.dtype)
-            return self.speaker_encoder(jnp.concatenate([clip, jnp.zeros_like(clip)]))
+            clips = jnp.concatenate([clip, jnp.zeros_like(clip)])  # [2, T, M]
+            return self.speaker_encoder(clips, jnp.repeat(jnp.asarray(length), 2))
 
     @full_precision
     def conditions(
@@ -224,13 +230,14 @@ class DiT(nn.Module):
         mel: Float[Array, "N F M"],
         codes: Int[Array, "N F"],
         ref_mel: Float[Array, "1 T M"],
+        length: Int[Array, " 1"],
         cond: Float[Array, "1 enc_emb_dim"],
         time: Float[Array, ""],
         blocks: Blocks,
     ) -> tuple[Float[jax.Array, "N F M"], Float[jax.Array, "N F M"]]:
         """Both velocities at one time, for blocks of one voice."""
         modulations = jax.tree.map(lambda a: a[0], self.modulations(jnp.asarray(time)[None]))
-        speakers = jnp.broadcast_to(self.speakers(ref_mel)[None], (len(codes), 2, self.config.enc_dim))
+        speakers = jnp.broadcast_to(self.speakers(ref_mel, length)[None], (len(codes), 2, self.config.enc_dim))
         cond = jnp.broadcast_to(jnp.asarray(cond), (len(codes), self.config.enc_emb_dim))
         velocities = self.velocity(mel, self.conditions(codes, speakers, cond), modulations, blocks)
         return velocities[0], velocities[1]

@@ -53,5 +53,8 @@ def abstract_params(model: Token2Wav) -> Any:
     mel = np.zeros((1, c.block_size, c.mel_dim))
     codes = np.zeros((1, c.block_size), int)
     clip = np.zeros((1, shortest_clip(c), c.mel_dim))
+    length = np.array([clip.shape[1]])
     cond = np.zeros((1, c.enc_emb_dim))
-    return jax.eval_shape(model.init, jax.random.key(0), mel, codes, clip, cond, np.float32(0), blocks)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), mel, codes, clip, length, cond, np.float32(0), blocks)[
+        "params"
+    ]

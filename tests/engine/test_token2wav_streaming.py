@@ -82,7 +82,10 @@ def test_streams_give_what_a_plain_solve_gives(engine: Token2WavEngine) -> None:
     assert [len(samples) for samples in made] == [480 * n for n in LENGTHS]
     params, dit = engine.dit_params, DiT(DIT)
     for i in (4, len(rows) - 1):
-        speaker = np.asarray(encode_speakers(dit, params, voices[i].ref_mel)), voices[i].cond[0]
+        speaker = (
+            np.asarray(encode_speakers(dit, params, voices[i].ref_mel, np.array([voices[i].ref_mel.shape[1]]))),
+            voices[i].cond[0],
+        )
         mel = plainly_carried(dit, params, np.repeat(rows[i], 2), given[i], speaker)
         (wanted,) = engine.vocode([mel])
         np.testing.assert_allclose(made[i], wanted, rtol=0, atol=TOLERANCE)

@@ -74,7 +74,7 @@ def test_products_are_computed_in_float32() -> None:
     # a method, its arguments, and how many products there must be for the search to have gone into its loops
     calls = {
         "dit.velocity": (arguments, 12),
-        "dit.speakers": ((clip,), 19),
+        "dit.speakers": ((clip, zeros(1, int)), 19),
         "dit.modulations": ((zeros(4),), 4),
         "dit.conditions": ((zeros((2, 24), int), zeros((2, 2, 8)), cond), 2),
         "bigvgan.__call__": ((clip, zeros(1, int)), 1 + 2 * 2),  # each stage loops over one product of each kind
