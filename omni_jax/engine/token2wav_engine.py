@@ -56,6 +56,7 @@ class Token2WavEngine:
     Attributes:
       config: of Token2Wav.
       dit_params: of the DiT.
+      vocoder_weights: of the vocoder.
       streams: both networks as parts that stream.
     """
 
@@ -66,9 +67,9 @@ class Token2WavEngine:
         self._mesh = mesh
         self._dit, bigvgan = parts(model)
         with on_mesh(mesh):
-            self._vocoder_weights = make_vocoder_weights(bigvgan, params["bigvgan"])
+            self.vocoder_weights = make_vocoder_weights(bigvgan, params["bigvgan"])
         self._vocoder_reach = reach(model.config.bigvgan_config)
-        self.streams = StreamEngine(self._dit, self.dit_params, bigvgan.config, self._vocoder_weights, mesh)
+        self.streams = StreamEngine(self._dit, self.dit_params, bigvgan.config, self.vocoder_weights, mesh)
         self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
 
     @property
@@ -158,7 +159,7 @@ class Token2WavEngine:
                 rows[row, : len(frames)] = frames
                 length[row] = len(frames)
             with on_mesh(self._mesh):
-                samples = vocode_windows(self.config.bigvgan_config, self._vocoder_weights, rows, length)
+                samples = vocode_windows(self.config.bigvgan_config, self.vocoder_weights, rows, length)
             calls.append((group, samples))
         pieces: list[list[np.ndarray]] = [[] for _ in mels]
         # the device has all calls before the host waits for the first

@@ -11,8 +11,16 @@ import pytest
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig
-from omni_jax.engine.token2wav_engine import Token2WavEngine, draw_noise, round_up_finely, solve_blocks
+from omni_jax.engine.token2wav_engine import (
+    VOCODER_WINDOW,
+    Token2WavEngine,
+    draw_noise,
+    round_up_finely,
+    solve_blocks,
+    vocode_windows,
+)
 from omni_jax.errors import InputError
+from omni_jax.models.bigvgan import synthesize
 from omni_jax.models.token2wav import Token2Wav
 
 # the same sums, cut into pieces by the shape of the batch
@@ -79,6 +87,20 @@ def test_synthesize_is_both_halves(engine: Token2WavEngine) -> None:
     (mel,) = engine.make_mels(rows, voices, noise, [3])
     np.testing.assert_array_equal(samples, engine.vocode([mel])[0])
     assert engine.synthesize([], [], [], []) == []
+
+
+@pytest.mark.parametrize("num_frames", [VOCODER_WINDOW - 1, VOCODER_WINDOW, 3 * VOCODER_WINDOW])
+def test_windows_of_the_vocoder_leave_no_seam(engine: Token2WavEngine, num_frames: int) -> None:
+    mel = np.random.default_rng(0).standard_normal((num_frames, DIT.mel_dim)).astype(np.float32)
+    short = mel[:7]
+    compiled = vocode_windows._cache_size()
+    samples, of_short = engine.vocode([mel, short])
+    config, weights = engine.config.bigvgan_config, engine.vocoder_weights
+    for ours, of_mel in ((samples, mel), (of_short, short)):
+        (whole,) = np.asarray(synthesize(config, weights, of_mel[None], np.array([len(of_mel)])))
+        np.testing.assert_allclose(ours, whole, rtol=0, atol=TOLERANCE)
+    assert np.abs(samples).max() > 0.01
+    assert vocode_windows._cache_size() <= max(compiled, 1)
 
 
 def test_lengths_of_one_bucket_share_a_program(engine: Token2WavEngine) -> None:
