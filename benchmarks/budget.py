@@ -139,6 +139,8 @@ class StreamPlan:
     def predict_work(self, length: ReplyLength, prompt: PromptPlan) -> dict[str, float]:
         """What every part has to do until the first packet of a reply that is longer."""
         chunks = self.chunks()
+        # the newest block of codes waits for the next
+        solved_codes = [chunks[0] - self.block_codes, *chunks[1:]]
         # the vocoder computes what it looks back and ahead at anew with every chunk
         window = self.vocoder_look_back + self.vocoder_look_ahead
         return {
@@ -148,8 +150,8 @@ class StreamPlan:
             Part.SPEAKER: 1,
             Part.BEGIN: 1,
             **self.count_steps(length),
-            Part.DIT: sum(chunks) / self.block_codes,  # blocks
-            Part.VOCODER: sum(window + codes * self.code_frames for codes in chunks),  # frames
+            Part.DIT: sum(solved_codes) / self.block_codes,  # blocks
+            Part.VOCODER: sum(window + codes * self.code_frames for codes in solved_codes),  # frames
             Part.COPY: len(chunks),
         }
 

@@ -113,11 +113,11 @@ class _TracedToken2WavEngine(_Traced, Token2WavEngine):
 
 
 class _TracedStreamEngine(_Traced, StreamEngine):
-    def solve(self, state: Any, chunk: Any, speaker: Any) -> Any:
+    def solve(self, state: Any, chunk: Any, speaker: Any, *, is_first: bool) -> Any:
         call = super().solve
-        # codes to mel frames to blocks
-        num_blocks = chunk.codes.shape[1] * self.config.repeats / self.config.block_size
-        return self.trace.run(Part.DIT, lambda: call(state, chunk, speaker), lambda _: num_blocks)
+        # codes to mel frames to blocks; the last of a first chunk only waits
+        num_blocks = chunk.codes.shape[1] * self.config.repeats // self.config.block_size - is_first
+        return self.trace.run(Part.DIT, lambda: call(state, chunk, speaker, is_first=is_first), lambda _: num_blocks)
 
     def vocode(self, state: Any, mel: Any, active: Any) -> Any:
         """The samples are copied to the host here, and not in the stream, so that the copy has a time of its own."""

@@ -189,4 +189,7 @@ def axes_of(name: str, size: int) -> tuple[str, ...] | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not _divides(mesh, name, size):
         return None
+    # within a shard_map over them the size is one device's already
+    if set(RULES[name]) & set(mesh.manual_axes):
+        return None
     return RULES[name] or None

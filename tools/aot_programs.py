@@ -130,7 +130,7 @@ def dit_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     rows = np.zeros((num_rows, 2, c.enc_dim), np.float32)  # of the speaker encoder, with and without condition
     speaker = Speaker(rows, np.zeros((num_rows, c.enc_emb_dim), np.float32))
     state = jax.eval_shape(lambda: part.init_state(num_rows))
-    return Program(solve_chunk, (params, *_place_abstract((state, chunk, speaker), mesh)), (part,))
+    return Program(solve_chunk, (params, *_place_abstract((state, chunk, speaker), mesh)), (part, False))
 
 
 def vocoder_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:

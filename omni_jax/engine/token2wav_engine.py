@@ -206,7 +206,8 @@ class Token2WavEngine:
             if stream_noise is not None and (np.ndim(stream_noise) != 2 or stream_noise.shape[1] != c.mel_dim):
                 shape = list(np.shape(stream_noise))
                 raise InputError(f"stream {i}: noise has shape {shape}, not [frames, {c.mel_dim}]")
-        first_blocks = count_chunk_blocks(c, "first_chunk_codes", first_chunk_codes)
+        # the last block of a chunk waits for the next one, so that of one block nothing would come
+        first_blocks = count_chunk_blocks(c, "first_chunk_codes", first_chunk_codes, least=2)
         later_blocks = count_chunk_blocks(c, "chunk_codes", chunk_codes)
         num_rows = bucket(len(voices))
         # rows that only fill up the bucket have no voice: they are never active
@@ -221,8 +222,8 @@ class Token2WavEngine:
     def warm_up_streams(self, voices: Sequence[Voice], first_chunk_codes: int, chunk_codes: int) -> None:
         """Compiles what a stream needs, by speaking some codes.
 
-        There are four programs, the first and the later chunk in either network, besides one for each length of a
-        voice's clip and two that make a state.
+        The DiT has a program for the first chunk and one for later ones; the vocoder has one where the mel of both is
+        equally long, as by default. Others encode voices, one for each bucket of their clips, and make a state.
 
         Args:
           voices: that will speak.

@@ -70,13 +70,16 @@ def check_noise(config: DiTConfig, where: str, noise: np.ndarray | None, num_cod
         raise InputError(f"{where}: noise has shape {list(np.shape(noise))}; {num_codes} codes need {list(needed)}")
 
 
-def count_chunk_blocks(config: DiTConfig, name: str, num_codes: int) -> int:
+def count_chunk_blocks(config: DiTConfig, name: str, num_codes: int, least: int = 1) -> int:
     """The blocks of the DiT in a chunk of so many codes.
 
     Raises:
-      InputError: if they are no whole number of blocks.
+      InputError: if they are no whole number of blocks, or fewer than ``least``.
     """
     block_codes = config.block_size // config.repeats
-    if num_codes < block_codes or num_codes % block_codes:
-        raise InputError(f"{name} is {num_codes}; it must be a multiple of {block_codes}, the codes of a block")
+    if num_codes < least * block_codes or num_codes % block_codes:
+        limit = f"a multiple of {block_codes}, the codes of a block"
+        if least > 1:
+            limit += f", and at least {least * block_codes}"
+        raise InputError(f"{name} is {num_codes}; it must be {limit}")
     return num_codes // block_codes

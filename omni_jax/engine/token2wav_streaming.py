@@ -13,7 +13,7 @@ Letters: B rows (streams), T codes of a chunk, F frames of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,10 +79,10 @@ class StreamEngine:
         # arrays of the host and arrays of a step must lie in the same place: else a program is compiled for each
         return jax.device_put(states, self._placement)
 
-    def solve(self, state: Any, chunk: CodeChunk, speaker: Speaker) -> tuple[Block, Any]:
-        """The mel of as many blocks as the chunk has; the state is used up."""
+    def solve(self, state: Any, chunk: CodeChunk, speaker: Speaker, *, is_first: bool) -> tuple[Block, Any]:
+        """The mel of as many blocks as the chunk has, one less where it is the first; the state is used up."""
         with on_mesh(self._mesh):
-            return solve_chunk(self._dit, self._dit_params, state, chunk, speaker)
+            return solve_chunk(self._dit, is_first, self._dit_params, state, chunk, speaker)
 
     def vocode(self, state: Any, mel: Block, active: Bool[np.ndarray, " B"]) -> tuple[Block, Any]:
         """The samples of as many frames as the mel has; the state is used up."""
@@ -188,51 +188,41 @@ class Token2WavStream:
             row.is_last |= bool(last)
 
     def _due_rows(self) -> dict[int, int]:
-        """Rows whose next chunk can be computed, all of one size: row -> blocks."""
+        """Rows whose next chunk can be computed, all of one program: row -> blocks."""
         c = self._engine.config
         block_codes = c.block_size // c.repeats
         due: dict[int, int] = {}
         for i, row in enumerate(self._rows):
-            # a row's first chunk has a size of its own
+            # a row's first chunk has a size and a program of its own
             chunk = self.chunk_blocks[1 if row.num_blocks else 0]
             if row.is_last and row.num_codes:
                 # the last block waits for one more to look ahead to
-                remaining = -(-row.num_codes // block_codes) + 1 - row.num_blocks
-                if remaining > 0:
-                    due[i] = self._fit_chunk(remaining)
+                if -(-row.num_codes // block_codes) + 1 > row.num_blocks:
+                    due[i] = chunk
             elif len(row.waiting) >= chunk * block_codes:
                 due[i] = chunk
         if not due:
             return {}
-        # a step is one program for one size of chunk; rows of the other size are due at the next
-        size = next(iter(due.values()))
-        return {i: blocks for i, blocks in due.items() if blocks == size}
+        # rows of the other program are due at the next step
+        is_first = not self._rows[next(iter(due))].num_blocks
+        return {i: blocks for i, blocks in due.items() if (not self._rows[i].num_blocks) == is_first}
 
-    def _fit_chunk(self, num_blocks: int) -> int:
-        """Of the two sizes of chunks the smaller one if it suffices."""
-        smaller = min(self.chunk_blocks)
-        return smaller if num_blocks <= smaller else max(self.chunk_blocks)
-
-    def _late_rows(self) -> dict[int, int]:
-        """Rows whose codes are all computed and whose samples are not all out: row -> blocks, one size for all."""
+    def _late_rows(self) -> list[int]:
+        """Rows whose codes are all computed and whose samples are not all out."""
         c = self._engine.config
-        late = {}
-        for i, row in enumerate(self._rows):
-            remaining = row.num_codes * c.repeats - row.num_frames
-            if row.is_last and remaining:
-                late[i] = self._fit_chunk(-(-remaining // c.block_size))
-        # one step for all of them: a row that has less gets nothing that is valid behind its end
-        return dict.fromkeys(late, max(late.values(), default=0))
+        return [i for i, row in enumerate(self._rows) if row.is_last and row.num_codes * c.repeats > row.num_frames]
 
     def _step_rows(self, due: dict[int, int], pieces: list[list[np.ndarray]]) -> None:
         """Computes a chunk of each row, or as much as one at its end has."""
         active = self._active_rows(due)
+        is_first = not self._rows[next(iter(due))].num_blocks
         chunk = self._make_chunk(due, active)
-        mel, self._dit_state = self._engine.solve(self._dit_state, chunk, self._speaker)
+        mel, self._dit_state = self._engine.solve(self._dit_state, chunk, self._speaker, is_first=is_first)
         self._vocode(mel, active, pieces)
 
-    def _flush_rows(self, late: dict[int, int], pieces: list[list[np.ndarray]]) -> None:
-        num_frames = next(iter(late.values())) * self._engine.config.block_size
+    def _flush_rows(self, late: list[int], pieces: list[list[np.ndarray]]) -> None:
+        # as many as of a later chunk, so that they need no program of their own
+        num_frames = self.chunk_blocks[1] * self._engine.config.block_size
         # padding pushes out the samples that wait for their look-ahead
         self._vocode(self._engine.make_padding(self._num_rows, num_frames), self._active_rows(late), pieces)
 
@@ -246,7 +236,7 @@ class Token2WavStream:
                 pieces[i].append(piece)
                 row.num_frames += len(piece) // self._engine.samples_per_frame
 
-    def _active_rows(self, rows: dict[int, int]) -> Bool[np.ndarray, " B"]:
+    def _active_rows(self, rows: Iterable[int]) -> Bool[np.ndarray, " B"]:
         active = np.zeros(self._num_rows, bool)
         active[list(rows)] = True
         return active
@@ -288,9 +278,21 @@ def _init_state(part: StreamingPart, num_rows: int) -> Any:
     return replicate(part.init_state(num_rows))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def solve_chunk(part: CarriedDiT, params: Any, state: Any, chunk: CodeChunk, speaker: Speaker) -> tuple[Block, Any]:
-    """A step of the DiT: the mel of as many blocks as the chunk has, and the state after them."""
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def solve_chunk(
+    part: CarriedDiT, is_first: bool, params: Any, state: Any, chunk: CodeChunk, speaker: Speaker
+) -> tuple[Block, Any]:
+    """A step of the DiT: the mel of as many blocks as the chunk has, and the state after them.
+
+    Args:
+      part: the DiT as a part that streams.
+      is_first: whether the active rows begin with this chunk. Then no block has waited for it, and the mel has one
+        block less.
+      params: of the DiT.
+      state: after the chunk before.
+      chunk: the codes.
+      speaker: who speaks each row.
+    """
     c = part.dit.config
     num_rows, num_codes = chunk.codes.shape
     num_blocks = num_codes * c.repeats // c.block_size
@@ -303,7 +305,8 @@ def solve_chunk(part: CarriedDiT, params: Any, state: Any, chunk: CodeChunk, spe
     noise = noise.reshape(num_rows, num_codes, c.repeats, c.mel_dim)  # [B, T, repeats, mel]
     with jax.named_scope("solve_chunk"):
         block = Block(NoisyCodes(chunk.codes, noise), chunk.valid, speaker)
-        return replicate(part.step(params, state, block, chunk.active))
+        step = part.first_step if is_first else part.step
+        return replicate(step(params, state, block, chunk.active))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

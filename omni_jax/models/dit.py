@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
@@ -39,7 +40,7 @@ from omni_jax.layers.precision import full_precision
 from omni_jax.layers.rotary import Tables
 from omni_jax.layers.stack import call_layers, layer_stack, map_layers
 from omni_jax.models.speaker_encoder import SpeakerEncoder
-from omni_jax.sharding import constrain
+from omni_jax.sharding import axes_of, constrain, replicate
 
 NO_BLOCK = -1  # in place of a neighbour
 
@@ -186,7 +187,8 @@ class DiT(nn.Module):
             embeds = jax.nn.silu(self.time_embed(times))  # [E, D]
             layers = map_layers(self.layers, c.num_hidden_layers, "modulate", embeds)  # [L, E, 6, D]
             final = self.modulation(embeds).reshape(len(embeds), 2, c.hidden_size)  # [E, 2, D]
-            return Modulations(jnp.moveaxis(layers, 0, 1), final)
+            # sharded like the projection that makes them, they would have every norm reduced over devices
+            return replicate(Modulations(jnp.moveaxis(layers, 0, 1), final))
 
     @full_precision
     def velocity(
@@ -262,7 +264,7 @@ class DiTLayer(nn.Module):
         self, carry: tuple[()], index: int | jax.Array, embeds: Float[jax.Array, "E D"]
     ) -> tuple[tuple[()], Float[jax.Array, "E 6 D"]]:
         """The six vectors of this layer at each time."""
-        return carry, self.modulation(embeds).reshape(len(embeds), 6, self.config.hidden_size)
+        return carry, replicate(self.modulation(embeds)).reshape(len(embeds), 6, self.config.hidden_size)
 
     def __call__(self, carry: _Carry, index: int | jax.Array, inputs: LayerInputs) -> tuple[_Carry, None]:
         x, cache = carry
@@ -276,9 +278,10 @@ class DiTLayer(nn.Module):
 
         with jax.named_scope("dit_attention"):
             attended, new_cache = self.attention(_modulated_norm(x, scale_a, shift_a), attend)
-            x = x + gate_a * attended  # [2, N, F, D]
+            x = constrain(x + gate_a * attended, None, "batch", None, None)  # [2, N, F, D]
         with jax.named_scope("dit_mlp"):
-            x = x + gate_m * self.mlp(_modulated_norm(x, scale_m, shift_m))  # [2, N, F, D]
+            x = x + gate_m * self.mlp(_modulated_norm(x, scale_m, shift_m))
+            x = constrain(x, None, "batch", None, None)  # [2, N, F, D]
         return _Carry(x, new_cache), None
 
 
@@ -444,12 +447,33 @@ def rotate_first_head(x: Float[Array, "*halves N F heads H"], tables: Tables) ->
     The other heads have no positions: the model was trained with an embedding as wide as one head on all of them laid
     side by side, and so it has to be used (docs/reference.md, 8.7).
     """
-    cos, sin = tables  # [N, F, H / 2]
+    x = jnp.asarray(x)
+    axes = axes_of("heads", x.shape[-2])
+    mesh = jax.sharding.get_abstract_mesh()
+    if axes is None or math.prod(mesh.shape[axis] for axis in axes) == 1:
+        return _rotate_head(x, *tables, True)
+    # each device has heads of its own, and the first device has head 0: left to itself, XLA would gather all heads
+    heads = PartitionSpec(*[None] * (x.ndim - 2), axes, None)
+
+    def rotate_local(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return _rotate_head(x, cos, sin, jax.lax.axis_index(axes) == 0)
+
+    specs = (heads, PartitionSpec(), PartitionSpec())
+    # other axes of the mesh stay the compiler's
+    mapped = jax.shard_map(rotate_local, in_specs=specs, out_specs=heads, axis_names=set(axes), check_vma=False)
+    return mapped(x, *tables)
+
+
+def _rotate_head(
+    x: Float[jax.Array, "*halves N F heads H"], cos: jax.Array, sin: jax.Array, is_here: bool | jax.Array
+) -> jax.Array:
+    """``rotate_first_head`` of the heads on one device. ``is_here``: whether head 0 is among them."""
     # interleaved pairs; with halves the sound is wrong, and nothing fails
     first = x[..., 0, 0::2]  # [*halves, N, F, H / 2]
     second = x[..., 0, 1::2]
     rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)  # [..., H / 2, 2]
-    return jnp.asarray(x).at[..., 0, :].set(rotated.reshape(*x.shape[:-2], x.shape[-1]))
+    rotated = rotated.reshape(*x.shape[:-2], x.shape[-1])
+    return x.at[..., 0, :].set(jnp.where(is_here, rotated, x[..., 0, :]))
 
 
 def sinusoidal_times(times: Float[Array, " E"]) -> Float[jax.Array, "E 256"]:

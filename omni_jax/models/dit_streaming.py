@@ -124,18 +124,42 @@ class CarriedDiT:
         new = _to_frame_blocks(self.dit.config, block)
         # [B, 1 + new, ...]: the pending block, and those that came now
         known = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.pending, new)
+        return self._solve_known(params, state, known, block.row, active, first_index=state.index - 1)
+
+    def first_step(
+        self, params: Any, state: CarriedState, block: Block, active: Bool[Array, " B"] | None = None
+    ) -> tuple[Block, CarriedState]:
+        """``step`` of rows that begin, without the pending block, which there is not: its output is one block shorter.
+
+        ``block`` has two blocks of codes at least.
+        """
+        known = _to_frame_blocks(self.dit.config, block)
+        return self._solve_known(params, state, known, block.row, active, first_index=state.index)
+
+    def _solve_known(
+        self,
+        params: Any,
+        state: CarriedState,
+        known: FrameBlocks,
+        speaker: Speaker,
+        active: Bool[Array, " B"] | None,
+        *,
+        first_index: Int[Array, " B"],
+    ) -> tuple[Block, CarriedState]:
+        """Solves all blocks of ``known`` but the last; the first of them has the index ``first_index`` in its row."""
         count = known.valid.shape[1] - 1  # blocks to solve for good
         # [B, 2 * count, ...]: the blocks to solve for good, then the look-ahead of each
         shown = np.concatenate([np.arange(count), np.arange(1, count + 1)])
         frames = jax.tree.map(lambda a: a[:, shown], known)
-        blocks = _list_blocks(frames, state, shown, active)
-        mel, cache = _solve_frames(self.dit, params, frames, blocks, block.row, state.cache)
+        cached = CachedBlocks(state.solved_valid, _next_cached(len(first_index), count, active))
+        blocks = _list_blocks(frames, first_index[:, None] + shown, cached)
+        mel, cache = _solve_frames(self.dit, params, frames, blocks, speaker, state.cache)
         assert cache is not None
         # the newest block is pending now
         # the cache of rows that are not active has been kept in place already, or a second one would be made here
         index, pending, solved_valid = keep_rows(
             active,
-            (state.index + count, jax.tree.map(lambda a: a[:, count:], known), known.valid[:, count - 1]),
+            (first_index + count + 1, jax.tree.map(lambda a: a[:, count:], known), known.valid[:, count - 1]),
             (state.index, state.pending, state.solved_valid),
         )
         output = _to_output(mel[:, :count], known.valid[:, :count], active)
@@ -154,33 +178,33 @@ def _to_frame_blocks(config: DiTConfig, block: Block) -> FrameBlocks:
     return FrameBlocks(codes, noise.reshape(*valid.shape, config.mel_dim), valid)
 
 
-def _list_blocks(
-    frames: FrameBlocks, state: CarriedState, shown: np.ndarray, active: Bool[Array, " B"] | None
-) -> Blocks:
-    """Who stands before and after whom, in the list of all rows' blocks for good and their look-ahead copies."""
-    batch = len(state.index)
-    count = len(shown) // 2
+def _next_cached(batch: int, count: int, active: Bool[Array, " B"] | None) -> Int[Array, " B"]:
+    """Which block of the list each row's cache is of after the call: the last that is solved for good."""
     # row by row: its blocks to solve for good, then the copies that they look ahead to
-    places = np.arange(batch * 2 * count).reshape(batch, 2, count)
+    last = 2 * count * np.arange(batch) + count - 1
+    # a row that is not active keeps the block that it had, which stands behind the list
+    return last if active is None else jnp.where(active, last, 2 * count * batch + np.arange(batch))
+
+
+def _list_blocks(frames: FrameBlocks, index: Int[Array, "B N"], cached: CachedBlocks) -> Blocks:
+    """Who stands before and after whom, in the list of all rows' blocks for good and their look-ahead copies."""
+    batch, num_blocks = index.shape
+    count = num_blocks // 2
+    places = np.arange(batch * num_blocks).reshape(batch, 2, count)
     final = places[:, 0]  # [B, count]
     ahead = places[:, 1]
-    cached = places.size + np.arange(batch)  # [B]
     # both look back at what was solved for good: the first block at the cache, the copies at the one they follow
-    before_final = np.concatenate([cached[:, None], final[:, :-1]], axis=1)
+    before_first = places.size + np.arange(batch)  # [B]
+    before_final = np.concatenate([before_first[:, None], final[:, :-1]], axis=1)
     before = np.stack([before_final, final], axis=1)  # [B, 2, count]
     # a copy looks ahead to nothing: nobody asks for its own mel
     after = np.stack([ahead, np.full_like(ahead, NO_BLOCK)], axis=1)
-    # a row that is not active keeps the block that it had
-    last = final[:, -1]
-    next_cached = last if active is None else jnp.where(active, last, cached)
-    # the pending block comes first, one before the row's next
-    index = state.index[:, None] - 1 + shown  # [B, 2 * count]
     return Blocks(
         index=index.reshape(-1),
         valid=frames.valid.reshape(-1, frames.valid.shape[2]),
         before=before.reshape(-1),
         after=after.reshape(-1),
-        cached=CachedBlocks(state.solved_valid, next_cached),
+        cached=cached,
     )
 
 

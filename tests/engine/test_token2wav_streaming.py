@@ -159,6 +159,7 @@ def test_dropping_a_stream_frees_it(engine: Token2WavEngine) -> None:
     ("changes", "message"),
     [
         (dict(first_chunk_codes=20), r"first_chunk_codes is 20; .* multiple of 12"),
+        (dict(first_chunk_codes=12), r"first_chunk_codes is 12; .* at least 24"),
         (dict(chunk_codes=0), r"chunk_codes is 0; .* multiple of 12"),
         (dict(seeds=[2**32]), r"stream 0: seed is 4294967296"),
         (dict(voices=[voice(0, frames=4)]), r"ref_mel has shape \[1, 4, 80\].* at least 5"),

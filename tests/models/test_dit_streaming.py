@@ -107,6 +107,21 @@ def test_two_blocks_are_the_offline_ones(params: Any) -> None:
         assert_close(mel[row, : len(codes)], expected)
 
 
+def test_the_first_step_leaves_out_what_is_not_there(params: Any) -> None:
+    """From the beginning both kinds of step give the same mel and the same state, bit for bit."""
+    part = CarriedDiT(DiT(CONFIG))
+    x = random_request(CONFIG, (36, 20, 5))
+    active = np.array([True, True, False])
+    usual, usual_state = jax.jit(part.step)(params, part.init_state(3), x, active)
+    first, first_state = jax.jit(part.first_step)(params, part.init_state(3), x, active)
+    assert not np.asarray(usual.valid)[:, : CONFIG.block_size].any()
+    np.testing.assert_array_equal(first.valid, np.asarray(usual.valid)[:, CONFIG.block_size :])
+    np.testing.assert_array_equal(first.values, np.asarray(usual.values)[:, CONFIG.block_size :])
+    assert np.asarray(first.valid).sum() == 48 + 40
+    for ours, expected in zip(jax.tree.leaves(first_state), jax.tree.leaves(usual_state), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
 def test_a_step_keeps_one_state(params: Any) -> None:
     """The keys and values of all evaluations are written in place: no second set of them is made."""
     part = CarriedDiT(DiT(CONFIG))
