@@ -184,7 +184,7 @@ def filter_logits(
     """Minus infinity for every token outside the top k, and then outside the top p of what remains.
 
     A slot whose top k are among its ``NUM_RANKED`` most probable tokens, with all that tie with the last of them, needs
-    no more than these ranked; the whole vocabulary is sorted only where some slot needs more.
+    no more than these ranked; the whole vocabulary is searched only where some slot needs more.
     """
     ranked = jax.lax.top_k(logits, min(NUM_RANKED, logits.shape[-1]))[0]  # [B, K]
     # jnp.min, not ranked[:, -1:]: when XLA sees a slice taken, it turns top_k into a sort of the vocabulary
@@ -194,11 +194,10 @@ def filter_logits(
     # of a slot that these do not suffice for, it is wrong and is not used
     few_threshold = _threshold(ranked, top_k, top_p)  # [B, 1]
 
-    def sort_all() -> jax.Array:
-        everything = jnp.sort(logits, descending=True)  # [B, V]
-        return jnp.where(suffices[:, None], few_threshold, _threshold(everything, top_k, top_p))
+    def search_all() -> jax.Array:
+        return jnp.where(suffices[:, None], few_threshold, _search_threshold(logits, top_k, top_p))
 
-    threshold = jax.lax.cond(jnp.all(suffices), lambda: few_threshold, sort_all)  # [B, 1]
+    threshold = jax.lax.cond(jnp.all(suffices), lambda: few_threshold, search_all)  # [B, 1]
     return jnp.where(logits >= threshold, logits, _MINUS_INFINITY)
 
 
@@ -243,6 +242,48 @@ def _threshold(
     inside = (before < top_p[:, None]) & (ranked > _MINUS_INFINITY)
     smallest = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.maximum(smallest, kth)
+
+
+def _search_threshold(
+    logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Float[jax.Array, "B 1"]:
+    """``_threshold`` of logits in any order, but for the rounding of sums.
+
+    Compilers for TPUs take long for the sort of a vocabulary, so both thresholds are searched bit by bit.
+    """
+    logits = jnp.asarray(logits)
+    keys = _to_ordered_bits(logits)  # [B, V]
+    kth = _largest_key(keys, jnp.ones_like(logits), top_k.astype(jnp.float32))  # [B, 1]
+    inside = keys >= kth
+    weight = jnp.where(inside, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0)  # [B, V]
+    # a token is outside where those above it have top p together: that is, above the largest key that has them
+    needed = top_p * jnp.sum(weight, axis=-1)  # [B]
+    by_probability = jnp.where(top_p[:, None] < 1, _largest_key(keys, weight, needed), 0)
+    return _from_ordered_bits(jnp.maximum(kth, by_probability))
+
+
+def _largest_key(
+    keys: UInt32[jax.Array, "B V"], weight: Float[jax.Array, "B V"], needed: Float[jax.Array, " B"]
+) -> UInt32[jax.Array, "B 1"]:
+    """For each row the largest key for which the weights of all keys that are as large add up to ``needed``."""
+
+    def decide_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))  # [B, 1]
+        total = jnp.sum(jnp.where(keys >= candidate, weight, 0), axis=-1)  # [B]
+        return jnp.where((total >= needed)[:, None], candidate, found)
+
+    return jax.lax.fori_loop(0, 32, decide_bit, jnp.zeros((len(keys), 1), jnp.uint32))
+
+
+def _to_ordered_bits(x: Float[jax.Array, "B V"]) -> UInt32[jax.Array, "B V"]:
+    """Numbers whose order is that of the floats: their bits, with those of the negative ones turned over."""
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # -0 becomes 0
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _from_ordered_bits(keys: UInt32[jax.Array, "B N"]) -> Float[jax.Array, "B N"]:
+    bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32((1 << 31) - 1), ~keys)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def merge_seed(params: SamplingParams, seed: int | None) -> SamplingParams:
