@@ -3,6 +3,7 @@
 # make test         every test, with PyTorch as the oracle; needs nothing done before
 # make test-long    what takes longer: whole runs of the benchmarks, and parity again with programs as users compile them
 # make fuzz         154,000 mutants of pictures, sounds, videos, requests and checkpoints; 20 to 40 minutes on two cores
+# make audit        asks PyPI which of the installed packages have known vulnerabilities; what it cannot tell of is an error
 # make test-aot     compiles programs of the whole 7B for TPUs, some minutes each; no TPU is needed
 # make check        lint, format and types
 # make test-newest  the tests that need neither PyTorch nor the TPU compiler, on Python 3.12 with the newest jax and flax
@@ -17,6 +18,7 @@ PYTHON312 ?= python3.12
 
 VENV = .venv
 NEWEST = .venv-newest
+AUDIT = .venv-audit
 BIN = $(VENV)/bin
 MEDIA = --image tests/media/picture.jpg --audio tests/media/speech.wav --video tests/media/video.mp4
 QUESTION = --text "What do you see and hear?"
@@ -37,7 +39,7 @@ OLD_LOOPS = from importlib.metadata import version; \
 	print('--xla_cpu_use_fusion_emitters=false' if version('jaxlib').split('.') < ['0', '12'] else '')
 QUICKLY = JAX_DISABLE_MOST_OPTIMIZATIONS=true XLA_FLAGS=$$($(1)/python -c "$(OLD_LOOPS)")
 
-.PHONY: demo train-demo test test-long fuzz test-aot check test-newest clean
+.PHONY: demo train-demo test test-long fuzz audit test-aot check test-newest clean
 
 demo: $(VENV)/installed-run
 ifdef MODEL
@@ -70,6 +72,12 @@ test-long: $(VENV)/installed-test
 # one of the commands alone, or a single case: python -m tests.fuzz --help
 fuzz: $(VENV)/installed-test
 	$(BIN)/python -m tests.fuzz all
+
+audit: $(VENV)/installed-test
+	test -d $(AUDIT) || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable > $(AUDIT)/installed.txt
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(AUDIT)/installed.txt
 
 test-aot: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m aot tests/tools/test_aot.py
@@ -113,5 +121,5 @@ $(NEWEST)/installed: setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) out .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(AUDIT) out .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
