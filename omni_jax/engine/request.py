@@ -37,7 +37,8 @@ class ChunkSizes:
       first_tokens: text tokens in the first call of the Thinker.
       tokens: in each later one.
       codes: in a call of the Talker at most.
-      first_chunk_codes: codes that the first piece of sound is made from. Token2Wav looks ahead, see docs/streaming.md.
+      first_chunk_codes: codes that the first piece of sound is made from. Token2Wav looks ahead, see docs/streaming.md;
+        two blocks of 12 at least.
       chunk_codes: that each later piece adds.
     """
 

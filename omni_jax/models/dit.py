@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.typing import Dtype
-from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
@@ -39,8 +38,9 @@ from omni_jax.layers.params import dtypes, param
 from omni_jax.layers.precision import full_precision
 from omni_jax.layers.rotary import Tables
 from omni_jax.layers.stack import call_layers, layer_stack, map_layers
+from omni_jax.models.dit_rotary import rotary_tables, rotate_first_head
 from omni_jax.models.speaker_encoder import SpeakerEncoder
-from omni_jax.sharding import axes_of, constrain, replicate
+from omni_jax.sharding import constrain, replicate
 
 NO_BLOCK = -1  # in place of a neighbour
 
@@ -218,7 +218,7 @@ class DiT(nn.Module):
             x = self.input_proj.project_mel(mel)  # [N, F, D]
             x = jnp.stack([x + conditions.cond, x + conditions.uncond])  # [2, N, F, D]
             x = constrain(x, None, "batch", None, None)
-        rotary = rotary_tables(blocks, c.head_dim, c.rope_theta)
+        rotary = rotary_tables(blocks.index, c.block_size, c.head_dim, c.rope_theta)
         inputs = LayerInputs(modulations.layers, blocks, rotary)
         x, cache = call_layers(self.layers, c.num_hidden_layers, _Carry(x, cache), inputs)
         with jax.named_scope("dit_output"):
@@ -430,50 +430,6 @@ def _take_neighbours(source: KeyBlocks, places: Array) -> KeyBlocks:
 def _take_blocks(x: Array, places: Array) -> jax.Array:
     """Blocks of a list [*halves, N, F, heads, H]; any block for one that is not there."""
     return jnp.take(x, places, axis=-4, mode="clip")
-
-
-def rotary_tables(blocks: Blocks, head_dim: int, theta: float) -> Tables:
-    """cos and sin of every frame's angles, by its place in its request. [N, F, head_dim / 2]"""
-    frames = jnp.asarray(blocks.valid).shape[1]
-    place = jnp.asarray(blocks.index)[:, None] * frames + jnp.arange(frames)  # [N, F]
-    frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
-    angles = place[..., None].astype(jnp.float32) * frequencies  # [N, F, H / 2]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate_first_head(x: Float[Array, "*halves N F heads H"], tables: Tables) -> jax.Array:
-    """Rotates the pairs (0, 1), (2, 3), ... of head 0.
-
-    The other heads have no positions: the model was trained with an embedding as wide as one head on all of them laid
-    side by side, and so it has to be used (docs/reference.md, 8.7).
-    """
-    x = jnp.asarray(x)
-    axes = axes_of("heads", x.shape[-2])
-    mesh = jax.sharding.get_abstract_mesh()
-    if axes is None or math.prod(mesh.shape[axis] for axis in axes) == 1:
-        return _rotate_head(x, *tables, True)
-    # each device has heads of its own, and the first device has head 0: left to itself, XLA would gather all heads
-    heads = PartitionSpec(*[None] * (x.ndim - 2), axes, None)
-
-    def rotate_local(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        return _rotate_head(x, cos, sin, jax.lax.axis_index(axes) == 0)
-
-    specs = (heads, PartitionSpec(), PartitionSpec())
-    # other axes of the mesh stay the compiler's
-    mapped = jax.shard_map(rotate_local, in_specs=specs, out_specs=heads, axis_names=set(axes), check_vma=False)
-    return mapped(x, *tables)
-
-
-def _rotate_head(
-    x: Float[jax.Array, "*halves N F heads H"], cos: jax.Array, sin: jax.Array, is_here: bool | jax.Array
-) -> jax.Array:
-    """``rotate_first_head`` of the heads on one device. ``is_here``: whether head 0 is among them."""
-    # interleaved pairs; with halves the sound is wrong, and nothing fails
-    first = x[..., 0, 0::2]  # [*halves, N, F, H / 2]
-    second = x[..., 0, 1::2]
-    rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)  # [..., H / 2, 2]
-    rotated = rotated.reshape(*x.shape[:-2], x.shape[-1])
-    return x.at[..., 0, :].set(jnp.where(is_here, rotated, x[..., 0, :]))
 
 
 def sinusoidal_times(times: Float[Array, " E"]) -> Float[jax.Array, "E 256"]:

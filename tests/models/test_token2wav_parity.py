@@ -22,7 +22,8 @@ from omni_jax.config import DiTConfig, Token2WavConfig
 from omni_jax.engine.token2wav_engine import Token2WavEngine, make_vocoder_weights
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models.bigvgan import apply_input, apply_output, apply_stage, make_row_ends
-from omni_jax.models.dit import Blocks, DiTLayer, LayerInputs, Modulations, pack, rotary_tables
+from omni_jax.models.dit import Blocks, DiTLayer, LayerInputs, Modulations, pack
+from omni_jax.models.dit_rotary import rotary_tables
 from omni_jax.models.token2wav import Token2Wav, parts
 from tests.pairs import Whole, relative_error
 
@@ -204,7 +205,9 @@ def _compare_layer(config: DiTConfig, block: Any, leaves: Any, rotary: Any, fram
     variables = {"params": leaves}
     _, modulation = layer.apply(variables, (), 1, jax.nn.silu(rows), method="modulate")
     table = jnp.broadcast_to(modulation, (config.num_hidden_layers, *modulation.shape[1:]))
-    shared = LayerInputs(table, blocks, rotary_tables(blocks, config.head_dim, config.rope_theta))
+    shared = LayerInputs(
+        table, blocks, rotary_tables(blocks.index, blocks.valid.shape[1], config.head_dim, config.rope_theta)
+    )
     for index in (1, jnp.int32(1)):
         (ours, _), _ = jax.jit(lambda x, i=index: layer.apply(variables, (x, None), i, shared))(padded)
         assert relative_error(np.asarray(ours).reshape(-1, config.hidden_size)[:frames], theirs) < TOLERANCE
