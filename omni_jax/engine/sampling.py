@@ -252,8 +252,9 @@ def _search_threshold(
     Compilers for TPUs take long for the sort of a vocabulary, so both thresholds are searched bit by bit.
     """
     logits = jnp.asarray(logits)
+    top_p = jnp.asarray(top_p)
     keys = _to_ordered_bits(logits)  # [B, V]
-    kth = _largest_key(keys, jnp.ones_like(logits), top_k.astype(jnp.float32))  # [B, 1]
+    kth = _largest_key(keys, jnp.ones_like(logits), jnp.asarray(top_k, jnp.float32))  # [B, 1]
     inside = keys >= kth
     weight = jnp.where(inside, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0)  # [B, V]
     # a token is outside where those above it have top p together: that is, above the largest key that has them
