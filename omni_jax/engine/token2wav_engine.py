@@ -31,7 +31,7 @@ from omni_jax.models.flow_matching import draw_noise, solve
 from omni_jax.models.token2wav import Token2Wav, parts
 from omni_jax.sharding import replicate
 
-VOCODER_WINDOW = 324  # frames: at the published size 256 new ones, and what their samples depend on to either side
+WINDOW_NEW_FRAMES = 256  # of a window of the vocoder, beside what their samples depend on to either side
 MIN_CLIP_FRAMES = 512  # that a voice's clip is padded to, and then to a bucket of as many: few programs for all clips
 MIN_VOICES = 4  # that a call has room for at least, so that their number makes no programs of its own
 
@@ -57,6 +57,7 @@ class Token2WavEngine:
       config: of Token2Wav.
       dit_params: of the DiT.
       vocoder_weights: of the vocoder.
+      window_frames: mel frames that the vocoder gets at once, for whole replies.
       streams: both networks as parts that stream.
     """
 
@@ -69,6 +70,7 @@ class Token2WavEngine:
         with on_mesh(mesh):
             self.vocoder_weights = make_vocoder_weights(bigvgan, params["bigvgan"])
         self._vocoder_reach = reach(model.config.bigvgan_config)
+        self.window_frames = WINDOW_NEW_FRAMES + sum(self._vocoder_reach)  # 324 at the published size
         self.streams = StreamEngine(self._dit, self.dit_params, bigvgan.config, self.vocoder_weights, mesh)
         self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
 
@@ -147,15 +149,15 @@ class Token2WavEngine:
         """The second half of ``synthesize``, window by window: one program, however long a spectrogram is."""
         windows: list[_Window] = []
         for i, mel in enumerate(mels):
-            windows += _cut_windows(i, len(mel), self._vocoder_reach)
+            windows += _cut_windows(i, len(mel), self.window_frames, self._vocoder_reach)
         num_rows = 1 if self._mesh is None else self._mesh.size
         calls = []
         for first in range(0, len(windows), num_rows):
             group = windows[first : first + num_rows]
-            rows = np.zeros((num_rows, VOCODER_WINDOW, self.config.dit_config.mel_dim), np.float32)
+            rows = np.zeros((num_rows, self.window_frames, self.config.dit_config.mel_dim), np.float32)
             length = np.zeros(num_rows, np.int32)
             for row, window in enumerate(group):
-                frames = mels[window.mel][window.start : window.start + VOCODER_WINDOW]
+                frames = mels[window.mel][window.start : window.start + self.window_frames]
                 rows[row, : len(frames)] = frames
                 length[row] = len(frames)
             with on_mesh(self._mesh):
@@ -164,7 +166,7 @@ class Token2WavEngine:
         pieces: list[list[np.ndarray]] = [[] for _ in mels]
         # the device has all calls before the host waits for the first
         for group, samples in calls:
-            frames = np.asarray(samples).reshape(num_rows, VOCODER_WINDOW, -1)
+            frames = np.asarray(samples).reshape(num_rows, self.window_frames, -1)
             for row, window in zip(frames, group, strict=False):
                 pieces[window.mel].append(row[window.first : window.last].reshape(-1))
         return [np.concatenate(piece) if piece else np.zeros(0, np.float32) for piece in pieces]
@@ -284,7 +286,7 @@ class _Window(NamedTuple):
 
     Attributes:
       mel: which spectrogram.
-      start: its first frame, of ``VOCODER_WINDOW`` or as many as there are.
+      start: its first frame.
       first, last: of its frames, those whose samples are kept: the others lack what they depend on.
     """
 
@@ -294,13 +296,13 @@ class _Window(NamedTuple):
     last: int
 
 
-def _cut_windows(mel: int, num_frames: int, sides: Sides) -> list[_Window]:
+def _cut_windows(mel: int, num_frames: int, window_frames: int, sides: Sides) -> list[_Window]:
     """Windows that overlap by what a sample depends on, so that together they give the samples of the whole."""
     windows = []
     kept = 0  # frames whose samples are there
     while kept < num_frames:
         start = max(kept - sides.behind, 0)
-        end = min(start + VOCODER_WINDOW, num_frames)
+        end = min(start + window_frames, num_frames)
         # the last window has the true end, which needs nothing behind it
         last = end if end == num_frames else end - sides.ahead
         windows.append(_Window(mel, start, kept - start, last - start))

@@ -247,7 +247,7 @@ def mark(text: str) -> None:
 
 
 def read_system_calls(lines: Iterable[str], rules: Rules) -> Iterator[tuple[int, Observed]]:
-    """Of each case, by its number, what its process did between the marks ``begin-NUMBER`` and ``end``.
+    """Of each case, by its number, what its process did between its opens of ``begin-NUMBER`` and ``end``.
 
     Only calls that succeed count as opened; a connection that is refused was attempted all the same.
     """

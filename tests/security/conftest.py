@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +31,15 @@ def workers() -> Iterator[MediaWorkers]:
     """One that looks into media that are to be embedded; it starts when it is first asked."""
     with MediaWorkers(None, 1, MediaLimits(seconds=8.0, gigabytes=2.0)) as pool:
         yield pool
+
+
+@pytest.fixture
+def published(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of a published folder that may be changed."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "published"))
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of one of ours that may be changed."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "stranger" / "model"))

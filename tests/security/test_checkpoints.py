@@ -25,18 +25,6 @@ from tests.security.folders import DEEP, DEEP_OBJECT, edit_json, make_hub_cache
 
 
 @pytest.fixture
-def published(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of a published folder that may be changed."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "published"))
-
-
-@pytest.fixture
-def model(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of one of ours that may be changed."""
-    return Path(shutil.copytree(tiny_model, tmp_path / "stranger" / "model"))
-
-
-@pytest.fixture
 def secret(tmp_path: Path) -> Path:
     """A file of the user's, outside of all that a stranger made."""
     path = tmp_path / "secret.txt"

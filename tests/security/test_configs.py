@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,18 +20,6 @@ from omni_jax.processing.processor_config import ProcessorConfig
 from tests.security.folders import edit_json
 
 TINY = OmniConfig.tiny()
-
-
-@pytest.fixture
-def published(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of a published folder that may be changed."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "published"))
-
-
-@pytest.fixture
-def model(tiny_model: Path, tmp_path: Path) -> Path:
-    """One of ours that may be changed."""
-    return Path(shutil.copytree(tiny_model, tmp_path / "stranger" / "model"))
 
 
 def number_places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
