@@ -16,12 +16,6 @@ from omni_jax.errors import CheckpointError
 from tests.security.folders import DEEP, DEEP_OBJECT, edit_json
 
 
-@pytest.fixture
-def model(tiny_model: Path, tmp_path: Path) -> Path:
-    """One of ours that may be changed."""
-    return Path(shutil.copytree(tiny_model, tmp_path / "stranger" / "model"))
-
-
 # Orbax leaves its reads of a damaged folder unfinished, and Python says so when it collects them
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestArrays:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,6 @@ from omni_jax.errors import CheckpointError, InputError
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.tokenizer import TextTokenizer
 from tests.security.folders import edit_json
-
-
-@pytest.fixture
-def published(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of a published folder that may be changed."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "published"))
 
 
 @pytest.mark.parametrize(
