@@ -55,9 +55,9 @@ def test_other_texts_stay_as_they_are() -> None:
     "text", ["a." * 500_000, "a" * 1_000_000, "http:" * 200_000, "a://" * 250_000, "a://" + "b" * 10**6]
 )
 def test_no_text_takes_long(text: str) -> None:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     redact(text)
-    assert time.perf_counter() - begin < 10
+    assert time.thread_time() - begin < 10
 
 
 @pytest.mark.parametrize("url", URLS)

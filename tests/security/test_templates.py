@@ -111,7 +111,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_costs_the_request(name: str) -> None:
-    begin = time.monotonic()
+    begin = time.thread_time()  # what others compute meanwhile does not count
     try:
         template = ChatTemplate(HOSTILE[name])
     except CheckpointError:  # of what is no filter here, when the checkpoint is loaded
@@ -122,18 +122,18 @@ def test_a_hostile_template_costs_the_request(name: str) -> None:
         assert "chat template" in str(e) and len(str(e)) < 5000
     else:  # what is refused as undefined writes nothing
         assert len(text) < 1000 and "class" not in text
-    assert time.monotonic() - begin < 3 * SECONDS
+    assert time.thread_time() - begin < 3 * SECONDS
 
 
 @pytest.mark.parametrize("expression", ["'x' * 10**9", "'x'|center(10**9)", "10**10**8", "'x' ~ 'y' * 10**9"])
 @pytest.mark.parametrize("form", ["{{{{ {} }}}}", "{{% set x = {} %}}", "{{% if {} %}}{{% endif %}}"])
 def test_nothing_is_computed_before_it_is_rendered(expression: str, form: str) -> None:
-    begin = time.monotonic()
+    begin = time.thread_time()
     try:
         ChatTemplate(form.format(expression))
     except CheckpointError as e:
         assert "No filter named 'center'" in str(e)
-    assert time.monotonic() - begin < SECONDS
+    assert time.thread_time() - begin < SECONDS
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.serving.batch_lines import Line
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
 from tests.serving import requests
-from tests.serving.conftest import MEDIA_SECONDS
 
 NUM_DAMAGED = 60
 MAX_GROWTH = 200 << 20  # bytes, of this process and its workers
@@ -96,20 +95,14 @@ def test_sixty_damaged_files(model: omni_jax.OmniModel, media_workers: MediaWork
     locations = FileLocations(str(tmp_path), "/", str(tmp_path))
     runner = BatchRunner(model, "m", media_workers, SchedulerConfig(8, 8), locations, RunStatus())
     results = {}
-    slowest = 0.0
     half_memory = 0
-    last = time.monotonic()
     for result in runner.run(Line(i + 1, data.encode()) for i, data in enumerate(lines)):
         values = json.loads(result.text)
         results[values["custom_id"]] = values
-        now = time.monotonic()
-        slowest = max(slowest, now - last)
-        last = now
         if len(results) == len(lines) // 2:
             half_memory = memory()
     assert len(results) == len(lines)
     assert memory() < half_memory + MAX_GROWTH
-    assert slowest < 10.0 + MEDIA_SECONDS  # compiling for a new shape included
     for custom_id, values in results.items():
         if custom_id.startswith("good"):
             assert values["error"] is None, values
