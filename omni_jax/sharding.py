@@ -7,9 +7,9 @@ Models name the axes of a parameter where they make it ("embed", "heads", ...) a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.tree_util import KeyPath, keystr
 
 from omni_jax.errors import ConfigError
+
+R = TypeVar("R")
 
 # data: rows. fsdp: rows, and parameters, which are gathered where they are used. sequence: positions of text.
 # tensor: heads, hidden units and the vocabulary.
@@ -182,6 +184,44 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return x
     axes = [axes_of(name, size) if name else None for name, size in zip(names, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the rows of a batch are sharded."""
+    return _num_parts(mesh, "batch")
+
+
+def batch_sharding(mesh: Mesh, num_rows: int) -> NamedSharding:
+    """Of arrays with a row for each request: over the axes of the batch, or in full on every device where they do not
+    divide the rows.
+    """
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]) if _divides(mesh, "batch", num_rows) else PartitionSpec())
+
+
+def map_over_batch(function: Callable[[Any, Any], R], shared: Any, rows: Any) -> R:
+    """``function(shared, rows)``, computed by each shard of the batch for its own rows alone.
+
+    Left to the compiler, gathers among rows and sums over them would move all of them to every device.
+
+    Args:
+      function: from and to trees of arrays; it must not depend on how many rows there are.
+      shared: what all rows need.
+      rows: arrays whose first axis is the rows. Where the mesh does not divide it, every device computes all.
+
+    Returns:
+      What ``function`` does, with its rows where they were.
+    """
+    num_rows = len(jax.tree.leaves(rows)[0])
+    axes = axes_of("batch", num_rows)
+    mesh = jax.sharding.get_abstract_mesh()
+    if axes is None or batch_shards(mesh) == 1:
+        return replicate(function(shared, rows))
+    spec = PartitionSpec(axes)
+    # other axes of the mesh stay the compiler's
+    mapped = jax.shard_map(
+        function, in_specs=(PartitionSpec(), spec), out_specs=spec, axis_names=set(axes), check_vma=False
+    )
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), mapped(shared, rows))
 
 
 def axes_of(name: str, size: int) -> tuple[str, ...] | None:

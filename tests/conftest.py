@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -18,13 +19,18 @@ import pytest
 import tests.torchvision_stub  # noqa: F401
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.config import OmniConfig
+from omni_jax.engine import token2wav_engine
 from tests.bucket import gs  # noqa: F401, a fixture
 from tools.make_checkpoint import write_checkpoint
 
+# windows of the usual length take a second each with the compiler's cheap passes, and no length changes what comes out
+# (engine/test_token2wav_engine.py); the processes that tests start have the usual one
+token2wav_engine.WINDOW_NEW_FRAMES = 32
+
 # files that take minutes go first, so that no worker is left with one of them at the end
 SLOW_FILES = """
-    engine/test_scheduler.py serving/test_batch.py training/test_loop.py training/test_mesh.py serving/test_batch_ray.py
-    tools/test_aot.py benchmarks/test_latency_parity.py test_sharding.py generation/test_stream.py
+    engine/test_scheduler.py serving/test_batch.py training/test_loop.py training/test_mesh.py test_sharding.py
+    tools/test_aot.py benchmarks/test_latency_parity.py serving/test_batch_ray.py generation/test_stream.py
     training/test_restarts.py benchmarks/test_cases_parity.py benchmarks/test_batch_parity.py test_readme.py
     serving/test_batch_cases.py models/test_token2wav_parity.py models/test_thinker_parity.py
 """.split()
@@ -57,25 +63,43 @@ def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.fixture(scope="session", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}")
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """A random Thinker in both implementations (tests.pairs.Pair)."""
+@pytest.fixture(scope="session")
+def load_pair_once(tmp_path_factory: pytest.TempPathFactory):
+    """Makes each pair once: pytest would make a parametrized one again when the next file asks for it."""
     from tests.oracle import CONFIGS
     from tests.pairs import load_pair
 
-    name, seed = request.param
-    folder = tmp_path_factory.mktemp("pair")
-    write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
-    return load_pair(folder / "published", folder / "ours", both_forms=name == BOTH_FORMS)
+    @functools.cache
+    def load(name: str, seed: int):
+        folder = tmp_path_factory.mktemp("pair")
+        write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
+        return load_pair(folder / "published", folder / "ours", both_forms=name == BOTH_FORMS)
+
+    return load
 
 
-@pytest.fixture(scope="session", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}")
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """A random model that can speak, in both implementations (tests.pairs.Whole)."""
+@pytest.fixture(scope="session")
+def load_whole_once(tmp_path_factory: pytest.TempPathFactory):
+    """The same of models that can speak."""
     from tests.oracle import CONFIGS
     from tests.pairs import load_whole
 
-    name, seed = request.param
-    folder = tmp_path_factory.mktemp("whole")
-    write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
-    return load_whole(folder / "published", folder / "ours", both_forms=name == BOTH_FORMS)
+    @functools.cache
+    def load(name: str, seed: int):
+        folder = tmp_path_factory.mktemp("whole")
+        write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
+        return load_whole(folder / "published", folder / "ours", both_forms=name == BOTH_FORMS)
+
+    return load
+
+
+@pytest.fixture(scope="session", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}")
+def pair(request: pytest.FixtureRequest, load_pair_once):
+    """A random Thinker in both implementations (tests.pairs.Pair)."""
+    return load_pair_once(*request.param)
+
+
+@pytest.fixture(scope="session", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}")
+def whole(request: pytest.FixtureRequest, load_whole_once):
+    """A random model that can speak, in both implementations (tests.pairs.Whole)."""
+    return load_whole_once(*request.param)

@@ -25,6 +25,7 @@ REPLY_CASES = [
     {"parts": "thinker", "mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
     {"parts": "all", "mesh": {"data": 2, "fsdp": 4}},
 ]
+SPEECH_MESHES = [{"data": 4, "tensor": 2}]
 # float32 sums that several devices share out are added in another order
 TOLERANCE = 1e-5
 
@@ -52,6 +53,17 @@ def test_forward_over_eight_devices_equals_one() -> None:
         assert result["error"] < TOLERANCE, result
         shards_params = {"fsdp", "tensor"} & set(result["mesh"])
         assert (result["sharded"] > 0) == bool(shards_params), result
+
+
+def test_sound_over_eight_devices_equals_that_of_one(tiny_model: Path) -> None:
+    """Of lists and streams, whose rows no device needs from another."""
+    results = run("speak", str(tiny_model), json.dumps(SPEECH_MESHES))
+    assert [r["mesh"] for r in results] == SPEECH_MESHES
+    for result in results:
+        assert max(result["errors"]) < TOLERANCE, result
+        assert result["compilations"] == 0, result
+        # between rows the program moves its result and nothing else, over tensor what its layers must
+        assert result["between_rows"] == 1 < result["between_heads"], result
 
 
 def test_every_parameter_names_its_axes() -> None:

@@ -1,6 +1,6 @@
 """Token2Wav's engine: codes of many requests in, their samples out.
 
-Letters: N blocks of F frames, V voices, K codes of a request.
+Letters: N blocks of F frames, K codes of a request.
 """
 
 from __future__ import annotations
@@ -10,44 +10,28 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Bool, Float, Int, UInt32
+from jaxtyping import Float, Int
 
 from omni_jax.batch import Array, bucket
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import BigVGANConfig, DiTConfig
 from omni_jax.engine.decode_state import apply_method, on_mesh
 from omni_jax.engine.token2wav_inputs import check_codes, check_noise, check_seed, check_voice, count_chunk_blocks
+from omni_jax.engine.token2wav_lists import ListRequest, Noise, fill_lists, solve_blocks
 from omni_jax.engine.token2wav_streaming import StreamEngine, Token2WavStream
 from omni_jax.errors import InputError
 from omni_jax.models.bigvgan import BigVGAN, VocoderWeights, synthesize
 from omni_jax.models.bigvgan_streaming import Sides, reach
-from omni_jax.models.dit import Blocks, DiT, pack
+from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import Speaker
-from omni_jax.models.flow_matching import draw_noise, solve
 from omni_jax.models.token2wav import Token2Wav, parts
-from omni_jax.sharding import replicate
+from omni_jax.sharding import batch_shards, replicate
 
 WINDOW_NEW_FRAMES = 256  # of a window of the vocoder, beside what their samples depend on to either side
 MIN_CLIP_FRAMES = 512  # that a voice's clip is padded to, and then to a bucket of as many: few programs for all clips
 MIN_VOICES = 4  # that a call has room for at least, so that their number makes no programs of its own
-
-Noise = Float[np.ndarray, "frames mel"]
-
-
-@struct.dataclass
-class SpeechBlocks:
-    """The blocks of all requests of a call, one request's after the other's."""
-
-    blocks: Blocks
-    codes: Int[Array, "N F"]
-    voice: Int[Array, " N"]  # index into the voices of the call
-    seed: UInt32[Array, " N"]  # of the request's noise
-    draws: Bool[Array, " N"]  # False where ``noise`` is given
-    noise: Float[Array, "N F mel"]
 
 
 class Token2WavEngine:
@@ -55,9 +39,12 @@ class Token2WavEngine:
 
     Attributes:
       config: of Token2Wav.
+      mesh: over which the parameters are sharded; None for one device.
+      dit: the network.
       dit_params: of the DiT.
       vocoder_weights: of the vocoder.
       window_frames: mel frames that the vocoder gets at once, for whole replies.
+      num_lists: that the blocks of a call are dealt to, one for each shard of the batch.
       streams: both networks as parts that stream.
     """
 
@@ -65,13 +52,14 @@ class Token2WavEngine:
         """``params`` has those of both networks; the vocoder's are copied to the layout that its programs read."""
         self.config = model.config
         self.dit_params = params["dit"]
-        self._mesh = mesh
-        self._dit, bigvgan = parts(model)
+        self.mesh = mesh
+        self.num_lists = 1 if mesh is None else batch_shards(mesh)
+        self.dit, bigvgan = parts(model)
         with on_mesh(mesh):
             self.vocoder_weights = make_vocoder_weights(bigvgan, params["bigvgan"])
         self._vocoder_reach = reach(model.config.bigvgan_config)
         self.window_frames = WINDOW_NEW_FRAMES + sum(self._vocoder_reach)  # 324 at the published size
-        self.streams = StreamEngine(self._dit, self.dit_params, bigvgan.config, self.vocoder_weights, mesh)
+        self.streams = StreamEngine(self.dit, self.dit_params, bigvgan.config, self.vocoder_weights, mesh)
         self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
 
     @property
@@ -96,7 +84,8 @@ class Token2WavEngine:
           noise: what the flow starts from, standard normal [codes * repeats, mel_dim]; drawn where None.
           seeds: of the draws.
           block_sizes: numbers of blocks, in rising order, that programs are to be compiled for; a larger number is
-            rounded up to a power of two. Without them a number is rounded up by an eighth at most.
+            rounded up to a power of two. Without them a number is rounded up by an eighth at most. Over a mesh it is
+            the number of each shard of the batch.
 
         Returns:
           float32 from -1 to 1 at ``SAMPLE_RATE``, 480 samples a code (published sizes).
@@ -121,28 +110,23 @@ class Token2WavEngine:
             _check_request(c, f"request {i}", *request)
         if not codes:
             return []
-        # one list for the blocks of all requests
-        frames = []
-        lengths = []
-        num_blocks = 0
-        for request in codes:
-            code_of_frame = np.repeat(np.asarray(request, np.int32), c.repeats)
-            frames.append(code_of_frame)
-            lengths.append(len(code_of_frame))
-            num_blocks += -(-len(code_of_frame) // c.block_size)
         used, which = _number_voices(voices)
         # copies of the first voice fill up the bucket; no request points at them
         used += used[:1] * (bucket(len(used), MIN_VOICES) - len(used))
-        blocks, places = pack(lengths, c.block_size, round_num_blocks(num_blocks, block_sizes))
-        speech = _fill_blocks(c, blocks, places, frames, which, noise, seeds)
+        requests = []
+        for request in zip(codes, which, noise, seeds, strict=True):
+            requests.append(ListRequest(*request))
+        speech, places = fill_lists(
+            c, requests, self.num_lists, functools.partial(round_num_blocks, block_sizes=block_sizes)
+        )
         speakers = np.stack([self._encode_speaker(voice) for voice in used])
         cond = np.concatenate([voice.cond for voice in used])
-        with on_mesh(self._mesh):
-            mel = np.asarray(solve_blocks(self._dit, self.dit_params, speech, speakers, cond))  # [N, F, mel]
+        with on_mesh(self.mesh):
+            mel = np.asarray(solve_blocks(self.dit, self.dit_params, speech, speakers, cond))  # [N, F, mel]
         mels = []
-        for place, length in zip(places, lengths, strict=True):
+        for place, request in zip(places, requests, strict=True):
             # without the padding of the request's last block
-            mels.append(mel[place].reshape(-1, c.mel_dim)[:length])
+            mels.append(mel[place].reshape(-1, c.mel_dim)[: len(request.codes) * c.repeats])
         return mels
 
     def vocode(self, mels: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Float[np.ndarray, " samples"]]:
@@ -150,7 +134,7 @@ class Token2WavEngine:
         windows: list[_Window] = []
         for i, mel in enumerate(mels):
             windows += _cut_windows(i, len(mel), self.window_frames, self._vocoder_reach)
-        num_rows = 1 if self._mesh is None else self._mesh.size
+        num_rows = 1 if self.mesh is None else self.mesh.size
         calls = []
         for first in range(0, len(windows), num_rows):
             group = windows[first : first + num_rows]
@@ -160,7 +144,7 @@ class Token2WavEngine:
                 frames = mels[window.mel][window.start : window.start + self.window_frames]
                 rows[row, : len(frames)] = frames
                 length[row] = len(frames)
-            with on_mesh(self._mesh):
+            with on_mesh(self.mesh):
                 samples = vocode_windows(self.config.bigvgan_config, self.vocoder_weights, rows, length)
             calls.append((group, samples))
         pieces: list[list[np.ndarray]] = [[] for _ in mels]
@@ -257,8 +241,8 @@ class Token2WavEngine:
             num_frames = voice.ref_mel.shape[1]
             padded = np.zeros((1, bucket(num_frames, MIN_CLIP_FRAMES), voice.ref_mel.shape[2]), np.float32)
             padded[:, :num_frames] = voice.ref_mel
-            with on_mesh(self._mesh):
-                rows = encode_speakers(self._dit, self.dit_params, padded, np.array([num_frames]))
+            with on_mesh(self.mesh):
+                rows = encode_speakers(self.dit, self.dit_params, padded, np.array([num_frames]))
             known = voice, np.asarray(rows)
             self._speakers[voice.name] = known
         return known[1]
@@ -336,77 +320,12 @@ def _check_request(
     check_voice(config, voice)
 
 
-def _fill_blocks(
-    config: DiTConfig,
-    blocks: Blocks,
-    places: Sequence[slice],
-    frames: Sequence[Int[np.ndarray, " frames"]],
-    voices: Sequence[int],
-    noise: Sequence[Noise | None],
-    seeds: Sequence[int],
-) -> SpeechBlocks:
-    """Puts each request's frames, voice and noise in its place in the list.
-
-    Args:
-      config: of the DiT.
-      blocks: the list.
-      places: the blocks of each request.
-      frames: the code of each frame of each request.
-      voices, noise, seeds: of each request.
-    """
-    num_blocks, block_size = blocks.valid.shape
-    speech = SpeechBlocks(
-        blocks=blocks,
-        codes=np.zeros((num_blocks, block_size), np.int32),
-        voice=np.zeros(num_blocks, np.int32),
-        seed=np.zeros(num_blocks, np.uint32),
-        draws=np.ones(num_blocks, bool),
-        noise=np.zeros((num_blocks, block_size, config.mel_dim), np.float32),
-    )
-    for i, place in enumerate(places):
-        # an array's blocks lie one behind the other, so each reshape below is a view, and writing to it fills them
-        length = len(frames[i])
-        speech.codes[place].reshape(-1)[:length] = frames[i]
-        speech.voice[place] = voices[i]
-        speech.seed[place] = seeds[i]
-        own_noise = noise[i]
-        if own_noise is not None:
-            speech.draws[place] = False
-            speech.noise[place].reshape(-1, config.mel_dim)[:length] = own_noise
-    return speech
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def encode_speakers(
     dit: DiT, params: Any, ref_mel: Float[Array, "1 T mel"], length: Int[Array, " 1"]
 ) -> Float[jax.Array, "2 enc_dim"]:
     """What the speaker encoder makes of a voice's clip, for the conditional and the unconditional branch."""
     return replicate(apply_method(dit, "speakers", params, ref_mel, length))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def solve_blocks(
-    dit: DiT,
-    params: Any,
-    speech: SpeechBlocks,
-    speakers: Float[Array, "V 2 enc_dim"],
-    cond: Float[Array, "V enc_emb_dim"],
-) -> Float[jax.Array, "N F mel"]:
-    """From noise to mel.
-
-    Args:
-      dit, params: the DiT.
-      speech: the blocks of all requests.
-      speakers: of each voice.
-      cond: likewise.
-    """
-    # drawn even where noise is given, so that both are one program
-    drawn = draw_noise(speech.seed, speech.blocks.index, speech.noise.shape[1:])  # [N, F, mel]
-    noise = jnp.where(speech.draws[:, None, None], drawn, speech.noise)  # [N, F, mel]
-    inputs = (speech.codes, speakers[speech.voice], cond[speech.voice])  # [N, F], [N, 2, enc_dim], [N, enc_emb_dim]
-    conditions = apply_method(dit, "conditions", params, *inputs)
-    mel, _ = solve(dit, params, noise, conditions, speech.blocks)
-    return replicate(mel)
 
 
 @functools.partial(jax.jit, static_argnums=0)

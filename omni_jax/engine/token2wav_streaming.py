@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Bool, Float, Int, UInt32
 
 from omni_jax.batch import Array
-from omni_jax.config import BigVGANConfig
+from omni_jax.config import BigVGANConfig, DiTConfig
 from omni_jax.engine.decode_state import on_mesh
 from omni_jax.engine.token2wav_inputs import check_codes
 from omni_jax.errors import InputError
@@ -35,7 +35,7 @@ from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
 from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker
 from omni_jax.models.flow_matching import draw_noise
-from omni_jax.sharding import host_sharding, replicate
+from omni_jax.sharding import batch_sharding, host_sharding, map_over_batch, replicate
 
 
 @struct.dataclass
@@ -69,7 +69,6 @@ class StreamEngine:
         self._dit_params = dit_params
         self._vocoder_weights = vocoder_weights
         self._mesh = mesh
-        self._placement = host_sharding(dit_params, mesh)
         self.samples_per_frame = self.vocoder.streaming.outputs
 
     def init_state(self, num_rows: int) -> tuple[Any, Any]:
@@ -77,7 +76,7 @@ class StreamEngine:
         with on_mesh(self._mesh):
             states = _init_state(self._dit, num_rows), _init_state(self.vocoder, num_rows)
         # arrays of the host and arrays of a step must lie in the same place: else a program is compiled for each
-        return jax.device_put(states, self._placement)
+        return jax.device_put(states, self._place_rows(num_rows))
 
     def solve(self, state: Any, chunk: CodeChunk, speaker: Speaker, *, is_first: bool) -> tuple[Block, Any]:
         """The mel of as many blocks as the chunk has, one less where it is the first; the state is used up."""
@@ -92,7 +91,12 @@ class StreamEngine:
     def make_padding(self, num_rows: int, num_frames: int) -> Block:
         """Mel after the end of a row."""
         mel = np.zeros((num_rows, num_frames, self.config.mel_dim), np.float32)
-        return jax.device_put(Block(mel, np.zeros((num_rows, num_frames), bool)), self._placement)
+        return jax.device_put(Block(mel, np.zeros((num_rows, num_frames), bool)), self._place_rows(num_rows))
+
+    def _place_rows(self, num_rows: int) -> Sharding:
+        if self._mesh is None:
+            return host_sharding(self._dit_params, None)
+        return batch_sharding(self._mesh, num_rows)
 
 
 @dataclass
@@ -293,7 +297,20 @@ def solve_chunk(
       chunk: the codes.
       speaker: who speaks each row.
     """
-    c = part.dit.config
+
+    def solve_rows(shared: Any, rows: tuple[Any, CodeChunk, Speaker]) -> tuple[Block, Any]:
+        state, chunk, speaker = rows
+        block = Block(_draw_codes(part.dit.config, chunk), chunk.valid, speaker)
+        step = part.first_step if is_first else part.step
+        return step(shared, state, block, chunk.active)
+
+    with jax.named_scope("solve_chunk"):
+        return map_over_batch(solve_rows, params, (state, chunk, speaker))
+
+
+def _draw_codes(config: DiTConfig, chunk: CodeChunk) -> NoisyCodes:
+    """The codes of a chunk, each with its noise."""
+    c = config
     num_rows, num_codes = chunk.codes.shape
     num_blocks = num_codes * c.repeats // c.block_size
     # drawn by seed and index of each block, as ``solve_blocks`` draws for the whole reply
@@ -302,11 +319,7 @@ def solve_chunk(
     drawn = draw_noise(seed, index.reshape(-1), (c.block_size, c.mel_dim))  # [B * blocks, block_size, mel]
     drawn = drawn.reshape(chunk.noise.shape)  # [B, F, mel]
     noise = jnp.where(chunk.draws[:, None, None], drawn, chunk.noise)  # [B, F, mel]
-    noise = noise.reshape(num_rows, num_codes, c.repeats, c.mel_dim)  # [B, T, repeats, mel]
-    with jax.named_scope("solve_chunk"):
-        block = Block(NoisyCodes(chunk.codes, noise), chunk.valid, speaker)
-        step = part.first_step if is_first else part.step
-        return replicate(step(params, state, block, chunk.active))
+    return NoisyCodes(chunk.codes, noise.reshape(num_rows, num_codes, c.repeats, c.mel_dim))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -314,5 +327,10 @@ def vocode_chunk(
     part: StreamedBigVGAN, params: VocoderWeights, state: Any, mel: Block, active: Bool[Array, " B"]
 ) -> tuple[Block, Any]:
     """A step of the vocoder: the samples of as many frames as the mel has, and the state after them."""
+
+    def vocode_rows(shared: VocoderWeights, rows: tuple[Any, Block, Array]) -> tuple[Block, Any]:
+        return part.step(shared, *rows)
+
     with jax.named_scope("vocode_chunk"):
-        return replicate(part.step(params, state, mel, active))
+        samples, state = map_over_batch(vocode_rows, params, (state, mel, active))
+        return replicate(samples), state  # which every host reads

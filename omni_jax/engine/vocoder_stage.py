@@ -11,6 +11,7 @@ from omni_jax.engine.prefill import Engines, Stopwatch
 from omni_jax.engine.request import RequestState, Stage
 from omni_jax.engine.stage import StageOutput
 from omni_jax.engine.token2wav_engine import Token2WavEngine, round_num_blocks
+from omni_jax.engine.token2wav_lists import longest_list
 from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.models.token2wav import SAMPLE_RATE
 
@@ -114,7 +115,9 @@ class VocoderStage:
         return output
 
     def _is_list_full(self) -> bool:
-        return bool(self._block_sizes) and self._count_blocks(self._waiting) >= self._block_sizes[-1]
+        if not self._block_sizes:
+            return False
+        return sum(self._count_blocks(self._waiting)) >= self._block_sizes[-1] * self._num_lists
 
     def _step_stream(self, state: RequestState) -> np.ndarray:
         """Gives a stream its new codes; returns the samples that are due, float32 [samples]."""
@@ -172,7 +175,8 @@ class VocoderStage:
             return output
         for state, samples in zip(states, audio, strict=True):
             state.audio.append(samples)
-        num_blocks = round_num_blocks(self._count_blocks(states), self._block_sizes)
+        longest = longest_list(self._count_blocks(states), self._num_lists)
+        num_blocks = round_num_blocks(longest, self._block_sizes) * self._num_lists
         num_codes = sum(state.num_codes for state in states)
         self._utilization.vocoder.add(num_codes, num_blocks * engine.codes_per_block)
         return StageOutput(finished=states)
@@ -194,7 +198,8 @@ class VocoderStage:
         """Takes the first reply that waits, and those behind it that fit into the largest list with it."""
         taken: list[RequestState] = []
         for state in self._waiting:
-            fits = not self._block_sizes or self._count_blocks([*taken, state]) <= self._block_sizes[-1]
+            longest = longest_list(self._count_blocks([*taken, state]), self._num_lists)
+            fits = not self._block_sizes or longest <= self._block_sizes[-1]
             # the first one is taken whatever its size; a short one may fit although one before it did not
             if not taken or fits:
                 taken.append(state)
@@ -202,9 +207,11 @@ class VocoderStage:
             self.remove(state)
         return taken
 
-    def _count_blocks(self, states: list[RequestState]) -> int:
-        num_blocks = 0
-        for state in states:
-            assert self._engine is not None
-            num_blocks += self._engine.count_blocks(state.num_codes)
-        return num_blocks
+    @property
+    def _num_lists(self) -> int:
+        assert self._engine is not None
+        return self._engine.num_lists
+
+    def _count_blocks(self, states: list[RequestState]) -> list[int]:
+        assert self._engine is not None
+        return [self._engine.count_blocks(state.num_codes) for state in states]

@@ -53,7 +53,7 @@ from omni_jax.processing.live import LivePrompt
 from omni_jax.processing.media_workers import isolate
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
-from omni_jax.sharding import param_shardings
+from omni_jax.sharding import batch_shards, param_shardings
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -167,7 +167,7 @@ def make_engines(
     if "token2wav" in models:
         token2wav_engine = Token2WavEngine(models["token2wav"], params["token2wav"], mesh)
     # slots are sharded over these two axes, which must divide them
-    slot_multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    slot_multiple = 1 if mesh is None else batch_shards(mesh)
     return Engines(config, chunk_sizes, thinker_engine, talker_engine, token2wav_engine, slot_multiple)
 
 

@@ -11,15 +11,11 @@ import pytest
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig
-from omni_jax.engine.token2wav_engine import (
-    Token2WavEngine,
-    draw_noise,
-    round_up_finely,
-    solve_blocks,
-    vocode_windows,
-)
+from omni_jax.engine.token2wav_engine import Token2WavEngine, round_up_finely, vocode_windows
+from omni_jax.engine.token2wav_lists import assign_lists, solve_blocks
 from omni_jax.errors import InputError
 from omni_jax.models.bigvgan import synthesize
+from omni_jax.models.flow_matching import draw_noise
 from omni_jax.models.token2wav import Token2Wav
 
 # the same sums, cut into pieces by the shape of the batch
@@ -69,6 +65,13 @@ def test_the_seed_decides_the_noise(engine: Token2WavEngine) -> None:
     one, other, again = engine.make_mels([row] * 3, [voice(0)] * 3, [None] * 3, [1, 2, 1])
     np.testing.assert_allclose(one, again, atol=TOLERANCE * np.abs(one).max())
     assert np.abs(one - other).max() > 0.1
+
+
+def test_lists_of_equal_length() -> None:
+    """The longest first, each in the list that is shortest so far."""
+    assert assign_lists([3, 9, 4, 4], 1) == [[1, 2, 3, 0]]
+    assert assign_lists([3, 9, 4, 4], 2) == [[1], [2, 3, 0]]
+    assert assign_lists([1, 1], 4) == [[0], [1], [], []]
 
 
 def test_noise_is_drawn_block_by_block() -> None:

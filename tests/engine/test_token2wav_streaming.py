@@ -81,15 +81,14 @@ def test_streams_give_what_a_plain_solve_gives(engine: Token2WavEngine) -> None:
     made = pushed(stream, rows, seed=1)
     assert [len(samples) for samples in made] == [480 * n for n in LENGTHS]
     params, dit = engine.dit_params, DiT(DIT)
-    for i in (4, len(rows) - 1):
-        speaker = (
-            np.asarray(encode_speakers(dit, params, voices[i].ref_mel, np.array([voices[i].ref_mel.shape[1]]))),
-            voices[i].cond[0],
-        )
-        mel = plainly_carried(dit, params, np.repeat(rows[i], 2), given[i], speaker)
-        (wanted,) = engine.vocode([mel])
-        np.testing.assert_allclose(made[i], wanted, rtol=0, atol=TOLERANCE)
-        assert np.abs(wanted).max() > 0.01
+    # every operation of the plain solve runs by itself, which takes long: one row is enough
+    row, its_voice, its_noise = rows[-1], voices[-1], given[-1]
+    length = np.array([its_voice.ref_mel.shape[1]])
+    speaker = (np.asarray(encode_speakers(dit, params, its_voice.ref_mel, length)), its_voice.cond[0])
+    mel = plainly_carried(dit, params, np.repeat(row, 2), its_noise, speaker)
+    (wanted,) = engine.vocode([mel])
+    np.testing.assert_allclose(made[-1], wanted, rtol=0, atol=TOLERANCE)
+    assert np.abs(wanted).max() > 0.01
 
 
 def test_the_noise_is_that_of_the_offline_request(engine: Token2WavEngine) -> None:
@@ -102,12 +101,12 @@ def test_the_noise_is_that_of_the_offline_request(engine: Token2WavEngine) -> No
 
 
 def test_when_sound_comes(tiny_model: Path) -> None:
-    """The DiT is a block of 24 frames behind the codes, the vocoder of these sizes 9 frames behind the mel."""
+    """The DiT is a block of 24 frames behind the codes, the vocoder of these sizes 6 frames behind the mel."""
     engine, row = loaded(TINY.token2wav_config, tiny_model), codes(100)
     stream = engine.stream([voice(0)], [0])
     made = [len(stream.push([row[i : i + 1]], [False])[0]) for i in range(100)]
     packets = [(i + 1, n // 240) for i, n in enumerate(made) if n]
-    assert packets == [(36, 3 * 24 - 24 - 9), (60, 48), (84, 48)]
+    assert packets == [(36, 3 * 24 - 24 - 6), (60, 48), (84, 48)]
     (rest,) = stream.push([row[:0]], [True])
     assert sum(made) + len(rest) == 480 * 100
     assert len(stream.push([row[:0]], [True])[0]) == 0

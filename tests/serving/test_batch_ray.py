@@ -15,6 +15,8 @@ from tests.processes import run, start
 from tests.serving import requests
 from tests.serving.test_batch import command, comparable, results
 
+pytestmark = pytest.mark.long  # a cluster and five processes that each load a model take minutes
+
 LINES = 32  # eight blocks or so
 
 
@@ -37,7 +39,6 @@ def over_ray(model: Path, folder: Path, name: str) -> list[str]:
     return [*command(model, folder, name), *engine]
 
 
-@pytest.mark.long  # the test below runs all of this too, with an actor that is killed
 def test_two_actors(tiny_model: Path, folder: Path) -> None:
     done = run(*over_ray(tiny_model, folder, "ray"))
     assert done.returncode == 0, done.stderr
