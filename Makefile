@@ -66,8 +66,8 @@ test: $(VENV)/installed-test
 	$(call QUICKLY,$(BIN)) $(BIN)/python $(PYTEST)
 
 test-long: $(VENV)/installed-test
-	$(BIN)/python $(PYTEST) -m long
-	$(BIN)/python $(PYTEST) $$(find tests -name '*_parity.py')
+	$(BIN)/python $(PYTEST) -m long --ignore-glob='*_parity.py'
+	$(BIN)/python $(PYTEST) -m 'not aot' $$(find tests -name '*_parity.py')
 
 # one of the commands alone, or a single case: python -m tests.fuzz --help
 fuzz: $(VENV)/installed-test

@@ -27,6 +27,7 @@ import jax
 import tyro
 from jax.experimental import topologies
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
@@ -40,8 +41,10 @@ from omni_jax.training.recipe import Recipe
 from omni_jax.training.step import abstract_program
 from tools.aot_hlo import Program as Text
 from tools.aot_programs import PROGRAMS, Program, Shapes, on_chip
+from tools.aot_serving import select, show_table
 
 GIB = 2**30
+SERVING_NAME = "serving"
 # of a chip, as the compiler counts it
 HBM = {"v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB}
 ROOM = 0.95  # share of it that a program may fill; nearer the limit the compiler changes the program
@@ -64,6 +67,7 @@ class Report:
     donated_bytes: int  # of the arguments, in whose memory results are written
     # what moves
     collective_bytes: dict[str, int]  # by kind, between chips
+    collective_counts: dict[str, int]  # how many run
     synchronous_all_gather_bytes: int  # those of them that nothing runs beside
     pallas_calls: int  # in the text
     traffic_bytes: int  # between HBM and the cores, at least
@@ -73,6 +77,7 @@ class Report:
     estimated_cycles: int  # of the compiler, without Pallas calls and collectives
     unknown_loops: int  # how often they turn depends on the data; counted once, in all figures
     compile_seconds: float
+    compile_cpu_seconds: float  # of all threads
     libtpu: str
     error: str | None = None
 
@@ -81,14 +86,16 @@ class Report:
 class Compile:
     """Compiles one program for one topology.
 
-    Programs are the recipes of train.py, and of generation thinker-prefill, thinker-decode, talker-decode, dit-block
-    and vocoder-block, each with -7b, -3b or -tiny.
+    Programs are the recipes of train.py, and those of generation (thinker-decode, dit-block and so on; a wrong name
+    lists them), each with -7b, -3b or -tiny. serving compiles every kind that serving runs, and prints a table.
 
     For instance:
 
         python tools/aot_compile.py thinker-sft-7b --topology v5p:4x4x4
 
         python tools/aot_compile.py thinker-decode-7b --topology v5e:2x2 --mesh.tensor 4 --json decode.json
+
+        python tools/aot_compile.py serving-7b --topology v5e:2x2
     """
 
     program: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROGRAM")]
@@ -104,13 +111,47 @@ class Compile:
     """Rows of a recipe's batch, if not one for each part of the mesh that holds rows."""
     text_alone: bool = False
     """A recipe's batch has neither sound nor pictures."""
+    only: str | None = None
+    """Of serving, compile the programs whose name in the table contains this."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the report here as well."""
+    """Write the report here as well; of serving a list of them."""
     keep_text: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the compiled program's text here."""
 
-    def run(self) -> Report:
-        """Raises ConfigError for a program, a topology or a mesh that there is not."""
+    def run(self) -> bool:
+        """Compiles and prints.
+
+        Returns:
+          Whether all fits.
+
+        Raises:
+          ConfigError: for a program, a topology or a mesh that there is not.
+        """
+        name, _, size = self.program.rpartition("-")
+        if name == SERVING_NAME and size in MODELS:
+            return self._run_serving(MODELS[size]())
+        report = self._run_one()
+        self._write_json(dataclasses.asdict(report))
+        show(report)
+        return report.fits
+
+    def _run_serving(self, config: OmniConfig) -> bool:
+        devices = describe(self.topology)
+        rows = []
+        for program in track(list(select(self.only)), description="compiling", console=Console(stderr=True)):
+            wanted, mesh = program.make(config, devices)
+            report, _ = compile_for(wanted, mesh, name=program.name, topology=self.topology)
+            rows.append((program.label, report))
+        self._write_json([{"label": label, **dataclasses.asdict(report)} for label, report in rows])
+        show_table(self.topology, rows)
+        return all(report.fits for _, report in rows)
+
+    def _write_json(self, values: Any) -> None:
+        if self.json is not None:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            self.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def _run_one(self) -> Report:
         devices = describe(self.topology)
         # a step of training, or a program of generation
         if self.program in RECIPES:
@@ -121,16 +162,13 @@ class Compile:
         else:
             name, _, size = self.program.rpartition("-")
             if name not in PROGRAMS or size not in MODELS:
-                known = [*RECIPES]
+                known = [*RECIPES, *(f"{SERVING_NAME}-{model}" for model in MODELS)]
                 for program in PROGRAMS:
                     known += [f"{program}-{model}" for model in MODELS]
                 raise ConfigError(f"there is no program {self.program!r}; there are {', '.join(known)}")
             mesh = self._laid(MeshConfig(tensor=len(devices))).make(devices)
             wanted = PROGRAMS[name](MODELS[size](), mesh, self.shapes)
         report, text = compile_for(wanted, mesh, name=self.program, topology=self.topology)
-        if self.json is not None:
-            self.json.parent.mkdir(parents=True, exist_ok=True)
-            self.json.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
         if self.keep_text is not None and text is not None:
             self.keep_text.write_text(text, encoding="utf-8")
         return report
@@ -176,6 +214,7 @@ def describe(topology: str) -> list[Any]:
 def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tuple[Report, str | None]:
     """Compiles; returns the report and the text, which there is not where the program does not fit."""
     started = time.perf_counter()
+    started_cpu = time.process_time()
     hbm = int(HBM[topology.partition(":")[0]])
     # what is known before compiling, and so also of a program that does not fit
     known: dict[str, Any] = dict(
@@ -195,10 +234,12 @@ def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tupl
             raise
         # the compiler gives up where memory does not suffice, and gives no figures but those in its message
         unknown: dict[str, Any] = {f.name: 0 for f in dataclasses.fields(Report) if f.name not in known}
-        unknown |= dict(fits=False, collective_bytes={}, traffic_ratio=None, error=str(e).splitlines()[0])
-        unknown["compile_seconds"] = time.perf_counter() - started
+        unknown |= dict(fits=False, collective_bytes={}, collective_counts={}, traffic_ratio=None)
+        unknown |= dict(error=str(e).splitlines()[0], compile_seconds=time.perf_counter() - started)
+        unknown["compile_cpu_seconds"] = time.process_time() - started_cpu
         return Report(**known, **unknown), None
     seconds = time.perf_counter() - started
+    cpu_seconds = time.process_time() - started_cpu
     text = compiled.as_text()
     memory = compiled.memory_analysis()
     counts = Text(text).count()
@@ -209,6 +250,7 @@ def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tupl
         argument_bytes=memory.argument_size_in_bytes,
         donated_bytes=memory.alias_size_in_bytes,
         collective_bytes={kind: int(size) for kind, size in counts.collectives.items()},
+        collective_counts={kind: int(number) for kind, number in counts.operations.items()},
         synchronous_all_gather_bytes=int(counts.synchronous["all-gather"]),
         pallas_calls=counts.pallas,
         traffic_bytes=int(counts.traffic),
@@ -217,6 +259,7 @@ def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tupl
         estimated_cycles=int(counts.cycles),
         unknown_loops=counts.unknown_loops,
         compile_seconds=seconds,
+        compile_cpu_seconds=cpu_seconds,
     ), text
 
 
@@ -261,12 +304,11 @@ def show(report: Report) -> None:
 
 def main() -> int:
     try:
-        report = tyro.cli(Compile, description=__doc__).run()
+        fits = tyro.cli(Compile, description=__doc__).run()
     except ConfigError as e:
         print(f"error: {printable(str(e))}", file=sys.stderr)
         return 2
-    show(report)
-    return 0 if report.fits else 1
+    return 0 if fits else 1
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ class Counts:
     """What one run of a program does on each chip; bytes."""
 
     collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    operations: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # how many collectives run
     synchronous: dict[str, float] = field(
         default_factory=lambda: defaultdict(float)
     )  # those of them that nothing runs beside
@@ -235,6 +236,7 @@ class Program:
         pair = i.op.endswith("-start") and kind in ("all-gather", "collective-permute")
         size = (max((s.size for s in i.shapes), default=0) if pair else i.size) * times
         counts.collectives[kind] += size
+        counts.operations[kind] += times
         if not (beside or chain or i.op.endswith("-start") or "async_collective_name" in i.text):
             counts.synchronous[kind] += size
 

@@ -13,20 +13,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from omni_jax.batch import Spans
+from omni_jax.batch import AudioBlocks, Spans, VisionFrames
 from omni_jax.config import OmniConfig
+from omni_jax.engine import talker_programs
+from omni_jax.engine.decode_state import jit_method
+from omni_jax.engine.sampling import init_sampling_state, sample
 from omni_jax.engine.talker_engine import TalkerEngine
 from omni_jax.engine.talker_programs import NO_SLOT, TextCounters, decode_codes, suppressed_codes
 from omni_jax.engine.thinker_engine import ThinkerEngine, ThinkerPrefix, ThinkerState, decode_text, prefill_chunk
-from omni_jax.engine.token2wav_engine import make_vocoder_weights
+from omni_jax.engine.token2wav_engine import (
+    MIN_CLIP_FRAMES,
+    MIN_VOICES,
+    WINDOW_NEW_FRAMES,
+    encode_speakers,
+    make_vocoder_weights,
+    vocode_windows,
+)
+from omni_jax.engine.token2wav_lists import ListRequest, fill_lists, solve_blocks
 from omni_jax.engine.token2wav_streaming import CodeChunk, solve_chunk, vocode_chunk
 from omni_jax.layers.streaming import Block
 from omni_jax.models import talker, thinker, token2wav
-from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
+from omni_jax.models.bigvgan import BigVGAN
+from omni_jax.models.bigvgan_streaming import StreamedBigVGAN, reach
 from omni_jax.models.decoder import KVCache
+from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import CarriedDiT, Speaker
-from omni_jax.processing.prefill_plan import WIDE_CHUNK
-from omni_jax.sharding import RULES, param_shardings
+from omni_jax.processing.prefill_plan import AUDIO_BLOCKS, VISION_WINDOWS, WIDE_CHUNK
+from omni_jax.sharding import RULES, batch_shards, param_shardings
 
 
 @dataclass(frozen=True)
@@ -36,11 +49,13 @@ class Shapes:
     Attributes:
       batch: slots.
       cache: positions of each.
-      blocks: of 24 mel frames in a step of Token2Wav.
+      tokens: of a prompt's chunk.
+      blocks: of 24 mel frames in a step of Token2Wav, or of a list of whole replies.
     """
 
     batch: int = 32
     cache: int = 8192
+    tokens: int = WIDE_CHUNK
     blocks: int = 2
 
 
@@ -63,6 +78,28 @@ class Program:
     shard: float = 0.0
 
 
+def audio_encoder(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """Blocks of two seconds, as many as one call takes."""
+    c = config.thinker_config.audio_config
+    mel = np.zeros((AUDIO_BLOCKS, c.block_frames, c.num_mel_bins), np.float32)
+    media = AudioBlocks(mel, np.zeros(AUDIO_BLOCKS, np.int32))
+    return _encoder("audio_encoder", "encode_audio", config, mesh, media)
+
+
+def vision_encoder(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """A frame with as many windows as one call takes."""
+    c = config.thinker_config.vision_config
+    place = np.zeros((1, VISION_WINDOWS, (c.window_cells * c.spatial_merge_size) ** 2), np.int32)
+    patches = np.zeros((*place.shape, c.patch_dim), np.float32)
+    return _encoder("vision_encoder", "encode_vision", config, mesh, VisionFrames(patches, place, place, place == 0))
+
+
+def _encoder(tower: str, method: str, config: OmniConfig, mesh: Mesh, media: AudioBlocks | VisionFrames) -> Program:
+    model, params = _abstract_thinker(config, mesh)
+    floor = sum(map(on_chip, jax.tree.leaves(params[tower])))
+    return Program(jit_method, (params, _place_abstract(media, mesh)), (model, method), floor)
+
+
 def thinker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A token of every slot."""
     model, params = _abstract_thinker(config, mesh)
@@ -82,21 +119,27 @@ def thinker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
         lambda: _thinker_engine(model, params).init_prefix(shapes.batch, shapes.cache)
     )
     prefix = _place_abstract(prefix, mesh)
-    wide = (shapes.batch, WIDE_CHUNK)
-    ids = np.zeros(wide, np.int32)  # [B, C]
-    # a table as wide as the chunk, as generation has it
-    spans = Spans(ids, ids, ids, ids, ids, ids.astype(np.float32))
-    x = jax.ShapeDtypeStruct((*wide, config.thinker_config.text_config.hidden_size), model.dtype)  # [B, C, D]
+    ids, spans = _chunk(shapes)
+    x = jax.ShapeDtypeStruct((*ids.shape, config.thinker_config.text_config.hidden_size), model.dtype)  # [B, C, D]
     rest = _place_abstract((spans, ids == 0, x, ids == 0), mesh)
     program = Program(prefill_chunk, (params, prefix, *rest), (model,))
     return _with_floor(program, params["decoder"]["layers"], prefix.context.cache)
 
 
+def talker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """A chunk of every slot's prompt, which the Thinker has read."""
+    model, params, engine = _abstract_talker(config, mesh)
+    prefix = _place_abstract(jax.eval_shape(lambda: engine.init_prefix(shapes.batch, shapes.cache)), mesh)
+    ids, spans = _chunk(shapes)
+    text = jax.ShapeDtypeStruct((*ids.shape, config.talker_config.embedding_size), model.dtype)  # [B, C, E]
+    rest = _place_abstract((text, spans, ids == 0), mesh)
+    program = Program(talker_programs.prefill_chunk, (params, prefix, *rest), (model,))
+    return _with_floor(program, {"proj": params["proj"], "layers": params["decoder"]["layers"]}, prefix.cache)
+
+
 def talker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A code of every slot."""
-    model = talker.Talker(config.talker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    params = _place_params(talker.abstract_params(model), mesh)
-    engine = TalkerEngine(model, params, config, jnp.zeros_like)  # a state needs no embeddings of text
+    model, params, engine = _abstract_talker(config, mesh)
     state = _place_abstract(jax.eval_shape(lambda: engine.init_state(shapes.batch, shapes.cache)), mesh)
     # no slot follows one of the Thinker: all text is there
     none = np.zeros(shapes.batch, np.int32)
@@ -107,11 +150,43 @@ def talker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     return _with_floor(program, read, state.context.cache)
 
 
+def sampler(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """The choice of a token of every slot from its logits."""
+    vocab_size = config.thinker_config.text_config.vocab_size
+    logits = np.zeros((shapes.batch, vocab_size), np.float32)
+    state = init_sampling_state(shapes.batch, vocab_size)
+    return Program(jax.jit(sample), _place_abstract((logits, state, np.ones(shapes.batch, bool)), mesh))
+
+
+def speaker_encoder(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """The clip of a voice, padded to the least length that programs are compiled for."""
+    dit, params = _abstract_dit(config, mesh)
+    clip = np.zeros((1, MIN_CLIP_FRAMES, dit.config.mel_dim), np.float32)
+    return Program(encode_speakers, (params, *_place_abstract((clip, np.zeros(1, np.int32)), mesh)), (dit,))
+
+
+def dit_list(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """Mel of whole replies, in one list of blocks for each shard of the batch."""
+    dit, params = _abstract_dit(config, mesh)
+    c = dit.config
+    codes = np.zeros(shapes.blocks * c.block_size // c.repeats, np.int32)
+    num_lists = batch_shards(mesh)
+    requests = [ListRequest(codes, 0, None, 0)] * num_lists
+    speech, _ = fill_lists(c, requests, num_lists, lambda blocks: blocks)
+    speakers = np.zeros((MIN_VOICES, 2, c.enc_dim), np.float32)
+    cond = np.zeros((MIN_VOICES, c.enc_emb_dim), np.float32)
+    return Program(solve_blocks, (params, *_place_abstract((speech, speakers, cond), mesh)), (dit,))
+
+
+def dit_first(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """``dit_block`` of rows that begin."""
+    program = dit_block(config, mesh, shapes)
+    return dataclasses.replace(program, static=(program.static[0], True))
+
+
 def dit_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """Blocks of mel for every row, all evaluations of the solver, with the past carried."""
-    model = token2wav.Token2Wav(config.token2wav_config)
-    params = _place_params(token2wav.abstract_params(model), mesh)["dit"]
-    dit, _ = token2wav.parts(model)
+    dit, params = _abstract_dit(config, mesh)
     part = CarriedDiT(dit)
     c = config.token2wav_config.dit_config
     num_rows = shapes.batch
@@ -135,12 +210,7 @@ def dit_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 def vocoder_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """The samples of blocks of mel for every row."""
-    model = token2wav.Token2Wav(config.token2wav_config)
-    _, bigvgan = token2wav.parts(model)
-    boxed = token2wav.abstract_params(model)["bigvgan"]
-    weights = jax.eval_shape(lambda params: make_vocoder_weights(bigvgan, params), nn.unbox(boxed))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), weights)
+    bigvgan, weights = _abstract_vocoder(config, mesh)
     part = StreamedBigVGAN(bigvgan.config)
     c = config.token2wav_config.dit_config
     mel = np.zeros((shapes.batch, shapes.blocks * c.block_size, c.mel_dim), np.float32)
@@ -149,18 +219,65 @@ def vocoder_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     return Program(vocode_chunk, (weights, *_place_abstract(rest, mesh)), (part,))
 
 
+def vocoder_windows(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """The samples of windows of whole replies, one on each chip."""
+    bigvgan, weights = _abstract_vocoder(config, mesh)
+    frames = WINDOW_NEW_FRAMES + sum(reach(bigvgan.config))
+    mel = np.zeros((mesh.size, frames, config.token2wav_config.dit_config.mel_dim), np.float32)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rest = []
+    for array in (mel, np.zeros(mesh.size, np.int32)):
+        rest.append(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere))
+    return Program(vocode_windows, (weights, *rest), (bigvgan.config,))
+
+
 PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
+    "audio-encoder": audio_encoder,
+    "vision-encoder": vision_encoder,
     "thinker-prefill": thinker_prefill,
     "thinker-decode": thinker_decode,
+    "talker-prefill": talker_prefill,
     "talker-decode": talker_decode,
+    "sampler": sampler,
+    "speaker-encoder": speaker_encoder,
+    "dit-list": dit_list,
+    "dit-first": dit_first,
     "dit-block": dit_block,
     "vocoder-block": vocoder_block,
+    "vocoder-windows": vocoder_windows,
 }
 
 
 def _abstract_thinker(config: OmniConfig, mesh: Mesh) -> tuple[thinker.Thinker, Any]:
     model = thinker.Thinker(config.thinker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     return model, _place_params(thinker.abstract_params(model), mesh)
+
+
+def _chunk(shapes: Shapes) -> tuple[np.ndarray, Spans]:
+    """Ids of a chunk of every slot's prompt, and the spans of their positions, as wide as generation has them."""
+    ids = np.zeros((shapes.batch, shapes.tokens), np.int32)  # [B, C]
+    return ids, Spans(ids, ids, ids, ids, ids, ids.astype(np.float32))
+
+
+def _abstract_talker(config: OmniConfig, mesh: Mesh) -> tuple[talker.Talker, Any, TalkerEngine]:
+    model = talker.Talker(config.talker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    params = _place_params(talker.abstract_params(model), mesh)
+    # a state needs no embeddings of text
+    return model, params, TalkerEngine(model, params, config, jnp.zeros_like)
+
+
+def _abstract_dit(config: OmniConfig, mesh: Mesh) -> tuple[DiT, Any]:
+    model = token2wav.Token2Wav(config.token2wav_config, precision="high")  # as it is served on a TPU
+    return token2wav.parts(model)[0], _place_params(token2wav.abstract_params(model), mesh)["dit"]
+
+
+def _abstract_vocoder(config: OmniConfig, mesh: Mesh) -> tuple[BigVGAN, Any]:
+    model = token2wav.Token2Wav(config.token2wav_config, precision="high")  # as it is served on a TPU
+    bigvgan = token2wav.parts(model)[1]
+    boxed = token2wav.abstract_params(model)["bigvgan"]
+    weights = jax.eval_shape(lambda params: make_vocoder_weights(bigvgan, params), nn.unbox(boxed))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return bigvgan, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), weights)
 
 
 def _thinker_engine(model: thinker.Thinker, params: Any) -> ThinkerEngine:

@@ -19,7 +19,16 @@ from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import BigVGANConfig, DiTConfig
 from omni_jax.engine.decode_state import apply_method, on_mesh
 from omni_jax.engine.token2wav_inputs import check_codes, check_noise, check_seed, check_voice, count_chunk_blocks
-from omni_jax.engine.token2wav_lists import ListRequest, Noise, fill_lists, solve_blocks
+from omni_jax.engine.token2wav_lists import (
+    ListRequest,
+    Noise,
+    SpeechBlocks,
+    empty_lists,
+    fill_lists,
+    list_lengths,
+    round_num_blocks,
+    solve_blocks,
+)
 from omni_jax.engine.token2wav_streaming import StreamEngine, Token2WavStream
 from omni_jax.errors import InputError
 from omni_jax.models.bigvgan import BigVGAN, VocoderWeights, synthesize
@@ -83,9 +92,8 @@ class Token2WavEngine:
           voices: who speaks each.
           noise: what the flow starts from, standard normal [codes * repeats, mel_dim]; drawn where None.
           seeds: of the draws.
-          block_sizes: numbers of blocks, in rising order, that programs are to be compiled for; a larger number is
-            rounded up to a power of two. Without them a number is rounded up by an eighth at most. Over a mesh it is
-            the number of each shard of the batch.
+          block_sizes: numbers of blocks, in rising order, that lists are rounded up to; a larger number is rounded as
+            without them (``round_num_blocks``). Over a mesh it is the number of each shard of the batch.
 
         Returns:
           float32 from -1 to 1 at ``SAMPLE_RATE``, 480 samples a code (published sizes).
@@ -121,13 +129,18 @@ class Token2WavEngine:
         )
         speakers = np.stack([self._encode_speaker(voice) for voice in used])
         cond = np.concatenate([voice.cond for voice in used])
-        with on_mesh(self.mesh):
-            mel = np.asarray(solve_blocks(self.dit, self.dit_params, speech, speakers, cond))  # [N, F, mel]
+        mel = self._solve(speech, speakers, cond)
         mels = []
         for place, request in zip(places, requests, strict=True):
             # without the padding of the request's last block
             mels.append(mel[place].reshape(-1, c.mel_dim)[: len(request.codes) * c.repeats])
         return mels
+
+    def _solve(
+        self, speech: SpeechBlocks, speakers: Float[np.ndarray, "V 2 enc_dim"], cond: Float[np.ndarray, "V enc_emb_dim"]
+    ) -> Float[np.ndarray, "N F mel"]:
+        with on_mesh(self.mesh):
+            return np.asarray(solve_blocks(self.dit, self.dit_params, speech, speakers, cond))
 
     def vocode(self, mels: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Float[np.ndarray, " samples"]]:
         """The second half of ``synthesize``, window by window: one program, however long a spectrogram is."""
@@ -223,14 +236,20 @@ class Token2WavEngine:
             codes = np.zeros(num_blocks * self.codes_per_block, np.int32)
             stream.push([codes], [num_blocks == 0])
 
-    def warm_up_lists(self, voices: Sequence[Voice], block_sizes: Sequence[int]) -> None:
-        """Compiles what ``synthesize`` needs with these ``block_sizes``."""
+    def warm_up_lists(self, voices: Sequence[Voice], block_sizes: Sequence[int], max_blocks: int) -> None:
+        """Compiles what ``synthesize`` needs with these ``block_sizes``, for replies of so many blocks at most.
+
+        The lists have no block, so that nothing is solved; one window goes through the vocoder.
+        """
+        c = self.config.dit_config
+        speakers = np.stack([self._encode_speaker(voice) for voice in voices[:1]] * MIN_VOICES)
         for voice in voices:
             self._encode_speaker(voice)
-        for num_blocks in block_sizes:
-            # code 0 is as good as any: only the number of blocks is part of the shape
-            codes = np.zeros(num_blocks * self.codes_per_block, np.int32)
-            self.synthesize([codes], voices[:1], [None], [0], block_sizes)
+        for num_blocks in list_lengths(max_blocks, block_sizes):
+            speech = empty_lists(c, self.num_lists, num_blocks)
+            cond = np.zeros((MIN_VOICES, c.enc_emb_dim), np.float32)
+            self._solve(speech, speakers, cond)
+        self.vocode([np.zeros((1, c.mel_dim), np.float32)])
 
     def _encode_speaker(self, voice: Voice) -> Float[np.ndarray, "2 enc_dim"]:
         """What the speaker encoder makes of a voice, once for all of its requests."""
@@ -246,23 +265,6 @@ class Token2WavEngine:
             known = voice, np.asarray(rows)
             self._speakers[voice.name] = known
         return known[1]
-
-
-def round_up_finely(number: int) -> int:
-    """The least number that is at least ``number`` and has four significant bits: at most an eighth is padding.
-
-    Token2Wav is bound by arithmetic on any device, so padding costs in full; finer than ``omni_jax.batch.bucket``.
-    """
-    step = 1 << max(0, (number - 1).bit_length() - 4)
-    return -(-number // step) * step
-
-
-def round_num_blocks(num_blocks: int, block_sizes: Sequence[int]) -> int:
-    """The first size that suffices, or where none does a power of two; without sizes see ``round_up_finely``."""
-    for size in block_sizes:
-        if size >= num_blocks:
-            return size
-    return 1 << (num_blocks - 1).bit_length() if block_sizes else round_up_finely(num_blocks)
 
 
 class _Window(NamedTuple):

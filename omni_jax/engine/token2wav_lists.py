@@ -26,6 +26,8 @@ from omni_jax.models.dit import Blocks, DiT, pack
 from omni_jax.models.flow_matching import draw_noise, solve
 from omni_jax.sharding import map_over_batch, replicate
 
+MIN_LIST = 4  # blocks
+
 Noise = Float[np.ndarray, "frames mel"]
 
 
@@ -56,6 +58,26 @@ class ListRequest:
     voice: int
     noise: Noise | None
     seed: int
+
+
+def round_num_blocks(num_blocks: int, block_sizes: Sequence[int] = ()) -> int:
+    """The length of a list: the first of ``block_sizes`` that suffices, else a power of two or one and a half of one.
+
+    Few lengths, for each is a program; and few more blocks than there are, for each costs as much as a real one.
+    """
+    for size in block_sizes:
+        if size >= num_blocks:
+            return size
+    step = 1 << max(0, (num_blocks - 1).bit_length() - 2)
+    return max(MIN_LIST, -(-num_blocks // step) * step)
+
+
+def list_lengths(max_blocks: int, block_sizes: Sequence[int] = ()) -> list[int]:
+    """All lengths that ``round_num_blocks`` gives up to ``max_blocks``."""
+    lengths = [round_num_blocks(1, block_sizes)]
+    while lengths[-1] < max_blocks:
+        lengths.append(round_num_blocks(lengths[-1] + 1, block_sizes))
+    return lengths
 
 
 def assign_lists(num_blocks: Sequence[int], num_lists: int) -> list[list[int]]:
@@ -105,15 +127,7 @@ def fill_lists(
         packed.append(blocks)
         for i, part in zip(members, parts, strict=True):
             places[i] = slice(number * length + part.start, number * length + part.stop)
-    blocks = jax.tree.map(lambda *arrays: np.concatenate(arrays), *packed)
-    speech = SpeechBlocks(
-        blocks=blocks,
-        codes=np.zeros(blocks.valid.shape, np.int32),
-        voice=np.zeros(len(blocks.valid), np.int32),
-        seed=np.zeros(len(blocks.valid), np.uint32),
-        draws=np.ones(len(blocks.valid), bool),
-        noise=np.zeros((*blocks.valid.shape, config.mel_dim), np.float32),
-    )
+    speech = _without_requests(config, jax.tree.map(lambda *arrays: np.concatenate(arrays), *packed))
     for request, place, frames in zip(requests, places, num_frames, strict=True):
         # blocks lie one behind the other, so each reshape below is a view, and writing to it fills them
         speech.codes[place].reshape(-1)[:frames] = np.repeat(request.codes, config.repeats)
@@ -125,6 +139,24 @@ def fill_lists(
     return speech, places
 
 
+def empty_lists(config: DiTConfig, num_lists: int, length: int) -> SpeechBlocks:
+    """Lists of that length without a request."""
+    blocks, _ = pack([], config.block_size, num_lists * length)
+    return _without_requests(config, blocks)
+
+
+def _without_requests(config: DiTConfig, blocks: Blocks) -> SpeechBlocks:
+    num_blocks, block_size = blocks.valid.shape
+    return SpeechBlocks(
+        blocks=blocks,
+        codes=np.zeros((num_blocks, block_size), np.int32),
+        voice=np.zeros(num_blocks, np.int32),
+        seed=np.zeros(num_blocks, np.uint32),
+        draws=np.ones(num_blocks, bool),
+        noise=np.zeros((num_blocks, block_size, config.mel_dim), np.float32),
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def solve_blocks(
     dit: DiT,
@@ -133,7 +165,7 @@ def solve_blocks(
     speakers: Float[Array, "V 2 enc_dim"],
     cond: Float[Array, "V enc_emb_dim"],
 ) -> Float[jax.Array, "N F mel"]:
-    """From noise to mel, each shard of the batch its own list.
+    """From noise to mel, each shard of the batch its own list. One without a request costs nothing.
 
     Args:
       dit, params: the DiT.
@@ -146,6 +178,13 @@ def solve_blocks(
 
 
 def _solve_list(dit: DiT, shared: tuple[Any, Array, Array], speech: SpeechBlocks) -> Float[jax.Array, "N F mel"]:
+    def solve_requests() -> jax.Array:
+        return _solve_requests(dit, shared, speech)
+
+    return jax.lax.cond(jnp.any(speech.blocks.valid), solve_requests, lambda: jnp.zeros(speech.noise.shape))
+
+
+def _solve_requests(dit: DiT, shared: tuple[Any, Array, Array], speech: SpeechBlocks) -> jax.Array:
     params, speakers, cond = shared
     # drawn even where noise is given, so that both are one program
     drawn = draw_noise(speech.seed, speech.blocks.index, speech.noise.shape[1:])  # [N, F, mel]

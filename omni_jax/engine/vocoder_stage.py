@@ -10,8 +10,8 @@ from omni_jax.engine.outputs import Event, Timings, Utilization
 from omni_jax.engine.prefill import Engines, Stopwatch
 from omni_jax.engine.request import RequestState, Stage
 from omni_jax.engine.stage import StageOutput
-from omni_jax.engine.token2wav_engine import Token2WavEngine, round_num_blocks
-from omni_jax.engine.token2wav_lists import longest_list
+from omni_jax.engine.token2wav_engine import Token2WavEngine
+from omni_jax.engine.token2wav_lists import longest_list, round_num_blocks
 from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.models.token2wav import SAMPLE_RATE
 

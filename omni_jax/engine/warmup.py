@@ -7,6 +7,7 @@ pictures of so many windows. So it suffices to run these once, through the stage
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jax import monitoring
@@ -63,7 +64,7 @@ class Compilations:
 
 
 def warm_up_decoders(engines: Engines, config: SchedulerConfig, *, tokens: int, windows: int) -> None:
-    """Runs every program of encoders, Thinker and Talker that a scheduler does; Token2Wav's has its engine.
+    """Runs every program of encoders, Thinker and Talker that a scheduler does.
 
     Args:
       engines: of a model.
@@ -80,6 +81,27 @@ def warm_up_decoders(engines: Engines, config: SchedulerConfig, *, tokens: int, 
             return
         _warm_up_resizing(engines, config, capacity)
         capacity *= 2
+
+
+def warm_up_sound(
+    engines: Engines, voices: Sequence[Voice], configs: Sequence[SchedulerConfig], *, tokens: int, streams: bool
+) -> None:
+    """Runs every program of Token2Wav that schedulers do.
+
+    Args:
+      engines: of a model; nothing is done where it does not speak.
+      voices: that it has.
+      configs: of the schedulers.
+      tokens: codes of a reply at most.
+      streams: whether there are live requests.
+    """
+    engine = engines.token2wav
+    if engine is None or not voices:
+        return
+    for config in configs:
+        engine.warm_up_lists(voices, config.block_sizes, engine.count_blocks(tokens))
+    if streams:
+        engine.warm_up_streams(voices, engines.chunk_sizes.first_chunk_codes, engines.chunk_sizes.chunk_codes)
 
 
 def _warm_up_encoders(engines: Engines, windows: int) -> None:

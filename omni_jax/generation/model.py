@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +39,12 @@ from omni_jax.engine.scheduler import Scheduler
 from omni_jax.engine.talker_engine import APPEND_WIDTH, TalkerEngine
 from omni_jax.engine.thinker_engine import TextRequest, ThinkerEngine
 from omni_jax.engine.token2wav_engine import Token2WavEngine
-from omni_jax.engine.warmup import Compilations, warm_up_decoders
+from omni_jax.engine.warmup import Compilations, warm_up_decoders, warm_up_sound
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.generation.live_session import LiveSession
-from omni_jax.generation.options import Options
+from omni_jax.generation.options import Messages, Options, warn_untrained
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker, thinker, token2wav
-from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.live import LivePrompt
@@ -54,8 +52,6 @@ from omni_jax.processing.media_workers import isolate
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
 from omni_jax.sharding import batch_shards, param_shardings
-
-Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 MAX_BATCH_SIZE = 4096
 
@@ -177,7 +173,7 @@ def _make_model(config: OmniConfig, component: str, dtype: Any, scan_layers: boo
     if component == "talker":
         return talker.Talker(config.talker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
     # always float32, its default: errors add up over the evaluations of the flow (docs/reference.md, 10)
-    return token2wav.Token2Wav(config.token2wav_config, scan_layers=scan_layers)
+    return token2wav.Token2Wav(config.token2wav_config, scan_layers, token2wav.device_precision())
 
 
 def _abstract_params(model: Any) -> Any:
@@ -254,7 +250,7 @@ class OmniModel:
         """
         chosen = Options.create(**options)
         self.check(chosen)
-        _warn_untrained(chosen, [messages])
+        warn_untrained(chosen, [messages])
         prompt = LivePrompt(self.processor, messages, audio=audio, video=video, assume_fps=chosen.assume_fps)
         scheduler = Scheduler(self.engines)
         # room for the beginning of the input; caches grow as more comes
@@ -288,9 +284,9 @@ class OmniModel:
         check_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         chosen = Options.create(**options)
         self.check(chosen)
-        _warn_untrained(chosen, conversations)
-        num_slots = bucket(min(batch_size, max(len(conversations), 1)))
-        scheduler = self.scheduler(SchedulerConfig(num_slots, num_slots, BLOCK_SIZES))
+        warn_untrained(chosen, conversations)
+        # as many slots for few dialogues as for many: each number of slots has programs of its own
+        scheduler = self.scheduler(_batch_config(batch_size) if len(conversations) > 1 else SchedulerConfig())
         stopwatch = Stopwatch(self.engines.clock)
         replies: dict[int, Reply] = {}
         prompts: dict[int, Prompt] = {}
@@ -333,16 +329,16 @@ class OmniModel:
         return state
 
     def warmup(
-        self, *, tokens: int = 2048, windows: int = 32, scheduler: SchedulerConfig | None = None
+        self, *, tokens: int = 2048, windows: int = 32, batch_size: int = 8, scheduler: SchedulerConfig | None = None
     ) -> Compilations:
-        """Compiles what ``stream`` and ``listen`` run, so that no request has to wait for the compiler.
+        """Compiles what all ways to ask run, so that no request has to wait for the compiler.
 
-        What is larger than this is compiled when it is met, and so is ``generate`` with speech, whose sound is made at
-        once and not in blocks.
+        What is larger than this is compiled when it is met.
 
         Args:
           tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
           windows: of a picture at most, each 112 x 112 pixels: a picture of 480 x 640 has 30. 0 for none.
+          batch_size: of ``generate_batch``; 1 where it is not to be called.
           scheduler: of one that is to run instead, with requests that are not live.
 
         Returns:
@@ -354,16 +350,14 @@ class OmniModel:
         context = self.config.thinker_config.text_config.max_position_embeddings
         check_int("tokens", tokens, 1, context)
         check_int("windows", windows, 0, 4096)
-        token2wav_engine = self.engines.token2wav
-        voices = list(self.voices.values())
+        check_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
+        configs = [scheduler or SchedulerConfig()]
+        if scheduler is None and batch_size > 1:
+            configs.append(_batch_config(batch_size))
         with Compilations() as compilations:
-            warm_up_decoders(self.engines, scheduler or SchedulerConfig(), tokens=tokens, windows=windows)
-            # a scheduler that is given serves whole replies, whose sound is made in lists; all others stream
-            if token2wav_engine is not None and voices and scheduler is not None:
-                token2wav_engine.warm_up_lists(voices, scheduler.block_sizes)
-            elif token2wav_engine is not None and voices:
-                sizes = self.engines.chunk_sizes
-                token2wav_engine.warm_up_streams(voices, sizes.first_chunk_codes, sizes.chunk_codes)
+            for config in configs:
+                warm_up_decoders(self.engines, config, tokens=tokens, windows=windows)
+            warm_up_sound(self.engines, list(self.voices.values()), configs, tokens=tokens, streams=scheduler is None)
         return compilations
 
     def synthesize(
@@ -414,7 +408,7 @@ class OmniModel:
         """Prepares a dialogue now; its answer is made as the iterator is advanced."""
         # this is no generator itself, so errors are raised here and not at the first event
         self.check(options)
-        _warn_untrained(options, [messages], stacklevel=4)  # of who calls ``generate`` or ``stream``
+        warn_untrained(options, [messages], stacklevel=4)  # of who calls ``generate`` or ``stream``
         scheduler = Scheduler(self.engines)
         stopwatch = Stopwatch(self.engines.clock)
         state = self.submit(scheduler, self._make_prompt(messages, options), options, live=live)
@@ -478,23 +472,5 @@ class OmniModel:
             )
 
 
-def _warn_untrained(options: Options, conversations: Sequence[Messages], stacklevel: int = 3) -> None:
-    """Warns of a system prompt that speech was not trained with, at the caller that many calls up."""
-    if options.speaks and not all(map(_has_speech_prompt, conversations)):
-        warnings.warn(
-            "speech was trained with the system prompt omni_jax.SPEECH_SYSTEM_PROMPT alone; under another one, or "
-            "without one, the model may speak badly or not at all",
-            stacklevel=stacklevel,
-        )
-
-
-def _has_speech_prompt(messages: Messages) -> bool:
-    """Whether a dialogue begins with the system prompt that speech was trained with."""
-    first = messages[0] if messages else {}
-    if not isinstance(first, Mapping):
-        return False
-    content = first.get("content")
-    # a message's content is a string, or a list of parts, here of one part of text
-    if isinstance(content, list | tuple) and len(content) == 1 and isinstance(content[0], Mapping):
-        content = content[0].get("text")
-    return first.get("role") == "system" and content == SPEECH_SYSTEM_PROMPT
+def _batch_config(batch_size: int) -> SchedulerConfig:
+    return SchedulerConfig(bucket(batch_size), bucket(batch_size), BLOCK_SIZES)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from omni_jax.checks import INT32_MAX, SEED_MAX, check_float, check_int, check_names, shown
 from omni_jax.engine.sampling import SamplingParams, pop_sampling
 from omni_jax.errors import InputError
+from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 MAX_STOP = 64  # stop strings, and stop ids, that a request may have
 MAX_FPS = 1000.0
@@ -109,3 +113,25 @@ def _check_stop_ids(ids: Any) -> tuple[int, ...]:
         raise InputError(f"stop_token_ids has {len(ids)} ids; it may have at most {MAX_STOP}")
     # the vocabulary is not known here; ``OmniModel.check`` compares with it
     return tuple(check_int("stop_token_ids", number, 0, INT32_MAX) for number in ids)
+
+
+def warn_untrained(options: Options, conversations: Sequence[Messages], stacklevel: int = 3) -> None:
+    """Warns of a system prompt that speech was not trained with, at the caller that many calls up."""
+    if options.speaks and not all(map(_has_speech_prompt, conversations)):
+        warnings.warn(
+            "speech was trained with the system prompt omni_jax.SPEECH_SYSTEM_PROMPT alone; under another one, or "
+            "without one, the model may speak badly or not at all",
+            stacklevel=stacklevel,
+        )
+
+
+def _has_speech_prompt(messages: Messages) -> bool:
+    """Whether a dialogue begins with the system prompt that speech was trained with."""
+    first = messages[0] if messages else {}
+    if not isinstance(first, Mapping):
+        return False
+    content = first.get("content")
+    # a message's content is a string, or a list of parts, here of one part of text
+    if isinstance(content, list | tuple) and len(content) == 1 and isinstance(content[0], Mapping):
+        content = content[0].get("text")
+    return first.get("role") == "system" and content == SPEECH_SYSTEM_PROMPT

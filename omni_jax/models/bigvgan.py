@@ -30,7 +30,7 @@ from omni_jax.batch import Array
 from omni_jax.config import BigVGANConfig
 from omni_jax.layers.conv import Conv1D, UpsamplingConv1D, conv_taps, same_padding, upsampling_padding
 from omni_jax.layers.params import dtypes, param
-from omni_jax.layers.precision import full_precision
+from omni_jax.layers.precision import Precision
 
 EDGE_KERNEL = 7  # of the first and the last convolution; in no file
 
@@ -83,6 +83,7 @@ class VocoderWeights:
     stages: tuple[StageWeights, ...]
     activation: SnakeBetaWeights
     conv_out: Float[jax.Array, "k C"]
+    precision: Precision = struct.field(pytree_node=False, default="highest")  # of the products with them
 
 
 @struct.dataclass
@@ -115,6 +116,7 @@ class BigVGAN(nn.Module):
     """
 
     config: BigVGANConfig
+    precision: Precision = "highest"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -137,7 +139,7 @@ class BigVGAN(nn.Module):
         kernel, bias = self.conv_in.weights()
         conv_out, _ = self.conv_out.weights()
         stages = tuple(stage() for stage in self.stage)
-        return VocoderWeights(ConvWeights(kernel, bias), stages, self.activation(), conv_out[..., 0])
+        return VocoderWeights(ConvWeights(kernel, bias), stages, self.activation(), conv_out[..., 0], self.precision)
 
 
 class VocoderStage(nn.Module):
@@ -247,21 +249,19 @@ def synthesize(
     return apply_output(weights, x, ends)
 
 
-@full_precision
 def apply_input(weights: VocoderWeights, mel: Float[Array, "B T M"], ends: RowEnds) -> Float[jax.Array, "B T C"]:
     """The scaling of the mel and the first convolution."""
-    with jax.named_scope("vocoder_input"):
+    with jax.named_scope("vocoder_input"), jax.default_matmul_precision(weights.precision):
         kernel, bias = weights.conv_in
         scaled = _zero_outside(scale_mel(jnp.asarray(mel, kernel.dtype)), ends)
         return conv_taps(scaled, kernel, same_padding(EDGE_KERNEL, 1)) + bias
 
 
-@full_precision
 def apply_stage(
     config: BigVGANConfig, weights: VocoderWeights, x: Float[Array, "B T C"], ends: RowEnds, stage: int
 ) -> Float[jax.Array, "B T_up C/2"]:
     """A transposed convolution, then the mean of the residual blocks; ``ends`` are at the rate before it."""
-    with jax.named_scope(f"vocoder_stage_{stage}"):
+    with jax.named_scope(f"vocoder_stage_{stage}"), jax.default_matmul_precision(weights.precision):
         rate = config.upsample_rates[stage]
         kernel, bias = weights.stages[stage].upsample
         padding = upsampling_padding(config.upsample_kernel_sizes[stage], rate)
@@ -271,7 +271,6 @@ def apply_stage(
         return mean_of_blocks(config, weights.stages[stage], upsampled, ends.upsample(rate))
 
 
-@full_precision
 def apply_output(weights: VocoderWeights, x: Float[Array, "B T C"], ends: RowEnds) -> Float[jax.Array, "B T"]:
     """The last activation and convolution."""
     with jax.named_scope("vocoder_output"):

@@ -35,7 +35,7 @@ from omni_jax.layers.attention import SelfAttention
 from omni_jax.layers.linear import Embedding, Linear
 from omni_jax.layers.mlp import GeluMLP
 from omni_jax.layers.params import dtypes, param
-from omni_jax.layers.precision import full_precision
+from omni_jax.layers.precision import Precision, own_precision
 from omni_jax.layers.rotary import Tables
 from omni_jax.layers.stack import call_layers, layer_stack, map_layers
 from omni_jax.models.dit_rotary import rotary_tables, rotate_first_head
@@ -122,6 +122,7 @@ class DiT(nn.Module):
 
     config: DiTConfig
     scan_layers: bool = True
+    precision: Precision = "highest"  # of all but the speaker encoder, which runs once for a voice
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -138,7 +139,6 @@ class DiT(nn.Module):
         self.modulation = Linear((width,), (2 * width,), ("embed", "mlp"), **kw)
         self.proj = Linear((width,), (c.mel_dim,), ("embed", "channels"), **kw)
 
-    @full_precision
     def speakers(self, ref_mel: Float[Array, "1 T M"], length: Int[Array, " 1"]) -> Float[jax.Array, "2 enc_dim"]:
         """Speaker embeddings of a voice's clip and of a silent clip as long, which is the unconditional voice.
 
@@ -151,7 +151,7 @@ class DiT(nn.Module):
             clips = jnp.concatenate([clip, jnp.zeros_like(clip)])  # [2, T, M]
             return self.speaker_encoder(clips, jnp.repeat(jnp.asarray(length), 2))
 
-    @full_precision
+    @own_precision
     def conditions(
         self,
         codes: Int[Array, "N F"],
@@ -179,7 +179,7 @@ class DiT(nn.Module):
         parts = [jnp.broadcast_to(part, (*frames, part.shape[-1])) for part in (speaker, codes, cond)]
         return self.input_proj.project_constants(jnp.concatenate(parts, axis=-1))  # [N, F, D]
 
-    @full_precision
+    @own_precision
     def modulations(self, times: Float[Array, " E"]) -> Modulations:
         """The modulation at each of ``times``, on a leading axis. A layer's projection is read once for all times."""
         c = self.config
@@ -190,7 +190,7 @@ class DiT(nn.Module):
             # sharded like the projection that makes them, they would have every norm reduced over devices
             return replicate(Modulations(jnp.moveaxis(layers, 0, 1), final))
 
-    @full_precision
+    @own_precision
     def velocity(
         self,
         mel: Float[Array, "N F M"],

@@ -208,7 +208,7 @@ def test_the_command(
 ) -> None:
     command.main(["to-hf", str(tiny_model), str(tmp_path / "back")])
     printed = capsys.readouterr().out
-    assert f"{tmp_path / 'back'}: thinker, talker, token2wav; 347 tensors" in printed
+    assert f"{tmp_path / 'back'}: thinker, talker, token2wav; 299 tensors" in printed
     assert "peak host memory" in printed
     assert_same_tensors(tiny_checkpoint, tmp_path / "back")
     told = str(fail_command("to-hf", tiny_checkpoint, tmp_path / "out"))

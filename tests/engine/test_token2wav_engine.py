@@ -11,8 +11,8 @@ import pytest
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig
-from omni_jax.engine.token2wav_engine import Token2WavEngine, round_up_finely, vocode_windows
-from omni_jax.engine.token2wav_lists import assign_lists, solve_blocks
+from omni_jax.engine.token2wav_engine import Token2WavEngine, vocode_windows
+from omni_jax.engine.token2wav_lists import assign_lists, list_lengths, round_num_blocks, solve_blocks
 from omni_jax.errors import InputError
 from omni_jax.models.bigvgan import synthesize
 from omni_jax.models.flow_matching import draw_noise
@@ -133,6 +133,8 @@ def test_errors(engine: Token2WavEngine, changes: dict, message: str) -> None:
         engine.synthesize([np.array(given["codes"])], [given["voice"]], [given["noise"]], [given["seed"]])
 
 
-def test_fine_bucket() -> None:
-    assert [round_up_finely(n) for n in (1, 2, 9, 16, 17, 31, 33, 125)] == [1, 2, 9, 16, 18, 32, 36, 128]
-    assert all(n <= round_up_finely(n) <= max(n + 1, n * 9 / 8) for n in range(1, 3000))
+def test_lengths_of_lists() -> None:
+    assert list_lengths(100) == [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    assert list_lengths(100, (16, 64)) == [16, 64, 96, 128]
+    assert [round_num_blocks(n, (16, 64)) for n in (1, 16, 17, 64, 65, 97)] == [16, 16, 64, 64, 96, 128]
+    assert all(n <= round_num_blocks(n) <= max(4, n * 1.5) for n in range(1, 3000))

@@ -101,12 +101,12 @@ def test_the_noise_is_that_of_the_offline_request(engine: Token2WavEngine) -> No
 
 
 def test_when_sound_comes(tiny_model: Path) -> None:
-    """The DiT is a block of 24 frames behind the codes, the vocoder of these sizes 6 frames behind the mel."""
+    """The DiT is a block of 24 frames behind the codes, the vocoder of these sizes 7 frames behind the mel."""
     engine, row = loaded(TINY.token2wav_config, tiny_model), codes(100)
     stream = engine.stream([voice(0)], [0])
     made = [len(stream.push([row[i : i + 1]], [False])[0]) for i in range(100)]
     packets = [(i + 1, n // 240) for i, n in enumerate(made) if n]
-    assert packets == [(36, 3 * 24 - 24 - 6), (60, 48), (84, 48)]
+    assert packets == [(36, 3 * 24 - 24 - 7), (60, 48), (84, 48)]
     (rest,) = stream.push([row[:0]], [True])
     assert sum(made) + len(rest) == 480 * 100
     assert len(stream.push([row[:0]], [True])[0]) == 0

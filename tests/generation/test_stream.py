@@ -112,30 +112,13 @@ def test_a_closed_stream_leaves_nothing(model: OmniModel) -> None:
     options = dict(**SPEAK, max_tokens=60, talker=dict(max_tokens=100, **GREEDY))
     list(model.stream(QUESTIONS["picture"], **options))
     before = held()
-    for count in (1, 2, 3, 5, 8, 12) * 2:
+    for count in (1, 3, 12) * 2:
         stream = model.stream(QUESTIONS["picture"], **options)
         taken = list(itertools.islice(stream, count))
         assert taken and held() > before
         stream.close()
         del stream, taken
         assert held() == before
-
-
-def test_nothing_compiles_after_warm_up(tiny_model: Path) -> None:
-    jax.clear_caches()  # what other tests have compiled does not count
-    model = omni_jax.load(tiny_model)
-    warm = model.warmup(tokens=1024, windows=4)
-    assert warm.count > 20
-    rng, names = np.random.default_rng(0), list(QUESTIONS)
-    with Compilations() as after:
-        for i in range(14):
-            spoken = SPEAK if i % 3 else {}
-            options = dict(temperature=float(i % 2), top_p=0.9, seed=i, max_tokens=int(rng.integers(1, 60)))
-            talker = dict(max_tokens=int(rng.integers(1, 120)))
-            voice = ("Chelsie", "Ethan")[i % 2]
-            *_, last = model.stream(QUESTIONS[names[i % len(names)]], **spoken, **options, talker=talker, voice=voice)
-            assert last.reply is not None
-    assert after.count == 0
 
 
 def test_a_second_model_of_equal_config_compiles_nothing(tiny_model: Path) -> None:

@@ -187,6 +187,7 @@ def ids_by_name(folder: Path, name: str) -> dict[str, tuple[list[int], list[int]
     return {values["custom_id"]: ids(values) for values in results(folder, name)}
 
 
+@pytest.mark.long
 def test_over_a_mesh_the_ids_are_the_same(meshed: Path) -> None:
     words = [*command(meshed / "model", meshed, "two"), "--media-root", str(ROOT), "--mesh.tensor", "2"]
     done = run(*words, devices=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,23 +28,25 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """The same run three times, all of them children of one process: unbroken, killed, and told to stop."""
+def make_run(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """The same run, stopped at these points; all processes of one run are children of another."""
     folder = tmp_path_factory.mktemp("restarts")
     options = ["thinker-sft-tiny", "--init", str(tiny_model), "--data.train", str(rows), "--data.rows", "1"]
     options += ["--data.media-root", str(MEDIA), "--steps", str(NUM_STEPS), "--checkpoint.every"]
-    stops = {"unbroken": [], "killed": KILLS, "stopped": [("SIGTERM", "step 1")]}
-    every = {"unbroken": 2, "killed": 2, "stopped": 1000}
-    cases = []
-    for name in stops:
-        workdir = str(folder / name)
-        cases.append({"workdir": workdir, "stops": stops[name], "options": [*options, str(every[name])]})
-    output = finish(start("-m", "tests.training.killed", json.dumps(cases)))
-    runs = {}
-    for case, codes in zip(cases, json.loads(output.splitlines()[-1]), strict=True):
-        workdir = Path(case["workdir"])
-        runs[workdir.name] = Run(workdir, codes, read_metrics(workdir / METRICS_FILE))
-    return runs
+
+    def make(name: str, stops: Sequence[tuple[str, str]] = (), every: int = 2) -> Run:
+        workdir = folder / name
+        case = {"workdir": str(workdir), "stops": list(stops), "options": [*options, str(every)]}
+        output = finish(start("-m", "tests.training.killed", json.dumps([case])))
+        (codes,) = json.loads(output.splitlines()[-1])
+        return Run(workdir, codes, read_metrics(workdir / METRICS_FILE))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def unbroken(make_run: Callable[..., Run]) -> Run:
+    return make_run("unbroken")
 
 
 def assert_same_metrics(run: Run, unbroken: Run) -> None:
@@ -53,18 +56,19 @@ def assert_same_metrics(run: Run, unbroken: Run) -> None:
         assert [m[name] for m in run.metrics] == [m[name] for m in unbroken.metrics], name
 
 
-def test_killed_four_times(runs: dict[str, Run]) -> None:
-    run = runs["killed"]
+@pytest.mark.long
+def test_killed_four_times(make_run: Callable[..., Run], unbroken: Run) -> None:
+    run = make_run("killed", KILLS)
     assert run.codes == [KILLED] * len(KILLS) + [0]
-    assert_same_metrics(run, runs["unbroken"])
+    assert_same_metrics(run, unbroken)
     # nothing is left of what was not finished
     assert sorted(path.name for path in (run.workdir / "checkpoints").iterdir()) == ["00000008", "00000010", "00000012"]
 
 
-def test_told_to_stop(runs: dict[str, Run]) -> None:
-    run = runs["stopped"]
+def test_told_to_stop(make_run: Callable[..., Run], unbroken: Run) -> None:
+    run = make_run("stopped", [("SIGTERM", "step 1")], every=1000)
     assert run.codes == [PREEMPTED, 0]
-    assert_same_metrics(run, runs["unbroken"])
+    assert_same_metrics(run, unbroken)
     # what it saved when it was told, though no checkpoint was due, and its end
     saved = sorted(int(path.name) for path in (run.workdir / "checkpoints").iterdir())
     assert len(saved) == 2 and saved[0] < saved[1] == NUM_STEPS
