@@ -162,6 +162,7 @@ def test_the_command_tells_what_is_wrong_in_one_line(
     assert fail_command("to-jax", tiny_model, tmp_path / "out", "--dtyp", "bfloat16") == 2
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     parts = TINY.thinker_config
     width = 64

@@ -41,6 +41,7 @@ def test_on_one_device(causal: bool) -> None:
     assert largest_error(causal) < TOLERANCE
 
 
+@pytest.mark.long
 def test_over_eight_devices() -> None:
     printed = finish(start("-m", "tests.layers.test_splash", devices=8))
     assert all(error < TOLERANCE for error in json.loads(printed)), printed

@@ -101,15 +101,20 @@ class TestConfigs:
             ("upsample_kernel_sizes", [32, 31, 31]),
             ("upsample_initial_channel", 3),
             ("resblock_kernel_sizes", []),
-            ("resblock_dilation_sizes", [[1, 3, 5]]),
-            ("resblock_dilation_sizes", [[1, 3, 5], []]),
-            ("resblock_dilation_sizes", [[1] * 64, [1] * 64]),
+            ("resblock_dilation_sizes", [[1, 3, 5], [1, 3, 5]]),
+            ("resblock_dilation_sizes", [[]]),
         ],
     )
     def test_lists_that_do_not_go_together(self, name: str, value: Any) -> None:
         section = "dit_config" if name.startswith("enc_") else "bigvgan_config"
         with pytest.raises(ConfigError, match=rf"{section}: .*{name}"):
             OmniConfig.from_dict(replaced(TINY.to_dict(), ("token2wav_config", section, name), value))
+
+    def test_a_vocoder_of_too_many_convolutions(self) -> None:
+        section = ("token2wav_config", "bigvgan_config")
+        values = replaced(TINY.to_dict(), (*section, "resblock_kernel_sizes"), [3, 3])
+        with pytest.raises(ConfigError, match="resblock_dilation_sizes has 128 items; it may have 64"):
+            OmniConfig.from_dict(replaced(values, (*section, "resblock_dilation_sizes"), [[1] * 64] * 2))
 
     def test_a_checkpoint_that_says_so_is_refused(self, model: Path) -> None:
         values = json.loads((model / "config.json").read_text())

@@ -15,6 +15,8 @@ from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
 from tests.processes import finish, start
 from tools.train_demo import MEDIA
 
+pytestmark = pytest.mark.long  # ten processes that each load a model and compile a step
+
 NUM_STEPS = 12
 KILLED = -signal.SIGKILL
 # before the first step, between two checkpoints, while one is written, and after one
@@ -56,7 +58,6 @@ def assert_same_metrics(run: Run, unbroken: Run) -> None:
         assert [m[name] for m in run.metrics] == [m[name] for m in unbroken.metrics], name
 
 
-@pytest.mark.long
 def test_killed_four_times(make_run: Callable[..., Run], unbroken: Run) -> None:
     run = make_run("killed", KILLS)
     assert run.codes == [KILLED] * len(KILLS) + [0]
