@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # tracing makes many small objects that stay: looking for garbage among them, and among all imports, takes long
 gc.freeze()
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(50_000, 20, 20)
 
 MODELS = [("tiny", 0), ("seven", 1), ("one", 2)]  # of tests/oracle.py, and a seed
 # parity holds of each; the first is the plainest of them, and is left to ``make test-long``

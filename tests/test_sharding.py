@@ -56,6 +56,7 @@ def test_forward_over_eight_devices_equals_one() -> None:
         assert (result["sharded"] > 0) == bool(shards_params), result
 
 
+@pytest.mark.long
 def test_sound_over_four_devices_equals_that_of_one(tiny_model: Path) -> None:
     """Of lists and streams, whose rows no device needs from another."""
     results = run("speak", str(tiny_model), json.dumps(SPEECH_MESHES), devices=4)
