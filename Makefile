@@ -2,7 +2,7 @@
 # make train-demo   trains a tiny random model in the paper's four stages, each from the last one's end
 # make test         every test, with PyTorch as the oracle; needs nothing done before
 # make test-long    what takes longer: whole benchmarks, several hosts, a Ray cluster, killed runs; parity of all models as users compile
-# make fuzz         154,000 mutants of pictures, sounds, videos, requests and checkpoints; 20 to 40 minutes on two cores
+# make fuzz         154,000 mutants of pictures, sounds, videos, requests and checkpoints; 10 to 20 minutes on two cores
 # make audit        asks PyPI which of the installed packages have known vulnerabilities; what it cannot tell of is an error
 # make test-aot     compiles programs of the whole 7B for TPUs, some minutes each; no TPU is needed
 # make check        lint, format and types

@@ -122,20 +122,30 @@ def make_sound(config: Token2WavConfig, params: Any, options: Options, precision
 
 
 def make_params(config: Token2WavConfig) -> Any:
-    """Random numbers for all parameters of Token2Wav, of a size that keeps signals as large as they come in."""
-    model = Token2Wav(config)
+    """Random numbers for all parameters of Token2Wav, of a size that keeps signals about as large as they come in."""
+    shapes = nn.unbox(token2wav.abstract_params(Token2Wav(config)))
     rng = np.random.default_rng(1)
 
-    def draw(leaf: Any) -> np.ndarray:
-        fan_in = max(1, int(np.prod(leaf.shape[:-1])) // (leaf.shape[0] if leaf.ndim > 2 else 1))
-        return (rng.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+    def draw(leaf: Any, num_inputs: int) -> np.ndarray:
+        scale = 1 / np.sqrt(num_inputs) if leaf.ndim > 1 else 0.1
+        return (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
 
-    return jax.tree.map(draw, nn.unbox(token2wav.abstract_params(model)))
+    def draw_dit(leaf: Any) -> np.ndarray:
+        # in front there are layers, or the taps of a small kernel
+        return draw(leaf, max(1, int(np.prod(leaf.shape[1 if leaf.ndim > 2 else 0 : -1]))))
+
+    def draw_vocoder(leaf: Any) -> np.ndarray:
+        # each of its convolutions is added to what it reads
+        return 0.3 * draw(leaf, max(1, int(np.prod(leaf.shape[:-1]))))
+
+    return {"dit": jax.tree.map(draw_dit, shapes["dit"]), "bigvgan": jax.tree.map(draw_vocoder, shapes["bigvgan"])}
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     """RMS of the difference over that of what is expected."""
-    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+    error = float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+    assert np.isfinite(error)
+    return error
 
 
 def main() -> None:
