@@ -1,7 +1,7 @@
 # make demo         converts a small random model, asks it about the media in tests/media, and has it speak its answer
 # make train-demo   trains a tiny random model in the paper's four stages, each from the last one's end
 # make test         every test, with PyTorch as the oracle; needs nothing done before
-# make test-long    what takes longer: whole benchmarks, several hosts, a Ray cluster, killed runs; parity of all models as users compile
+# make test-long    what takes longer: whole benchmarks, several hosts, a Ray cluster, killed runs, parity as users compile it
 # make fuzz         154,000 mutants of pictures, sounds, videos, requests and checkpoints; 10 to 20 minutes on two cores
 # make audit        asks PyPI which of the installed packages have known vulnerabilities; what it cannot tell of is an error
 # make test-aot     compiles programs of the whole 7B for TPUs, some minutes each; no TPU is needed

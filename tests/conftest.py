@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # before JAX is imported, and for the processes that tests start
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # parity is a matter of float32
@@ -70,34 +72,31 @@ def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.fixture(scope="session")
-def load_pair_once(tmp_path_factory: pytest.TempPathFactory):
-    """Makes each pair once: pytest would make a parametrized one again when the next file asks for it."""
+def _load_once(tmp_path_factory: pytest.TempPathFactory, kind: str, load: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes each model once: pytest would make a parametrized one again when the next file asks for it."""
     from tests.oracle import CONFIGS
+
+    @functools.cache
+    def make(name: str, seed: int) -> Any:
+        folder = tmp_path_factory.mktemp(kind)
+        write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
+        return load(folder / "published", folder / "ours", both_forms=name == BOTH_FORMS)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_pair_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     from tests.pairs import load_pair
 
-    @functools.cache
-    def load(name: str, seed: int):
-        folder = tmp_path_factory.mktemp("pair")
-        write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
-        return load_pair(folder / "published", folder / "ours", both_forms=name == BOTH_FORMS)
-
-    return load
+    return _load_once(tmp_path_factory, "pair", load_pair)
 
 
 @pytest.fixture(scope="session")
-def load_whole_once(tmp_path_factory: pytest.TempPathFactory):
-    """The same of models that can speak."""
-    from tests.oracle import CONFIGS
+def load_whole_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     from tests.pairs import load_whole
 
-    @functools.cache
-    def load(name: str, seed: int):
-        folder = tmp_path_factory.mktemp("whole")
-        write_checkpoint(folder / "published", CONFIGS[name], seed=seed, dtype="float32")
-        return load_whole(folder / "published", folder / "ours", both_forms=name == BOTH_FORMS)
-
-    return load
+    return _load_once(tmp_path_factory, "whole", load_whole)
 
 
 @pytest.fixture(scope="session", params=PARITY_MODELS, ids=lambda p: f"{p[0]}-{p[1]}")

@@ -1,4 +1,4 @@
-"""The Thinker over eight devices and over one; run by test_sharding.py in a process that pretends to have eight.
+"""The model over several devices and over one; run by test_sharding.py in a process that pretends to have them.
 
 ``forward MESHES`` prints one JSON line a mesh: its sizes, the largest relative difference, and how many arrays are
 really sharded. ``reply MODEL CASES`` prints for each case {"parts", "mesh"} the token ids and the codes of a batch of

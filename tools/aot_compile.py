@@ -41,7 +41,7 @@ from omni_jax.training.recipe import Recipe
 from omni_jax.training.step import abstract_program
 from tools.aot_hlo import Program as Text
 from tools.aot_programs import PROGRAMS, Program, Shapes, on_chip
-from tools.aot_serving import select, show_table
+from tools.aot_serving import SERVING, select, show_table
 
 GIB = 2**30
 SERVING_NAME = "serving"
@@ -136,9 +136,17 @@ class Compile:
         return report.fits
 
     def _run_serving(self, config: OmniConfig) -> bool:
+        if self.mesh != MeshConfig() or self.shapes != Shapes() or self.keep_text is not None:
+            raise ConfigError(
+                "serving has meshes, sizes and texts of its own: --mesh, --shapes and --keep-text go with one program"
+            )
+        programs = select(self.only)
+        if not programs:
+            labels = "; ".join(program.label for program in SERVING)
+            raise ConfigError(f"--only is {self.only!r}; no program of serving has that in its name: {labels}")
         devices = describe(self.topology)
         rows = []
-        for program in track(list(select(self.only)), description="compiling", console=Console(stderr=True)):
+        for program in track(programs, description="compiling", console=Console(stderr=True)):
             wanted, mesh = program.make(config, devices)
             report, _ = compile_for(wanted, mesh, name=program.name, topology=self.topology)
             rows.append((program.label, report))
@@ -152,6 +160,10 @@ class Compile:
             self.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def _run_one(self) -> Report:
+        if self.only is not None:
+            raise ConfigError(
+                f"--only goes with {SERVING_NAME}, of which it chooses some programs; this is {self.program}"
+            )
         devices = describe(self.topology)
         # a step of training, or a program of generation
         if self.program in RECIPES:

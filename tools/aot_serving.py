@@ -6,7 +6,6 @@ A program of another size of chunk, cache or list than those here differs in its
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +66,9 @@ SERVING = (
 )
 
 
-def select(names: str | None) -> Iterator[ServingProgram]:
-    """The programs whose label contains ``names``; all of them where it is None."""
-    for program in SERVING:
-        if names is None or names.lower() in program.label.lower():
-            yield program
+def select(part: str | None) -> list[ServingProgram]:
+    """The programs whose label contains ``part``; all of them where it is None."""
+    return [program for program in SERVING if part is None or part.lower() in program.label.lower()]
 
 
 def show_table(topology: str, rows: list[tuple[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """Float32 that stays float32: a TPU multiplies in bfloat16 passes unless it is told otherwise.
 
 Six passes ("highest") give float32 products; three ("high") an error of some 1e-6, in half of the time; one ("default")
-that of bfloat16. ``tools/precision.py`` prints what each costs in Token2Wav. CPUs compute in float32 whatever is said.
+that of bfloat16. ``tools/precision.py`` prints what each costs in Token2Wav. CPUs compute in float32 at any setting.
 """
 
 from __future__ import annotations

@@ -83,10 +83,10 @@ def test_streams_give_what_a_plain_solve_gives(engine: Token2WavEngine) -> None:
     assert [len(samples) for samples in made] == [480 * n for n in LENGTHS]
     params, dit = engine.dit_params, DiT(DIT)
     # every operation of the plain solve runs by itself, which takes long: one row is enough
-    row, its_voice, its_noise = rows[CHECKED], voices[CHECKED], given[CHECKED]
-    length = np.array([its_voice.ref_mel.shape[1]])
-    speaker = (np.asarray(encode_speakers(dit, params, its_voice.ref_mel, length)), its_voice.cond[0])
-    mel = plainly_carried(dit, params, np.repeat(row, 2), its_noise, speaker)
+    checked_voice = voices[CHECKED]
+    length = np.array([checked_voice.ref_mel.shape[1]])
+    speaker = (np.asarray(encode_speakers(dit, params, checked_voice.ref_mel, length)), checked_voice.cond[0])
+    mel = plainly_carried(dit, params, np.repeat(rows[CHECKED], 2), given[CHECKED], speaker)
     (wanted,) = engine.vocode([mel])
     np.testing.assert_allclose(made[CHECKED], wanted, rtol=0, atol=TOLERANCE)
     assert np.abs(wanted).max() > 0.01

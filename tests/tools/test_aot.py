@@ -92,6 +92,10 @@ def test_what_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("nothing-7b", "--topology", "v5e:2x2"), "there is no program 'nothing-7b'; there are"),
+        (
+            ("serving-7b", "--topology", "v5e:2x2", "--only", "zebra"),
+            "no program of serving has that in its name: audio",
+        ),
         (("talker-decode-7b", "--topology", "v9:2x2"), "topology is 'v9:2x2'; it must begin with one of v5e"),
         (("talker-decode-7b", "--topology", "v5e:2x2", "--mesh.tensor", "3"), "tensor=3 needs 3 devices, there are 4"),
     ],
