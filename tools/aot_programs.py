@@ -20,7 +20,8 @@ from omni_jax.engine.decode_state import jit_method
 from omni_jax.engine.sampling import init_sampling_state, sample
 from omni_jax.engine.talker_engine import TalkerEngine
 from omni_jax.engine.talker_programs import NO_SLOT, TextCounters, decode_codes, suppressed_codes
-from omni_jax.engine.thinker_engine import ThinkerEngine, ThinkerPrefix, ThinkerState, decode_text, prefill_chunk
+from omni_jax.engine.thinker_engine import ThinkerEngine
+from omni_jax.engine.thinker_programs import ThinkerPrefix, ThinkerState, decode_text, prefill_chunk
 from omni_jax.engine.token2wav_engine import (
     MIN_CLIP_FRAMES,
     MIN_VOICES,

@@ -1,7 +1,7 @@
 """A prompt on its way into the caches of Thinker and Talker, in chunks of fixed width.
 
-A prompt is prefilled into caches of its own, and is inserted into a slot when all of it is there. So nobody's answer
-has to wait for the whole of somebody else's prompt.
+It is prefilled into caches of its own, and is inserted into a slot when all of it is there. So nobody's answer has to
+wait for the whole of somebody else's prompt.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import jax
 from omni_jax.batch import Array
 from omni_jax.config import OmniConfig
 from omni_jax.engine.decode_state import Context
-from omni_jax.engine.outputs import SlotUse, Timings, Utilization
-from omni_jax.engine.request import ChunkSizes, RequestState, Stage
+from omni_jax.engine.outputs import SlotUse, Timings
+from omni_jax.engine.request import ChunkSizes
 from omni_jax.engine.talker_engine import TalkerEngine
-from omni_jax.engine.thinker_engine import ThinkerEngine, ThinkerPrefix
+from omni_jax.engine.thinker_engine import ThinkerEngine
+from omni_jax.engine.thinker_programs import ThinkerPrefix
 from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.processing.prefill_plan import EMPTY_PROMPT, PrefillChunk, PromptPiece, plan_prefill
 
@@ -166,52 +167,3 @@ def prefill_talker(
     assert engines.talker is not None and talker_inputs is not None
     prefix = engines.talker.resize_prefix(prefix, start + chunk.num_tokens)
     return engines.talker.prefill(prefix, talker_inputs, chunk, start)
-
-
-class PrefillStage:
-    """Prefills one prompt at a time."""
-
-    def __init__(self, engines: Engines, timings: Timings, utilization: Utilization):
-        self._engines = engines
-        self._timings = timings
-        self._utilization = utilization
-        self._state: RequestState | None = None
-        self._prefixes: dict[RequestState, Prefix] = {}  # of the request that is prefilled, and of some that wait
-
-    @property
-    def states(self) -> list[RequestState]:
-        return [] if self._state is None else [self._state]
-
-    def keep(self, state: RequestState, prefix: Prefix) -> None:
-        """Takes what has been prefilled of a request before it is started."""
-        self._prefixes[state] = prefix
-
-    def start(self, state: RequestState) -> None:
-        """Begins with a request; there is no other."""
-        self._state = state
-        state.stage = Stage.PREFILL
-        # of a live dialogue there is a prefix already, with what came before it was answered
-        if state not in self._prefixes:
-            capacity = state.request.initial_capacity
-            # a reply that is not live is spoken when its text is complete; the Talker prefills then
-            self._prefixes[state] = Prefix(self._engines, capacity, self._timings, with_talker=state.is_live)
-        self._prefixes[state].add(state.request.pieces)
-
-    def step(self) -> Prefix | None:
-        """Prefills a chunk; returns the prefix when the prompt is complete, and is then free for another."""
-        assert self._state is not None
-        prefix = self._prefixes[self._state]
-        if prefix.pending:
-            use = prefix.step()
-            self._utilization.prefill.add(use.used, use.computed)
-        if prefix.pending:
-            return None
-        # the prefix is the caller's now: a reference here would keep its caches from being freed
-        self.remove(self._state)
-        return prefix
-
-    def remove(self, state: RequestState) -> None:
-        """Forgets a request, if it is here."""
-        self._prefixes.pop(state, None)
-        if self._state is state:
-            self._state = None

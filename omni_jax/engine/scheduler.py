@@ -15,7 +15,8 @@ from collections.abc import Generator, Iterator, Sequence
 
 from omni_jax.engine.admission import AdmissionPolicy
 from omni_jax.engine.outputs import Event, Reply, Timings, Utilization
-from omni_jax.engine.prefill import Engines, PrefillStage, Prefix
+from omni_jax.engine.prefill import Engines, Prefix
+from omni_jax.engine.prefill_stage import PrefillStage
 from omni_jax.engine.request import RequestState, SchedulerConfig, Stage
 from omni_jax.engine.stage import StageOutput, decode_together
 from omni_jax.engine.talker_stage import TalkerStage
@@ -26,7 +27,7 @@ Events = list[tuple[RequestState, Event]]
 
 
 class Scheduler:
-    """Requests at work on one model. An error of a call fails the requests that it was for, and no others.
+    """Requests at work on one model. An error of a call fails those that it was for, or whose arrays it used up.
 
     Attributes:
       timings: where the time went.
@@ -40,8 +41,8 @@ class Scheduler:
         self.utilization = Utilization()
         self.clock = engines.clock
         self._waiting: deque[RequestState] = deque()
-        self._prefill = PrefillStage(engines, self.timings, self.utilization)
         self._thinker = ThinkerStage(engines, config.thinker_slots, self.timings, self.utilization)
+        self._prefill = PrefillStage(engines, self._thinker, self.timings, self.utilization)
         self._talker = TalkerStage(engines, config.talker_slots, self._thinker, self.timings, self.utilization)
         self._vocoder = VocoderStage(engines, config.block_sizes, self.timings, self.utilization)
         self._stages = (self._prefill, self._thinker, self._talker, self._vocoder)
@@ -102,34 +103,33 @@ class Scheduler:
 
     def _step_prefill(self) -> None:
         """Prefills until all slots of the Thinker are taken; only one chunk where somebody waits for a live reply."""
-        while self._prefill.states or self._start_prefill():
-            for state in self._prefill.states:
+        while self._start_prefills():
+            output = self._prefill.step()
+            for state in output.finished:
                 try:
-                    prefix = self._prefill.step()
-                    if prefix is not None:
-                        self._admit(state, prefix)
+                    self._admit(state)
                 except Exception as error:
-                    self._fail([state, *self._thinker.take_lost(), *self._talker.take_lost()], error)
+                    output.fail([state], error)
+            for state, error in output.failed:
+                self._fail([state], error)
             if any(state.request.live for state in [*self._thinker.states, *self._talker.states]):
                 return
 
-    def _start_prefill(self) -> bool:
-        """Begins with the next request that there is room for."""
-        state = self._policy.choose(self._waiting)
-        if state is None:
-            return False
-        self._waiting.remove(state)
-        try:
-            self._prefill.start(state)
-        except Exception as error:
-            self._fail([state], error)
-        return True
+    def _start_prefills(self) -> bool:
+        """Begins with the next requests that there is room for; whether any is being prefilled."""
+        while self._prefill.has_room and (state := self._policy.choose(self._waiting)) is not None:
+            self._waiting.remove(state)
+            try:
+                self._prefill.start(state)
+            except Exception as error:
+                self._fail([state], error)
+        return bool(self._prefill.states)
 
-    def _admit(self, state: RequestState, prefix: Prefix) -> None:
-        """Gives a prefilled request its slot, and where it is live and spoken one of the Talker's."""
-        self._thinker.admit(state, prefix)
-        if prefix.talker is not None:
-            self._talker.admit_live(state, prefix.talker)
+    def _admit(self, state: RequestState) -> None:
+        """Gives a prefilled request, where it is live and spoken, a slot of the Talker's; the Thinker's it has."""
+        prefix = self._prefill.take_talker_prefix(state)
+        if prefix is not None:
+            self._talker.admit_live(state, prefix)
             self._vocoder.open_stream(state)
 
     def _step_decode(self) -> None:
@@ -187,7 +187,7 @@ class Scheduler:
         self._events.append((state, Event(audio=None if state.request.live else reply.audio, reply=reply)))
 
     def _fail(self, states: Sequence[RequestState], error: Exception) -> None:
-        for state in states:
+        for state in dict.fromkeys([*states, *self._thinker.take_lost(), *self._talker.take_lost()]):
             self._remove(state)
             state.stage = Stage.FAILED
             state.error = error

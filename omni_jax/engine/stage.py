@@ -60,6 +60,11 @@ class SlotStage(abc.ABC):
         """The requests that have a slot."""
         return [state for state in self._slots if state is not None]
 
+    @property
+    def decoding(self) -> list[RequestState]:
+        """Those of them that a call of the decode loop is for."""
+        return self.states
+
     def slot_of(self, state: RequestState) -> int | None:
         """The slot of a request, or None."""
         # two requests are never equal, so this is a search by identity
@@ -106,9 +111,14 @@ class SlotStage(abc.ABC):
 def decode_together(stages: Sequence[SlotStage], clock: Clock) -> StageOutput:
     """One call of each stage's decode loop. All are dispatched before one transfer brings their results to the host.
 
-    An error of a call fails the requests of that stage, and no other's.
+    An error of a call fails the requests that it was for, and any other whose arrays it has used up.
     """
     output = StageOutput()
+
+    def fail(stage: SlotStage, error: Exception) -> None:
+        # one call serves all slots that decode, so its error is theirs
+        output.fail(stage.take_lost() or stage.decoding, error)
+
     results: list[tuple[SlotStage, DecodeResult]] = []
     stopwatch = Stopwatch(clock)
     # dispatching returns at once: the device computes for one stage while the host prepares the next
@@ -116,8 +126,7 @@ def decode_together(stages: Sequence[SlotStage], clock: Clock) -> StageOutput:
         try:
             result = stage.dispatch()
         except Exception as error:
-            # one call serves all slots of a stage, so its error is theirs
-            output.fail(stage.states, error)
+            fail(stage, error)
             continue
         if result is not None:
             results.append((stage, result))
@@ -127,7 +136,7 @@ def decode_together(stages: Sequence[SlotStage], clock: Clock) -> StageOutput:
         try:
             wait_for_result(result)  # of the device; errors of the computation show here
         except Exception as error:
-            output.fail(stage.states, error)
+            fail(stage, error)
         else:
             healthy.append((stage, result))
         stage.add_seconds(stopwatch.lap())

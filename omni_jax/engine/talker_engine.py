@@ -49,7 +49,7 @@ from omni_jax.engine.talker_programs import (
     suppressed_codes,
     take_slot,
 )
-from omni_jax.engine.thinker_engine import resize_rows
+from omni_jax.engine.thinker_programs import resize_rows
 from omni_jax.errors import CheckpointError
 from omni_jax.models.talker import Talker
 from omni_jax.mrope import Span

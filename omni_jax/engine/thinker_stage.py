@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 
 from omni_jax.engine.decode_state import DecodedTokens, DecodeResult
 from omni_jax.engine.outputs import Event, Timings, Utilization
 from omni_jax.engine.prefill import Engines, Prefix
 from omni_jax.engine.request import RequestState, Stage
 from omni_jax.engine.stage import SlotStage, StageOutput
-from omni_jax.engine.thinker_engine import ThinkerState
-from omni_jax.processing.prefill_plan import PrefillChunk
+from omni_jax.engine.thinker_programs import ThinkerState
+from omni_jax.processing.prefill_plan import BLOCK_WIDTH, PrefillBlocks, PrefillChunk
 
 
 @dataclass
@@ -32,8 +33,45 @@ class _SlotRecord:
     chunks: Sequence[PrefillChunk]
 
 
+@dataclass
+class _SlotText:
+    """Text that a slot's dialogue begins with. It stays when the request leaves, for as long as the slot is free.
+
+    Attributes:
+      tokens: up to the first that is no text.
+      num_read: positions of the dialogue that the cache holds.
+    """
+
+    tokens: Int[np.ndarray, " T"]
+    num_read: int = 0
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Text that a slot holds and that a prompt begins with.
+
+    Attributes:
+      slot: that holds it.
+      length: tokens; 0 if there is none.
+    """
+
+    slot: int = 0
+    length: int = 0
+
+
+def count_shared(a: Int[np.ndarray, " S"], b: Int[np.ndarray, " T"]) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(np.argmax(differs)) if differs.any() else length
+
+
 class ThinkerStage(SlotStage):
-    """Decodes text, some tokens of every slot in a step."""
+    """Decodes text, some tokens of every slot in a step.
+
+    A request comes with a prefix (``admit``), or its prompt is read into its slot: ``admit_prompt``, ``prefill`` for
+    each call of blocks, and ``begin``.
+    """
 
     _device_state: ThinkerState | None
 
@@ -43,7 +81,12 @@ class ThinkerStage(SlotStage):
         self._timings = timings
         self._engine = engines.thinker
         self._utilization = utilization
-        self._records: dict[RequestState, _SlotRecord] = {}
+        self._records: dict[RequestState, _SlotRecord] = {}  # of the requests whose text is decoded
+        self._texts: dict[int, _SlotText] = {}  # of slots whose prompt was read into them
+
+    @property
+    def decoding(self) -> list[RequestState]:
+        return list(self._records)
 
     @property
     def device_state(self) -> ThinkerState | None:
@@ -52,30 +95,83 @@ class ThinkerStage(SlotStage):
 
     def admit(self, state: RequestState, prefix: Prefix) -> None:
         """Puts a prefilled prompt into a free slot."""
-        slot = self._slots.index(None)
-        # the first request decides the capacity, and later ones may raise it
-        if self._device_state is None:
-            capacity = prefix.thinker.context.capacity
-            self._device_state = self._engine.init_state(self.num_slots, capacity)
+        slot = self._take_slot(state, prefix.thinker.context.capacity)
         text = state.request.text
+        assert self._device_state is not None
         self._device_state = self._engine.insert(self._device_state, slot, prefix.thinker, text)
-        self._slots[slot] = state
         self._records[state] = _SlotRecord(prefix.length, text.max_tokens, prefix.chunks)
+        state.stage = Stage.TEXT
+
+    def reserve(self, capacity: int) -> None:
+        """Allocates the slots with room for so many positions; otherwise the first request has them allocated."""
+        self._device_state = self._engine.init_state(self.num_slots, capacity)
+
+    def admit_prompt(self, state: RequestState, text: Int[np.ndarray, " T"]) -> int:
+        """Gives a request a free slot, which its prompt is then read into.
+
+        Args:
+          state: of the request.
+          text: that its prompt begins with.
+
+        Returns:
+          The slot.
+        """
+        slot = self._take_slot(state, state.request.initial_capacity)
+        self._texts[slot] = _SlotText(text)
+        return slot
+
+    def find_shared(self, text: Int[np.ndarray, " T"]) -> SharedPrefix:
+        """What some slot holds already of a prompt that begins with this text; what is too short to matter is left."""
+        best = SharedPrefix()
+        for slot, held in self._texts.items():
+            length = min(count_shared(held.tokens, text), held.num_read)
+            if length >= max(BLOCK_WIDTH, best.length + 1):
+                best = SharedPrefix(slot, length)
+        return best
+
+    def copy_shared(self, shared: SharedPrefix, slot: int) -> None:
+        """Copies it into a slot that its prompt is read into; does nothing where there is none."""
+        if not shared.length:
+            return
+        assert self._device_state is not None
+        self._device_state = self._engine.copy_prefix(self._device_state, shared.slot, slot, shared.length)
+        self._texts[slot].num_read = shared.length
+
+    def prefill(self, blocks: PrefillBlocks, features: Sequence[jax.Array], is_new: Bool[np.ndarray, " B"]) -> None:
+        """Reads blocks of prompts into their slots; see ``ThinkerEngine.prefill_blocks``."""
+        assert self._device_state is not None
+        self._device_state = self._engine.prefill_blocks(self._device_state, blocks, features, is_new)
+        # between two calls others have their turn; without waiting, all of them would be queued on the device
+        jax.block_until_ready(self._device_state.context.hidden)
+        ends = blocks.start + blocks.chunk.valid.sum(axis=1)
+        for slot, end in zip(blocks.slot.tolist(), ends.tolist(), strict=True):
+            if slot in self._texts:
+                self._texts[slot].num_read = max(self._texts[slot].num_read, end)
+
+    def begin(self, state: RequestState, chunks: Sequence[PrefillChunk]) -> None:
+        """Has a request answered whose prompt has been read into its slot; ``chunks`` of it are for the Talker."""
+        slot = self.slot_of(state)
+        text = state.request.text
+        assert slot is not None and self._device_state is not None
+        self._device_state = self._engine.begin(self._device_state, slot, text)
+        self._records[state] = _SlotRecord(state.request.prompt_length, text.max_tokens, chunks)
         state.stage = Stage.TEXT
 
     def remove(self, state: RequestState) -> None:
         self._records.pop(state, None)
         super().remove(state)
+        if self._device_state is None:
+            self._texts.clear()
 
     def dispatch(self) -> DecodeResult | None:
-        if self._device_state is None:
+        if self._device_state is None or not self._records:
             return None
         num_tokens = self._num_tokens()
         finished = np.ones(self.num_slots, bool)
         length = 0
         remaining = 0
         for slot, state in enumerate(self._slots):
-            if state is None:
+            if state is None or state not in self._records:
                 continue
             # a reply that a stop string ended goes on for the device, until it is told
             finished[slot] = state.detokenizer.finished
@@ -93,7 +189,7 @@ class ThinkerStage(SlotStage):
         used = 0
         steps = 0
         for slot, state in enumerate(self._slots):
-            if state is None:
+            if state is None or state not in self._records:
                 continue
             tokens = decoded.at_slot(slot)
             # a call computes all slots for as many steps as the longest takes; the rest is padding
@@ -127,6 +223,18 @@ class ThinkerStage(SlotStage):
         assert device_state.talker_inputs is not None
         inputs = talker.take_slot(device_state.talker_inputs, slot, self._engines.round_slots(1))
         return inputs, self._records[state].chunks
+
+    def _take_slot(self, state: RequestState, capacity: int) -> int:
+        """Gives a request a free slot, with room for so many positions."""
+        slot = self._slots.index(None)
+        # the first request decides the capacity, and later ones may raise it
+        if self._device_state is None:
+            self._device_state = self._engine.init_state(self.num_slots, capacity)
+        else:
+            self._device_state = self._engine.resize(self._device_state, capacity)
+        self._slots[slot] = state
+        self._texts.pop(slot, None)
+        return slot
 
     def _num_tokens(self) -> int:
         """Few tokens where a listener still waits for the first."""

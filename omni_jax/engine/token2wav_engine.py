@@ -25,7 +25,6 @@ from omni_jax.engine.token2wav_lists import (
     SpeechBlocks,
     empty_lists,
     fill_lists,
-    list_lengths,
     round_num_blocks,
     solve_blocks,
 )
@@ -218,38 +217,37 @@ class Token2WavEngine:
             speaker.cond[i] = voice.cond[0]
         return Token2WavStream(self.streams, speaker, seeds, noise, chunk_blocks=(first_blocks, later_blocks))
 
-    def warm_up_streams(self, voices: Sequence[Voice], first_chunk_codes: int, chunk_codes: int) -> None:
+    def encode_voices(self, voices: Sequence[Voice]) -> None:
+        """Runs the speaker encoder for voices that will speak; one program for each bucket of their clips."""
+        for voice in voices:
+            self._encode_speaker(voice)
+
+    def warm_up_streams(self, voice: Voice, first_chunk_codes: int, chunk_codes: int) -> None:
         """Compiles what a stream needs, by speaking some codes.
 
         The DiT has a program for the first chunk and one for later ones; the vocoder has one where the mel of both is
-        equally long, as by default. Others encode voices, one for each bucket of their clips, and make a state.
+        equally long, as by default. Others make a state.
 
         Args:
-          voices: that will speak.
+          voice: any.
           first_chunk_codes, chunk_codes: as in ``stream``.
         """
-        for voice in voices:
-            self._encode_speaker(voice)
-        stream = self.stream(voices[:1], [0], first_chunk_codes=first_chunk_codes, chunk_codes=chunk_codes)
+        stream = self.stream([voice], [0], first_chunk_codes=first_chunk_codes, chunk_codes=chunk_codes)
         # the first chunk, a later one, and then the end, which brings out what both networks hold back
         for num_blocks in (*stream.chunk_blocks, 0):
             codes = np.zeros(num_blocks * self.codes_per_block, np.int32)
             stream.push([codes], [num_blocks == 0])
 
-    def warm_up_lists(self, voices: Sequence[Voice], block_sizes: Sequence[int], max_blocks: int) -> None:
-        """Compiles what ``synthesize`` needs with these ``block_sizes``, for replies of so many blocks at most.
-
-        The lists have no block, so that nothing is solved; one window goes through the vocoder.
-        """
+    def warm_up_list(self, num_blocks: int) -> None:
+        """Compiles ``synthesize`` for lists of so many blocks. They have none, so that nothing is solved."""
         c = self.config.dit_config
-        speakers = np.stack([self._encode_speaker(voice) for voice in voices[:1]] * MIN_VOICES)
-        for voice in voices:
-            self._encode_speaker(voice)
-        for num_blocks in list_lengths(max_blocks, block_sizes):
-            speech = empty_lists(c, self.num_lists, num_blocks)
-            cond = np.zeros((MIN_VOICES, c.enc_emb_dim), np.float32)
-            self._solve(speech, speakers, cond)
-        self.vocode([np.zeros((1, c.mel_dim), np.float32)])
+        speakers = np.zeros((MIN_VOICES, 2, c.enc_dim), np.float32)
+        cond = np.zeros((MIN_VOICES, c.enc_emb_dim), np.float32)
+        self._solve(empty_lists(c, self.num_lists, num_blocks), speakers, cond)
+
+    def warm_up_vocoder(self) -> None:
+        """Compiles ``vocode``: one window goes through the vocoder."""
+        self.vocode([np.zeros((1, self.config.dit_config.mel_dim), np.float32)])
 
     def _encode_speaker(self, voice: Voice) -> Float[np.ndarray, "2 enc_dim"]:
         """What the speaker encoder makes of a voice, once for all of its requests."""

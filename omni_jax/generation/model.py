@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from omni_jax import mrope
 from omni_jax.batch import bucket
@@ -20,6 +24,7 @@ from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import VOICES_FILE, Voice, choose, load_voices
 from omni_jax.checkpoint.voices import check as check_voices
 from omni_jax.checks import check_int
+from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.config import OmniConfig
 from omni_jax.engine.detokenizer import Detokenizer
 from omni_jax.engine.outputs import Event, Reply
@@ -39,7 +44,7 @@ from omni_jax.engine.scheduler import Scheduler
 from omni_jax.engine.talker_engine import APPEND_WIDTH, TalkerEngine
 from omni_jax.engine.thinker_engine import TextRequest, ThinkerEngine
 from omni_jax.engine.token2wav_engine import Token2WavEngine
-from omni_jax.engine.warmup import Compilations, warm_up_decoders, warm_up_sound
+from omni_jax.engine.warmup import Compilations, Progress, decoder_jobs, encoder_jobs, run_jobs, sound_jobs
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.generation.live_session import LiveSession
 from omni_jax.generation.options import Messages, Options, warn_untrained
@@ -71,6 +76,8 @@ def load(
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
+    What this process compiles from then on is kept on disk (``compile_cache.keep_compiled_programs``).
+
     Args:
       folder: the checkpoint.
       dtype: "bfloat16" or "float32" for parameters and computation; what the checkpoint holds if None. Token2Wav
@@ -99,6 +106,7 @@ def load(
         raise CheckpointError(
             f"{folder} has {', '.join(stored)}, and {', '.join(wanted)} was asked for; nothing goes without thinker"
         )
+    keep_compiled_programs()
     # small files first: what is wrong with them is found before gigabytes are read
     config = OmniConfig.load(folder)
     processor = Processor.load(folder, access=access)
@@ -329,17 +337,26 @@ class OmniModel:
         return state
 
     def warmup(
-        self, *, tokens: int = 2048, windows: int = 32, batch_size: int = 8, scheduler: SchedulerConfig | None = None
+        self,
+        *,
+        tokens: int = 2048,
+        windows: int = 32,
+        batch_size: int = 8,
+        scheduler: SchedulerConfig | None = None,
+        progress: Progress | None = None,
     ) -> Compilations:
         """Compiles what all ways to ask run, so that no request has to wait for the compiler.
 
-        What is larger than this is compiled when it is met.
+        What is larger than this is compiled when it is met. On one device programs are compiled side by side, in
+        threads: settings of jax that hold for one thread alone (``with jax.default_matmul_precision(...)``) do not
+        reach them.
 
         Args:
           tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
           windows: of a picture at most, each 112 x 112 pixels: a picture of 480 x 640 has 30. 0 for none.
           batch_size: of ``generate_batch``; 1 where it is not to be called.
           scheduler: of one that is to run instead, with requests that are not live.
+          progress: called with the number of jobs done and of all; a bar on the terminal if None.
 
         Returns:
           How many programs there were, and the seconds they took.
@@ -354,10 +371,16 @@ class OmniModel:
         configs = [scheduler or SchedulerConfig()]
         if scheduler is None and batch_size > 1:
             configs.append(_batch_config(batch_size))
-        with Compilations() as compilations:
-            for config in configs:
-                warm_up_decoders(self.engines, config, tokens=tokens, windows=windows)
-            warm_up_sound(self.engines, list(self.voices.values()), configs, tokens=tokens, streams=scheduler is None)
+        engines = self.engines
+        jobs = encoder_jobs(engines, windows=windows)
+        for config in configs:
+            jobs += decoder_jobs(engines, config, tokens=tokens)
+        voices = list(self.voices.values())
+        jobs += sound_jobs(engines, voices, configs, tokens=tokens, streams=scheduler is None)
+        # a mesh's devices would wait for each other, if two threads gave them programs in different orders
+        num_threads = 1 if engines.thinker.is_sharded else None
+        with Compilations() as compilations, _show_progress(progress) as show:
+            run_jobs(jobs, num_threads=num_threads, progress=show)
         return compilations
 
     def synthesize(
@@ -470,6 +493,19 @@ class OmniModel:
                 f"speech needs {' and '.join(missing)}, which this model was loaded or converted without; convert and "
                 "load all components"
             )
+
+
+@contextlib.contextmanager
+def _show_progress(progress: Progress | None) -> Iterator[Progress]:
+    """``progress`` itself, or a bar that is drawn where there is a terminal."""
+    if progress is not None:
+        yield progress
+        return
+    console = Console(stderr=True)
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("compiling")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _batch_config(batch_size: int) -> SchedulerConfig:

@@ -104,15 +104,44 @@ class KVCache:
         v = jax.tree.map(constrain_array, self.v)
         return dataclasses.replace(self, k=k, v=v)
 
-    def write(self, layer: int | jax.Array, k: Array, v: Array, index: Int[Array, "B C"]) -> KVCache:
+    def copy_slot(self, source: Int[Array, ""], target: Int[Array, ""]) -> KVCache:
+        """Keys and values of slot ``source`` in slot ``target`` too; lengths stay."""
+
+        def copy_array(array: jax.Array) -> jax.Array:
+            # the axis of slots, behind that of layers if there is one
+            axis = array.ndim - 4
+            slot = jax.lax.dynamic_slice_in_dim(jnp.asarray(array), source, 1, axis)
+            return jax.lax.dynamic_update_slice_in_dim(jnp.asarray(array), slot, target, axis)
+
+        k = jax.tree.map(copy_array, self.k)
+        v = jax.tree.map(copy_array, self.v)
+        return dataclasses.replace(self, k=k, v=v).constrain()
+
+    def read(self, layer: int | jax.Array, slot: Int[Array, " R"] | None) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of a layer, [R, K, capacity, H], of these slots; of every slot if None."""
+
+        def read_array(arrays: LayerArrays) -> jax.Array:
+            if slot is None:
+                return jnp.asarray(arrays[layer])
+            if isinstance(arrays, tuple):
+                assert isinstance(layer, int)
+                return arrays[layer][slot]
+            # one gather, so that the other slots of the layer are not touched
+            return arrays[layer, slot]
+
+        return read_array(self.k), read_array(self.v)
+
+    def write(self, layer: int | jax.Array, k: Array, v: Array, positions: CachePositions) -> KVCache:
         """Writes the keys and values of some positions of one layer.
 
         Args:
           layer: a Python int where the layers are not stacked.
           k, v: [B, C, K, H].
-          index: where in its slot each position belongs; one beyond the capacity is not written.
+          positions: where each belongs; one beyond the capacity is not written.
         """
-        slots = jnp.arange(k.shape[0])[:, None]  # [B, 1]
+        slots = jnp.arange(k.shape[0]) if positions.slot is None else jnp.asarray(positions.slot)
+        slots = slots[:, None]  # [B, 1]
+        index = positions.index  # [B, C]
 
         # a scatter a slot is the form that XLA does in place whatever the layout of the cache (docs/architecture.md)
         def scatter_positions(arrays: LayerArrays, new: Array) -> LayerArrays:
@@ -132,6 +161,7 @@ class CachePositions:
 
     index: Int[Array, "B C"]  # the capacity, which is beyond every slot, for padding
     last_visible: Int[Array, "B C"]  # a position sees the indices up to this one, its own
+    slot: Int[Array, " B"] | None = None  # of each row of the chunk; None: row i is of slot i, for every slot
 
 
 @struct.dataclass
@@ -191,10 +221,10 @@ def _attend_to_cache(
 ) -> tuple[Float[jax.Array, "B C N H"], KVCache]:
     """Writes a chunk's keys and values, then attends to all that the cache holds of the layer."""
     # written before it is read: positions of a chunk see each other and themselves
-    cache = cache.write(layer, k, v, positions.index)
+    cache = cache.write(layer, k, v, positions)
     # a slot's positions lie in order, so one index bounds what a query sees
     visible = jnp.arange(cache.capacity) <= positions.last_visible[..., None]  # [B, C, capacity]
-    return cached_attention(q, cache.k[layer], cache.v[layer], visible), cache
+    return cached_attention(q, *cache.read(layer, positions.slot), visible), cache
 
 
 class Decoder(nn.Module):
@@ -251,6 +281,43 @@ class Decoder(nn.Module):
         assert carry.cache is not None
         # only now: all layers write at the lengths from before the chunk
         lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)  # [B]
+        return carry.x, dataclasses.replace(carry.cache.constrain(), lengths=replicate(lengths))
+
+    def extend_slots(
+        self,
+        x: Float[Array, "R C D"],
+        ids: Int[Array, "3 R C"],
+        valid: Bool[Array, "R C"],
+        slot: Int[Array, " R"],
+        start: Int[Array, " R"],
+        cache: KVCache,
+    ) -> tuple[Float[jax.Array, "R C D"], KVCache]:
+        """Appends blocks of positions to some slots of the cache, several of them maybe to one slot.
+
+        Args:
+          x: embeddings.
+          ids: position ids: time, height and width.
+          valid: which positions are real; those of a block come first. A block may have none.
+          slot: of each block.
+          start: index of a block's first position in its slot. The blocks of a slot follow what it holds, and each
+            other, without gaps.
+          cache: with room for them.
+
+        Returns:
+          As ``extend``, a row for each block.
+        """
+        valid = jnp.asarray(valid)
+        slot = jnp.asarray(slot)
+        index = jnp.asarray(start)[:, None] + jnp.arange(x.shape[1])  # [R, C]
+        positions = CachePositions(jnp.where(valid, index, cache.capacity), index, slot)
+        # padding may hold anything, NaN included
+        x = jnp.where(valid[..., None], x, 0)  # [R, C, D]
+        carry = self._apply_layers(x, ids, positions, cache)
+        assert carry.cache is not None
+        end = start + jnp.sum(valid, axis=1, dtype=jnp.int32)  # [R]
+        # a block without positions says nothing of its slot
+        end = jnp.where(jnp.any(valid, axis=1), end, 0)
+        lengths = jnp.asarray(cache.lengths).at[slot].max(end)  # [B]
         return carry.x, dataclasses.replace(carry.cache.constrain(), lengths=replicate(lengths))
 
     def _apply_layers(self, x: Array, ids: Array, visible: Mask | CachePositions, cache: KVCache | None) -> _Carry:

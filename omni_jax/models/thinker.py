@@ -108,6 +108,18 @@ class Thinker(nn.Module):
         """Appends a chunk of embeddings to what the cache holds; see ``Decoder.extend``."""
         return self.decoder.extend(x, ids, valid, cache)
 
+    def extend_slots(
+        self,
+        x: Float[Array, "R C D"],
+        ids: Int[Array, "3 R C"],
+        valid: Bool[Array, "R C"],
+        slot: Int[Array, " R"],
+        start: Int[Array, " R"],
+        cache: KVCache,
+    ) -> tuple[Float[jax.Array, "R C D"], KVCache]:
+        """Appends blocks of embeddings to slots of the cache; see ``Decoder.extend_slots``."""
+        return self.decoder.extend_slots(x, ids, valid, slot, start, cache)
+
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[jax.Array, "*batch V"]:
         """Logits of the next token, in float32."""
         return self.decoder.logits(hidden)

@@ -1,13 +1,16 @@
 """Prompts in few shapes, for generation: inputs of the encoders, and chunks that are prefilled one after the other.
 
 A chunk holds the next tokens of every slot, the real ones first. There are two widths of chunks, two sizes of calls for
-sound, and one for pictures of about one size, so that few programs serve all prompts, whatever is in them.
+sound, and one for pictures of about one size, so that few programs serve all prompts, whatever is in them. In a batch
+prompts are cut into blocks instead, narrow chunks of one prompt each, of which a call takes several: of one prompt or
+of many, so that hardly any position of a call is padding.
 
-Letters: B slots, C positions of a chunk.
+Letters: B slots, C positions of a chunk or a block, R blocks of a call.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +27,8 @@ from omni_jax.processing.layout import Prompt, Usage
 # two widths: wide chunks use the hardware well, narrow ones keep the padding of short prompts small
 NARROW_CHUNK = 64  # positions
 WIDE_CHUNK = 256
+BLOCK_WIDTH = 32  # positions of a block
+CALL_BLOCKS = (2, 8)  # blocks in a call: the fewest that suffice; the larger call is as large as a wide chunk
 AUDIO_BLOCKS = 4  # of two seconds in a call of the audio encoder, where a prompt has more than one
 VISION_WINDOWS = 32  # in a call of the vision encoder at least, if there are as many
 
@@ -84,6 +89,35 @@ class PrefillPlan:
 
 
 @dataclass(frozen=True)
+class PlacedBlock:
+    """A block of a prompt on its way into a slot.
+
+    Attributes:
+      chunk: of one row.
+      slot: of the prompt.
+      start: index in the slot of its first position.
+    """
+
+    chunk: PrefillChunk
+    slot: int
+    start: int
+
+
+@dataclass(frozen=True)
+class PrefillBlocks:
+    """The blocks of one call.
+
+    Attributes:
+      chunk: a row for each block. Rows without a valid position fill up the call.
+      slot, start: int32 [R], as of ``PlacedBlock``.
+    """
+
+    chunk: PrefillChunk
+    slot: Int[np.ndarray, " R"]
+    start: Int[np.ndarray, " R"]
+
+
+@dataclass(frozen=True)
 class _EncoderInputs:
     """The calls of the encoders, and where their features are.
 
@@ -120,6 +154,76 @@ def plan_prefill(pieces: Sequence[PromptPiece], config: OmniConfig) -> PrefillPl
         chunks.append(_cut_chunk(pieces, index, inputs.starts, slice(start, start + width)))
         start += width
     return PrefillPlan(inputs.calls, tuple(chunks))
+
+
+class PromptPlan:
+    """One prompt, to be cut into blocks or into chunks.
+
+    Attributes:
+      encoder_inputs: one for each call of an encoder.
+      num_tokens: of the prompt.
+    """
+
+    def __init__(self, piece: PromptPiece, config: OmniConfig):
+        inputs = _plan_encoders([piece.prompt], config)
+        self.encoder_inputs = inputs.calls
+        self.num_tokens = len(piece.prompt)
+        self._piece = piece
+        self._starts = inputs.starts
+        items = [inputs.features[0, item] for item in range(len(piece.prompt.media))]
+        # the feature of each token, among those of all calls
+        self._index = media_index_of(piece.prompt, items)
+
+    def cut_blocks(self, start: int, slot: int) -> list[PlacedBlock]:
+        """The prompt from ``start`` on, in blocks that belong into this slot."""
+        blocks = []
+        for begin in range(start, self.num_tokens, BLOCK_WIDTH):
+            blocks.append(PlacedBlock(self._cut(begin, BLOCK_WIDTH), slot, begin))
+        return blocks
+
+    def cut_chunks(self) -> list[PrefillChunk]:
+        """All of the prompt, in the chunks of ``plan_prefill``."""
+        chunks = []
+        start = 0
+        for width in chunk_widths(self.num_tokens):
+            chunks.append(self._cut(start, width))
+            start += width
+        return chunks
+
+    def _cut(self, start: int, width: int) -> PrefillChunk:
+        return _cut_chunk([self._piece], [self._index], self._starts, slice(start, start + width))
+
+
+def stack_blocks(blocks: Sequence[PlacedBlock], first_features: Sequence[int]) -> PrefillBlocks:
+    """Blocks of one call; it is filled up with empty ones.
+
+    Args:
+      blocks: at most as many as the larger call has.
+      first_features: of each block, which of the call's arrays of features is the first of its prompt's.
+    """
+    num_rows = next(size for size in CALL_BLOCKS if size >= len(blocks))
+    num_empty = num_rows - len(blocks)
+    rows = [block.chunk for block in blocks]
+    # each call of an encoder has an index of its own, over all rows
+    feature_index: dict[int, np.ndarray] = {}
+    for row, (chunk, first) in enumerate(zip(rows, first_features, strict=True)):
+        for number, index in chunk.feature_index.items():
+            whole = feature_index.setdefault(first + number, np.full((num_rows, BLOCK_WIDTH), NO_FEATURE, np.int32))
+            whole[row] = index[0]
+
+    def fill_up(name: str) -> np.ndarray:
+        stacked = np.concatenate([getattr(row, name) for row in rows])  # [blocks, C]
+        return np.pad(stacked, ((0, num_empty), (0, 0)))  # [R, C]
+
+    columns = []
+    for field in dataclasses.fields(Spans):
+        column = np.concatenate([getattr(row.spans, field.name) for row in rows])
+        columns.append(np.pad(column, ((0, num_empty), (0, 0)), mode="edge"))
+    chunk = PrefillChunk(fill_up("tokens"), fill_up("valid"), Spans(*columns), fill_up("is_media"), feature_index)
+    places = np.zeros((2, num_rows), np.int32)
+    places[0, : len(blocks)] = [block.slot for block in blocks]
+    places[1, : len(blocks)] = [block.start for block in blocks]
+    return PrefillBlocks(chunk, *places)
 
 
 def chunk_widths(num_tokens: int) -> list[int]:

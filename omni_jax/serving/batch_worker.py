@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
-
+from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.engine.request import SchedulerConfig
 from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.model import OmniModel, load
@@ -37,7 +36,7 @@ class WorkerSpec:
       access: from which hosts and buckets media may be fetched.
       warmup_tokens: of a prompt with its reply that is compiled for at first; 0 for nothing.
       warmup_windows: the same for pictures, in windows of 112 x 112 pixels.
-      compile_cache: folder of compiled programs, if they are kept.
+      compile_cache: folder of compiled programs; that of ``compile_cache.default_folder`` if None.
     """
 
     model: Path
@@ -76,7 +75,12 @@ class Worker:
         # programs for the usual lengths; others are compiled when a request needs them
         set_phase("compiling")
         if spec.warmup_tokens:
-            model.warmup(tokens=spec.warmup_tokens, windows=spec.warmup_windows, scheduler=spec.scheduler)
+            model.warmup(
+                tokens=spec.warmup_tokens,
+                windows=spec.warmup_windows,
+                scheduler=spec.scheduler,
+                progress=lambda done, total: set_phase(f"compiling, {done} of {total} jobs"),
+            )
         # last, so that a model that cannot be loaded leaves no processes behind
         processor = model.processor.with_access(spec.access)
         self._media = MediaWorkers(processor, spec.media_processes, spec.media_limits)
@@ -101,8 +105,7 @@ class Worker:
 
 def _load_model(spec: WorkerSpec) -> OmniModel:
     # before anything is compiled, or the first programs would not be kept
-    if spec.compile_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(spec.compile_cache))
+    keep_compiled_programs(spec.compile_cache)
     # a mesh of one device would only make every program a sharded one
     mesh = spec.mesh.make() if spec.mesh.num_devices > 1 else None
     return load(spec.model, dtype=spec.dtype, mesh=mesh)

@@ -143,4 +143,4 @@ class BatchCommand:
     process: int | None = None
     """Which one this is, from 0."""
     compile_cache: Annotated[Path | None, _DIR] = None
-    """Keep compiled programs here, so that the next start is fast."""
+    """Keep compiled programs here, so that the next start is fast; without it, in ~/.cache/omni_jax/compiled."""

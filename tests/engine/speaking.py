@@ -20,7 +20,8 @@ from omni_jax.engine.request import TalkerParams
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.engine.talker_engine import SpeechRequest, TalkerEngine, TextProgress
 from omni_jax.engine.talker_programs import NO_SLOT, TalkerState, TextCounters, end_codes
-from omni_jax.engine.thinker_engine import TextRequest, ThinkerEngine, ThinkerPrefix, ThinkerState
+from omni_jax.engine.thinker_engine import TextRequest, ThinkerEngine
+from omni_jax.engine.thinker_programs import ThinkerPrefix, ThinkerState
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models.talker import Talker
 from omni_jax.models.thinker import Thinker
