@@ -46,6 +46,7 @@ def test_replies_over_eight_devices_equal_one(tiny_model: Path) -> None:
         assert bool(alone["ids"][-1][1]) == (case["parts"] == "all")
 
 
+@pytest.mark.long
 def test_forward_over_eight_devices_equals_one() -> None:
     results = run("forward", json.dumps(MESHES))
     assert [r["mesh"] for r in results] == MESHES

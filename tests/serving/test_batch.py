@@ -34,7 +34,8 @@ from tools.make_checkpoint import write_checkpoint
 NUM_GOOD = 35  # every medium, spoken and not
 BAD_LINES = {2 + 2 * i: i for i in range(25)}  # of the file, from 0 on
 NUM_LINES = NUM_GOOD + len(BAD_LINES)
-KILLED_AFTER = (0, 25)  # results
+# results; the second kill tears a line
+KILLED_AFTER = [(25,), pytest.param((0, 25), marks=pytest.mark.long)]
 SLOWEST_START = 120.0  # seconds
 TIMES = ("created", "expires_at")
 
@@ -139,11 +140,13 @@ def check(response: dict[str, Any], reply: Reply) -> None:
     assert np.abs(speech / 32767 - reply.audio).max(initial=0) < 1e-3
 
 
-def test_killed_it_goes_on(tiny_model: Path, folder: Path, unbroken: Any) -> None:
+@pytest.mark.parametrize("kills", KILLED_AFTER)
+def test_killed_it_goes_on(tiny_model: Path, folder: Path, unbroken: Any, kills: tuple[int, ...]) -> None:
     """The results are those of the unbroken run; no line twice, none torn, every sound complete."""
-    words = [*command(tiny_model, folder, "killed"), "--media-root", str(ROOT)]
-    file = folder / "killed.jsonl"
-    for num_results in KILLED_AFTER:
+    name = f"killed_{len(kills)}"
+    words = [*command(tiny_model, folder, name), "--media-root", str(ROOT)]
+    file = folder / f"{name}.jsonl"
+    for num_results in kills:
         process = start(*words)
         started = time.monotonic()
         while not file.exists() or file.read_bytes().count(b"\n") < num_results:
@@ -158,12 +161,12 @@ def test_killed_it_goes_on(tiny_model: Path, folder: Path, unbroken: Any) -> Non
     assert file.read_bytes().count(b"\n") < NUM_LINES
     done = run(*words)
     assert done.returncode == 0, done.stderr
-    assert len(results(folder, "killed")) == NUM_LINES
-    assert comparable(folder, "killed") == comparable(folder, "unbroken")
-    names = sorted(path.name for path in (folder / "unbroken").glob("*.wav"))
-    assert names == sorted(path.name for path in (folder / "killed").glob("*.wav")) and names
-    for name in names:
-        a, b = samples(folder / "unbroken" / name), samples(folder / "killed" / name)
+    assert len(results(folder, name)) == NUM_LINES
+    assert comparable(folder, name) == comparable(folder, "unbroken")
+    sounds = sorted(path.name for path in (folder / "unbroken").glob("*.wav"))
+    assert sounds == sorted(path.name for path in (folder / name).glob("*.wav")) and sounds
+    for sound in sounds:
+        a, b = samples(folder / "unbroken" / sound), samples(folder / name / sound)
         assert a.shape == b.shape and np.abs(a - b).max(initial=0) <= 33  # 1e-3, as above
     assert json.loads(done.stdout)["before"]["answered"] > 0
 

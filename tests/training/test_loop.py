@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,11 +117,19 @@ def test_frozen_parameters_keep_the_dtype_of_the_checkpoint(stages: dict[str, Pa
     assert params_of(resolve_checkpoint(stages["pretrain2"]))["decoder/head/kernel"].dtype == "float32"
 
 
-@pytest.fixture
-def short_run(make_recipe: Callable[..., Recipe], tmp_path: Path) -> tuple[Recipe, Path]:
-    """Of six steps with the checkpoints 2, 4 and 6."""
+@pytest.fixture(scope="module")
+def finished_run(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     recipe = make_recipe(data={"rows": 1})
-    assert train(recipe, tmp_path / "run")
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert train(recipe, workdir)
+    return recipe, workdir
+
+
+@pytest.fixture
+def short_run(finished_run: tuple[Recipe, Path], tmp_path: Path) -> tuple[Recipe, Path]:
+    """Of six steps with the checkpoints 2, 4 and 6; a copy."""
+    recipe, workdir = finished_run
+    shutil.copytree(workdir, tmp_path / "run")
     return recipe, tmp_path / "run"
 
 
