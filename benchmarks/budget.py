@@ -76,6 +76,7 @@ class StreamPlan:
       code_frames: mel frames of a code.
       dit_look_ahead: codes.
       vocoder_look_ahead, vocoder_look_back: mel frames.
+      first_look_ahead: of the vocoder in the first packet, where it is less.
     """
 
     first_tokens: int
@@ -88,6 +89,7 @@ class StreamPlan:
     dit_look_ahead: int
     vocoder_look_ahead: int
     vocoder_look_back: int
+    first_look_ahead: int | None = None
 
     def chunks(self) -> tuple[int, ...]:
         """Codes of the chunks that the first packet with any sound is made from."""
@@ -104,7 +106,10 @@ class StreamPlan:
 
     def _num_frames(self, chunks: Sequence[int]) -> int:
         """Frames whose samples are out after these chunks."""
-        return (sum(chunks) - self.dit_look_ahead) * self.code_frames - self.vocoder_look_ahead
+        look_ahead = self.vocoder_look_ahead
+        if len(chunks) == 1 and self.first_look_ahead is not None:
+            look_ahead = self.first_look_ahead
+        return (sum(chunks) - self.dit_look_ahead) * self.code_frames - look_ahead
 
     def count_steps(self, length: ReplyLength) -> dict[str, int]:
         """Steps of Thinker and Talker until there are codes for the first packet, as they take turns.
@@ -143,6 +148,8 @@ class StreamPlan:
         solved_codes = [chunks[0] - self.block_codes, *chunks[1:]]
         # the vocoder computes what it looks back and ahead at anew with every chunk
         window = self.vocoder_look_back + self.vocoder_look_ahead
+        if self.first_look_ahead is not None and len(chunks) == 1:
+            window = 0  # the frames of the chunk alone
         return {
             Part.INPUT: 1,
             Part.ENCODERS: prompt.audio_blocks,

@@ -71,6 +71,11 @@ class _TracedThinkerEngine(_Traced, ThinkerEngine):
         positions = chunk.tokens.shape[1]
         return self.trace.run(Part.PREFILL, lambda: call(prefix, chunk, features), lambda _: positions)
 
+    def prefill_blocks(self, state: Any, blocks: Any, features: Any, is_new: Any) -> Any:
+        call = super().prefill_blocks
+        positions = blocks.chunk.tokens.size
+        return self.trace.run(Part.PREFILL, lambda: call(state, blocks, features, is_new), lambda _: positions)
+
     def decode(self, state: Any, num_tokens: int | None = None, finished: Any = None) -> Any:
         call = super().decode
         return self.trace.run(Part.TEXT, lambda: call(state, num_tokens, finished), _count_steps)
@@ -125,7 +130,17 @@ class _TracedStreamEngine(_Traced, StreamEngine):
         declared = self.vocoder.streaming
         # with what it looks back and ahead at, which is computed anew
         num_frames = declared.look_ahead + (declared.look_back or 0) + mel.valid.shape[1]
-        block, state = self.trace.run(Part.VOCODER, lambda: call(state, mel, active), lambda _: num_frames)
+        return self._copy(self.trace.run(Part.VOCODER, lambda: call(state, mel, active), lambda _: num_frames))
+
+    def vocode_first(self, state: Any, mel: Any, active: Any, look_ahead: int) -> Any:
+        call = super().vocode_first
+        num_frames = mel.valid.shape[1]
+        return self._copy(
+            self.trace.run(Part.VOCODER, lambda: call(state, mel, active, look_ahead), lambda _: num_frames)
+        )
+
+    def _copy(self, result: tuple[Block, Any]) -> tuple[Block, Any]:
+        block, state = result
         values, valid = self.trace.run(Part.COPY, lambda: jax.device_get((block.values, block.valid)), lambda _: 1)
         return Block(values, valid), state
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 _log = logging.getLogger("omni_jax")
 
@@ -37,6 +38,7 @@ def keep_compiled_programs(folder: str | os.PathLike[str] | None = None) -> str 
             _log.warning("compiled programs are not kept: %s: %s", folder, error.strerror or error)
             return None
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    compilation_cache.reset_cache()  # or one that is in use stays in use
     # small programs too: there are many of them, and each costs tracing besides
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _log.info("compiled programs are kept in %s", folder)

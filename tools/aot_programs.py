@@ -31,7 +31,7 @@ from omni_jax.engine.token2wav_engine import (
     vocode_windows,
 )
 from omni_jax.engine.token2wav_lists import ListRequest, fill_lists, solve_blocks
-from omni_jax.engine.token2wav_streaming import CodeChunk, solve_chunk, vocode_chunk
+from omni_jax.engine.token2wav_streaming import CodeChunk, solve_chunk, vocode_chunk, vocode_first_chunk
 from omni_jax.layers.streaming import Block
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.models.bigvgan import BigVGAN
@@ -41,6 +41,8 @@ from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import CarriedDiT, Speaker
 from omni_jax.processing.prefill_plan import AUDIO_BLOCKS, VISION_WINDOWS, WIDE_CHUNK
 from omni_jax.sharding import RULES, batch_shards, param_shardings
+
+EARLY_LOOK_AHEAD = 10  # mel frames, of a first packet that looks ahead less
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,17 @@ def vocoder_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     return Program(vocode_chunk, (weights, *_place_abstract(rest, mesh)), (part,))
 
 
+def vocoder_first(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """The samples of the first mel of every row, with a shorter look-ahead."""
+    bigvgan, weights = _abstract_vocoder(config, mesh)
+    part = StreamedBigVGAN(bigvgan.config)
+    c = config.token2wav_config.dit_config
+    mel = np.zeros((shapes.batch, shapes.blocks * c.block_size, c.mel_dim), np.float32)
+    state = jax.eval_shape(lambda: part.init_state(shapes.batch))
+    rest = (state, Block(mel, mel[..., 0] == 0), np.zeros(shapes.batch, bool))
+    return Program(vocode_first_chunk, (weights, *_place_abstract(rest, mesh)), (part, EARLY_LOOK_AHEAD))
+
+
 def vocoder_windows(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """The samples of windows of whole replies, one on each chip."""
     bigvgan, weights = _abstract_vocoder(config, mesh)
@@ -245,6 +258,7 @@ PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
     "dit-first": dit_first,
     "dit-block": dit_block,
     "vocoder-block": vocoder_block,
+    "vocoder-first": vocoder_first,
     "vocoder-windows": vocoder_windows,
 }
 

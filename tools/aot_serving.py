@@ -62,7 +62,7 @@ SERVING = (
     ServingProgram("DiT, list of 64 blocks", "dit-list", dataclasses.replace(_ONE, blocks=64)),
     ServingProgram("DiT, chunk of 2 blocks, 32 rows", "dit-block", _MANY, by_rows=True),
     ServingProgram("vocoder, chunk of 2 blocks, 1 row", "vocoder-block", _ONE),
-    ServingProgram("vocoder, window of 256 frames", "vocoder-windows", _ONE),
+    ServingProgram("vocoder, window of 128 frames", "vocoder-windows", _ONE),
 )
 
 

@@ -69,11 +69,14 @@ class Event:
       text: that is new, or None.
       audio: float32 [samples] that are new, or None.
       reply: the whole reply, in the last event alone.
+      hold_back: seconds that a player had better wait with the first sound, so that it does not run dry before the
+        second; from the pace of the last streams, and None where there were none. In the event of the first sound.
     """
 
     text: str | None = None
     audio: Float[np.ndarray, " samples"] | None = None
     reply: Reply | None = None
+    hold_back: float | None = None
 
 
 @dataclass

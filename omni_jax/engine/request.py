@@ -35,22 +35,30 @@ class ChunkSizes:
 
     Attributes:
       first_tokens: text tokens in the first call of the Thinker.
-      tokens: in each later one.
+      tokens: in each later one; as many codes follow in a call of the Talker. 2 + 3 * 12 tokens are what the 36 codes
+        of a first piece need.
       codes: in a call of the Talker at most.
       first_chunk_codes: codes that the first piece of sound is made from. Token2Wav looks ahead, see docs/streaming.md;
         two blocks of 12 at least.
       chunk_codes: that each later piece adds.
+      first_look_ahead: mel frames that the vocoder looks ahead to in the first piece; all that it depends on (34) if
+        None. With 10 a first piece of 24 codes holds as much sound as one of 36 does otherwise, of which what is
+        nearest to its end is not exact.
     """
 
     first_tokens: int = 2
-    tokens: int = 8
+    tokens: int = 12
     codes: int = 16
     first_chunk_codes: int = 36
     chunk_codes: int = 24
+    first_look_ahead: int | None = None
 
     def __post_init__(self) -> None:
         for field_ in dataclasses.fields(self):
-            check_int(f"chunk_sizes.{field_.name}", getattr(self, field_.name), 1, 4096)
+            if field_.name != "first_look_ahead":
+                check_int(f"chunk_sizes.{field_.name}", getattr(self, field_.name), 1, 4096)
+        if self.first_look_ahead is not None:
+            check_int("chunk_sizes.first_look_ahead", self.first_look_ahead, 0, 4096)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from omni_jax.engine.decode_state import (
     step_position_ids,
 )
 from omni_jax.engine.sampling import SamplingState, sample
+from omni_jax.models.decoder import KVCache
 from omni_jax.models.thinker import Thinker
 from omni_jax.mrope import position_ids
 from omni_jax.processing.prefill_plan import NO_FEATURE
@@ -291,7 +292,7 @@ def _decode_token(model: Thinker, params: Any, state: ThinkerState) -> tuple[Thi
     x = apply_method(model, "embed_tokens", params, tokens)[:, None]  # [B, 1, D]
     valid = active[:, None]
     ids = step_position_ids(before)  # [3, B, 1]
-    hidden, cache = apply_method(model, "extend", params, x, ids, valid, before.cache)  # [B, 1, D]
+    hidden, cache = _extend_by_one(model, params, x, ids, valid, before.cache)  # [B, 1, D]
     talker_inputs = state.talker_inputs
     if talker_inputs is not None:
         # at the index where the cache has written the token: its length before this step
@@ -307,6 +308,26 @@ def _decode_token(model: Thinker, params: Any, state: ThinkerState) -> tuple[Thi
         num_tokens=state.num_tokens + active,
     )
     return after, jnp.where(active, tokens, PAD_TOKEN)
+
+
+def _extend_by_one(
+    model: Thinker,
+    params: Any,
+    x: Float[Array, "B 1 D"],
+    ids: Int[Array, "3 B 1"],
+    valid: Bool[Array, "B 1"],
+    cache: KVCache,
+) -> tuple[Float[jax.Array, "B 1 D"], KVCache]:
+    """``extend`` by one position of every slot."""
+    # TPUs' compiler multiplies a single row by kernels of another layout, for which it copies those of all layers;
+    # a second row, of padding, costs nothing there. Single layers are the form of CPUs, where it would
+    num_padding = 1 if len(x) == 1 and model.scan_layers else 0
+    if num_padding:
+        x = jnp.pad(x, ((0, 0), (0, num_padding), (0, 0)))  # [1, 2, D]
+        ids = jnp.pad(ids, ((0, 0), (0, 0), (0, num_padding)))  # [3, 1, 2]
+        valid = jnp.pad(valid, ((0, 0), (0, num_padding)))  # [1, 2]
+    hidden, cache = apply_method(model, "extend", params, x, ids, valid, cache)
+    return hidden[:, :1], cache
 
 
 def _write_rows(

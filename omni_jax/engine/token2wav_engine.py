@@ -18,7 +18,15 @@ from omni_jax.batch import Array, bucket
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import BigVGANConfig, DiTConfig
 from omni_jax.engine.decode_state import apply_method, on_mesh
-from omni_jax.engine.token2wav_inputs import check_codes, check_noise, check_seed, check_voice, count_chunk_blocks
+from omni_jax.engine.pace import Pace
+from omni_jax.engine.token2wav_inputs import (
+    check_codes,
+    check_first_look_ahead,
+    check_noise,
+    check_seed,
+    check_voice,
+    count_chunk_blocks,
+)
 from omni_jax.engine.token2wav_lists import (
     ListRequest,
     Noise,
@@ -37,7 +45,9 @@ from omni_jax.models.dit_streaming import Speaker
 from omni_jax.models.token2wav import Token2Wav, parts
 from omni_jax.sharding import batch_shards, replicate
 
-WINDOW_NEW_FRAMES = 256  # of a window of the vocoder, beside what their samples depend on to either side
+# of a window of the vocoder, beside what their samples depend on to either side; longer ones compute less twice, but
+# compilers for TPUs take longer than a minute for them
+WINDOW_NEW_FRAMES = 128
 MIN_CLIP_FRAMES = 512  # that a voice's clip is padded to, and then to a bucket of as many: few programs for all clips
 MIN_VOICES = 4  # that a call has room for at least, so that their number makes no programs of its own
 
@@ -54,6 +64,7 @@ class Token2WavEngine:
       window_frames: mel frames that the vocoder gets at once, for whole replies.
       num_lists: that the blocks of a call are dealt to, one for each shard of the batch.
       streams: both networks as parts that stream.
+      pace: how long pieces of streams and lists have taken.
     """
 
     def __init__(self, model: Token2Wav, params: Any, mesh: Mesh | None = None):
@@ -66,8 +77,9 @@ class Token2WavEngine:
         with on_mesh(mesh):
             self.vocoder_weights = make_vocoder_weights(bigvgan, params["bigvgan"])
         self._vocoder_reach = reach(model.config.bigvgan_config)
-        self.window_frames = WINDOW_NEW_FRAMES + sum(self._vocoder_reach)  # 324 at the published size
+        self.window_frames = WINDOW_NEW_FRAMES + sum(self._vocoder_reach)  # 196 at the published size
         self.streams = StreamEngine(self.dit, self.dit_params, bigvgan.config, self.vocoder_weights, mesh)
+        self.pace = Pace()
         self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
 
     @property
@@ -180,6 +192,7 @@ class Token2WavEngine:
         *,
         first_chunk_codes: int = 36,
         chunk_codes: int = 24,
+        first_look_ahead: int | None = None,
     ) -> Token2WavStream:
         """A batch of streams, one for each voice, that speak codes as they come (docs/streaming.md).
 
@@ -190,6 +203,8 @@ class Token2WavEngine:
           first_chunk_codes: codes that are waited for at first. The first packet lacks the two networks' look-ahead, so
             that fewer than the default's make it empty (published sizes).
           chunk_codes: codes that are waited for later. Both are a multiple of a block's.
+          first_look_ahead: mel frames that the vocoder looks ahead to in the first packet; all that it depends on (34)
+            if None. With fewer the first packet holds more sound, of which what is nearest to its end is not exact.
 
         Raises:
           InputError: for a voice, a seed, noise or a chunk that cannot be used.
@@ -207,6 +222,7 @@ class Token2WavEngine:
         # the last block of a chunk waits for the next one, so that of one block nothing would come
         first_blocks = count_chunk_blocks(c, "first_chunk_codes", first_chunk_codes, least=2)
         later_blocks = count_chunk_blocks(c, "chunk_codes", chunk_codes)
+        check_first_look_ahead(first_look_ahead, (first_blocks - 1) * c.block_size, self._vocoder_reach.ahead)
         num_rows = bucket(len(voices))
         # rows that only fill up the bucket have no voice: they are never active
         speaker = Speaker(
@@ -215,14 +231,23 @@ class Token2WavEngine:
         for i, voice in enumerate(voices):
             speaker.rows[i] = self._encode_speaker(voice)
             speaker.cond[i] = voice.cond[0]
-        return Token2WavStream(self.streams, speaker, seeds, noise, chunk_blocks=(first_blocks, later_blocks))
+        return Token2WavStream(
+            self.streams,
+            speaker,
+            seeds,
+            noise,
+            chunk_blocks=(first_blocks, later_blocks),
+            first_look_ahead=first_look_ahead,
+        )
 
     def encode_voices(self, voices: Sequence[Voice]) -> None:
         """Runs the speaker encoder for voices that will speak; one program for each bucket of their clips."""
         for voice in voices:
             self._encode_speaker(voice)
 
-    def warm_up_streams(self, voice: Voice, first_chunk_codes: int, chunk_codes: int) -> None:
+    def warm_up_streams(
+        self, voice: Voice, first_chunk_codes: int, chunk_codes: int, first_look_ahead: int | None
+    ) -> None:
         """Compiles what a stream needs, by speaking some codes.
 
         The DiT has a program for the first chunk and one for later ones; the vocoder has one where the mel of both is
@@ -230,9 +255,15 @@ class Token2WavEngine:
 
         Args:
           voice: any.
-          first_chunk_codes, chunk_codes: as in ``stream``.
+          first_chunk_codes, chunk_codes, first_look_ahead: as in ``stream``.
         """
-        stream = self.stream([voice], [0], first_chunk_codes=first_chunk_codes, chunk_codes=chunk_codes)
+        stream = self.stream(
+            [voice],
+            [0],
+            first_chunk_codes=first_chunk_codes,
+            chunk_codes=chunk_codes,
+            first_look_ahead=first_look_ahead,
+        )
         # the first chunk, a later one, and then the end, which brings out what both networks hold back
         for num_blocks in (*stream.chunk_blocks, 0):
             codes = np.zeros(num_blocks * self.codes_per_block, np.int32)

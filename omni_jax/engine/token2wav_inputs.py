@@ -83,3 +83,18 @@ def count_chunk_blocks(config: DiTConfig, name: str, num_codes: int, least: int 
             limit += f", and at least {least * block_codes}"
         raise InputError(f"{name} is {num_codes}; it must be {limit}")
     return num_codes // block_codes
+
+
+def check_first_look_ahead(num_frames: int | None, chunk_frames: int, needed: int) -> None:
+    """Checks how far the vocoder is to look ahead in a first packet.
+
+    Args:
+      num_frames: mel frames; None for all that it needs.
+      chunk_frames: of the first chunk.
+      needed: frames that the vocoder depends on.
+
+    Raises:
+      InputError: if they are more than it needs, or would leave nothing of the chunk.
+    """
+    if num_frames is not None:
+        check_int("first_look_ahead", num_frames, 0, min(needed, chunk_frames - 1))

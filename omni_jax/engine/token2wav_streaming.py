@@ -30,7 +30,7 @@ from omni_jax.engine.decode_state import on_mesh
 from omni_jax.engine.token2wav_inputs import check_codes
 from omni_jax.errors import InputError
 from omni_jax.layers.streaming import Block, StreamingPart
-from omni_jax.models.bigvgan import VocoderWeights
+from omni_jax.models.bigvgan import VocoderWeights, synthesize
 from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
 from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker
@@ -88,6 +88,13 @@ class StreamEngine:
         with on_mesh(self._mesh):
             return vocode_chunk(self.vocoder, self._vocoder_weights, state, mel, active)
 
+    def vocode_first(
+        self, state: Any, mel: Block, active: Bool[np.ndarray, " B"], look_ahead: int
+    ) -> tuple[Block, Any]:
+        """The samples of rows' first frames, all but the last ``look_ahead``; the state is used up."""
+        with on_mesh(self._mesh):
+            return vocode_first_chunk(self.vocoder, look_ahead, self._vocoder_weights, state, mel, active)
+
     def make_padding(self, num_rows: int, num_frames: int) -> Block:
         """Mel after the end of a row."""
         mel = np.zeros((num_rows, num_frames, self.config.mel_dim), np.float32)
@@ -110,6 +117,7 @@ class _RowRecord:
       num_codes: so far.
       num_blocks: that the DiT has been given.
       num_frames: whose samples are out.
+      num_early: of them, those that the vocoder is going to give again.
       is_last: whether no more codes follow.
     """
 
@@ -119,6 +127,7 @@ class _RowRecord:
     num_codes: int = 0
     num_blocks: int = 0
     num_frames: int = 0
+    num_early: int = 0
     is_last: bool = False
 
 
@@ -137,9 +146,14 @@ class Token2WavStream:
         noise: Sequence[np.ndarray | None],
         *,
         chunk_blocks: tuple[int, int],
+        first_look_ahead: int | None = None,
     ):
-        """``speaker`` has a row for each of the batch, at least as many as there are streams."""
+        """``speaker`` has a row for each of the batch, at least as many as there are streams.
+
+        ``first_look_ahead`` is in mel frames; see ``Token2WavEngine.stream``.
+        """
         self.chunk_blocks = chunk_blocks
+        self._first_look_ahead = first_look_ahead
         self._engine = engine
         self._speaker = speaker
         # no record for a row that only fills up the batch: nothing is ever due there
@@ -222,7 +236,12 @@ class Token2WavStream:
         is_first = not self._rows[next(iter(due))].num_blocks
         chunk = self._make_chunk(due, active)
         mel, self._dit_state = self._engine.solve(self._dit_state, chunk, self._speaker, is_first=is_first)
-        self._vocode(mel, active, pieces)
+        # where a row has all of its codes, the exact samples come as soon
+        has_more = not any(self._rows[i].is_last for i in due)
+        if is_first and has_more and self._first_look_ahead is not None:
+            self._vocode_first(mel, active, pieces, self._first_look_ahead)
+        else:
+            self._vocode(mel, active, pieces)
 
     def _flush_rows(self, late: list[int], pieces: list[list[np.ndarray]]) -> None:
         # as many as of a later chunk, so that they need no program of their own
@@ -234,11 +253,28 @@ class Token2WavStream:
         block, self._vocoder_state = self._engine.vocode(self._vocoder_state, mel, active)
         # one transfer for both
         samples, valid = jax.device_get((block.values, block.valid))
+        per_frame = self._engine.samples_per_frame
         for i, row in enumerate(self._rows):
             if active[i]:
                 piece = samples[i, valid[i]]
+                # the first packet may have given the first of them
+                repeated = min(row.num_early, len(piece) // per_frame)
+                row.num_early -= repeated
+                piece = piece[repeated * per_frame :]
                 pieces[i].append(piece)
-                row.num_frames += len(piece) // self._engine.samples_per_frame
+                row.num_frames += len(piece) // per_frame
+
+    def _vocode_first(self, mel: Block, active: np.ndarray, pieces: list[list[np.ndarray]], look_ahead: int) -> None:
+        block, self._vocoder_state = self._engine.vocode_first(self._vocoder_state, mel, active, look_ahead)
+        samples = jax.device_get(block.values)
+        num_frames = samples.shape[1] // self._engine.samples_per_frame
+        # a usual step would have given the frames that have their whole look-ahead
+        num_exact = max(num_frames + look_ahead - self._engine.vocoder.streaming.look_ahead, 0)
+        for i, row in enumerate(self._rows):
+            if active[i]:
+                pieces[i].append(samples[i])
+                row.num_frames = num_frames
+                row.num_early = num_frames - num_exact
 
     def _active_rows(self, rows: Iterable[int]) -> Bool[np.ndarray, " B"]:
         active = np.zeros(self._num_rows, bool)
@@ -332,5 +368,28 @@ def vocode_chunk(
         return part.step(shared, *rows)
 
     with jax.named_scope("vocode_chunk"):
+        samples, state = map_over_batch(vocode_rows, params, (state, mel, active))
+        return replicate(samples), state  # which every host reads
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def vocode_first_chunk(
+    part: StreamedBigVGAN, look_ahead: int, params: VocoderWeights, state: Any, mel: Block, active: Bool[Array, " B"]
+) -> tuple[Block, Any]:
+    """The samples of rows' first frames, all but the last ``look_ahead``, and the state after all of them.
+
+    They are made as if the rows ended here, so the last of them lack what the vocoder needs to be exact.
+    """
+
+    def vocode_rows(shared: VocoderWeights, rows: tuple[Any, Block, Array]) -> tuple[Block, Any]:
+        state, mel, active = rows
+        valid = jnp.asarray(mel.valid)  # [B, F]
+        values = jnp.where(valid[..., None], mel.values, 0)  # [B, F, M]
+        samples = synthesize(part.config, shared, values, jnp.sum(valid, axis=1))  # [B, samples]
+        num_samples = (valid.shape[1] - look_ahead) * part.streaming.outputs
+        early = jnp.repeat(valid & jnp.asarray(active)[:, None], part.streaming.outputs, axis=1)[:, :num_samples]
+        return Block(samples[:, :num_samples], early), part.absorb(state, mel, active)
+
+    with jax.named_scope("vocode_first_chunk"):
         samples, state = map_over_batch(vocode_rows, params, (state, mel, active))
         return replicate(samples), state  # which every host reads

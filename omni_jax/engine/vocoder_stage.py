@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ class _StreamRecord:
       is_last: whether no more codes follow.
       is_complete: whether all sound has been given.
       start: when the first sound was given, by the engines' clock.
+      last: when the last sound was given.
       num_samples: given so far.
     """
 
@@ -36,6 +38,7 @@ class _StreamRecord:
     is_last: bool = False
     is_complete: bool = False
     start: float = 0.0
+    last: float = 0.0
     num_samples: int = 0
 
 
@@ -94,7 +97,7 @@ class VocoderStage:
         stopwatch = Stopwatch(self._engines.clock)
         output = self._step_streams()
         # a list costs a whole solve, so streams go first and a list waits until it is worth one
-        if self._waiting and (self._is_list_full() or (is_idle and not self._streams)):
+        if self._waiting and (self._has_listeners() or self._is_list_full() or is_idle):
             output.extend(self._synthesize(self._take_list()))
         self._timings.token2wav += stopwatch.lap()
         return output
@@ -110,9 +113,25 @@ class VocoderStage:
                 continue
             if len(piece):
                 # one piece a step: then the decoders have their turn, and all streams are ranked anew
-                output.events.append((state, Event(audio=piece)))
+                output.events.append((state, self._make_event(state, piece)))
                 break
         return output
+
+    def _make_event(self, state: RequestState, piece: np.ndarray) -> Event:
+        """A piece of sound, as its listener gets it."""
+        assert self._engine is not None
+        record = self._streams[state]
+        now = self._engines.clock()
+        hold_back = None
+        # a player starts with the first sound, so what it has heard is counted from there
+        if not record.num_samples:
+            record.start = now
+            hold_back = self._engine.pace.hold_back(len(piece) / SAMPLE_RATE)
+        else:
+            self._engine.pace.add_interval(now - record.last)
+        record.last = now
+        record.num_samples += len(piece)
+        return Event(audio=piece, hold_back=hold_back)
 
     def _is_list_full(self) -> bool:
         if not self._block_sizes:
@@ -133,12 +152,11 @@ class VocoderStage:
         if record.stream is None:
             record.stream = self._make_stream(state)
         record.num_pushed = len(codes)
+        stopwatch = Stopwatch(self._engines.clock)
         (piece,) = record.stream.push([new_codes], [record.is_last])
+        if record.num_samples and len(piece):
+            self._engine.pace.add_piece(stopwatch.lap(), record.stream.chunk_blocks[1])
         state.audio.append(piece)
-        if len(piece):
-            # a player starts with the first sound, so what it has heard is counted from there
-            record.start = record.start or self._engines.clock()
-            record.num_samples += len(piece)
         return piece
 
     def _make_stream(self, state: RequestState) -> Token2WavStream:
@@ -150,6 +168,7 @@ class VocoderStage:
             [speech.noise_seed],
             first_chunk_codes=sizes.first_chunk_codes,
             chunk_codes=sizes.chunk_codes,
+            first_look_ahead=sizes.first_look_ahead,
         )
 
     def _seconds_ahead(self, state: RequestState) -> float:
@@ -163,6 +182,9 @@ class VocoderStage:
     def _synthesize(self, states: list[RequestState]) -> StageOutput:
         engine = self._engine
         assert engine is not None
+        if not states:
+            return StageOutput()
+        stopwatch = Stopwatch(self._engines.clock)
         try:
             audio = self._synthesize_list(engine, states)
         except Exception as error:
@@ -175,8 +197,9 @@ class VocoderStage:
             return output
         for state, samples in zip(states, audio, strict=True):
             state.audio.append(samples)
-        longest = longest_list(self._count_blocks(states), self._num_lists)
-        num_blocks = round_num_blocks(longest, self._block_sizes) * self._num_lists
+        num_blocks = self._round_list(states)
+        engine.pace.add_list(stopwatch.lap(), num_blocks)
+        num_blocks *= self._num_lists
         num_codes = sum(state.num_codes for state in states)
         self._utilization.vocoder.add(num_codes, num_blocks * engine.codes_per_block)
         return StageOutput(finished=states)
@@ -195,17 +218,43 @@ class VocoderStage:
         return engine.synthesize(codes, voices, [None] * len(states), seeds, self._block_sizes)
 
     def _take_list(self) -> list[RequestState]:
-        """Takes the first reply that waits, and those behind it that fit into the largest list with it."""
+        """Takes the first reply that waits, and those behind it that fit into the largest list with it.
+
+        While somebody listens, only replies whose list is done before the first listener has heard all.
+        """
         taken: list[RequestState] = []
+        has_listeners = self._has_listeners()
+        seconds = self._seconds_to_spare()
         for state in self._waiting:
-            longest = longest_list(self._count_blocks([*taken, state]), self._num_lists)
-            fits = not self._block_sizes or longest <= self._block_sizes[-1]
-            # the first one is taken whatever its size; a short one may fit although one before it did not
-            if not taken or fits:
+            num_blocks = self._round_list([*taken, state])
+            fits = not self._block_sizes or num_blocks <= self._block_sizes[-1]
+            if has_listeners:
+                per_block = self._engine.pace.seconds_per_block
+                fits = per_block is not None and num_blocks * per_block <= seconds and (fits or not taken)
+            elif not taken:
+                # the first one is taken whatever its size; a short one may fit although one before it did not
+                fits = True
+            if fits:
                 taken.append(state)
         for state in taken:
             self.remove(state)
         return taken
+
+    def _has_listeners(self) -> bool:
+        """Whether the sound of some live request is not complete."""
+        return any(not record.is_complete for record in self._streams.values())
+
+    def _seconds_to_spare(self) -> float:
+        """Until the first listener has heard all that there is; 0 while one waits for the first sound."""
+        seconds = math.inf
+        for state, record in self._streams.items():
+            if not record.is_complete:
+                seconds = min(seconds, self._seconds_ahead(state) if record.num_samples else 0.0)
+        return seconds
+
+    def _round_list(self, states: list[RequestState]) -> int:
+        """Blocks of the longest list that these replies are dealt to, rounded as it is solved."""
+        return round_num_blocks(longest_list(self._count_blocks(states), self._num_lists), self._block_sizes)
 
     @property
     def _num_lists(self) -> int:

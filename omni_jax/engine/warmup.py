@@ -175,8 +175,8 @@ def sound_jobs(
         jobs.append(WarmUpJob(functools.partial(engine.warm_up_list, num_blocks)))
     if streams:
         sizes = engines.chunk_sizes
-        stream = functools.partial(engine.warm_up_streams, voices[0], sizes.first_chunk_codes, sizes.chunk_codes)
-        jobs.append(WarmUpJob(stream))
+        chunks = (sizes.first_chunk_codes, sizes.chunk_codes, sizes.first_look_ahead)
+        jobs.append(WarmUpJob(functools.partial(engine.warm_up_streams, voices[0], *chunks)))
     return jobs
 
 

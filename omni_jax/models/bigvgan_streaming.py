@@ -63,6 +63,28 @@ class StreamedBigVGAN:
         self, params: VocoderWeights, state: VocoderState, block: Block, active: Bool[Array, " B"] | None = None
     ) -> tuple[Block, VocoderState]:
         """As many frames' samples as there are new frames: those up to ``look_ahead`` frames before the newest."""
+        count = jnp.asarray(block.valid).shape[1]
+        window, begin, new_state = self._slide(state, block)
+        # with its true length, so that the end of the row is an edge for the vocoder
+        samples = synthesize(self.config, params, window, jnp.maximum(new_state.length - begin, 0))
+
+        # the frames whose look-ahead is there now; some lie before the row's beginning or after its end
+        first = new_state.seen - self.streaming.look_ahead - count  # [B]
+        frame = first[:, None] + jnp.arange(count)  # [B, T]: returned by this step
+        output = _take_frames(samples.reshape(*window.shape[:2], -1), frame - begin[:, None])
+        is_real = (frame >= 0) & (frame < new_state.length[:, None])  # [B, T]
+        if active is not None:
+            is_real = is_real & jnp.asarray(active)[:, None]
+        outputs = Block(output.reshape(len(output), -1), jnp.repeat(is_real, output.shape[2], axis=1))
+        return outputs, keep_rows(active, new_state, state)
+
+    def absorb(self, state: VocoderState, block: Block, active: Bool[Array, " B"] | None = None) -> VocoderState:
+        """The state after a step, without the step's samples."""
+        _, _, new_state = self._slide(state, block)
+        return keep_rows(active, new_state, state)
+
+    def _slide(self, state: VocoderState, block: Block) -> tuple[Float[jax.Array, "B W M"], jax.Array, VocoderState]:
+        """The window of a step, its first frame counted from the row's beginning [B], and the state after the step."""
         valid = jnp.asarray(block.valid)  # [B, T]
         kept = state.mel.shape[1]
         count = valid.shape[1]
@@ -81,19 +103,8 @@ class StreamedBigVGAN:
         # zeros and not a product with a mask: NaN times zero is NaN
         new = jnp.where(valid[..., None], block.values, 0)
         window = _take_frames(jnp.concatenate([state.mel, new], axis=1), source)  # [B, W, M]
-        # with its true length, so that the end of the row is an edge for the vocoder
-        samples = synthesize(self.config, params, window, jnp.maximum(length - begin, 0))
-
-        # the frames whose look-ahead is there now; some lie before the row's beginning or after its end
-        frame = (seen - self.streaming.look_ahead - count)[:, None] + jnp.arange(count)  # [B, T]: returned by this step
-        output = _take_frames(samples.reshape(*window.shape[:2], -1), frame - begin[:, None])
-        is_real = (frame >= 0) & (frame < length[:, None])  # [B, T]
-        if active is not None:
-            is_real = is_real & jnp.asarray(active)[:, None]
         dropped = jnp.maximum(seen - kept, 0) - begin  # [B]: frames of the window that the next one does not need
-        new_state = VocoderState(_take_frames(window, dropped[:, None] + jnp.arange(kept)), seen, length)
-        outputs = Block(output.reshape(len(output), -1), jnp.repeat(is_real, output.shape[2], axis=1))
-        return outputs, keep_rows(active, new_state, state)
+        return window, begin, VocoderState(_take_frames(window, dropped[:, None] + jnp.arange(kept)), seen, length)
 
 
 def _take_frames(x: Float[Array, "B W C"], places: Int[Array, "B N"]) -> jax.Array:

@@ -21,7 +21,7 @@ from tests.benchmarks.conftest import InProcess
 
 SECONDS = [1, 2]
 ROUNDING = 1e-9  # of sums of a few float64
-PUBLISHED = StreamPlan(2, 8, 16, 36, 24, 12, 2, dit_look_ahead=12, vocoder_look_ahead=34, vocoder_look_back=34)
+PUBLISHED = StreamPlan(2, 12, 16, 36, 24, 12, 2, dit_look_ahead=12, vocoder_look_ahead=34, vocoder_look_back=34)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_steps_in_turns() -> None:
     def count(plan: StreamPlan, seconds: int) -> tuple[int, ...]:
         return tuple(plan.count_steps(ReplyLength(seconds)).values())
 
-    # 2 tokens; then 8 a turn, and as many codes as there are tokens but two: 8, 16, 24, 32, 40
-    assert count(PUBLISHED, 30) == (2, 40, 40)
+    # 2 tokens; then 12 a turn, and as many codes as there are tokens but two: 12, 24, 36
+    assert count(PUBLISHED, 30) == (2, 36, 36)
     # all 8 tokens are there after the second turn: 16 codes in each
     assert count(PUBLISHED, 2) == (2, 6, 48)
     assert count(dataclasses.replace(PUBLISHED, first_tokens=1, tokens=1), 30) == (2, 36, 36)
@@ -62,12 +62,18 @@ def test_the_first_packet_is_what_both_networks_do_not_have_to_look_ahead_to() -
     assert PUBLISHED.chunks() == (36,)
     assert PUBLISHED.first_packet_seconds == pytest.approx((72 - 24 - 34) / 100)
     # 24 codes make 24 frames, fewer than the vocoder looks ahead
-    assert dataclasses.replace(PUBLISHED, first_chunk_codes=24).chunks() == (24, 24)
+    short = dataclasses.replace(PUBLISHED, first_chunk_codes=24)
+    assert short.chunks() == (24, 24)
+    # unless it looks ahead less at first
+    early = dataclasses.replace(short, first_look_ahead=10)
+    assert early.chunks() == (24,) and early.first_packet_seconds == pytest.approx(0.14)
+    work = early.predict_work(ReplyLength(30), PromptPlan(200, audio_blocks=4, positions=256))
+    assert (work[Part.CODES], work[Part.DIT], work[Part.VOCODER]) == (24, 1, 24)
 
 
 def test_the_work_to_the_first_packet() -> None:
     work = PUBLISHED.predict_work(ReplyLength(30), PromptPlan(200, audio_blocks=4, positions=256))
-    assert (work[Part.ENCODERS], work[Part.PREFILL], work[Part.CODES]) == (4, 256, 40)
+    assert (work[Part.ENCODERS], work[Part.PREFILL], work[Part.CODES]) == (4, 256, 36)
     assert (work[Part.DIT], work[Part.VOCODER], work[Part.COPY]) == (2, 34 + 34 + 48, 1)
 
 

@@ -113,6 +113,34 @@ def test_when_sound_comes(tiny_model: Path) -> None:
     assert len(stream.push([row[:0]], [True])[0]) == 0
 
 
+def test_a_first_packet_that_looks_ahead_less(engine: Token2WavEngine) -> None:
+    """It comes after two blocks; all but its end is exact, and so is all behind it."""
+    rows, given = [codes(n) for n in (85, 24, 40)], [noise(n) for n in (85, 24, 40)]
+    voices = [voice(0), voice(1), voice(0)]
+    exact = pushed(engine.stream(voices, [0] * 3, given), rows, seed=1)
+    stream = engine.stream(voices, [0] * 3, given, first_chunk_codes=24, first_look_ahead=3)
+    needed = engine.streams.vocoder.streaming.look_ahead
+    assert needed == 7
+    made = [stream.push([row[:24] for row in rows], [False] * 3)]
+    assert [len(piece) for piece in made[0]] == [240 * (24 - 3)] * 3
+    made += [stream.push([row[24:] for row in rows], [True] * 3)]
+    for row, (first, rest) in enumerate(zip(*made, strict=True)):
+        together = np.concatenate([first, rest])
+        assert together.shape == exact[row].shape
+        error = np.abs(together - exact[row]).reshape(-1, 240).max(axis=1)  # of each frame
+        is_early = np.zeros(len(error), bool)
+        is_early[24 - needed : 24 - 3] = True
+        assert error[~is_early].max() < TOLERANCE
+        # the row of 24 codes has a block behind its first one too, so none is exact there
+        assert error[is_early].max() > TOLERANCE
+    # a row whose codes are all there has nothing to gain from it
+    short = engine.stream(voices[:1], [0], given[:1], first_chunk_codes=24, first_look_ahead=3)
+    (samples,) = short.push(rows[:1], [True])
+    np.testing.assert_allclose(samples, exact[0], rtol=0, atol=TOLERANCE)
+    with pytest.raises(InputError, match="first_look_ahead is 8; it must be from 0 to 7"):
+        engine.stream(voices[:1], [0], first_look_ahead=8)
+
+
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
     """The names of what is compiled while a test runs."""
