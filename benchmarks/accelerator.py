@@ -33,7 +33,8 @@ from benchmarks.side import CODES_PER_SECOND, PUBLISHED, VOICE, Side
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig
 from omni_jax.engine.request import ChunkSizes
-from omni_jax.generation.model import OmniModel, make_engines
+from omni_jax.generation.components import make_engines
+from omni_jax.generation.model import OmniModel
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.processing.processor import Processor
 from tools.make_checkpoint import make_config

@@ -26,7 +26,7 @@ def keep_compiled_programs(folder: str | os.PathLike[str] | None = None) -> str 
     Returns:
       The folder that is used; None if there is none, because it cannot be made.
     """
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if folder is None and chosen:
         return chosen
     if folder is None:

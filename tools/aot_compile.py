@@ -101,6 +101,8 @@ class Compile:
     program: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROGRAM")]
     topology: Annotated[str, tyro.conf.arg(metavar="GEN:AxB[xC]")]
     """Chips: v5e:2x2, v5p:4x4x4, v6e:16x16 and so on."""
+    chips: int | None = None
+    """Use only the first so many of them."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How they are laid out. Without it all are on fsdp for a recipe, on tensor for a program of generation."""
     shapes: Shapes = field(default_factory=Shapes)
@@ -144,7 +146,7 @@ class Compile:
         if not programs:
             labels = "; ".join(program.label for program in SERVING)
             raise ConfigError(f"--only is {self.only!r}; no program of serving has that in its name: {labels}")
-        devices = describe(self.topology)
+        devices = describe(self.topology, self.chips)
         rows = []
         for program in track(programs, description="compiling", console=Console(stderr=True)):
             wanted, mesh = program.make(config, devices)
@@ -164,7 +166,7 @@ class Compile:
             raise ConfigError(
                 f"--only goes with {SERVING_NAME}, of which it chooses some programs; this is {self.program}"
             )
-        devices = describe(self.topology)
+        devices = describe(self.topology, self.chips)
         # a step of training, or a program of generation
         if self.program in RECIPES:
             recipe = self._recipe(RECIPES[self.program], len(devices))
@@ -198,8 +200,8 @@ class Compile:
         return dataclasses.replace(recipe, mesh=mesh, data=data)
 
 
-def describe(topology: str) -> list[Any]:
-    """The chips of a topology, which are not there.
+def describe(topology: str, chips: int | None = None) -> list[Any]:
+    """The chips of a topology, which are not there; only the first so many of them if ``chips`` is given.
 
     A whole cube of v5p, and a whole pod of v5e or v6e, is a torus; compiled as a mere grid, a v5p's all-gathers would
     become all-reduces of twice the bytes.
@@ -217,10 +219,13 @@ def describe(topology: str) -> list[Any]:
             wrap = tuple(n >= 4 for n in grid) if min(grid) >= 4 else (False,) * len(grid)
         else:
             wrap = (*(n == 16 for n in grid), False) if grid == (16, 16) else (False,) * 3
-        return list(topologies.get_topology_desc(topology, platform="tpu", wrap=wrap).devices)
+        devices = list(topologies.get_topology_desc(topology, platform="tpu", wrap=wrap).devices)
     # libtpu raises what it likes, in many lines
     except Exception as e:
         raise ConfigError(f"topology {topology!r}: {str(e).splitlines()[0]}") from e
+    if chips is not None and not 1 <= chips <= len(devices):
+        raise ConfigError(f"--chips is {chips}; {topology} has {len(devices)}")
+    return devices[:chips]
 
 
 def compile_for(wanted: Program, mesh: Any, *, name: str, topology: str) -> tuple[Report, str | None]:

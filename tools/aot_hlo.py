@@ -31,6 +31,8 @@ _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CALLED = re.compile(r"\b(body|calls|to_apply|called_computations|branch_computations)=\{?([%\w.\-, ]+)\}?")
 
+_SAME_MEMORY = "output_to_operand_aliasing={{}: (0, {})}"
+
 _NO_ESTIMATE = 2**62  # from here on the compiler means that it has none
 
 # move nothing themselves: names for what is there, or the second half of what was counted at its start
@@ -278,7 +280,8 @@ class Program:
         """How much of a value a fused computation reads: all of it, or only slices."""
         total = whole if inside.root == name else 0.0
         for user, place in inside.users(name):
-            if user.op == "bitcast":
+            # a fusion whose result is in its operand's memory only reads that in another order
+            if user.op == "bitcast" or (user.op == "fusion" and _SAME_MEMORY in user.text and place == 0):
                 part = self._read(inside, user.name, whole)
             elif user.op in ("dynamic-slice", "slice", "gather") and place == 0:
                 part = user.size

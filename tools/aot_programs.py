@@ -32,6 +32,7 @@ from omni_jax.engine.token2wav_engine import (
 )
 from omni_jax.engine.token2wav_lists import ListRequest, fill_lists, solve_blocks
 from omni_jax.engine.token2wav_streaming import CodeChunk, solve_chunk, vocode_chunk, vocode_first_chunk
+from omni_jax.generation.quantization import Quantization, quantize_params
 from omni_jax.layers.streaming import Block
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.models.bigvgan import BigVGAN
@@ -54,12 +55,14 @@ class Shapes:
       cache: positions of each.
       tokens: of a prompt's chunk.
       blocks: of 24 mel frames in a step of Token2Wav, or of a list of whole replies.
+      quantization: of Thinker and Talker, "int8" or "int4".
     """
 
     batch: int = 32
     cache: int = 8192
     tokens: int = WIDE_CHUNK
     blocks: int = 2
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def audio_encoder(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     c = config.thinker_config.audio_config
     mel = np.zeros((AUDIO_BLOCKS, c.block_frames, c.num_mel_bins), np.float32)
     media = AudioBlocks(mel, np.zeros(AUDIO_BLOCKS, np.int32))
-    return _encoder("audio_encoder", "encode_audio", config, mesh, media)
+    return _encoder("audio_encoder", "encode_audio", config, mesh, media, shapes)
 
 
 def vision_encoder(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
@@ -94,18 +97,21 @@ def vision_encoder(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     c = config.thinker_config.vision_config
     place = np.zeros((1, VISION_WINDOWS, (c.window_cells * c.spatial_merge_size) ** 2), np.int32)
     patches = np.zeros((*place.shape, c.patch_dim), np.float32)
-    return _encoder("vision_encoder", "encode_vision", config, mesh, VisionFrames(patches, place, place, place == 0))
+    media = VisionFrames(patches, place, place, place == 0)
+    return _encoder("vision_encoder", "encode_vision", config, mesh, media, shapes)
 
 
-def _encoder(tower: str, method: str, config: OmniConfig, mesh: Mesh, media: AudioBlocks | VisionFrames) -> Program:
-    model, params = _abstract_thinker(config, mesh)
+def _encoder(
+    tower: str, method: str, config: OmniConfig, mesh: Mesh, media: AudioBlocks | VisionFrames, shapes: Shapes
+) -> Program:
+    model, params = _abstract_thinker(config, mesh, shapes.quantization)
     floor = sum(map(on_chip, jax.tree.leaves(params[tower])))
     return Program(jit_method, (params, _place_abstract(media, mesh)), (model, method), floor)
 
 
 def thinker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A token of every slot."""
-    model, params = _abstract_thinker(config, mesh)
+    model, params = _abstract_thinker(config, mesh, shapes.quantization)
     state: ThinkerState = jax.eval_shape(lambda: _thinker_engine(model, params).init_state(shapes.batch, shapes.cache))
     state = _place_abstract(state, mesh)
     # one step: no slot has finished, and the limit is 1
@@ -117,7 +123,7 @@ def thinker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 def thinker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A chunk of every slot's prompt."""
-    model, params = _abstract_thinker(config, mesh)
+    model, params = _abstract_thinker(config, mesh, shapes.quantization)
     prefix: ThinkerPrefix = jax.eval_shape(
         lambda: _thinker_engine(model, params).init_prefix(shapes.batch, shapes.cache)
     )
@@ -131,7 +137,7 @@ def thinker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 def talker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A chunk of every slot's prompt, which the Thinker has read."""
-    model, params, engine = _abstract_talker(config, mesh)
+    model, params, engine = _abstract_talker(config, mesh, shapes.quantization)
     prefix = _place_abstract(jax.eval_shape(lambda: engine.init_prefix(shapes.batch, shapes.cache)), mesh)
     ids, spans = _chunk(shapes)
     text = jax.ShapeDtypeStruct((*ids.shape, config.talker_config.embedding_size), model.dtype)  # [B, C, E]
@@ -142,7 +148,7 @@ def talker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 def talker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A code of every slot."""
-    model, params, engine = _abstract_talker(config, mesh)
+    model, params, engine = _abstract_talker(config, mesh, shapes.quantization)
     state = _place_abstract(jax.eval_shape(lambda: engine.init_state(shapes.batch, shapes.cache)), mesh)
     # no slot follows one of the Thinker: all text is there
     none = np.zeros(shapes.batch, np.int32)
@@ -263,9 +269,12 @@ PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
 }
 
 
-def _abstract_thinker(config: OmniConfig, mesh: Mesh) -> tuple[thinker.Thinker, Any]:
+def _abstract_thinker(
+    config: OmniConfig, mesh: Mesh, quantization: Quantization | None = None
+) -> tuple[thinker.Thinker, Any]:
     model = thinker.Thinker(config.thinker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    return model, _place_params(thinker.abstract_params(model), mesh)
+    params = _place_params(thinker.abstract_params(model), mesh)
+    return model, params if quantization is None else quantize_params("thinker", model, params, quantization)
 
 
 def _chunk(shapes: Shapes) -> tuple[np.ndarray, Spans]:
@@ -274,9 +283,13 @@ def _chunk(shapes: Shapes) -> tuple[np.ndarray, Spans]:
     return ids, Spans(ids, ids, ids, ids, ids, ids.astype(np.float32))
 
 
-def _abstract_talker(config: OmniConfig, mesh: Mesh) -> tuple[talker.Talker, Any, TalkerEngine]:
+def _abstract_talker(
+    config: OmniConfig, mesh: Mesh, quantization: Quantization | None = None
+) -> tuple[talker.Talker, Any, TalkerEngine]:
     model = talker.Talker(config.talker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     params = _place_params(talker.abstract_params(model), mesh)
+    if quantization is not None:
+        params = quantize_params("talker", model, params, quantization)
     # a state needs no embeddings of text
     return model, params, TalkerEngine(model, params, config, jnp.zeros_like)
 
@@ -343,4 +356,6 @@ def _with_floor(program: Program, read: Any, cache: KVCache) -> Program:
 
 def on_chip(leaf: Any) -> float:
     """Bytes of an abstract array on one chip."""
-    return float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+    # two numbers of 4 bits lie in a byte
+    itemsize = 0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize
+    return float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * itemsize

@@ -39,7 +39,7 @@ class _PromptRecord:
       slot: of the Thinker's.
       text: the tokens it begins with, up to the first that is no text.
       features: one array for each call of an encoder.
-      has_begun: whether something of it has been read.
+      in_slot: whether something of it is in its slot.
       blocks: that have not been read, once it has begun.
     """
 
@@ -47,13 +47,13 @@ class _PromptRecord:
     slot: int
     text: Int[np.ndarray, " T"]
     features: list[jax.Array]
-    has_begun: bool = False
+    in_slot: bool = False
     blocks: deque[PlacedBlock] = field(default_factory=deque)
 
     @property
     def num_blocks(self) -> int:
         """That have not been read, at most."""
-        return len(self.blocks) if self.has_begun else -(-self.plan.num_tokens // BLOCK_WIDTH)
+        return len(self.blocks) if self.in_slot else -(-self.plan.num_tokens // BLOCK_WIDTH)
 
 
 @dataclass
@@ -132,7 +132,7 @@ class SlotPrefill:
     def _add(self, call: _Call, state: RequestState, record: _PromptRecord) -> bool:
         """Takes blocks of a prompt into the call; False where the prompt had better wait for the next one."""
         call.states.append(state)
-        if not record.has_begun:
+        if not record.in_slot:
             shared = self._thinker.find_shared(record.text)
             # a prompt of this call may begin like it; when that has been read, it can be copied
             if any(count_shared(text, record.text) >= shared.length + BLOCK_WIDTH for text in call.texts):
@@ -140,7 +140,7 @@ class SlotPrefill:
                 return False
             self._thinker.copy_shared(shared, record.slot)
             record.blocks.extend(record.plan.cut_blocks(shared.length, record.slot))
-            record.has_begun = True
+            record.in_slot = True
             call.is_new[record.slot] = not shared.length
         count = min(len(record.blocks), CALL_BLOCKS[-1] - len(call.blocks))
         call.blocks += [record.blocks.popleft() for _ in range(count)]
@@ -153,7 +153,7 @@ class SlotPrefill:
         """The requests whose prompts are in their slots, with the chunks that the Talker is to read of them."""
         complete = []
         for state, record in list(self._records.items()):
-            if record.has_begun and not record.blocks:
+            if record.in_slot and not record.blocks:
                 complete.append((state, record.plan.cut_chunks() if state.speaks else []))
                 del self._records[state]
         return complete

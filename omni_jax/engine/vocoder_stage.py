@@ -154,6 +154,7 @@ class VocoderStage:
         record.num_pushed = len(codes)
         stopwatch = Stopwatch(self._engines.clock)
         (piece,) = record.stream.push([new_codes], [record.is_last])
+        assert self._engine is not None
         if record.num_samples and len(piece):
             self._engine.pace.add_piece(stopwatch.lap(), record.stream.chunk_blocks[1])
         state.audio.append(piece)
@@ -222,14 +223,15 @@ class VocoderStage:
 
         While somebody listens, only replies whose list is done before the first listener has heard all.
         """
+        assert self._engine is not None
         taken: list[RequestState] = []
         has_listeners = self._has_listeners()
         seconds = self._seconds_to_spare()
+        per_block = self._engine.pace.seconds_per_block
         for state in self._waiting:
             num_blocks = self._round_list([*taken, state])
             fits = not self._block_sizes or num_blocks <= self._block_sizes[-1]
             if has_listeners:
-                per_block = self._engine.pace.seconds_per_block
                 fits = per_block is not None and num_blocks * per_block <= seconds and (fits or not taken)
             elif not taken:
                 # the first one is taken whatever its size; a short one may fit although one before it did not

@@ -9,8 +9,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -20,7 +18,6 @@ from rich.progress import Progress as Bar
 
 from omni_jax import mrope
 from omni_jax.batch import bucket
-from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import VOICES_FILE, Voice, choose, load_voices
 from omni_jax.checkpoint.voices import check as check_voices
 from omni_jax.checks import check_int
@@ -41,22 +38,19 @@ from omni_jax.engine.request import (
 )
 from omni_jax.engine.sampling import merge_seed
 from omni_jax.engine.scheduler import Scheduler
-from omni_jax.engine.talker_engine import APPEND_WIDTH, TalkerEngine
-from omni_jax.engine.thinker_engine import TextRequest, ThinkerEngine
-from omni_jax.engine.token2wav_engine import Token2WavEngine
+from omni_jax.engine.thinker_engine import TextRequest
 from omni_jax.engine.warmup import Compilations, Progress, decoder_jobs, encoder_jobs, run_jobs, sound_jobs
-from omni_jax.errors import CheckpointError, InputError
+from omni_jax.errors import InputError
+from omni_jax.generation.components import choose_components, load_engines
 from omni_jax.generation.live_session import LiveSession
 from omni_jax.generation.options import Messages, Options, warn_untrained
-from omni_jax.layers.stack import unstack_layers
-from omni_jax.models import talker, thinker, token2wav
+from omni_jax.generation.quantization import Quantization, check_quantization
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.live import LivePrompt
 from omni_jax.processing.media_workers import isolate
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
-from omni_jax.sharding import batch_shards, param_shardings
 
 MAX_BATCH_SIZE = 4096
 
@@ -73,6 +67,7 @@ def load(
     allow_buckets: Sequence[str] = (),
     isolate_media: bool = False,
     chunk_sizes: ChunkSizes | None = None,
+    quantization: Quantization | None = None,
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
@@ -91,103 +86,28 @@ def load(
         made to do harm costs its request alone (``processing.media_workers``). A script that asks for it needs
         ``if __name__ == "__main__":``, as always where Python starts processes.
       chunk_sizes: how much is computed at a time while a reply is streamed; the defaults if None.
+      quantization: "int8" or "int4", to keep the linear maps of Thinker and Talker in so many bits
+        (``generation.quantization``); without a mesh, the host holds the parameters before that.
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
       ConfigError: if its config.json does not describe the model, or the mesh does not divide a parameter.
-      InputError: if what is allowed is no host, or no place in a bucket.
+      InputError: if what is allowed is no host, or no place in a bucket; for another quantization.
     """
+    check_quantization(quantization)
     folder = Path(folder)
     access = RemoteAccess(allow_web, allow_buckets)
-    # what the checkpoint has, and what of it is asked for
-    stored = store.components(folder)
-    wanted = tuple(stored if components is None else components)
-    if "thinker" not in wanted or "thinker" not in stored:
-        raise CheckpointError(
-            f"{folder} has {', '.join(stored)}, and {', '.join(wanted)} was asked for; nothing goes without thinker"
-        )
+    wanted = choose_components(folder, components)
     keep_compiled_programs()
     # small files first: what is wrong with them is found before gigabytes are read
     config = OmniConfig.load(folder)
     processor = Processor.load(folder, access=access)
-    # of several dtypes in the checkpoint the one that holds them all
-    compute_dtype = jnp.dtype(dtype or jnp.result_type(*stored["thinker"]))
-    # slices of stacked layers are copies on a CPU; see omni_jax/layers/stack.py
-    scan_layers = mesh is not None or jax.default_backend() != "cpu"
-    models = {name: _make_model(config, name, compute_dtype, scan_layers) for name in wanted}
-    # on a mesh each host reads only what its devices hold
-    shardings = None
-    if mesh is not None:
-        shardings = {name: param_shardings(_abstract_params(model), mesh) for name, model in models.items()}
-    params = store.load(folder, wanted, dtype=compute_dtype, shardings=shardings)
-    if not scan_layers:
-        params = unstack_layers(params)
+    engines = load_engines(folder, config, wanted, dtype, mesh, chunk_sizes or ChunkSizes(), quantization)
     voices: Mapping[str, Voice] = {}
     if "talker" in wanted:
         voices = load_voices(folder)
         check_voices(voices, config, folder / VOICES_FILE)
-    engines = make_engines(config, models, params, mesh, chunk_sizes or ChunkSizes())
     return OmniModel(config, isolate(processor) if isolate_media else processor, engines, voices)
-
-
-def make_engines(
-    config: OmniConfig,
-    models: Mapping[str, Any],
-    params: Mapping[str, Any],
-    mesh: Mesh | None,
-    chunk_sizes: ChunkSizes,
-) -> Engines:
-    """The engines of a model's components.
-
-    Args:
-      config: of the whole model.
-      models: the Linen modules, by name: thinker, and where it speaks talker and token2wav.
-      params: of each.
-      mesh: over which the parameters are sharded.
-      chunk_sizes: how much a call computes.
-    """
-    speaks = "talker" in models
-    thinker_engine = ThinkerEngine(
-        models["thinker"],
-        params["thinker"],
-        mesh=mesh,
-        # one program for both: a call stops at the number that it is given
-        tokens_per_call=max(chunk_sizes.tokens, chunk_sizes.first_tokens),
-        collect_talker_inputs=speaks,
-    )
-    talker_engine = None
-    if speaks:
-        talker_engine = TalkerEngine(
-            models["talker"],
-            params["talker"],
-            config,
-            thinker_engine.embed_tokens,
-            mesh=mesh,
-            codes_per_call=chunk_sizes.codes,
-            # at least what the Thinker decodes in a call, or the Talker would fall behind
-            append_width=max(APPEND_WIDTH, thinker_engine.tokens_per_call),
-        )
-    token2wav_engine = None
-    if "token2wav" in models:
-        token2wav_engine = Token2WavEngine(models["token2wav"], params["token2wav"], mesh)
-    # slots are sharded over these two axes, which must divide them
-    slot_multiple = 1 if mesh is None else batch_shards(mesh)
-    return Engines(config, chunk_sizes, thinker_engine, talker_engine, token2wav_engine, slot_multiple)
-
-
-def _make_model(config: OmniConfig, component: str, dtype: Any, scan_layers: bool) -> Any:
-    if component == "thinker":
-        return thinker.Thinker(config.thinker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
-    if component == "talker":
-        return talker.Talker(config.talker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
-    # always float32, its default: errors add up over the evaluations of the flow (docs/reference.md, 10)
-    return token2wav.Token2Wav(config.token2wav_config, scan_layers, token2wav.device_precision())
-
-
-def _abstract_params(model: Any) -> Any:
-    if isinstance(model, thinker.Thinker):
-        return thinker.abstract_params(model)
-    return talker.abstract_params(model) if isinstance(model, talker.Talker) else token2wav.abstract_params(model)
 
 
 class OmniModel:

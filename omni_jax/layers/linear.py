@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,10 +13,14 @@ from jaxtyping import Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.layers.params import param
+from omni_jax.layers.quantized import QuantizedKernel, multiply_quantized
 
 
 class Linear(nn.Module):
-    """Contracts the last ``len(inputs)`` axes of its argument with a kernel of shape ``inputs + outputs``."""
+    """Contracts the last ``len(inputs)`` axes of its argument with a kernel of shape ``inputs + outputs``.
+
+    The kernel may be a ``QuantizedKernel``.
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -29,11 +34,14 @@ class Linear(nn.Module):
         n = len(self.inputs)
         # by the number of inputs, so that outputs are about as large as inputs
         std = 1.0 / math.sqrt(math.prod(self.inputs))
-        kernel = param(self, "kernel", nn.initializers.normal(std), self.inputs + self.outputs, self.axes)
-        # the last axes of x are contracted with the first ones of the kernel; there are no batch axes
-        contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        # parameters are cast where they are used: they may be kept in another dtype
-        y = jax.lax.dot_general(jnp.asarray(x, self.dtype), kernel.astype(self.dtype), (contracted, ((), ())))
+        kernel: Any = param(self, "kernel", nn.initializers.normal(std), self.inputs + self.outputs, self.axes)
+        if isinstance(kernel, QuantizedKernel):
+            y = multiply_quantized(jnp.asarray(x), kernel, n, self.dtype)
+        else:
+            # the last axes of x are contracted with the first ones of the kernel; there are no batch axes
+            contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+            # parameters are cast where they are used: they may be kept in another dtype
+            y = jax.lax.dot_general(jnp.asarray(x, self.dtype), kernel.astype(self.dtype), (contracted, ((), ())))
         if self.use_bias:
             y += param(self, "bias", nn.initializers.zeros, self.outputs, self.axes[n:]).astype(self.dtype)
         return y

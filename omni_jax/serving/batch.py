@@ -118,6 +118,7 @@ def make_spec(command: BatchCommand) -> WorkerSpec:
         locations=FileLocations(base_dir, command.media_root or base_dir, command.audio_dir),
         scheduler=SchedulerConfig(command.slots, command.slots, BLOCK_SIZES),
         dtype=command.dtype,
+        quantization=command.quantization,
         mesh=command.mesh,
         media_processes=command.workers,
         media_limits=command.media,

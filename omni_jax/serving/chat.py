@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omni_jax.checks import printable
+from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.engine.outputs import Event, Reply, Timings
 from omni_jax.errors import InputError
 from omni_jax.generation.model import load
@@ -55,6 +56,7 @@ def run_chat(command: ChatCommand) -> None:
             allow_web=command.allow_web,
             allow_buckets=command.allow_buckets,
             isolate_media=command.isolate_media,
+            quantization=command.quantization,
         )
     load_seconds = time.perf_counter() - start_time
     # the spinner turns until the first text, which would be written into its line
@@ -177,6 +179,8 @@ def _print_figures(terminal: Console, answer: _Answer, load_seconds: float, soun
     if firsts:
         lines.append(f"first {', '.join(firsts)}")
     lines.append("all but load and prepare include compiling for these lengths")
+    if (kept := keep_compiled_programs()) is not None:
+        lines.append(f"compiled programs are kept in {printable(kept)}")
     # long lines are for the terminal to wrap, so that they can be copied as one
     for line in lines:
         terminal.print(line, highlight=False, soft_wrap=True)

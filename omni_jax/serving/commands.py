@@ -83,6 +83,8 @@ class ChatCommand:
     """Decode media in a process of its own, each within two minutes and 8 GiB; without it, in this one."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What to compute in; without it, what the checkpoint holds."""
+    quantization: Literal["int8", "int4"] | None = None
+    """Keep the linear maps of the language models in 8 bits, or those of the Thinker's layers in 4."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class BatchCommand:
     """Devices to spread the model over, for instance --mesh.tensor 4; by default it lies on one."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What to compute in; without it, what the checkpoint holds."""
+    quantization: Literal["int8", "int4"] | None = None
+    """Keep the linear maps of the language models in 8 bits, or those of the Thinker's layers in 4."""
     warmup_tokens: int = 2048
     """Compile at first for prompts with replies of so many tokens; for longer ones when they come. 0: for none."""
     warmup_windows: int = 32

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-# all-gathers of parameters run beside computing; without these, v5p and v6e wait for each
 COMPILER_OPTIONS: dict[str, str] = {
+    # the products of the MLPs get tiles that keep the matrix units busy; by default a fusion may hold 16 MiB
+    "xla_tpu_scoped_vmem_limit_kib": "65536",
+    # all-gathers of parameters run beside computing; without these, v5p and v6e wait for each
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",

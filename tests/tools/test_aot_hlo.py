@@ -7,7 +7,8 @@ import pytest
 from tools.aot_hlo import Program, arrays
 
 # a loop of seven rounds around a fusion that writes one row of a cache in place and reads it all; an asynchronous
-# all-gather that stands in the text twice, a synchronous one, and a Pallas call
+# all-gather that stands in the text twice, a synchronous one, and a Pallas call; the row is read through a fusion that
+# only takes its operand's memory for an array of other tiles
 TEXT = """HloModule step, entry_computation_layout={(f32[8,128]{1,0})->f32[8,128]{1,0}}
 
 %fused_update (param_0: f32[100,128], param_1: f32[1,128], param_2: s32[]) -> f32[100,128] {
@@ -17,10 +18,16 @@ TEXT = """HloModule step, entry_computation_layout={(f32[8,128]{1,0})->f32[8,128
   ROOT %update = f32[100,128]{1,0} dynamic-update-slice(%param_0, %param_1, %param_2, %param_2)
 }
 
+%fused_view (input: f32[100,128]) -> f32[100,128] {
+  %input = f32[100,128]{1,0:T(32,128)} parameter(0)
+  ROOT %tiled = f32[100,128]{1,0:T(8,128)} copy(%input)
+}
+
 %fused_slice (param_0.1: f32[100,128], param_1.1: s32[]) -> f32[1,128] {
   %param_0.1 = f32[100,128]{1,0} parameter(0)
   %param_1.1 = s32[] parameter(1)
-  ROOT %slice = f32[1,128]{1,0} dynamic-slice(%param_0.1, %param_1.1, %param_1.1), dynamic_slice_sizes={1,128}
+  %view = f32[100,128]{1,0} fusion(%param_0.1), output_to_operand_aliasing={{}: (0, {})}, calls=%fused_view
+  ROOT %slice = f32[1,128]{1,0} dynamic-slice(%view, %param_1.1, %param_1.1), dynamic_slice_sizes={1,128}
 }
 
 %sum (a: f32[], b: f32[]) -> f32[] {

@@ -1,0 +1,146 @@
+"""The components of a checkpoint as engines: which there are, their modules, and their parameters on the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from omni_jax.checkpoint import store
+from omni_jax.config import OmniConfig
+from omni_jax.engine.prefill import Engines
+from omni_jax.engine.request import ChunkSizes
+from omni_jax.engine.talker_engine import APPEND_WIDTH, TalkerEngine
+from omni_jax.engine.thinker_engine import ThinkerEngine
+from omni_jax.engine.token2wav_engine import Token2WavEngine
+from omni_jax.errors import CheckpointError
+from omni_jax.generation.quantization import Quantization, quantize_params
+from omni_jax.layers.stack import unstack_layers
+from omni_jax.models import talker, thinker, token2wav
+from omni_jax.sharding import batch_shards, param_shardings
+
+
+def choose_components(folder: Path, components: Sequence[str] | None) -> tuple[str, ...]:
+    """The components to load: those that are asked for, or all that the checkpoint has.
+
+    Raises:
+      CheckpointError: if the Thinker is not among them.
+    """
+    stored = store.components(folder)
+    wanted = tuple(stored if components is None else components)
+    if "thinker" not in wanted or "thinker" not in stored:
+        raise CheckpointError(
+            f"{folder} has {', '.join(stored)}, and {', '.join(wanted)} was asked for; nothing goes without thinker"
+        )
+    return wanted
+
+
+def load_engines(
+    folder: Path,
+    config: OmniConfig,
+    wanted: Sequence[str],
+    dtype: str | None,
+    mesh: Mesh | None,
+    chunk_sizes: ChunkSizes,
+    quantization: Quantization | None,
+) -> Engines:
+    """Reads the parameters of components.
+
+    Args:
+      folder: the checkpoint.
+      config: of it.
+      wanted: from ``choose_components``.
+      dtype, mesh, quantization: as of ``omni_jax.load``.
+      chunk_sizes: how much a call computes.
+
+    Raises:
+      CheckpointError: if something of them is missing or damaged.
+      ConfigError: if the mesh does not divide a parameter.
+    """
+    # of several dtypes in the checkpoint the one that holds them all
+    compute_dtype = jnp.dtype(dtype or jnp.result_type(*store.components(folder)["thinker"]))
+    # slices of stacked layers are copies on a CPU; see omni_jax/layers/stack.py
+    scan_layers = mesh is not None or jax.default_backend() != "cpu"
+    # stacked, as they are stored and quantised
+    stacked = {name: _make_model(config, name, compute_dtype, True) for name in wanted}
+    shardings = None
+    if mesh is not None:
+        # each host reads only what its devices hold
+        shardings = {name: param_shardings(_abstract_params(model), mesh) for name, model in stacked.items()}
+    elif quantization is not None:
+        # the device may have no room for them before they are quantised
+        shardings = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    params = store.load(folder, wanted, dtype=compute_dtype, shardings=shardings)
+    if quantization is not None:
+        for name, model in stacked.items():
+            params[name] = quantize_params(name, model, params[name], quantization)
+        if mesh is None:
+            params = jax.device_put(params, jax.local_devices()[0])
+    if not scan_layers:
+        params = unstack_layers(params)
+    models = {name: _make_model(config, name, compute_dtype, scan_layers) for name in wanted}
+    return make_engines(config, models, params, mesh, chunk_sizes)
+
+
+def make_engines(
+    config: OmniConfig,
+    models: Mapping[str, Any],
+    params: Mapping[str, Any],
+    mesh: Mesh | None,
+    chunk_sizes: ChunkSizes,
+) -> Engines:
+    """The engines of a model's components.
+
+    Args:
+      config: of the whole model.
+      models: the Linen modules, by name: thinker, and where it speaks talker and token2wav.
+      params: of each.
+      mesh: over which the parameters are sharded.
+      chunk_sizes: how much a call computes.
+    """
+    speaks = "talker" in models
+    thinker_engine = ThinkerEngine(
+        models["thinker"],
+        params["thinker"],
+        mesh=mesh,
+        # one program for both: a call stops at the number that it is given
+        tokens_per_call=max(chunk_sizes.tokens, chunk_sizes.first_tokens),
+        collect_talker_inputs=speaks,
+    )
+    talker_engine = None
+    if speaks:
+        talker_engine = TalkerEngine(
+            models["talker"],
+            params["talker"],
+            config,
+            thinker_engine.embed_tokens,
+            mesh=mesh,
+            codes_per_call=chunk_sizes.codes,
+            # at least what the Thinker decodes in a call, or the Talker would fall behind
+            append_width=max(APPEND_WIDTH, thinker_engine.tokens_per_call),
+        )
+    token2wav_engine = None
+    if "token2wav" in models:
+        token2wav_engine = Token2WavEngine(models["token2wav"], params["token2wav"], mesh)
+    # slots are sharded over these two axes, which must divide them
+    slot_multiple = 1 if mesh is None else batch_shards(mesh)
+    return Engines(config, chunk_sizes, thinker_engine, talker_engine, token2wav_engine, slot_multiple)
+
+
+def _make_model(config: OmniConfig, component: str, dtype: Any, scan_layers: bool) -> Any:
+    if component == "thinker":
+        return thinker.Thinker(config.thinker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
+    if component == "talker":
+        return talker.Talker(config.talker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
+    # always float32, its default: errors add up over the evaluations of the flow (docs/reference.md, 10)
+    return token2wav.Token2Wav(config.token2wav_config, scan_layers, token2wav.device_precision())
+
+
+def _abstract_params(model: Any) -> Any:
+    if isinstance(model, thinker.Thinker):
+        return thinker.abstract_params(model)
+    return talker.abstract_params(model) if isinstance(model, talker.Talker) else token2wav.abstract_params(model)

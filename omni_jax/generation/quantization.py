@@ -1,0 +1,120 @@
+"""Which parts of a model are served in 8 or 4 bits, and their parameters made of those of a checkpoint.
+
+int8: every linear map of Thinker and Talker. int4: the same, and the layers of the Thinker's decoder in 4 bits.
+Embeddings, norms and convolutions keep their dtype, and so does all of Token2Wav, whose errors add up over the
+evaluations of the flow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+
+from omni_jax.errors import InputError
+from omni_jax.layers.linear import Linear
+from omni_jax.layers.quantized import Bits, QuantizedKernel, quantize_kernel
+from omni_jax.models import talker, thinker
+
+Quantization: TypeAlias = Literal["int8", "int4"]
+Path: TypeAlias = tuple[str, ...]
+QUANTIZATIONS = ("int8", "int4")
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Raises InputError for one that there is not."""
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise InputError(f"quantization is {quantization!r}; there are {' and '.join(QUANTIZATIONS)}")
+
+
+def choose_bits(component: str, path: Path, quantization: Quantization) -> Bits:
+    """Of a linear map of Thinker or Talker, by its path."""
+    is_decoder_layer = component == "thinker" and path[0] == "decoder" and "layers" in path
+    return 4 if quantization == "int4" and is_decoder_layer else 8
+
+
+def quantize_params(component: str, model: Any, params: Mapping[str, Any], quantization: Quantization) -> Any:
+    """A component's parameters with the kernels of its linear maps quantised.
+
+    Args:
+      component: its name.
+      model: the component, with scanned layers.
+      params: arrays, or abstract ones. Where they lie over a mesh, what is made of them does too.
+      quantization: which.
+    """
+    if component == "token2wav":
+        return params
+    return quantize_linear_maps(model, params, lambda path: choose_bits(component, path, quantization))
+
+
+def quantize_linear_maps(
+    model: thinker.Thinker | talker.Talker, params: Mapping[str, Any], choose: Callable[[Path], Bits | None]
+) -> Any:
+    """``params`` with the kernels of linear maps in as many bits as ``choose`` says of each path; None leaves one."""
+    flat = flatten_dict(params)
+    for path, num_inputs in find_linear_maps(model).items():
+        bits = choose(path)
+        name = (*path, "kernel")
+        if bits is not None and name in flat:
+            flat[name] = _quantize_leaf(flat[name], num_inputs, bits, is_stacked="layers" in path)
+    return unflatten_dict(flat)
+
+
+def find_linear_maps(model: thinker.Thinker | talker.Talker) -> dict[Path, int]:
+    """Path of each linear map of a Thinker or a Talker, and how many axes of its kernel are inputs."""
+    found: dict[Path, int] = {}
+
+    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, Linear) and context.method_name == "__call__":
+            found[tuple(context.module.path)] = len(context.module.inputs)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        # making the abstract parameters calls every module once
+        if isinstance(model, thinker.Thinker):
+            thinker.abstract_params(model)
+        else:
+            talker.abstract_params(model)
+    return found
+
+
+def _quantize_leaf(kernel: Any, num_inputs: int, bits: Bits, *, is_stacked: bool) -> Any:
+    def quantize(kernel: jax.Array) -> QuantizedKernel:
+        if not is_stacked:
+            return quantize_kernel(kernel, num_inputs, bits)
+        # layer by layer, so that no more than one is held in float32
+        return jax.lax.map(lambda layer: quantize_kernel(layer, num_inputs, bits), kernel)
+
+    made = jax.eval_shape(quantize, kernel)
+    sharding = getattr(kernel, "sharding", None)
+    shardings = None
+    if isinstance(sharding, NamedSharding):
+        shardings = _place_quantized(made, sharding, num_inputs, is_stacked=is_stacked)
+    if not isinstance(kernel, jax.ShapeDtypeStruct):
+        return jax.jit(quantize, out_shardings=shardings)(kernel)
+    if shardings is None:
+        return made
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), made, shardings)
+
+
+def _place_quantized(made: QuantizedKernel, sharding: NamedSharding, num_inputs: int, *, is_stacked: bool) -> Any:
+    """The values lie where the kernel's did; scales where the outputs, and groups of inputs, lie."""
+    spec = [*sharding.spec, *[None] * (made.values.ndim - len(sharding.spec))]
+    leading = spec[:1] if is_stacked else []
+    inputs = spec[len(leading) : len(leading) + num_inputs]
+    outputs = spec[len(leading) + num_inputs :]
+    groups = made.scale.shape[len(leading)]
+    axes = inputs[0]
+    names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    num_parts = 1
+    for name in names:
+        num_parts *= sharding.mesh.shape[name]
+    # a single group, or groups that the mesh does not divide, lie in full on every device
+    of_groups = axes if groups % num_parts == 0 and groups > 1 else None
+    scale = PartitionSpec(*leading, of_groups, *outputs)
+    return dataclasses.replace(made, values=sharding, scale=NamedSharding(sharding.mesh, scale))

@@ -1,0 +1,133 @@
+"""Kernels in 8 and 4 bits: what they stand for, where they are used, and replies of a model that has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import omni_jax
+from omni_jax.config import OmniConfig, ThinkerConfig
+from omni_jax.errors import InputError
+from omni_jax.generation.quantization import choose_bits, find_linear_maps, quantize_params
+from omni_jax.layers.linear import Linear
+from omni_jax.layers.quantized import GROUP, QuantizedKernel, multiply_quantized, quantize_kernel
+from omni_jax.models.talker import Talker
+from omni_jax.models.thinker import Thinker, abstract_params
+from omni_jax.sharding import make_mesh, param_shardings
+
+MAX_ERROR = {8: 0.5 / 127, 4: 0.5 / 7}  # of a weight, over the largest of its output: half of a step
+
+
+def random_kernel(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def dequantize(kernel: QuantizedKernel) -> np.ndarray:
+    values, scale = np.asarray(kernel.values, np.float32), np.asarray(kernel.scale)
+    grouped = values.reshape(len(scale), -1, *scale.shape[1:])
+    return (grouped * scale[:, None]).reshape(values.shape)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("shape", "num_inputs"), [((256, 3, 5), 1), ((2, 128, 7), 2), ((384, 11), 1)])
+def test_a_weight_is_within_half_a_step(bits: int, shape: tuple[int, ...], num_inputs: int) -> None:
+    kernel = random_kernel(*shape)
+    kernel[..., 0] = 0  # an output without weights
+    quantized = quantize_kernel(kernel, num_inputs, bits)
+    assert quantized.values.shape == shape and quantized.values.dtype == (jnp.int8 if bits == 8 else jnp.int4)
+    assert quantized.scale.shape[1:] == shape[num_inputs:]
+    assert len(quantized.scale) == (1 if bits == 8 else np.prod(shape[:num_inputs]) // GROUP)
+    error = np.abs(dequantize(quantized) - kernel)
+    largest = np.abs(kernel).max(axis=tuple(range(num_inputs)))
+    assert (error <= 1.001 * MAX_ERROR[bits] * largest).all()
+    assert error.max() > 0
+
+
+def test_four_bits_need_whole_groups() -> None:
+    assert quantize_kernel(random_kernel(100, 4), 1, 4).values.dtype == jnp.int8
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 63, 65])  # few are multiplied in another way than many
+def test_products_are_those_of_the_widened_kernel(bits: int, rows: int) -> None:
+    kernel = quantize_kernel(random_kernel(2, 128, 3, 5), 2, bits)
+    x = np.random.default_rng(1).standard_normal((rows, 2, 128), np.float32)
+    expected = np.einsum("rab,abcd->rcd", x.astype(np.float64), dequantize(kernel))
+    found = multiply_quantized(jnp.asarray(x), kernel, 2, jnp.float32)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_linear_map_takes_such_a_kernel() -> None:
+    linear = Linear((2, 64), (3,), ("heads", "head_dim", "embed"))
+    kernel, bias = quantize_kernel(random_kernel(2, 64, 3), 2, 8), random_kernel(3)
+    x = random_kernel(5, 2, 64)
+    found = linear.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    np.testing.assert_allclose(found, np.einsum("rab,abc->rc", x, dequantize(kernel)) + bias, atol=1e-4)
+
+
+def test_every_linear_map_is_found() -> None:
+    """Those of the encoders, of the adapters, of all layers, and both heads."""
+    thinker, talker = (
+        {"/".join(path) for path in find_linear_maps(model)}
+        for model in (Thinker(ThinkerConfig.tiny()), Talker(OmniConfig.tiny().talker_config))
+    )
+    assert {"decoder/head", "decoder/layers/attention/out", "decoder/layers/mlp/down"} <= thinker
+    assert {"vision_encoder/patch_embed", "vision_encoder/merger/up", "audio_encoder/proj"} <= thinker
+    assert {"decoder/head", "decoder/layers/mlp/gate", "proj"} <= talker
+    assert choose_bits("thinker", ("decoder", "layers", "mlp", "down"), "int4") == 4
+    assert choose_bits("thinker", ("decoder", "head"), "int4") == 8
+    assert choose_bits("talker", ("decoder", "layers", "mlp", "down"), "int4") == 8
+
+
+def test_scales_lie_where_their_outputs_lie() -> None:
+    """Of abstract parameters over a mesh; groups of inputs that are spread are spread too."""
+    config = OmniConfig.qwen2_5_omni_7b().thinker_config
+    model = Thinker(config)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    boxed = abstract_params(model)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        param_shardings(boxed, mesh),
+    )
+    flat = flatten_dict(quantize_params("thinker", model, placed, "int4"))
+    down, up = (flat["decoder", "layers", "mlp", name, "kernel"] for name in ("down", "up"))
+    assert down.values.dtype == jnp.int4 and down.scale.shape == (28, 18_944 // GROUP, 3584)
+    assert tuple(down.scale.sharding.spec) == tuple(down.values.sharding.spec) == (None, "tensor", "fsdp")
+    assert tuple(up.scale.sharding.spec) == (None, "fsdp", "tensor")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_quantised_model_answers_as_its_widened_kernels_would(tiny_model: Path, quantization: str) -> None:
+    """Text and speech, alone and in a batch."""
+    model = omni_jax.load(tiny_model, quantization=quantization)
+    kernels = [
+        leaf for leaf in flatten_dict(model.engines.thinker.params).values() if isinstance(leaf, QuantizedKernel)
+    ]
+    assert len(kernels) > 10
+    messages = [{"role": "user", "content": "What is the time?"}]
+    spoken = dict(modalities=("text", "audio"), max_tokens=6, talker=dict(max_tokens=8, temperature=0.0))
+    reply = model.generate(messages, **spoken)
+    assert reply.token_ids and len(reply.codec_ids) == 8 and reply.audio is not None
+    assert model.generate_batch([messages, messages], batch_size=2, **spoken) == [reply, reply]
+    # the same numbers in float32
+    plain = omni_jax.load(tiny_model)
+    for engine, of in ((plain.engines.thinker, model.engines.thinker), (plain.engines.talker, model.engines.talker)):
+        engine.params = jax.tree.map(
+            lambda leaf: jnp.asarray(dequantize(leaf)) if isinstance(leaf, QuantizedKernel) else leaf,
+            of.params,
+            is_leaf=lambda leaf: isinstance(leaf, QuantizedKernel),
+        )
+    expected = plain.generate(messages, **spoken)
+    assert (expected.token_ids, expected.codec_ids) == (reply.token_ids, reply.codec_ids)
+
+
+def test_another_quantisation_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="quantization is 'int3'; there are int8 and int4"):
+        omni_jax.load(tiny_model, quantization="int3")
