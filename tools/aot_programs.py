@@ -32,6 +32,7 @@ from omni_jax.engine.token2wav_engine import (
 )
 from omni_jax.engine.token2wav_lists import ListRequest, fill_lists, solve_blocks
 from omni_jax.engine.token2wav_streaming import CodeChunk, solve_chunk, vocode_chunk, vocode_first_chunk
+from omni_jax.generation.lane_padding import widen_config
 from omni_jax.generation.quantization import Quantization, quantize_params
 from omni_jax.layers.streaming import Block
 from omni_jax.models import talker, thinker, token2wav
@@ -272,7 +273,9 @@ PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
 def _abstract_thinker(
     config: OmniConfig, mesh: Mesh, quantization: Quantization | None = None
 ) -> tuple[thinker.Thinker, Any]:
-    model = thinker.Thinker(config.thinker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    # as it is loaded for a TPU
+    thinker_config = widen_config(config, mesh.shape["tensor"]).thinker_config
+    model = thinker.Thinker(thinker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     params = _place_params(thinker.abstract_params(model), mesh)
     return model, params if quantization is None else quantize_params("thinker", model, params, quantization)
 

@@ -3,7 +3,8 @@
     python tools/first_packet_error.py
 
 The vocoder with its published sizes and random weights makes the samples of 24 frames alone, as for a first packet of
-24 codes, and those of a longer row. With random weights a sample depends on what is near it more than with trained ones.
+24 codes, and those of a longer row. With random weights a sample depends more on what is near it than
+with trained ones.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -18,6 +19,7 @@ from omni_jax.engine.talker_engine import APPEND_WIDTH, TalkerEngine
 from omni_jax.engine.thinker_engine import ThinkerEngine
 from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.errors import CheckpointError
+from omni_jax.generation.lane_padding import pad_params, widen_config
 from omni_jax.generation.quantization import Quantization, quantize_params
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker, thinker, token2wav
@@ -75,6 +77,10 @@ def load_engines(
         # the device may have no room for them before they are quantised
         shardings = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     params = store.load(folder, wanted, dtype=compute_dtype, shardings=shardings)
+    if jax.default_backend() == "tpu":
+        config = widen_config(config, 1 if mesh is None else mesh.shape["tensor"])
+        stacked = {name: _make_model(config, name, compute_dtype, True) for name in wanted}
+        params["thinker"] = pad_params(params["thinker"], _wider_params(stacked["thinker"], mesh))
     if quantization is not None:
         for name, model in stacked.items():
             params[name] = quantize_params(name, model, params[name], quantization)
@@ -84,6 +90,17 @@ def load_engines(
         params = unstack_layers(params)
     models = {name: _make_model(config, name, compute_dtype, scan_layers) for name in wanted}
     return make_engines(config, models, params, mesh, chunk_sizes)
+
+
+def _wider_params(model: thinker.Thinker, mesh: Mesh | None) -> Any:
+    boxed = thinker.abstract_params(model)
+    if mesh is None:
+        return nn.unbox(boxed)
+
+    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, nn.unbox(boxed), param_shardings(boxed, mesh))
 
 
 def make_engines(
