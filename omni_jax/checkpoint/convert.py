@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 from omni_jax.checkpoint import pytorch, store, voices
 from omni_jax.checkpoint.model_files import CONSTANTS_FILE, copy_published_files, side_files
 from omni_jax.checkpoint.name_map import Entry, make_name_table, optional_constants
+from omni_jax.checkpoint.packed_linear import CONFIG_KEY, find_packing, widen_packed
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, write_file
 from omni_jax.config import OmniConfig, ThinkerConfig
 from omni_jax.config_file import CONFIG_FILE, read_config_file
@@ -63,7 +65,8 @@ def to_jax(
     """Converts a Hugging Face folder. Everything is checked before the first tensor is read.
 
     Args:
-      source: the folder of a whole model, or of a Thinker that was saved alone; written by transformers 4 or 5.
+      source: the folder of a whole model, or of a Thinker that was saved alone; written by transformers 4 or 5. Weights
+        that AWQ or GPTQ packed in 4 bits are widened.
       target: a path where nothing is yet.
       components: which of thinker, talker and token2wav; all that the files hold if None.
       dtype: what the Thinker and the Talker are cast to; Token2Wav, which needs float32, keeps the file's.
@@ -78,10 +81,13 @@ def to_jax(
     store.refuse_existing(target)
     side_files(source)
     config_values = read_config_file(source)
+    packing = find_packing(config_values)
+    config_values = {name: value for name, value in config_values.items() if name != CONFIG_KEY}
     config = OmniConfig.from_dict(config_values, str(source / CONFIG_FILE))
     is_thinker_alone = config_values.get("model_type") == ThinkerConfig.MODEL_TYPE
     # a Thinker saved alone has names without "thinker." in transformers 4, and with it in some folders of 5
     tensors = pytorch.read_headers(source, "thinker" if is_thinker_alone else None)
+    tensors = widen_packed(tensors, packing)
     found = pytorch.check_tensors(source, tensors, config, components)
     # text alone needs no voice, so a folder without them can be converted for it
     speakers = _read_voices(source, config) if {"talker", "token2wav"} & set(found) else {}
@@ -93,6 +99,9 @@ def to_jax(
 
     def write_beside(folder: Path) -> None:
         copy_published_files(source, folder)
+        if packing is not None:
+            # what is written is not packed
+            (folder / CONFIG_FILE).write_text(json.dumps(config_values, indent=2) + "\n", encoding="utf-8")
         if speakers:
             # the published file too: it goes back to PyTorch byte by byte, where the voices are still the same
             copy_file(source / voices.PUBLISHED_FILE, folder / voices.PUBLISHED_FILE)

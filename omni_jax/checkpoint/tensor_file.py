@@ -23,6 +23,8 @@ from omni_jax.plain_files import create_file, resolve_file
 
 # the format's names of dtypes; it has more, in which no tensor of this model is
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+# of the parts of packed weights alone (``packed_linear``)
+_DTYPES["I32"] = np.dtype(np.int32)
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 2**24  # the published 7B has 400,000 in its largest
 _MAX_AXES = 8
