@@ -1,7 +1,7 @@
 """Linear maps in 4 bits, as AWQ and GPTQ folders hold them: widened when they are read.
 
-Such a folder has in place of ``NAME.weight``: whole numbers, packed eight to an int32 (``NAME.qweight``); a zero
-point and a scale for each output and each group of inputs (``NAME.qzeros``, ``NAME.scales``); maybe the group of each input
+Such a folder has in place of ``NAME.weight``: whole numbers, packed eight to an int32 (``NAME.qweight``); a zero point
+and a scale for each output and each group of inputs (``NAME.qzeros``, ``NAME.scales``); maybe the group of each input
 (``NAME.g_idx``). A weight is (number - zero point) * scale. What is packed together:
 
 ====  ====================  =====================  ==========================================
