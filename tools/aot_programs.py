@@ -21,7 +21,14 @@ from omni_jax.engine.sampling import init_sampling_state, sample
 from omni_jax.engine.talker_engine import TalkerEngine
 from omni_jax.engine.talker_programs import NO_SLOT, TextCounters, decode_codes, suppressed_codes
 from omni_jax.engine.thinker_engine import ThinkerEngine
-from omni_jax.engine.thinker_programs import ThinkerPrefix, ThinkerState, decode_text, prefill_chunk
+from omni_jax.engine.thinker_programs import (
+    BlockPlaces,
+    ThinkerPrefix,
+    ThinkerState,
+    decode_text,
+    prefill_blocks,
+    prefill_chunk,
+)
 from omni_jax.engine.token2wav_engine import (
     MIN_CLIP_FRAMES,
     MIN_VOICES,
@@ -41,7 +48,7 @@ from omni_jax.models.bigvgan_streaming import StreamedBigVGAN, reach
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import CarriedDiT, Speaker
-from omni_jax.processing.prefill_plan import AUDIO_BLOCKS, VISION_WINDOWS, WIDE_CHUNK
+from omni_jax.processing.prefill_plan import AUDIO_BLOCKS, BLOCK_WIDTH, CALL_BLOCKS, VISION_WINDOWS, WIDE_CHUNK
 from omni_jax.sharding import RULES, batch_shards, param_shardings
 
 EARLY_LOOK_AHEAD = 10  # mel frames, of a first packet that looks ahead less
@@ -134,6 +141,23 @@ def thinker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     rest = _place_abstract((spans, ids == 0, x, ids == 0), mesh)
     program = Program(prefill_chunk, (params, prefix, *rest), (model,))
     return _with_floor(program, params["decoder"]["layers"], prefix.context.cache)
+
+
+def thinker_blocks(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """A call's blocks of the prompts of a batch, right into slots."""
+    model, params = _abstract_thinker(config, mesh, shapes.quantization)
+    state: ThinkerState = jax.eval_shape(lambda: _thinker_engine(model, params).init_state(shapes.batch, shapes.cache))
+    state = _place_abstract(state, mesh)
+    ids, spans = _chunk(dataclasses.replace(shapes, batch=CALL_BLOCKS[-1], tokens=BLOCK_WIDTH))
+    x = jax.ShapeDtypeStruct((*ids.shape, config.thinker_config.text_config.hidden_size), model.dtype)  # [R, C, D]
+    none = np.zeros(len(ids), np.int32)
+    is_new = np.zeros(shapes.batch, bool)
+    rest = _place_abstract((BlockPlaces(none, none), spans, ids == 0, x, ids == 0, is_new), mesh)
+    program = Program(prefill_blocks, (params, state, *rest), (model,))
+    # of the cache only the slots of the blocks are read
+    read = dataclasses.replace(program, floor=sum(map(on_chip, jax.tree.leaves(params["decoder"]["layers"]))))
+    cache = [on_chip(array) for array in jax.tree.leaves((state.context.cache.k, state.context.cache.v))]
+    return dataclasses.replace(read, shard=max(cache))
 
 
 def talker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
@@ -257,6 +281,7 @@ PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
     "vision-encoder": vision_encoder,
     "thinker-prefill": thinker_prefill,
     "thinker-decode": thinker_decode,
+    "thinker-blocks": thinker_blocks,
     "talker-prefill": talker_prefill,
     "talker-decode": talker_decode,
     "sampler": sampler,

@@ -50,6 +50,7 @@ SERVING = (
     ServingProgram("vision encoder, 32 windows", "vision-encoder", _ONE),
     ServingProgram("Thinker, prefill of 64 tokens, 1 row", "thinker-prefill", dataclasses.replace(_ONE, tokens=64)),
     ServingProgram("Thinker, prefill of 256 tokens, 1 row", "thinker-prefill", _ONE),
+    ServingProgram("Thinker, 8 blocks of 32 tokens into 32 slots", "thinker-blocks", _MANY),
     ServingProgram("Thinker, a token, 1 row", "thinker-decode", _ONE),
     ServingProgram("Thinker, a token, 32 rows", "thinker-decode", _MANY),
     ServingProgram("Talker, prefill of 64 tokens, 1 row", "talker-prefill", dataclasses.replace(_ONE, tokens=64)),
@@ -61,6 +62,7 @@ SERVING = (
     ServingProgram("DiT, chunk of 2 blocks, 1 row", "dit-block", _ONE),
     ServingProgram("DiT, list of 64 blocks", "dit-list", dataclasses.replace(_ONE, blocks=64)),
     ServingProgram("DiT, chunk of 2 blocks, 32 rows", "dit-block", _MANY, by_rows=True),
+    ServingProgram("vocoder, first chunk of 1 block, 1 row", "vocoder-first", dataclasses.replace(_ONE, blocks=1)),
     ServingProgram("vocoder, chunk of 2 blocks, 1 row", "vocoder-block", _ONE),
     ServingProgram("vocoder, window of 128 frames", "vocoder-windows", _ONE),
 )
