@@ -32,10 +32,14 @@ token2wav_engine.WINDOW_NEW_FRAMES = 32
 
 # files that take minutes go first, so that no worker is left with one of them at the end
 SLOW_FILES = """
-    engine/test_scheduler.py serving/test_batch.py training/test_loop.py training/test_mesh.py test_sharding.py
-    tools/test_aot.py generation/test_stream.py generation/test_warmup.py training/test_restarts.py
-    models/test_token2wav_parity.py benchmarks/test_latency_parity.py benchmarks/test_cases_parity.py
-    benchmarks/test_batch_parity.py test_readme.py serving/test_batch_cases.py models/test_thinker_parity.py
+    training/test_loop.py engine/test_scheduler.py serving/test_batch.py training/test_mesh.py
+    models/test_token2wav_parity.py engine/test_token2wav_streaming.py security/test_isolation.py tools/test_aot.py
+    engine/test_talker_engine_parity.py generation/test_stream.py generation/test_warmup.py data/test_pipeline.py
+    models/test_dit_streaming.py training/test_step.py engine/test_talker_engine.py training/test_dry_run.py
+    security/test_fuzz.py engine/test_thinker_engine_parity.py models/test_thinker_parity.py
+    engine/test_token2wav_engine.py models/test_token2wav.py generation/test_quantization.py engine/test_pace.py
+    models/test_talker_parity.py test_serve.py benchmarks/test_cases_parity.py checkpoint/test_export_parity.py
+    benchmarks/test_latency_parity.py benchmarks/test_batch_parity.py test_readme.py serving/test_batch_cases.py
 """.split()
 
 

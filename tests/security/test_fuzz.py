@@ -15,7 +15,7 @@ from tests.fuzz.trace import Rules, is_public, read_system_calls
 
 @pytest.mark.parametrize("name", list(PLANS))
 def test_a_short_run(name: Name, tmp_path: Path) -> None:
-    count = {"media": 15, "folders": 20}.get(name, 40)
+    count = {"media": 10, "folders": 15}.get(name, 25)
     tally = run_command(name, PLANS[name], Options(name, count=count, processes=1, out=tmp_path))
     assert not tally.complaints, tally.faults
     assert tally.kinds["accepted"] and tally.kinds["refused"] and not list(tmp_path.iterdir())

@@ -173,6 +173,7 @@ def _only_norms(recipe: Recipe):
     return (dataclasses.replace(recipe.phases[0], train=(group,)),)
 
 
+@pytest.mark.long
 def test_old_checkpoints_go(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """Also one that a kill left half removed; what it left half written goes at once."""
     workdir = tmp_path / "run"

@@ -18,7 +18,7 @@ from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
 from omni_jax.training.recipe import Recipe
 from tests.processes import finish, start
 
-STEPS = 6
+STEPS = 4
 MESH = ["--mesh.fsdp", "2", "--mesh.tensor", "2"]
 TOLERANCE = 1e-5  # of a loss: float32 sums that several devices share out are added in another order
 CHANGES = dict(rows=4, streams=4, tokens=256, audio_blocks=2, canvases=1)
@@ -74,7 +74,7 @@ def four_devices(options: list[str], tmp_path_factory: pytest.TempPathFactory) -
 def test_four_devices(one_device: Path, four_devices: Path) -> None:
     expected = losses(one_device)
     assert np.abs(losses(four_devices) - expected).max() < TOLERANCE * np.abs(expected).max()
-    assert expected[-1] < 0.8 * expected[0]  # and the loss falls
+    assert expected[-1] < expected[0]  # and the loss falls
 
 
 @pytest.mark.long
