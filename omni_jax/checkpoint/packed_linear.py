@@ -166,10 +166,11 @@ def _unpack(packed: np.ndarray, packing: Packing, axis: int) -> np.ndarray:
     """The numbers of each int32 side by side along an axis. int32"""
     words = packed.astype(np.int64)  # the highest bits are a number's, and no sign
     order = _AWQ_ORDER if packing.method == "awq" else range(_PER_INT)
-    pieces = [np.zeros(0)] * _PER_INT
+    pieces: dict[int, np.ndarray] = {}
     for place, number in enumerate(order):
         pieces[number] = (words >> (_BITS * place)) & (2**_BITS - 1)
-    stacked = np.stack(pieces, axis=axis + 1)  # [..., words, 8, ...]
+    in_order = [pieces[number] for number in range(_PER_INT)]
+    stacked = np.stack(in_order, axis=axis + 1)  # [..., words, 8, ...]
     shape = list(packed.shape)
     shape[axis] *= _PER_INT
     assert math.prod(shape) == stacked.size

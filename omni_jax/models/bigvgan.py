@@ -5,9 +5,12 @@ sample, as they would if it were alone.
 
 Compilers decide its form. A convolution is a loop over its taps, each one matrix product, and the 18 convolutions of
 the residual blocks of a stage are one loop over kernels that lie one behind the other: compiled for a TPU one by one,
-the 108 convolutions of different shapes take minutes, and some never end. Every SnakeBeta is applied at twice the rate,
-between two fixed 12-tap low-pass filters, which are shifted sums over the two phases (even and odd samples) and never
-convolutions of single channels, for those become slow loops on CPUs and TPUs alike.
+the 108 convolutions of different shapes take minutes, and some never end. On a CPU each is one of its own, which takes
+half the time there.
+
+Every SnakeBeta is applied at twice the rate, between two fixed 12-tap low-pass filters, which are shifted sums over the
+two phases (even and odd samples) and never convolutions of single channels, for those become slow loops on CPUs and
+TPUs alike.
 
 Letters: B rows, T frames or samples at the rate of a stage, C channels, M mel bins, k taps, H convolutions of a stage's
 blocks, K taps of all of them.
@@ -16,6 +19,7 @@ blocks, K taps of all of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -28,9 +32,10 @@ from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.config import BigVGANConfig
-from omni_jax.layers.conv import Conv1D, UpsamplingConv1D, conv_taps, same_padding, upsampling_padding
+from omni_jax.layers.conv import Conv1D, UpsamplingConv1D, conv, conv_taps, same_padding, upsampling_padding
 from omni_jax.layers.params import dtypes, param
 from omni_jax.layers.precision import Precision
+from omni_jax.models.conv_table import make_conv_table
 
 EDGE_KERNEL = 7  # of the first and the last convolution; in no file
 
@@ -65,13 +70,13 @@ class StageWeights:
     Attributes:
       upsample: the transposed convolution.
       activations: before each convolution, [H, C].
-      kernels: of all convolutions, the taps of one behind those of the other.
+      kernels: of all convolutions, the taps of one behind those of the other; or, for a CPU, an array for each.
       biases: of each.
     """
 
     upsample: ConvWeights
     activations: SnakeBetaWeights
-    kernels: Float[jax.Array, "K C C"]
+    kernels: Float[jax.Array, "K C C"] | tuple[Float[jax.Array, "k C C"], ...]
     biases: Float[jax.Array, "H C"]
 
 
@@ -84,6 +89,11 @@ class VocoderWeights:
     activation: SnakeBetaWeights
     conv_out: Float[jax.Array, "k C"]
     precision: Precision = struct.field(pytree_node=False, default="highest")  # of the products with them
+
+    @property
+    def convolve(self) -> Callable[..., jax.Array]:
+        """How convolutions of stride 1 are computed: as such where each has its own kernel, else tap by tap."""
+        return conv if isinstance(self.stages[0].kernels, tuple) else conv_taps
 
 
 @struct.dataclass
@@ -117,6 +127,9 @@ class BigVGAN(nn.Module):
 
     config: BigVGANConfig
     precision: Precision = "highest"
+    # whether every convolution is one of its own. CPUs are twice as fast at these as at loops over taps; a TPU's
+    # compiler takes minutes for them
+    single_convs: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -126,7 +139,8 @@ class BigVGAN(nn.Module):
         channels = c.upsample_initial_channel
         last = channels >> len(c.upsample_rates)
         self.conv_in = Conv1D(c.mel_dim, channels, EDGE_KERNEL, axes=_AXES, **kw)
-        self.stage = [VocoderStage(c, i, **kw) for i in range(len(c.upsample_rates))]
+        stages = range(len(c.upsample_rates))
+        self.stage = [VocoderStage(c, i, single_convs=self.single_convs, **kw) for i in stages]
         self.activation = SnakeBeta(last, **kw)
         self.conv_out = Conv1D(last, 1, EDGE_KERNEL, use_bias=False, axes=_AXES, **kw)
 
@@ -147,6 +161,7 @@ class VocoderStage(nn.Module):
 
     config: BigVGANConfig
     index: int
+    single_convs: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -162,13 +177,14 @@ class VocoderStage(nn.Module):
         halves: list[HalfRound] = []
         for i, kernel in enumerate(c.resblock_kernel_sizes):
             halves += VocoderBlock(channels, kernel, len(c.resblock_dilation_sizes[i]), name=f"block_{i}", **kw)()
+        kernels = [half.conv.kernel for half in halves]
         return StageWeights(
             upsample=ConvWeights(*upsample.weights()),
             activations=SnakeBetaWeights(
                 jnp.stack([half.activation.alpha for half in halves]),
                 jnp.stack([half.activation.beta for half in halves]),
             ),
-            kernels=jnp.concatenate([half.conv.kernel for half in halves]),
+            kernels=tuple(kernels) if self.single_convs else jnp.concatenate(kernels),
             biases=jnp.stack([half.conv.bias for half in halves]),
         )
 
@@ -254,7 +270,7 @@ def apply_input(weights: VocoderWeights, mel: Float[Array, "B T M"], ends: RowEn
     with jax.named_scope("vocoder_input"), jax.default_matmul_precision(weights.precision):
         kernel, bias = weights.conv_in
         scaled = _zero_outside(scale_mel(jnp.asarray(mel, kernel.dtype)), ends)
-        return conv_taps(scaled, kernel, same_padding(EDGE_KERNEL, 1)) + bias
+        return weights.convolve(scaled, kernel, same_padding(EDGE_KERNEL, 1)) + bias
 
 
 def apply_stage(
@@ -266,7 +282,7 @@ def apply_stage(
         kernel, bias = weights.stages[stage].upsample
         padding = upsampling_padding(config.upsample_kernel_sizes[stage], rate)
         # each frame becomes ``rate`` frames, which lie side by side in its channels
-        phases = conv_taps(_zero_outside(x, ends), kernel, padding)  # [B, T, rate * C / 2]
+        phases = weights.convolve(_zero_outside(x, ends), kernel, padding)  # [B, T, rate * C / 2]
         upsampled = phases.reshape(x.shape[0], x.shape[1] * rate, -1) + bias  # [B, T * rate, C / 2]
         return mean_of_blocks(config, weights.stages[stage], upsampled, ends.upsample(rate))
 
@@ -283,50 +299,14 @@ def apply_output(weights: VocoderWeights, x: Float[Array, "B T C"], ends: RowEnd
         return jnp.where(ends.inside, jnp.clip(y, -1.0, 1.0), 0)
 
 
-class ConvTable(NamedTuple):
-    """The convolutions of a stage's blocks, one entry for each, block by block.
-
-    Attributes:
-      num_taps, dilation: of each.
-      first_tap: where its kernel begins among all.
-      before: frames of padding in front.
-      ends_round: whether it is the second of its round.
-      ends_block: whether it is the last of its block.
-    """
-
-    num_taps: np.ndarray
-    dilation: np.ndarray
-    first_tap: np.ndarray
-    before: np.ndarray
-    ends_round: np.ndarray
-    ends_block: np.ndarray
-
-
-def _make_conv_table(config: BigVGANConfig) -> ConvTable:
-    num_taps = []
-    dilation = []
-    before = []
-    ends_block = []
-    for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
-        for i, of_round in enumerate(dilations):
-            # the first convolution of a round is dilated, the second is not
-            for half, of_conv in enumerate((of_round, 1)):
-                num_taps.append(kernel)
-                dilation.append(of_conv)
-                before.append(same_padding(kernel, of_conv)[0])
-                ends_block.append(half == 1 and i + 1 == len(dilations))
-    first_tap = np.cumsum([0, *num_taps[:-1]])
-    ends_round = np.arange(len(num_taps)) % 2 == 1
-    return ConvTable(
-        np.array(num_taps), np.array(dilation), first_tap, np.array(before), ends_round, np.array(ends_block)
-    )
-
-
 def mean_of_blocks(
     config: BigVGANConfig, weights: StageWeights, x: Float[Array, "B T C"], ends: RowEnds
 ) -> Float[jax.Array, "B T C"]:
     """The mean of the outputs of the blocks, each of which takes ``x`` through its rounds."""
-    table = _make_conv_table(config)
+    kernels = weights.kernels
+    if isinstance(kernels, tuple):
+        return _mean_of_single_convs(config, weights, kernels, x, ends)
+    table = make_conv_table(config)
     num_taps, dilation, first_tap, before, ends_round, ends_block = map(jnp.asarray, table)
     num_rows, num_samples, channels = x.shape
     # room for the convolution that reads furthest, rounded to where rows of a TPU's memory begin
@@ -339,7 +319,7 @@ def mean_of_blocks(
         def add_tap(tap: jax.Array, total: jax.Array) -> jax.Array:
             begin = side - before[h] + tap * dilation[h]
             shifted = jax.lax.dynamic_slice_in_dim(padded, begin, num_samples, axis=1)  # [B, T, C]
-            kernel = jax.lax.dynamic_index_in_dim(weights.kernels, first_tap[h] + tap, keepdims=False)  # [C, C]
+            kernel = jax.lax.dynamic_index_in_dim(kernels, first_tap[h] + tap, keepdims=False)  # [C, C]
             product = shifted.reshape(num_rows * num_samples, channels) @ kernel
             return total + product.reshape(y.shape)
 
@@ -359,6 +339,30 @@ def mean_of_blocks(
 
     x = jnp.asarray(x)
     _, _, total = jax.lax.fori_loop(0, len(table.num_taps), apply_half_round, (x, x, jnp.zeros_like(x)))
+    return total / len(config.resblock_kernel_sizes)
+
+
+def _mean_of_single_convs(
+    config: BigVGANConfig,
+    weights: StageWeights,
+    kernels: Sequence[Float[jax.Array, "k C C"]],
+    x: Float[Array, "B T C"],
+    ends: RowEnds,
+) -> Float[jax.Array, "B T C"]:
+    """``mean_of_blocks`` with each convolution written out."""
+    total = jnp.zeros_like(x)
+    h = 0
+    for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
+        y = jnp.asarray(x)
+        for of_round in dilations:
+            z = y
+            for dilation in (of_round, 1):
+                activation = jax.tree.map(lambda a, h=h: a[h], weights.activations)
+                z = filtered_snake_beta(z, ends, activation)
+                z = conv(z, kernels[h], same_padding(kernel, dilation), dilation=dilation) + weights.biases[h]
+                h += 1
+            y = y + z
+        total = total + y
     return total / len(config.resblock_kernel_sizes)
 
 

@@ -49,7 +49,9 @@ def parts(model: Token2Wav) -> tuple[DiT, BigVGAN]:
     """The two networks, each to be called alone with its own part of the parameters: ``dit`` and ``bigvgan``."""
     kw = dtypes(model)
     dit = DiT(model.config.dit_config, scan_layers=model.scan_layers, precision=model.precision, **kw)
-    return dit, BigVGAN(model.config.bigvgan_config, precision=model.precision, **kw)
+    # layers are scanned where compiling is what takes long, and loops over taps are for the same places
+    single_convs = not model.scan_layers
+    return dit, BigVGAN(model.config.bigvgan_config, precision=model.precision, single_convs=single_convs, **kw)
 
 
 def abstract_params(model: Token2Wav) -> Any:

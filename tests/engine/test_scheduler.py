@@ -26,7 +26,7 @@ from omni_jax.generation.options import Options
 from tests.generation.test_stream import GREEDY, QUESTIONS, SPEAK, endless
 
 SLOTS = SchedulerConfig(8, 8, (8, 16))
-REQUESTS = 12
+REQUESTS = 16
 
 
 @pytest.fixture(scope="module")

@@ -166,14 +166,22 @@ def test_sine_squared() -> None:
     assert (np.abs(bigvgan.sine_squared(x) - np.sin(x.astype(np.float64)) ** 2) < allowed).all()
 
 
-def _two_stages() -> Any:
+def _two_stages(single_convs: bool = False) -> Any:
     """A vocoder of two stages with random parameters, jitted."""
     config = BigVGANConfig(upsample_initial_channel=64, upsample_rates=(5, 3), upsample_kernel_sizes=(11, 7))
-    model = bigvgan.BigVGAN(config)
+    model = bigvgan.BigVGAN(config, single_convs=single_convs)
     rng = np.random.default_rng(0)
     abstract = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 9, 80)), np.array([9]))["params"]
     params = jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(np.float32) / a.size**0.5, nn.unbox(abstract))
     return jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))
+
+
+def test_both_forms_of_the_vocoder_agree() -> None:
+    """Loops over taps, and single convolutions as on a CPU."""
+    mel = np.random.default_rng(1).standard_normal((2, 12, 80)).astype(np.float32)
+    by_taps, single = (np.asarray(_two_stages(form)(mel, np.array([12, 7]))) for form in (False, True))
+    assert np.abs(by_taps).max() > 0
+    np.testing.assert_allclose(single, by_taps, atol=1e-5 * np.abs(by_taps).max())
 
 
 def test_vocoder_rows_are_independent_of_padding() -> None:
