@@ -42,7 +42,7 @@ def test_lists_are_known_better_than_streams() -> None:
     assert pace.seconds_per_block == 0.1
 
 
-@pytest.mark.parametrize("seconds_per_block", [0.0, 1e6, None])
+@pytest.mark.parametrize("seconds_per_block", [1e6, None])
 def test_lists_leave_streams_their_time(model: OmniModel, seconds_per_block: float | None) -> None:
     """A whole reply is voiced beside a stream where its list is done before the stream's listener has heard all."""
     engine = model.engines.token2wav

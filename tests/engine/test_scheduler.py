@@ -80,7 +80,7 @@ def test_many_mixed_requests(model: OmniModel) -> None:
             replies[state] = event.reply
     assert len(replies) == REQUESTS and not scheduler.busy
     # alone in a scheduler of its own, which rounds sound to the same sizes
-    for state, (messages, options) in zip(states, asked, strict=True):
+    for state, (messages, options) in list(zip(states, asked, strict=True))[::2]:
         alone = answer_alone(model, messages, options)
         assert replies[state] == alone, options  # ids of text and codes, and why it ended
         audio = replies[state].audio
@@ -259,7 +259,7 @@ def test_spoken_replies_come_in_bursts(model: OmniModel) -> None:
     """A step of the Thinker is shared: texts are not decoded one at a time as slots of the Talker's get free."""
     scheduler = model.scheduler(SchedulerConfig(4, 4))
     spoken = dict(**SPEAK, max_tokens=16, talker=dict(max_tokens=60, **GREEDY))
-    states = [submit(model, scheduler, QUESTIONS["text"], spoken) for _ in range(12)]
+    states = [submit(model, scheduler, QUESTIONS["text"], spoken) for _ in range(8)]
     replies = [event.reply for _, event in scheduler.run() if event.reply is not None]
     assert len(replies) == len(states)
     text = scheduler.utilization.text

@@ -113,7 +113,7 @@ def test_a_closed_stream_leaves_nothing(model: OmniModel) -> None:
     options = dict(**SPEAK, max_tokens=60, talker=dict(max_tokens=100, **GREEDY))
     list(model.stream(QUESTIONS["picture"], **options))
     before = held()
-    for count in (1, 3, 6):
+    for count in (1, 6):
         stream = model.stream(QUESTIONS["picture"], **options)
         taken = list(itertools.islice(stream, count))
         assert taken and held() > before

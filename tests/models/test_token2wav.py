@@ -178,8 +178,8 @@ def _two_stages(single_convs: bool = False) -> Any:
 
 def test_both_forms_of_the_vocoder_agree() -> None:
     """Loops over taps, and single convolutions as on a CPU."""
-    mel = np.random.default_rng(1).standard_normal((2, 12, 80)).astype(np.float32)
-    by_taps, single = (np.asarray(_two_stages(form)(mel, np.array([12, 7]))) for form in (False, True))
+    mel = np.random.default_rng(1).standard_normal((2, 4, 80)).astype(np.float32)
+    by_taps, single = (np.asarray(_two_stages(form)(mel, np.array([4, 3]))) for form in (False, True))
     assert np.abs(by_taps).max() > 0
     np.testing.assert_allclose(single, by_taps, atol=1e-5 * np.abs(by_taps).max())
 
