@@ -31,8 +31,6 @@ _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CALLED = re.compile(r"\b(body|calls|to_apply|called_computations|branch_computations)=\{?([%\w.\-, ]+)\}?")
 
-_SAME_MEMORY = "output_to_operand_aliasing={{}: (0, {})}"
-
 _NO_ESTIMATE = 2**62  # from here on the compiler means that it has none
 
 # move nothing themselves: names for what is there, or the second half of what was counted at its start
@@ -280,8 +278,8 @@ class Program:
         """How much of a value a fused computation reads: all of it, or only slices."""
         total = whole if inside.root == name else 0.0
         for user, place in inside.users(name):
-            # a fusion whose result is in its operand's memory only reads that in another order
-            if user.op == "bitcast" or (user.op == "fusion" and _SAME_MEMORY in user.text and place == 0):
+            # inside a fusion a copy is only another order, of which no more is computed than is read
+            if user.op in ("bitcast", "copy") or (user.op == "fusion" and self._is_copy(user)):
                 part = self._read(inside, user.name, whole)
             elif user.op in ("dynamic-slice", "slice", "gather") and place == 0:
                 part = user.size
@@ -296,6 +294,11 @@ class Program:
             # several slices add up; whoever reads all of it has read the slices, too
             total = max(total, part) if part >= whole else total + part
         return min(total, whole)
+
+    def _is_copy(self, fusion: Instruction) -> bool:
+        """Whether a fusion does nothing but copy its only operand."""
+        inner = self.computations[fusion.called[0]]
+        return inner.instructions[inner.root].op == "copy" and len(inner.instructions) == 2
 
     def _written(self, inside: Computation, fusion: Instruction) -> float:
         """How much of a fusion's results goes to HBM."""

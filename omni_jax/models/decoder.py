@@ -126,8 +126,12 @@ class KVCache:
             if isinstance(arrays, tuple):
                 assert isinstance(layer, int)
                 return arrays[layer][slot]
-            # one gather, so that the other slots of the layer are not touched
-            return arrays[layer, slot]
+            # a slice for each: for a gather, compilers for TPUs bring the cache of all slots into another layout
+            slices = []
+            for i in range(len(slot)):
+                place = (layer, slot[i], 0, 0, 0)
+                slices.append(jax.lax.dynamic_slice(arrays, place, (1, 1, *arrays.shape[2:]))[0])
+            return jnp.concatenate(slices)
 
         return read_array(self.k), read_array(self.v)
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+import omni_jax
 from omni_jax.engine.outputs import SlotUse, Timings, Utilization
 from omni_jax.engine.prefill import Prefix
 from omni_jax.engine.request import RequestState, SchedulerConfig
@@ -18,6 +20,7 @@ from omni_jax.engine.thinker_stage import ThinkerStage
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.options import Options
 from omni_jax.processing.prefill_plan import BLOCK_WIDTH
+from omni_jax.sharding import make_mesh
 from tests.generation.test_stream import QUESTIONS, endless
 
 # sums of another order: a call computes eight short blocks in place of a wide chunk
@@ -171,3 +174,11 @@ def test_an_error_fails_the_requests_of_its_call(model: OmniModel, monkeypatch: 
     monkeypatch.undo()
     for question, reply in zip(questions, replies, strict=True):
         assert reply.error is not None or reply == model.generate(question, max_tokens=5)
+
+
+def test_stacked_layers_answer_as_single_ones(tiny_model: Path, model: OmniModel) -> None:
+    """As over a mesh and on a TPU, where the slots of blocks are cut out of the cache of all layers."""
+    stacked = omni_jax.load(tiny_model, mesh=make_mesh(devices=jax.devices()[:1]), components=("thinker",))
+    questions = [ask_with_system("Who are you?"), QUESTIONS["picture"], ask_with_system("Where to?")]
+    options = dict(batch_size=4, max_tokens=5)
+    assert stacked.generate_batch(questions, **options) == model.generate_batch(questions, **options)

@@ -26,7 +26,7 @@ TEXT = """HloModule step, entry_computation_layout={(f32[8,128]{1,0})->f32[8,128
 %fused_slice (param_0.1: f32[100,128], param_1.1: s32[]) -> f32[1,128] {
   %param_0.1 = f32[100,128]{1,0} parameter(0)
   %param_1.1 = s32[] parameter(1)
-  %view = f32[100,128]{1,0} fusion(%param_0.1), output_to_operand_aliasing={{}: (0, {})}, calls=%fused_view
+  %view = f32[100,128]{1,0} fusion(%param_0.1), calls=%fused_view
   ROOT %slice = f32[1,128]{1,0} dynamic-slice(%view, %param_1.1, %param_1.1), dynamic_slice_sizes={1,128}
 }
 

@@ -59,7 +59,9 @@ def stages(
     for stage in FROZEN:
         dtype = "bfloat16" if stage == "thinker-sft" else "float32"
         # with rows of one length, stage 3 is the program of stage 2 and need not be compiled
-        recipe = make_recipe(stage, init=begin, steps=STEPS, dtype=dtype, data={"seed": 1, "tokens": 256, "rows": 1, "streams": 1})
+        recipe = make_recipe(
+            stage, init=begin, steps=STEPS, dtype=dtype, data={"seed": 1, "tokens": 256, "rows": 1, "streams": 1}
+        )
         if len(recipe.phases) > 1:
             first = dataclasses.replace(recipe.phases[0], steps=2)
             recipe = dataclasses.replace(recipe, phases=(first, *recipe.phases[1:]))
