@@ -155,9 +155,9 @@ def thinker_blocks(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     rest = _place_abstract((BlockPlaces(none, none), spans, ids == 0, x, ids == 0, is_new), mesh)
     program = Program(prefill_blocks, (params, state, *rest), (model,))
     # of the cache only the slots of the blocks are read
-    read = dataclasses.replace(program, floor=sum(map(on_chip, jax.tree.leaves(params["decoder"]["layers"]))))
-    cache = [on_chip(array) for array in jax.tree.leaves((state.context.cache.k, state.context.cache.v))]
-    return dataclasses.replace(read, shard=max(cache))
+    weights = sum(map(on_chip, jax.tree.leaves(params["decoder"]["layers"])))
+    cache = state.context.cache
+    return dataclasses.replace(program, floor=weights, shard=max(map(on_chip, jax.tree.leaves((cache.k, cache.v)))))
 
 
 def talker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
@@ -244,24 +244,25 @@ def dit_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 def vocoder_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """The samples of blocks of mel for every row."""
-    bigvgan, weights = _abstract_vocoder(config, mesh)
-    part = StreamedBigVGAN(bigvgan.config)
-    c = config.token2wav_config.dit_config
-    mel = np.zeros((shapes.batch, shapes.blocks * c.block_size, c.mel_dim), np.float32)
-    state = jax.eval_shape(lambda: part.init_state(shapes.batch))
-    rest = (state, Block(mel, mel[..., 0] == 0), np.zeros(shapes.batch, bool))
-    return Program(vocode_chunk, (weights, *_place_abstract(rest, mesh)), (part,))
+    part, arguments = _vocoder_chunk(config, mesh, shapes)
+    return Program(vocode_chunk, arguments, (part,))
 
 
 def vocoder_first(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """The samples of the first mel of every row, with a shorter look-ahead."""
+    part, arguments = _vocoder_chunk(config, mesh, shapes)
+    return Program(vocode_first_chunk, arguments, (part, EARLY_LOOK_AHEAD))
+
+
+def _vocoder_chunk(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> tuple[StreamedBigVGAN, tuple[Any, ...]]:
+    """The vocoder as a part that streams, and the arguments of a step of it."""
     bigvgan, weights = _abstract_vocoder(config, mesh)
     part = StreamedBigVGAN(bigvgan.config)
     c = config.token2wav_config.dit_config
     mel = np.zeros((shapes.batch, shapes.blocks * c.block_size, c.mel_dim), np.float32)
     state = jax.eval_shape(lambda: part.init_state(shapes.batch))
     rest = (state, Block(mel, mel[..., 0] == 0), np.zeros(shapes.batch, bool))
-    return Program(vocode_first_chunk, (weights, *_place_abstract(rest, mesh)), (part, EARLY_LOOK_AHEAD))
+    return part, (weights, *_place_abstract(rest, mesh))
 
 
 def vocoder_windows(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 from tools.aot_compile import MODELS, Report, compile_for, describe  # isort: skip  (sets the environment of jax)
 from omni_jax.checks import printable
 from omni_jax.engine.request import ChunkSizes
-from omni_jax.errors import ConfigError
+from omni_jax.errors import ConfigError, InputError
 from omni_jax.models.bigvgan_streaming import reach
 from omni_jax.sharding import MeshConfig
 from tools.aot_programs import PROGRAMS, Shapes
@@ -190,6 +190,7 @@ class Budget:
             soft_wrap=True,
         )
         if self.json is not None:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
             figures = dict(first_packet_ms=first, second_packet_ms=second, sound_seconds=sound, hold_back=hold_back)
             rows: list[dict[str, Any]] = []
             for line, each in zip(lines, milliseconds, strict=True):
@@ -200,7 +201,7 @@ class Budget:
 def main() -> int:
     try:
         tyro.cli(Budget, description=__doc__).run()
-    except ConfigError as e:
+    except (ConfigError, InputError) as e:
         print(f"error: {printable(str(e))}", file=sys.stderr)
         return 2
     return 0

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from omni_jax.checkpoint import pytorch, store, voices
 from omni_jax.checkpoint.model_files import CONSTANTS_FILE, copy_published_files, side_files
 from omni_jax.checkpoint.name_map import Entry, make_name_table, optional_constants
-from omni_jax.checkpoint.packed_linear import CONFIG_KEY, find_packing, widen_packed
+from omni_jax.checkpoint.packed_linear import CONFIG_KEY, find_packing
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, write_file
 from omni_jax.config import OmniConfig, ThinkerConfig
 from omni_jax.config_file import CONFIG_FILE, read_config_file
@@ -86,8 +86,7 @@ def to_jax(
     config = OmniConfig.from_dict(config_values, str(source / CONFIG_FILE))
     is_thinker_alone = config_values.get("model_type") == ThinkerConfig.MODEL_TYPE
     # a Thinker saved alone has names without "thinker." in transformers 4, and with it in some folders of 5
-    tensors = pytorch.read_headers(source, "thinker" if is_thinker_alone else None)
-    tensors = widen_packed(tensors, packing)
+    tensors = pytorch.read_headers(source, "thinker" if is_thinker_alone else None, packing)
     found = pytorch.check_tensors(source, tensors, config, components)
     # text alone needs no voice, so a folder without them can be converted for it
     speakers = _read_voices(source, config) if {"talker", "token2wav"} & set(found) else {}

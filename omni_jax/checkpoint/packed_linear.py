@@ -79,7 +79,10 @@ class PackedTensor(StoredTensor):
             group = self.g_idx.read()
             if group.min() < 0 or group.max() >= len(scales):
                 raise CheckpointError(f"{self.file}: the groups of a weight are out of range; fetch the file again")
-        widened = (values - (zeros[group] + self.packing.zero_offset)).astype(np.float32) * scales[group]
+        offset = zeros.astype(np.float32) + self.packing.zero_offset
+        widened = values.astype(np.float32)
+        widened -= offset[group]
+        widened *= scales[group]
         return np.ascontiguousarray(widened.T.astype(self.dtype)).reshape(num_outputs, num_inputs)
 
 
@@ -163,15 +166,15 @@ def _join_parts(parts: Mapping[str, StoredTensor | None], packing: Packing) -> P
 
 
 def _unpack(packed: np.ndarray, packing: Packing, axis: int) -> np.ndarray:
-    """The numbers of each int32 side by side along an axis. int32"""
-    words = packed.astype(np.int64)  # the highest bits are a number's, and no sign
+    """The numbers of each int32 side by side along an axis, as bytes."""
+    words = packed.view(np.uint32)  # the highest bits are a number's, and no sign
     order = _AWQ_ORDER if packing.method == "awq" else range(_PER_INT)
     pieces: dict[int, np.ndarray] = {}
     for place, number in enumerate(order):
-        pieces[number] = (words >> (_BITS * place)) & (2**_BITS - 1)
+        pieces[number] = ((words >> np.uint32(_BITS * place)) & np.uint32(2**_BITS - 1)).astype(np.uint8)
     in_order = [pieces[number] for number in range(_PER_INT)]
     stacked = np.stack(in_order, axis=axis + 1)  # [..., words, 8, ...]
     shape = list(packed.shape)
     shape[axis] *= _PER_INT
     assert math.prod(shape) == stacked.size
-    return stacked.reshape(shape).astype(np.int32)
+    return stacked.reshape(shape)

@@ -21,6 +21,7 @@ from omni_jax.checkpoint.name_map import (
     optional_constants,
     published_name,
 )
+from omni_jax.checkpoint.packed_linear import Packing, widen_packed
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, read_header, write_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
@@ -30,15 +31,17 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def read_headers(folder: Path, component: str | None = None) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, component: str | None = None, packing: Packing | None = None) -> dict[str, StoredTensor]:
     """Every tensor of a folder under its published name, whichever of the two naming schemes the files use.
 
     Args:
       folder: with one file of tensors, or with several and their index.
       component: the part of the model that was saved alone into this folder, whose names may lack its own.
+      packing: how the folder packs linear maps, which are widened as they are read; None: it may have no packed ones.
 
     Raises:
-      CheckpointError: for a file that is missing, cut short or disagrees with the index; each is named.
+      CheckpointError: for a file that is missing, cut short or disagrees with the index, and for whole numbers that are
+        no part of a packed weight; each is named.
     """
     if has_file(folder / SINGLE_FILE):
         found = read_header(folder / SINGLE_FILE)
@@ -60,7 +63,7 @@ def read_headers(folder: Path, component: str | None = None) -> dict[str, Stored
     if doubled:
         trouble = describe_list("of them", doubled)
         raise CheckpointError(f"{folder} holds tensors twice, under both of their names:{trouble}")
-    return tensors
+    return widen_packed(tensors, packing)
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:

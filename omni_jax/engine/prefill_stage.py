@@ -81,7 +81,7 @@ class PrefillStage:
         return None if prefix is None else prefix.talker
 
     def _goes_into_slot(self, state: RequestState) -> bool:
-        return reads_into_slots(self._engines, self._thinker) and not state.request.live and state not in self._prefixes
+        return prefills_slots(self._engines, self._thinker) and not state.request.live and state not in self._prefixes
 
     def _step_alone(self, state: RequestState) -> bool:
         """Whether its prompt is complete, and the Thinker has it."""
@@ -119,7 +119,7 @@ class PrefillStage:
             self._alone = None
 
 
-def reads_into_slots(engines: Engines, thinker: ThinkerStage) -> bool:
+def prefills_slots(engines: Engines, thinker: ThinkerStage) -> bool:
     """Whether prompts of a batch are read right into slots."""
     # over a mesh's batch axes blocks of any slots would be gathered between devices
     return thinker.num_slots > 1 and engines.slot_multiple == 1

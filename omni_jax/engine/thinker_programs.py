@@ -133,9 +133,8 @@ def prefill_chunk(
     ids, delta = position_ids(spans, valid.astype(jnp.int32), model.config.position_id_per_seconds)  # [3, R, C], [R]
     hidden, cache = apply_method(model, "extend", params, x, ids, valid, before.cache)  # [R, C, D]
     talker_inputs = prefix.talker_inputs
-    # the Talker reads what the Thinker made of a position: features of media count in the hidden state alone
     if talker_inputs is not None:
-        rows = hidden + jnp.where(is_media[..., None], 0, x)  # [R, C, D]
+        rows = _talker_rows(hidden, x, is_media)  # [R, C, D]
         slots = jnp.arange(len(rows))
         talker_inputs = _write_rows(talker_inputs, rows, slots, before.cache.lengths, valid)
     return ThinkerPrefix(advance_context(before, hidden, valid, delta, cache), talker_inputs)
@@ -183,7 +182,7 @@ def prefill_blocks(
     last_hidden = jnp.asarray(context.hidden).at[jnp.where(is_last, slot, num_slots)].set(last, mode="drop")  # [B, D]
     talker_inputs = state.talker_inputs
     if talker_inputs is not None:
-        rows = hidden + jnp.where(is_media[..., None], 0, x)  # [R, C, D]
+        rows = _talker_rows(hidden, x, is_media)  # [R, C, D]
         talker_inputs = _write_rows(talker_inputs, rows, slot, places.start, valid)
     context = Context(last_hidden, replicate(position), cache)
     return dataclasses.replace(state, context=context, talker_inputs=talker_inputs)
@@ -328,6 +327,13 @@ def _extend_by_one(
         valid = jnp.pad(valid, ((0, 0), (0, num_padding)))  # [1, 2]
     hidden, cache = apply_method(model, "extend", params, x, ids, valid, cache)
     return hidden[:, :1], cache
+
+
+def _talker_rows(
+    hidden: Float[Array, "R C D"], x: Float[Array, "R C D"], is_media: Bool[Array, "R C"]
+) -> Float[jax.Array, "R C D"]:
+    """What the Talker is given of positions: features of media count in the hidden state alone."""
+    return hidden + jnp.where(jnp.asarray(is_media)[..., None], 0, x)
 
 
 def _write_rows(

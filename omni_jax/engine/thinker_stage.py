@@ -39,11 +39,11 @@ class _SlotText:
 
     Attributes:
       tokens: up to the first that is no text.
-      num_read: positions of the dialogue that the cache holds.
+      num_prefilled: positions of the dialogue that the cache holds.
     """
 
     tokens: Int[np.ndarray, " T"]
-    num_read: int = 0
+    num_prefilled: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ThinkerStage(SlotStage):
         """What some slot holds already of a prompt that begins with this text; what is too short to matter is left."""
         best = SharedPrefix()
         for slot, held in self._texts.items():
-            length = min(count_shared(held.tokens, text), held.num_read)
+            length = min(count_shared(held.tokens, text), held.num_prefilled)
             if length >= max(BLOCK_WIDTH, best.length + 1):
                 best = SharedPrefix(slot, length)
         return best
@@ -135,7 +135,7 @@ class ThinkerStage(SlotStage):
             return
         assert self._device_state is not None
         self._device_state = self._engine.copy_prefix(self._device_state, shared.slot, slot, shared.length)
-        self._texts[slot].num_read = shared.length
+        self._texts[slot].num_prefilled = shared.length
 
     def prefill(self, blocks: PrefillBlocks, features: Sequence[jax.Array], is_new: Bool[np.ndarray, " B"]) -> None:
         """Reads blocks of prompts into their slots; see ``ThinkerEngine.prefill_blocks``."""
@@ -146,7 +146,7 @@ class ThinkerStage(SlotStage):
         ends = blocks.start + blocks.chunk.valid.sum(axis=1)
         for slot, end in zip(blocks.slot.tolist(), ends.tolist(), strict=True):
             if slot in self._texts:
-                self._texts[slot].num_read = max(self._texts[slot].num_read, end)
+                self._texts[slot].num_prefilled = max(self._texts[slot].num_prefilled, end)
 
     def begin(self, state: RequestState, chunks: Sequence[PrefillChunk]) -> None:
         """Has a request answered whose prompt has been read into its slot; ``chunks`` of it are for the Talker."""

@@ -221,7 +221,7 @@ class VocoderStage:
     def _take_list(self) -> list[RequestState]:
         """Takes the first reply that waits, and those behind it that fit into the largest list with it.
 
-        While somebody listens, only replies whose list is done before the first listener has heard all.
+        While somebody listens, only replies whose list is done before the sound of any stream runs out.
         """
         assert self._engine is not None
         taken: list[RequestState] = []
@@ -247,7 +247,7 @@ class VocoderStage:
         return any(not record.is_complete for record in self._streams.values())
 
     def _seconds_to_spare(self) -> float:
-        """Until the first listener has heard all that there is; 0 while one waits for the first sound."""
+        """Until the sound of the first stream runs out; 0 while a listener waits for the first sound."""
         seconds = math.inf
         for state, record in self._streams.items():
             if not record.is_complete:

@@ -24,7 +24,7 @@ from omni_jax.engine.decode_state import round_capacity
 from omni_jax.engine.detokenizer import Detokenizer
 from omni_jax.engine.outputs import Timings, Utilization
 from omni_jax.engine.prefill import Engines, Prefix
-from omni_jax.engine.prefill_stage import reads_into_slots
+from omni_jax.engine.prefill_stage import prefills_slots
 from omni_jax.engine.request import Request, RequestState, SchedulerConfig, SpeechParams, TalkerParams
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.engine.slot_prefill import SlotPrefill
@@ -229,7 +229,7 @@ def _warm_up_stages(engines: Engines, config: SchedulerConfig, capacity: int) ->
     """Live requests and others pass both stages, with caches of this capacity."""
     _warm_up_prefixes(engines, config, capacity, live=True)
     thinker, _ = _make_stages(engines, config)
-    if reads_into_slots(engines, thinker):
+    if prefills_slots(engines, thinker):
         _warm_up_slots(engines, config, capacity)
     else:
         _warm_up_prefixes(engines, config, capacity, live=False)

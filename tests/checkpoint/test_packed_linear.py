@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.checkpoint.export import to_hf
+from omni_jax.checkpoint.pytorch import read_headers
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 from tools.make_checkpoint import write_checkpoint
@@ -163,3 +164,15 @@ def test_what_does_not_fit_is_named(plain: Path, tmp_path: Path, damage: Callabl
     with pytest.raises(CheckpointError, match=message):
         to_jax(packed, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_no_other_reader_takes_whole_numbers(plain: Path, tmp_path: Path) -> None:
+    """A reader that knows nothing of packing refuses them, whatever they are called."""
+    packed, widened = make_packed(plain, tmp_path, "awq")
+    with pytest.raises(CheckpointError, match="its config.json has no quantization_config"):
+        read_headers(packed)
+    tensors = load_file(widened / "model.safetensors")
+    tensors["thinker.model.norm.weight"] = np.zeros(tensors["thinker.model.norm.weight"].shape, np.int32)
+    save_file(tensors, widened / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="whole numbers that are no part of one"):
+        read_headers(widened)

@@ -82,7 +82,9 @@ def test_blocks_hold_what_the_whole_holds(prompts):
     whole = pad_text(collate(prompts, CONFIG))
     ids, _ = expand_table(whole.spans, whole.segment_ids)
     values = features(whole)
-    waiting, arrays, first_features = [], [], []
+    waiting = []
+    arrays = []
+    first_features = []
     for slot, prompt in enumerate(prompts):
         plan = PromptPlan(PromptPiece(prompt, mrope.resolve_spans(prompt.segments, CONFIG.thinker_config)), CONFIG)
         blocks = plan.cut_blocks(0, slot)

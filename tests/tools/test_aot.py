@@ -35,7 +35,7 @@ def compile_for(*arguments: str, folder: Path) -> tuple[int, dict[str, Any], str
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "libtpu")}  # where the Makefile puts it
     environment.pop("JAX_DEFAULT_MATMUL_PRECISION")  # that of the parity tests
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
     file = folder / "report.json"
     assert file.exists() or done.returncode == 2, done.stderr[-3000:]
     return done.returncode, json.loads(file.read_text()) if file.exists() else {}, done.stdout + done.stderr
