@@ -333,7 +333,7 @@ def _talker_rows(
     hidden: Float[Array, "R C D"], x: Float[Array, "R C D"], is_media: Bool[Array, "R C"]
 ) -> Float[jax.Array, "R C D"]:
     """What the Talker is given of positions: features of media count in the hidden state alone."""
-    return hidden + jnp.where(jnp.asarray(is_media)[..., None], 0, x)
+    return jnp.asarray(hidden) + jnp.where(jnp.asarray(is_media)[..., None], 0, x)
 
 
 def _write_rows(

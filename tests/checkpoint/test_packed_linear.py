@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_named(plain: Path, tmp_path: Path, damage: Callabl
 def test_no_other_reader_takes_whole_numbers(plain: Path, tmp_path: Path) -> None:
     """A reader that knows nothing of packing refuses them, whatever they are called."""
     packed, widened = make_packed(plain, tmp_path, "awq")
-    with pytest.raises(CheckpointError, match="its config.json has no quantization_config"):
+    with pytest.raises(CheckpointError, match=r"its config\.json has no quantization_config"):
         read_headers(packed)
     tensors = load_file(widened / "model.safetensors")
     tensors["thinker.model.norm.weight"] = np.zeros(tensors["thinker.model.norm.weight"].shape, np.int32)
