@@ -125,7 +125,8 @@ def is_deleted(tree: Any) -> bool:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _init_context(model: Any, config: DecoderConfig, num_slots: int, capacity: int) -> Context:
     # one jitted function: on a mesh no device ever allocates more than its own part
-    cache = KVCache.init(config, num_slots, capacity, model.scan_layers, model.dtype)
+    cache_dtype = model.dtype if model.cache_dtype is None else model.cache_dtype
+    cache = KVCache.init(config, num_slots, capacity, model.scan_layers, cache_dtype)
     hidden = constrain(jnp.zeros((num_slots, config.hidden_size), model.dtype), "batch", "width")
     return Context(hidden, replicate(jnp.zeros(num_slots, jnp.int32)), cache)
 

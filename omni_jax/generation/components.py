@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from omni_jax.checkpoint import store
@@ -20,7 +21,7 @@ from omni_jax.engine.thinker_engine import ThinkerEngine
 from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.errors import CheckpointError
 from omni_jax.generation.lane_padding import pad_params, widen_config
-from omni_jax.generation.quantization import Quantization, quantize_params
+from omni_jax.generation.quantization import NumberFormat, quantize_params
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.sharding import batch_shards, param_shardings
@@ -45,10 +46,9 @@ def load_engines(
     folder: Path,
     config: OmniConfig,
     wanted: Sequence[str],
-    dtype: str | None,
+    number_format: NumberFormat,
     mesh: Mesh | None,
     chunk_sizes: ChunkSizes,
-    quantization: Quantization | None,
 ) -> Engines:
     """Reads the parameters of components.
 
@@ -56,7 +56,8 @@ def load_engines(
       folder: the checkpoint.
       config: of it.
       wanted: from ``choose_components``.
-      dtype, mesh, quantization: as of ``omni_jax.load``.
+      number_format: of Thinker and Talker.
+      mesh: to shard the parameters over.
       chunk_sizes: how much a call computes.
 
     Raises:
@@ -64,7 +65,8 @@ def load_engines(
       ConfigError: if the mesh does not divide a parameter.
     """
     # of several dtypes in the checkpoint the one that holds them all
-    compute_dtype = jnp.dtype(dtype or jnp.result_type(*store.components(folder)["thinker"]))
+    compute_dtype = jnp.dtype(number_format.dtype or jnp.result_type(*store.components(folder)["thinker"]))
+    quantization = number_format.quantization
     # slices of stacked layers are copies on a CPU; see omni_jax/layers/stack.py
     scan_layers = mesh is not None or jax.default_backend() != "cpu"
     # stacked, as they are stored and quantised
@@ -88,7 +90,8 @@ def load_engines(
             params = jax.device_put(params, jax.local_devices()[0])
     if not scan_layers:
         params = unstack_layers(params)
-    models = {name: _make_model(config, name, compute_dtype, scan_layers) for name in wanted}
+    cache_dtype = None if number_format.kv_cache_dtype is None else jnp.dtype(number_format.kv_cache_dtype)
+    models = {name: _make_model(config, name, compute_dtype, scan_layers, cache_dtype) for name in wanted}
     return make_engines(config, models, params, mesh, chunk_sizes)
 
 
@@ -148,11 +151,16 @@ def make_engines(
     return Engines(config, chunk_sizes, thinker_engine, talker_engine, token2wav_engine, slot_multiple)
 
 
-def _make_model(config: OmniConfig, component: str, dtype: Any, scan_layers: bool) -> Any:
+def _make_model(
+    config: OmniConfig, component: str, dtype: Any, scan_layers: bool, cache_dtype: Dtype | None = None
+) -> Any:
+    decoder_options: dict[str, Any] = dict(
+        scan_layers=scan_layers, dtype=dtype, param_dtype=dtype, cache_dtype=cache_dtype
+    )
     if component == "thinker":
-        return thinker.Thinker(config.thinker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
+        return thinker.Thinker(config.thinker_config, **decoder_options)
     if component == "talker":
-        return talker.Talker(config.talker_config, scan_layers=scan_layers, dtype=dtype, param_dtype=dtype)
+        return talker.Talker(config.talker_config, **decoder_options)
     # always float32, its default: errors add up over the evaluations of the flow (docs/reference.md, 10)
     return token2wav.Token2Wav(config.token2wav_config, scan_layers, token2wav.device_precision())
 

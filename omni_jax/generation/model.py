@@ -44,7 +44,7 @@ from omni_jax.errors import InputError
 from omni_jax.generation.components import choose_components, load_engines
 from omni_jax.generation.live_session import LiveSession
 from omni_jax.generation.options import Messages, Options, warn_untrained
-from omni_jax.generation.quantization import Quantization, check_quantization
+from omni_jax.generation.quantization import CacheDtype, NumberFormat, Quantization
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.live import LivePrompt
@@ -68,6 +68,7 @@ def load(
     isolate_media: bool = False,
     chunk_sizes: ChunkSizes | None = None,
     quantization: Quantization | None = None,
+    kv_cache_dtype: CacheDtype | None = None,
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
@@ -88,13 +89,15 @@ def load(
       chunk_sizes: how much is computed at a time while a reply is streamed; the defaults if None.
       quantization: "int8" or "int4", to keep the linear maps of Thinker and Talker in so many bits
         (``generation.quantization``); without a mesh, the host holds the parameters before that.
+      kv_cache_dtype: "int8", to keep keys and values of the decoders in 8 bits, with a scale for each position and
+        head.
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
       ConfigError: if its config.json does not describe the model, or the mesh does not divide a parameter.
       InputError: if what is allowed is no host, or no place in a bucket; for another quantization.
     """
-    check_quantization(quantization)
+    number_format = NumberFormat(dtype, quantization, kv_cache_dtype)
     folder = Path(folder)
     access = RemoteAccess(allow_web, allow_buckets)
     wanted = choose_components(folder, components)
@@ -102,7 +105,7 @@ def load(
     # small files first: what is wrong with them is found before gigabytes are read
     config = OmniConfig.load(folder)
     processor = Processor.load(folder, access=access)
-    engines = load_engines(folder, config, wanted, dtype, mesh, chunk_sizes or ChunkSizes(), quantization)
+    engines = load_engines(folder, config, wanted, number_format, mesh, chunk_sizes or ChunkSizes())
     voices: Mapping[str, Voice] = {}
     if "talker" in wanted:
         voices = load_voices(folder)

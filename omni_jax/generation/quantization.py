@@ -2,13 +2,14 @@
 
 int8: every linear map of Thinker and Talker. int4: the same, and the layers of the Thinker's decoder in 4 bits.
 Embeddings, norms and convolutions keep their dtype, and so does all of Token2Wav, whose errors add up over the
-evaluations of the flow.
+evaluations of the flow. Keys and values of the decoders' caches may be in 8 bits too, by an option of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
@@ -22,14 +23,33 @@ from omni_jax.layers.quantized import Bits, QuantizedKernel, quantize_kernel
 from omni_jax.models import talker, thinker
 
 Quantization: TypeAlias = Literal["int8", "int4"]
+CacheDtype: TypeAlias = Literal["int8"]
 Path: TypeAlias = tuple[str, ...]
 QUANTIZATIONS = ("int8", "int4")
 
 
-def check_quantization(quantization: str | None) -> None:
-    """Raises InputError for one that there is not."""
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise InputError(f"quantization is {quantization!r}; there are {' and '.join(QUANTIZATIONS)}")
+@dataclass(frozen=True)
+class NumberFormat:
+    """What the numbers of Thinker and Talker are kept in.
+
+    Attributes:
+      dtype: "bfloat16" or "float32", of parameters and computation; what the checkpoint holds if None.
+      quantization: "int8" or "int4", of the kernels of linear maps; None: as ``dtype``.
+      kv_cache_dtype: "int8", of keys and values while decoding; None: as ``dtype``.
+
+    Raises:
+      InputError: for a quantisation that there is not.
+    """
+
+    dtype: str | None = None
+    quantization: Quantization | None = None
+    kv_cache_dtype: CacheDtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise InputError(f"quantization is {self.quantization!r}; there are {' and '.join(QUANTIZATIONS)}")
+        if self.kv_cache_dtype not in (None, "int8"):
+            raise InputError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; there is int8, and None for the model's own")
 
 
 def choose_bits(component: str, path: Path, quantization: Quantization) -> Bits:

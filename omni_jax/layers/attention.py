@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from omni_jax.batch import Array
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.params import dtypes
+from omni_jax.layers.quantized import QuantizedRows
 from omni_jax.layers.splash import kernel_fits, splash_attention
 from omni_jax.sharding import axes_of
 
@@ -29,6 +30,8 @@ _MAX_LOGITS = 2**26  # float32 logits held at a time, 256 MiB; more are computed
 _CAUSAL_PIECE = 256  # queries a piece where half of the logits would be masked away
 _TILE = 512  # keys at a time where all logits would be too many
 _HEAD_BY_HEAD = 2**16  # queries x keys, from where on a CPU does better with one head at a time
+
+Rows: TypeAlias = Array | QuantizedRows  # keys or values, in the layout of a cache: [B, K, S, H]
 
 
 @struct.dataclass
@@ -139,16 +142,17 @@ def _attend_visible(q: Array, k: Array, v: Array, visible: jax.Array) -> jax.Arr
 
 
 def cached_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], visible: Bool[Array, "B T S"]
+    q: Float[Array, "B T N H"], k: Rows, v: Rows, visible: Bool[Array, "B T S"]
 ) -> Float[jax.Array, "B T N H"]:
     """Attention of some positions to keys in the layout of a cache; ``visible`` says which of them each query sees."""
     batch, length, heads, width = q.shape
-    num_kv_heads, num_keys = k.shape[1:3]
+    num_kv_heads, num_keys = _values(k).shape[1:3]
     group = heads // num_kv_heads
     # the queries of a key head become one axis, so that its keys are read once for all of them
     grouped = jnp.asarray(q).reshape(batch, length, num_kv_heads, group, width)  # [B, T, K, G, H]
     grouped = jnp.swapaxes(grouped, 1, 2).reshape(batch, num_kv_heads, -1, width)  # [B, K, T * G, H]
-    operands = (grouped, jnp.asarray(k), jnp.asarray(v), jnp.repeat(visible, group, axis=1))
+    k, v = jax.tree.map(jnp.asarray, (k, v))
+    operands = (grouped, k, v, jnp.repeat(visible, group, axis=1))
     if length * num_keys < _HEAD_BY_HEAD or length == 1:
         # few logits, or a single decoded position: one product for all heads, on any device
         out = _attend_all_heads(*operands)
@@ -161,25 +165,45 @@ def cached_attention(
     return jnp.swapaxes(out, 1, 2).reshape(q.shape)
 
 
-def _attend_all_heads(
-    q: Float[jax.Array, "B K TG H"], k: Float[jax.Array, "B K S H"], v: Float[jax.Array, "B K S H"], visible: jax.Array
+def _values(rows: Rows) -> jax.Array:
+    return jnp.asarray(rows.values if isinstance(rows, QuantizedRows) else rows)
+
+
+def _scales(rows: Rows) -> jax.Array | float:
+    """What a product with the values of each row is multiplied by: [B, K, 1, S], or 1 if they are no whole numbers."""
+    return jnp.swapaxes(rows.scale, -1, -2) if isinstance(rows, QuantizedRows) else 1.0
+
+
+def _multiply_keys(
+    q: Float[jax.Array, "B K TG H"], k: Rows, visible: Bool[jax.Array, "B TG S"]
+) -> Float[jax.Array, "B K TG S"]:
+    """Logits, in float32."""
+    products = jnp.einsum("bkth,bksh->bkts", q, _values(k).astype(q.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(visible[:, None], products * (q.shape[-1] ** -0.5 * _scales(k)), _MASKED)
+
+
+def _multiply_values(
+    weights: Float[jax.Array, "B K TG S"], v: Rows, dtype: Dtype, out_dtype: Dtype
 ) -> Float[jax.Array, "B K TG H"]:
-    """``visible`` is [B, T * G, S], here and in the two functions after it."""
-    # the product is accumulated and kept in float32; only the weights are cast back
-    logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    logits = jnp.where(visible[:, None], logits, _MASKED)  # [B, K, T * G, S]
-    weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)  # [B, K, T * G, S]
-    return jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v)
+    """The sums of values, weighted. Only here are weights cast to the narrower dtype."""
+    weights = (weights * _scales(v)).astype(dtype)
+    return jnp.einsum("bkts,bksh->bkth", weights, _values(v).astype(dtype), preferred_element_type=out_dtype)
 
 
-def _attend_head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def _attend_all_heads(q: jax.Array, k: Rows, v: Rows, visible: jax.Array) -> Float[jax.Array, "B K TG H"]:
+    """``q`` is [B, K, T * G, H] and ``visible`` [B, T * G, S], here and in the two functions after it."""
+    weights = jax.nn.softmax(_multiply_keys(q, k, visible), axis=-1)  # [B, K, T * G, S]
+    return _multiply_values(weights, v, q.dtype, q.dtype)
+
+
+def _attend_head_by_head(q: jax.Array, k: Rows, v: Rows, visible: jax.Array) -> jax.Array:
     """The same. XLA's products of large batched matrices reach a third of a CPU's speed, single ones most of it."""
 
-    def attend_row(operands: tuple[jax.Array, ...]) -> jax.Array:
+    def attend_row(operands: tuple[Any, ...]) -> jax.Array:
         *heads, visible = operands
 
-        def attend_head(operands: tuple[jax.Array, ...]) -> jax.Array:
-            q, k, v = (a[None, None] for a in operands)  # [1, 1, T * G or S, H]
+        def attend_head(operands: tuple[Any, ...]) -> jax.Array:
+            q, k, v = jax.tree.map(lambda a: a[None, None], operands)  # [1, 1, T * G or S, H]
             return _attend_all_heads(q, k, v, visible[None])[0, 0]
 
         return jax.lax.map(attend_head, tuple(heads))
@@ -187,23 +211,22 @@ def _attend_head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.
     return jax.lax.map(attend_row, (q, k, v, visible))
 
 
-def _attend_tile_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def _attend_tile_by_tile(q: jax.Array, k: Rows, v: Rows, visible: jax.Array) -> jax.Array:
     """The same, some keys at a time and none behind the last that is visible, with a running softmax."""
     # most of a long cache may be empty: tiles behind the last visible key are skipped
-    last = jnp.max(jnp.where(visible, jnp.arange(k.shape[2]), -1))
+    last = jnp.max(jnp.where(visible, jnp.arange(visible.shape[-1]), -1))
 
     def add_tile(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # the sums are relative to the largest logit so far, and are scaled anew when a larger one comes
         out, largest, total = carry
-        keys = jax.lax.dynamic_slice_in_dim(k, i * _TILE, _TILE, axis=2)  # [B, K, tile, H]
-        values = jax.lax.dynamic_slice_in_dim(v, i * _TILE, _TILE, axis=2)
-        tile_visible = jax.lax.dynamic_slice_in_dim(visible, i * _TILE, _TILE, axis=2)
-        logits = jnp.einsum("bkth,bksh->bkts", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        logits = jnp.where(tile_visible[:, None], logits, _MASKED)  # [B, K, T * G, tile]
+        keys, values, tile_visible = jax.tree.map(
+            lambda a: jax.lax.dynamic_slice_in_dim(a, i * _TILE, _TILE, axis=2), (k, v, visible)
+        )  # [B, K, tile, H] and [B, T * G, tile]
+        logits = _multiply_keys(q, keys, tile_visible)  # [B, K, T * G, tile]
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))  # [B, K, T * G]
         weights = jnp.exp(logits - new_largest[..., None])  # [B, K, T * G, tile]
         rescale = jnp.exp(largest - new_largest)  # of what was summed below a smaller maximum
-        more = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        more = _multiply_values(weights, values, q.dtype, jnp.float32)  # [B, K, T * G, H]
         return out * rescale[..., None] + more, new_largest, total * rescale + jnp.sum(weights, axis=-1)
 
     initial = (
@@ -213,7 +236,7 @@ def _attend_tile_by_tile(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.
     )
     out, _, total = jax.lax.fori_loop(0, last // _TILE + 1, add_tile, initial)
     # nothing visible, no tile: the total is 0 then
-    return (out / jnp.maximum(total, 1e-30)[..., None]).astype(v.dtype)
+    return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
 
 
 class SelfAttention(nn.Module):

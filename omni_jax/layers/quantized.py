@@ -1,7 +1,8 @@
-"""Kernels of linear maps in 8 or 4 bits, for serving.
+"""Kernels of linear maps in 8 or 4 bits, and keys and values of a cache in 8, for serving.
 
-A kernel's values are whole numbers and have scales: in 8 bits one for each output, in 4 bits one for each output and
-each group of inputs. They are widened where they are multiplied, so that only the small numbers are read from memory.
+Values are whole numbers and have scales: a kernel in 8 bits one for each output, in 4 bits one for each output and each
+group of inputs; a cache one for each position and head. They are widened where they are multiplied, so that only the
+small numbers are read from memory.
 """
 
 from __future__ import annotations
@@ -58,6 +59,30 @@ def quantize_kernel(kernel: Float[Array, "..."], num_inputs: int, bits: Bits) ->
     scale = jnp.where(largest > 0, largest, 1) / _LARGEST[bits]
     values = jnp.round(grouped / scale[:, None]).astype(_DTYPES[bits])
     return QuantizedKernel(values.reshape(shape), scale)
+
+
+@struct.dataclass
+class QuantizedRows:
+    """Rows of numbers in 8 bits, such as the keys of a cache.
+
+    Both arrays have as many axes, so that what moves rows about treats them alike.
+
+    Attributes:
+      values: int8, the rows' shape.
+      scale: float32, one for each row.
+    """
+
+    values: Int[Array, "*batch H"]
+    scale: Float[Array, "*batch 1"]
+
+
+def quantize_rows(rows: Float[Array, "*batch H"]) -> QuantizedRows:
+    """The nearest values to rows, by the largest number of each."""
+    rows = jnp.asarray(rows, jnp.float32)
+    largest = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)  # [*batch, 1]
+    # a row of zeros keeps them
+    scale = jnp.where(largest > 0, largest, 1) / _LARGEST[8]
+    return QuantizedRows(jnp.round(rows / scale).astype(jnp.int8), scale)
 
 
 def multiply_quantized(

@@ -18,17 +18,18 @@ from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.config import DecoderConfig
-from omni_jax.layers.attention import Mask, SelfAttention, attention, cached_attention
+from omni_jax.layers.attention import Mask, Rows, SelfAttention, attention, cached_attention
 from omni_jax.layers.linear import Embedding, Linear
 from omni_jax.layers.mlp import GatedMLP
 from omni_jax.layers.norm import RMSNorm
 from omni_jax.layers.params import dtypes
+from omni_jax.layers.quantized import QuantizedRows, quantize_rows
 from omni_jax.layers.rotary import Tables, rotate, tmrope_tables
 from omni_jax.layers.stack import Remat, call_layers, layer_stack
 from omni_jax.sharding import constrain, replicate
 
-# [L, B, K, capacity, H] where layers are scanned; else L arrays [B, K, capacity, H]
-LayerArrays: TypeAlias = jax.Array | tuple[jax.Array, ...]
+# [L, B, K, capacity, H] where layers are scanned; else L arrays [B, K, capacity, H]; arrays may be quantised
+LayerArrays: TypeAlias = jax.Array | QuantizedRows | tuple[jax.Array | QuantizedRows, ...]
 
 
 @struct.dataclass
@@ -49,14 +50,20 @@ class KVCache:
           num_slots: B.
           capacity: positions that a slot has room for.
           stacked: whether the decoder's layers are scanned.
-          dtype: of keys and values.
+          dtype: of keys and values; int8: they are quantised, with a scale for each position and head.
         """
         shape = (num_slots, config.num_key_value_heads, capacity, config.head_dim)
 
+        def init_rows(*shape: int) -> jax.Array | QuantizedRows:
+            values = jnp.zeros(shape, dtype)
+            if dtype == jnp.int8:
+                return QuantizedRows(values, jnp.zeros((*shape[:-1], 1), jnp.float32))
+            return values
+
         def init_arrays() -> LayerArrays:
             if stacked:
-                return jnp.zeros((config.num_hidden_layers, *shape), dtype)
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
+                return init_rows(config.num_hidden_layers, *shape)
+            return tuple(init_rows(*shape) for _ in range(config.num_hidden_layers))
 
         lengths = replicate(jnp.zeros(num_slots, jnp.int32))
         return cls(init_arrays(), init_arrays(), lengths).constrain()
@@ -117,23 +124,26 @@ class KVCache:
         v = jax.tree.map(copy_array, self.v)
         return dataclasses.replace(self, k=k, v=v).constrain()
 
-    def read(self, layer: int | jax.Array, slot: Int[Array, " R"] | None) -> tuple[jax.Array, jax.Array]:
+    def read(self, layer: int | jax.Array, slot: Int[Array, " R"] | None) -> tuple[Rows, Rows]:
         """Keys and values of a layer, [R, K, capacity, H], of these slots; of every slot if None."""
 
-        def read_array(arrays: LayerArrays) -> jax.Array:
+        def read_stacked(array: jax.Array) -> jax.Array:
             if slot is None:
-                return jnp.asarray(arrays[layer])
-            if isinstance(arrays, tuple):
-                assert isinstance(layer, int)
-                return arrays[layer][slot]
+                return array[layer]
             # a slice for each: for a gather, compilers for TPUs bring the cache of all slots into another layout
             slices = []
             for i in range(len(slot)):
                 place = (layer, slot[i], 0, 0, 0)
-                slices.append(jax.lax.dynamic_slice(arrays, place, (1, 1, *arrays.shape[2:]))[0])
+                slices.append(jax.lax.dynamic_slice(array, place, (1, 1, *array.shape[2:]))[0])
             return jnp.concatenate(slices)
 
-        return read_array(self.k), read_array(self.v)
+        def read_arrays(arrays: LayerArrays) -> Rows:
+            if not isinstance(arrays, tuple):
+                return jax.tree.map(read_stacked, arrays)
+            assert isinstance(layer, int)
+            return arrays[layer] if slot is None else jax.tree.map(lambda array: array[slot], arrays[layer])
+
+        return read_arrays(self.k), read_arrays(self.v)
 
     def write(self, layer: int | jax.Array, k: Array, v: Array, positions: CachePositions) -> KVCache:
         """Writes the keys and values of some positions of one layer.
@@ -148,15 +158,23 @@ class KVCache:
         index = positions.index  # [B, C]
 
         # a scatter a slot is the form that XLA does in place whatever the layout of the cache (docs/architecture.md)
-        def scatter_positions(arrays: LayerArrays, new: Array) -> LayerArrays:
-            if isinstance(arrays, tuple):
-                assert isinstance(layer, int)
-                # a layer's arrays are its own here, and the others pass unchanged
-                updated = arrays[layer].at[slots, :, index].set(new, mode="drop")
-                return (*arrays[:layer], updated, *arrays[layer + 1 :])
-            return arrays.at[layer, slots, :, index].set(new, mode="drop")
+        def scatter_positions(array: jax.Array, new: jax.Array) -> jax.Array:
+            return array.at[slots, :, index].set(new, mode="drop")
 
-        return dataclasses.replace(self, k=scatter_positions(self.k, k), v=scatter_positions(self.v, v))
+        def scatter_stacked(array: jax.Array, new: jax.Array) -> jax.Array:
+            return array.at[layer, slots, :, index].set(new, mode="drop")
+
+        def write_arrays(arrays: LayerArrays, new: Array) -> LayerArrays:
+            is_quantized = isinstance(arrays[0] if isinstance(arrays, tuple) else arrays, QuantizedRows)
+            rows = quantize_rows(new) if is_quantized else new
+            if not isinstance(arrays, tuple):
+                return jax.tree.map(scatter_stacked, arrays, rows)
+            assert isinstance(layer, int)
+            # a layer's arrays are its own here, and the others pass unchanged
+            updated = jax.tree.map(scatter_positions, arrays[layer], rows)
+            return (*arrays[:layer], updated, *arrays[layer + 1 :])
+
+        return dataclasses.replace(self, k=write_arrays(self.k, k), v=write_arrays(self.v, v))
 
 
 @struct.dataclass

@@ -41,6 +41,7 @@ class Talker(nn.Module):
     scan_layers: bool = True
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    cache_dtype: Dtype | None = None  # of keys and values while decoding, such as int8; None: as ``dtype``
 
     def setup(self) -> None:
         c = self.config

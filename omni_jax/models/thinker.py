@@ -42,6 +42,7 @@ class Thinker(nn.Module):
     media_by_rows: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    cache_dtype: Dtype | None = None  # of keys and values while decoding, such as int8; None: as ``dtype``
 
     def setup(self) -> None:
         c = self.config
@@ -161,11 +162,11 @@ def _gather_by_rows(index: jax.Array, *features: jax.Array) -> jax.Array:
 
 def abstract_params(model: Thinker) -> Any:
     """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
-    batch = _smallest_batch(model.config)
+    batch = smallest_batch(model.config)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
 
 
-def _smallest_batch(config: ThinkerConfig) -> OmniBatch:
+def smallest_batch(config: ThinkerConfig) -> OmniBatch:
     """One audio block, one window of one frame and one token: enough for every parameter to be made."""
     audio = config.audio_config
     vision = config.vision_config

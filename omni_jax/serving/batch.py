@@ -12,6 +12,7 @@ from omni_jax.checks import check_float, check_int
 from omni_jax.distributed import gather, is_main_process, join_processes
 from omni_jax.engine.request import BLOCK_SIZES, SchedulerConfig
 from omni_jax.errors import InputError
+from omni_jax.generation.quantization import NumberFormat
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.files import (
     bucket_errors,
@@ -117,8 +118,7 @@ def make_spec(command: BatchCommand) -> WorkerSpec:
         model=command.model,
         locations=FileLocations(base_dir, command.media_root or base_dir, command.audio_dir),
         scheduler=SchedulerConfig(command.slots, command.slots, BLOCK_SIZES),
-        dtype=command.dtype,
-        quantization=command.quantization,
+        number_format=NumberFormat(command.dtype, command.quantization, command.kv_cache_dtype),
         mesh=command.mesh,
         media_processes=command.workers,
         media_limits=command.media,

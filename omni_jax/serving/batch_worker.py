@@ -5,6 +5,7 @@ The run on one machine and the actors of a Ray cluster make theirs from the same
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.engine.request import SchedulerConfig
 from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.model import OmniModel, load
-from omni_jax.generation.quantization import Quantization
+from omni_jax.generation.quantization import NumberFormat
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.worker_pool import MediaLimits
@@ -30,8 +31,7 @@ class WorkerSpec:
       model: folder of the checkpoint.
       locations: of the files that requests name and of those that are written.
       scheduler: how many requests are worked on at once.
-      dtype: what to compute in; what the checkpoint holds if None.
-      quantization: "int8" or "int4", to keep linear maps in so many bits.
+      number_format: what numbers are kept in.
       mesh: devices that the model is spread over; of one device, no mesh is made.
       media_processes: that decode media.
       media_limits: of each request.
@@ -44,8 +44,7 @@ class WorkerSpec:
     model: Path
     locations: FileLocations
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    dtype: str | None = None
-    quantization: Quantization | None = None
+    number_format: NumberFormat = field(default_factory=NumberFormat)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     media_processes: int = 1
     media_limits: MediaLimits = field(default_factory=MediaLimits)
@@ -111,4 +110,4 @@ def _load_model(spec: WorkerSpec) -> OmniModel:
     keep_compiled_programs(spec.compile_cache)
     # a mesh of one device would only make every program a sharded one
     mesh = spec.mesh.make() if spec.mesh.num_devices > 1 else None
-    return load(spec.model, dtype=spec.dtype, mesh=mesh, quantization=spec.quantization)
+    return load(spec.model, mesh=mesh, **dataclasses.asdict(spec.number_format))

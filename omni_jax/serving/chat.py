@@ -57,6 +57,7 @@ def run_chat(command: ChatCommand) -> None:
             allow_buckets=command.allow_buckets,
             isolate_media=command.isolate_media,
             quantization=command.quantization,
+            kv_cache_dtype=command.kv_cache_dtype,
         )
     load_seconds = time.perf_counter() - start_time
     # the spinner turns until the first text, which would be written into its line

@@ -85,6 +85,8 @@ class ChatCommand:
     """What to compute in; without it, what the checkpoint holds."""
     quantization: Literal["int8", "int4"] | None = None
     """Keep the linear maps of the language models in 8 bits, or those of the Thinker's layers in 4."""
+    kv_cache_dtype: Literal["int8"] | None = None
+    """Keep what the language models remember of a dialogue, their keys and values, in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class BatchCommand:
     """What to compute in; without it, what the checkpoint holds."""
     quantization: Literal["int8", "int4"] | None = None
     """Keep the linear maps of the language models in 8 bits, or those of the Thinker's layers in 4."""
+    kv_cache_dtype: Literal["int8"] | None = None
+    """Keep what the language models remember of a dialogue, their keys and values, in 8 bits."""
     warmup_tokens: int = 2048
     """Compile at first for prompts with replies of so many tokens; for longer ones when they come. 0: for none."""
     warmup_windows: int = 32

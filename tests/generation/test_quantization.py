@@ -17,8 +17,10 @@ from omni_jax.errors import InputError
 from omni_jax.generation.quantization import choose_bits, find_linear_maps, quantize_params
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.quantized import GROUP, QuantizedKernel, multiply_quantized, quantize_kernel
+from omni_jax.layers.stack import unstack_layers
+from omni_jax.models.decoder import KVCache
 from omni_jax.models.talker import Talker
-from omni_jax.models.thinker import Thinker, abstract_params
+from omni_jax.models.thinker import Thinker, abstract_params, smallest_batch
 from omni_jax.sharding import make_mesh, param_shardings
 
 MAX_ERROR = {8: 0.5 / 127, 4: 0.5 / 7}  # of a weight, over the largest of its output: half of a step
@@ -126,6 +128,50 @@ def test_a_quantised_model_answers_as_its_widened_kernels_would(tiny_model: Path
     assert (expected.token_ids, expected.codec_ids) == (reply.token_ids, reply.codec_ids)
 
 
+def test_a_cache_in_8_bits(tiny_model: Path) -> None:
+    """It is near the cache that it stands for, and its slots do not mix."""
+    model = omni_jax.load(tiny_model, kv_cache_dtype="int8")
+    messages = [[{"role": "user", "content": text}] for text in ("What is the time?", "Name a colour. " * 40, "Hi")]
+    spoken = dict(modalities=("text", "audio"), max_tokens=6, talker=dict(max_tokens=8, temperature=0.0))
+    replies = model.generate_batch(messages, **spoken)
+    for message, reply in zip(messages, replies, strict=True):
+        alone = model.generate(message, **spoken)
+        assert (alone.token_ids, alone.codec_ids) == (reply.token_ids, reply.codec_ids)
+        assert reply.token_ids and reply.codec_ids
+    engine = model.engines.thinker
+    cache = engine.init_state(2, 100).context.cache
+    assert {leaf.dtype for leaf in jax.tree.leaves((cache.k, cache.v))} == {jnp.dtype("int8"), jnp.dtype("float32")}
+
+
+def test_hidden_states_behind_a_cache_in_8_bits() -> None:
+    """Both layouts of layers, whole chunks and steps: near those of a cache in float32, and the same as each other."""
+    config = ThinkerConfig.tiny()
+    model = Thinker(config)
+    params = model.init(jax.random.key(0), smallest_batch(config))["params"]
+    width = config.text_config.hidden_size
+    x = np.random.default_rng(0).standard_normal((2, 12, width)).astype(np.float32)
+    ids = np.broadcast_to(np.arange(12, dtype=np.int32), (3, 2, 12))
+    found = {}
+    for dtype in (jnp.float32, jnp.int8):
+        for scanned in (True, False):
+            cache = KVCache.init(config.text_config, 2, 16, scanned, dtype)
+            own = params if scanned else unstack_layers(params)
+            layout = model.clone(scan_layers=scanned)
+            parts = []
+            for part in (slice(0, 8), *(slice(i, i + 1) for i in range(8, 12))):
+                valid = np.ones((2, part.stop - part.start), bool)
+                hidden, cache = layout.apply({"params": own}, x[:, part], ids[..., part], valid, cache, method="extend")
+                parts.append(hidden)
+            found[dtype, scanned] = np.concatenate(parts, axis=1)
+    exact = found[jnp.float32, True]
+    error = np.sqrt(np.mean((found[jnp.int8, True] - exact) ** 2) / np.mean(exact**2))
+    assert 1e-5 < error < 0.01, error
+    # the same whole numbers, but where a number lies on the edge of two
+    np.testing.assert_allclose(found[jnp.int8, False], found[jnp.int8, True], atol=1e-3)
+
+
 def test_another_quantisation_is_refused(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="quantization is 'int3'; there are int8 and int4"):
         omni_jax.load(tiny_model, quantization="int3")
+    with pytest.raises(InputError, match="kv_cache_dtype is 'int4'; there is int8"):
+        omni_jax.load(tiny_model, kv_cache_dtype="int4")

@@ -8,6 +8,7 @@ import pytest
 
 from omni_jax.layers import attention as module
 from omni_jax.layers.attention import Mask, attention, cached_attention
+from omni_jax.layers.quantized import quantize_rows
 
 TOLERANCE = 2e-6  # float32 sums over some hundred numbers of size one
 
@@ -111,3 +112,20 @@ def test_keys_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     sees_any = np.broadcast_to(visible.any(-1)[:, None], tiled.shape[:3])
     assert np.abs(tiled - at_once)[sees_any].max() < TOLERANCE
     assert np.isfinite(tiled).all()
+
+
+@pytest.mark.parametrize("form", ["_attend_all_heads", "_attend_head_by_head", "_attend_tile_by_tile"])
+def test_keys_in_8_bits_are_what_they_stand_for(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr(module, "_TILE", 4)
+    q, k, v, _ = inputs(3, 20, 4, 2)
+    k[:, 3] = 0  # a row of zeros keeps them
+    grouped = q[:, :4].reshape(3, 2, 8, 8)
+    visible = np.repeat(np.arange(20) <= np.array([4, 9, 19])[:, None, None], 8, axis=1)
+    rows = [quantize_rows(a.swapaxes(1, 2)) for a in (k, v)]
+    widened = [np.asarray(row.values, np.float32) * row.scale for row in rows]
+    for row, exact in zip(widened, (k, v), strict=True):
+        exact = exact.swapaxes(1, 2)
+        # half of a step, which is the largest number of a row over 127
+        assert (np.abs(row - exact) <= 0.501 / 127 * np.abs(exact).max(-1, keepdims=True)).all()
+    expected = np.asarray(module._attend_all_heads(grouped, *widened, visible))
+    assert np.abs(np.asarray(getattr(module, form)(grouped, *rows, visible)) - expected).max() < TOLERANCE
