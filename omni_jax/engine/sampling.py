@@ -28,6 +28,7 @@ MIN_TEMPERATURE = 1e-4  # below it the quotient of logits may leave float32: suc
 MIN_PENALTY = 0.01
 MAX_PENALTY = 100.0
 NUM_RANKED = 64  # the Talker's default top-k is 40, so most settings draw from no more than these
+_DRAW_GROUP = 512  # tokens whose weights are added up before a draw
 
 _MINUS_INFINITY = -jnp.inf
 
@@ -211,17 +212,50 @@ def _penalize(logits: Float[jax.Array, "B V"], state: SamplingState) -> jax.Arra
 def _draw(logits: Float[jax.Array, "B V"], state: SamplingState) -> Int[jax.Array, " B"]:
     is_random = state.temperature > 0
     scaled = logits / jnp.where(is_random, state.temperature, 1)[:, None]  # [B, V]
+    # computed once: the compiler for TPUs would make it a part of every reader, and take twice as long
+    scaled = jax.lax.optimization_barrier(scaled)
     # a greedy slot's draw is not used: top-k 1 keeps it from having its whole vocabulary sorted
     top_k = jnp.where(is_random, state.top_k, 1)
     filtered = filter_logits(scaled, top_k, state.top_p)
 
-    def draw_slot(seed: jax.Array, step: jax.Array, slot_logits: jax.Array) -> jax.Array:
+    def draw_uniform(seed: jax.Array, step: jax.Array) -> jax.Array:
         # from seed and step alone: the draw does not depend on how steps are grouped into calls
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        return jax.random.categorical(key, slot_logits)
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step))
 
-    draw_slots = jax.vmap(draw_slot)
-    return draw_slots(jnp.asarray(state.seed), jnp.asarray(state.step), filtered).astype(jnp.int32)
+    uniform = jax.vmap(draw_uniform)(jnp.asarray(state.seed), jnp.asarray(state.step))  # [B]
+    # the most probable token is inside whatever the settings, so some weight is 1
+    weight = jnp.exp(filtered - jnp.max(filtered, axis=-1, keepdims=True))  # [B, V]
+    return _invert_cumulative(weight, uniform)
+
+
+def _invert_cumulative(weight: Float[jax.Array, "B V"], uniform: Float[jax.Array, " B"]) -> Int[jax.Array, " B"]:
+    """The token up to which weights add up to the share ``uniform`` of all; never one without weight.
+
+    First the group of tokens is found, then the token in it, so that no sum runs over the whole vocabulary.
+    """
+    num_groups = -(-weight.shape[-1] // _DRAW_GROUP)
+    padding = num_groups * _DRAW_GROUP - weight.shape[-1]
+    grouped = jnp.pad(weight, ((0, 0), (0, padding))).reshape(-1, num_groups, _DRAW_GROUP)  # [B, G, members]
+    of_group = jnp.sum(grouped, axis=-1)  # [B, G]
+    point = uniform * jnp.sum(of_group, axis=-1)  # [B]
+    group, rest = _find_share(of_group, point)
+    members = jnp.take_along_axis(grouped, group[:, None, None], axis=1)[:, 0]  # [B, members]
+    return group * _DRAW_GROUP + _find_share(members, rest)[0]
+
+
+def _find_share(
+    weight: Float[jax.Array, "B N"], point: Float[jax.Array, " B"]
+) -> tuple[Int[jax.Array, " B"], Float[jax.Array, " B"]]:
+    """The first index at which the sum of weights is above ``point``, and how far the point lies above that before."""
+    total = jnp.cumsum(weight, axis=-1)  # [B, N]
+    index = jnp.arange(weight.shape[-1])
+    has_weight = weight > 0
+    # rounding may leave the point at the sum of all: then it is the last that has weight
+    last = jnp.max(jnp.where(has_weight, index, 0), axis=-1)  # [B]
+    above = has_weight & ((total > point[:, None]) | (index == last[:, None]))
+    found = jnp.argmax(above, axis=-1).astype(jnp.int32)  # [B]
+    before = jnp.sum(jnp.where(index < found[:, None], weight, 0), axis=-1)  # [B]
+    return found, point - before
 
 
 def _kth_largest(ranked: Float[Array, "B K"], top_k: Int[Array, " B"]) -> Float[jax.Array, "B 1"]:
@@ -254,13 +288,19 @@ def _search_threshold(
     logits = jnp.asarray(logits)
     top_p = jnp.asarray(top_p)
     keys = _to_ordered_bits(logits)  # [B, V]
-    kth = _largest_key(keys, jnp.ones_like(logits), jnp.asarray(top_k, jnp.float32))  # [B, 1]
-    inside = keys >= kth
-    weight = jnp.where(inside, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0)  # [B, V]
-    # a token is outside where those above it have top p together: that is, above the largest key that has them
-    needed = top_p * jnp.sum(weight, axis=-1)  # [B]
-    by_probability = jnp.where(top_p[:, None] < 1, _largest_key(keys, weight, needed), 0)
-    return _from_ordered_bits(jnp.maximum(kth, by_probability))
+    probability = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))  # [B, V], times a number of each row
+
+    def narrow(phase: jax.Array, threshold: jax.Array) -> jax.Array:
+        by_number = phase == 0
+        weight = jnp.where(keys >= threshold, jnp.where(by_number, 1.0, probability), 0)  # [B, V]
+        # a token is outside where those above it have top p together: that is, above the largest key that has them
+        needed = jnp.where(by_number, jnp.asarray(top_k, jnp.float32), top_p * jnp.sum(weight, axis=-1))  # [B]
+        narrower = jnp.maximum(threshold, _largest_key(keys, weight, needed))
+        return jnp.where(by_number | (top_p[:, None] < 1), narrower, threshold)
+
+    # a loop of two, so that the search is compiled once
+    everything = jnp.zeros((len(keys), 1), jnp.uint32)
+    return _from_ordered_bits(jax.lax.fori_loop(0, 2, narrow, everything))
 
 
 def _largest_key(
