@@ -106,7 +106,7 @@ class Compile:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How they are laid out. Without it all are on fsdp for a recipe, on tensor for a program of generation."""
     shapes: Shapes = field(default_factory=Shapes)
-    """Of a program of generation."""
+    """Of a program of generation; serving takes their quantization and kv_cache_dtype alone."""
     tokens: int | None = None
     """Positions in a row of a recipe's batch, if not the recipe's own."""
     rows: int | None = None
@@ -138,9 +138,11 @@ class Compile:
         return report.fits
 
     def _run_serving(self, config: OmniConfig) -> bool:
-        if self.mesh != MeshConfig() or self.shapes != Shapes() or self.keep_text is not None:
+        formats: dict[str, Any] = dict(quantization=self.shapes.quantization, kv_cache_dtype=self.shapes.kv_cache_dtype)
+        if self.mesh != MeshConfig() or self.shapes != Shapes(**formats) or self.keep_text is not None:
             raise ConfigError(
-                "serving has meshes, sizes and texts of its own: --mesh, --shapes and --keep-text go with one program"
+                "serving has meshes, sizes and texts of its own: --mesh, --keep-text and the sizes of --shapes go with "
+                "one program"
             )
         programs = select(self.only)
         if not programs:
@@ -149,7 +151,8 @@ class Compile:
         devices = describe(self.topology, self.chips)
         rows = []
         for program in track(programs, description="compiling", console=Console(stderr=True)):
-            wanted, mesh = program.make(config, devices)
+            shapes = dataclasses.replace(program.shapes, **formats)
+            wanted, mesh = dataclasses.replace(program, shapes=shapes).make(config, devices)
             report, _ = compile_for(wanted, mesh, name=program.name, topology=self.topology)
             rows.append((program.label, report))
         self._write_json([{"label": label, **dataclasses.asdict(report)} for label, report in rows])

@@ -40,7 +40,7 @@ from omni_jax.engine.token2wav_engine import (
 from omni_jax.engine.token2wav_lists import ListRequest, fill_lists, solve_blocks
 from omni_jax.engine.token2wav_streaming import CodeChunk, solve_chunk, vocode_chunk, vocode_first_chunk
 from omni_jax.generation.lane_padding import widen_config
-from omni_jax.generation.quantization import Quantization, quantize_params
+from omni_jax.generation.quantization import CacheDtype, Quantization, quantize_params
 from omni_jax.layers.streaming import Block
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.models.bigvgan import BigVGAN
@@ -63,7 +63,8 @@ class Shapes:
       cache: positions of each.
       tokens: of a prompt's chunk.
       blocks: of 24 mel frames in a step of Token2Wav, or of a list of whole replies.
-      quantization: of Thinker and Talker, "int8" or "int4".
+      quantization: of the linear maps of Thinker and Talker, "int8" or "int4".
+      kv_cache_dtype: of their keys and values, "int8"; bfloat16 if None.
     """
 
     batch: int = 32
@@ -71,6 +72,12 @@ class Shapes:
     tokens: int = WIDE_CHUNK
     blocks: int = 2
     quantization: Quantization | None = None
+    kv_cache_dtype: CacheDtype | None = None
+
+    @property
+    def cache_dtype(self) -> Any:
+        """That a module is made with."""
+        return None if self.kv_cache_dtype is None else jnp.dtype(self.kv_cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -112,14 +119,14 @@ def vision_encoder(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 def _encoder(
     tower: str, method: str, config: OmniConfig, mesh: Mesh, media: AudioBlocks | VisionFrames, shapes: Shapes
 ) -> Program:
-    model, params = _abstract_thinker(config, mesh, shapes.quantization)
+    model, params = _abstract_thinker(config, mesh, shapes)
     floor = sum(map(on_chip, jax.tree.leaves(params[tower])))
     return Program(jit_method, (params, _place_abstract(media, mesh)), (model, method), floor)
 
 
 def thinker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A token of every slot."""
-    model, params = _abstract_thinker(config, mesh, shapes.quantization)
+    model, params = _abstract_thinker(config, mesh, shapes)
     state: ThinkerState = jax.eval_shape(lambda: _thinker_engine(model, params).init_state(shapes.batch, shapes.cache))
     state = _place_abstract(state, mesh)
     # one step: no slot has finished, and the limit is 1
@@ -131,7 +138,7 @@ def thinker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 def thinker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A chunk of every slot's prompt."""
-    model, params = _abstract_thinker(config, mesh, shapes.quantization)
+    model, params = _abstract_thinker(config, mesh, shapes)
     prefix: ThinkerPrefix = jax.eval_shape(
         lambda: _thinker_engine(model, params).init_prefix(shapes.batch, shapes.cache)
     )
@@ -145,7 +152,7 @@ def thinker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 def thinker_blocks(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A call's blocks of the prompts of a batch, right into slots."""
-    model, params = _abstract_thinker(config, mesh, shapes.quantization)
+    model, params = _abstract_thinker(config, mesh, shapes)
     state: ThinkerState = jax.eval_shape(lambda: _thinker_engine(model, params).init_state(shapes.batch, shapes.cache))
     state = _place_abstract(state, mesh)
     ids, spans = _chunk(dataclasses.replace(shapes, batch=CALL_BLOCKS[-1], tokens=BLOCK_WIDTH))
@@ -162,7 +169,7 @@ def thinker_blocks(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 def talker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A chunk of every slot's prompt, which the Thinker has read."""
-    model, params, engine = _abstract_talker(config, mesh, shapes.quantization)
+    model, params, engine = _abstract_talker(config, mesh, shapes)
     prefix = _place_abstract(jax.eval_shape(lambda: engine.init_prefix(shapes.batch, shapes.cache)), mesh)
     ids, spans = _chunk(shapes)
     text = jax.ShapeDtypeStruct((*ids.shape, config.talker_config.embedding_size), model.dtype)  # [B, C, E]
@@ -173,7 +180,7 @@ def talker_prefill(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 def talker_decode(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """A code of every slot."""
-    model, params, engine = _abstract_talker(config, mesh, shapes.quantization)
+    model, params, engine = _abstract_talker(config, mesh, shapes)
     state = _place_abstract(jax.eval_shape(lambda: engine.init_state(shapes.batch, shapes.cache)), mesh)
     # no slot follows one of the Thinker: all text is there
     none = np.zeros(shapes.batch, np.int32)
@@ -296,14 +303,22 @@ PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
 }
 
 
-def _abstract_thinker(
-    config: OmniConfig, mesh: Mesh, quantization: Quantization | None = None
-) -> tuple[thinker.Thinker, Any]:
+def serving_params(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> list[Any]:
+    """Abstract parameters of all that a model that speaks keeps on its devices."""
+    _, of_thinker = _abstract_thinker(config, mesh, shapes)
+    _, of_talker, _ = _abstract_talker(config, mesh, shapes)
+    return [of_thinker, of_talker, _abstract_dit(config, mesh)[1], _abstract_vocoder(config, mesh)[1]]
+
+
+def _abstract_thinker(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> tuple[thinker.Thinker, Any]:
     # as it is loaded for a TPU
     thinker_config = widen_config(config, mesh.shape["tensor"]).thinker_config
-    model = thinker.Thinker(thinker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    dtypes: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, cache_dtype=shapes.cache_dtype)
+    model = thinker.Thinker(thinker_config, **dtypes)
     params = _place_params(thinker.abstract_params(model), mesh)
-    return model, params if quantization is None else quantize_params("thinker", model, params, quantization)
+    if shapes.quantization is not None:
+        params = quantize_params("thinker", model, params, shapes.quantization)
+    return model, params
 
 
 def _chunk(shapes: Shapes) -> tuple[np.ndarray, Spans]:
@@ -312,13 +327,12 @@ def _chunk(shapes: Shapes) -> tuple[np.ndarray, Spans]:
     return ids, Spans(ids, ids, ids, ids, ids, ids.astype(np.float32))
 
 
-def _abstract_talker(
-    config: OmniConfig, mesh: Mesh, quantization: Quantization | None = None
-) -> tuple[talker.Talker, Any, TalkerEngine]:
-    model = talker.Talker(config.talker_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+def _abstract_talker(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> tuple[talker.Talker, Any, TalkerEngine]:
+    dtypes: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, cache_dtype=shapes.cache_dtype)
+    model = talker.Talker(config.talker_config, **dtypes)
     params = _place_params(talker.abstract_params(model), mesh)
-    if quantization is not None:
-        params = quantize_params("talker", model, params, quantization)
+    if shapes.quantization is not None:
+        params = quantize_params("talker", model, params, shapes.quantization)
     # a state needs no embeddings of text
     return model, params, TalkerEngine(model, params, config, jnp.zeros_like)
 

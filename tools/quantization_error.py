@@ -1,4 +1,4 @@
-"""What 8 and 4 bits cost in error, part by part.
+"""What 8 and 4 bits cost in error, part by part, and keys and values in 8 bits.
 
     python tools/quantization_error.py [--layers 2]
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -28,10 +29,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from omni_jax.batch import AudioBlocks, VisionFrames
-from omni_jax.config import OmniConfig, TalkerConfig, ThinkerConfig
+from omni_jax.config import DecoderConfig, OmniConfig, TalkerConfig, ThinkerConfig
 from omni_jax.generation.quantization import find_linear_maps, quantize_linear_maps
 from omni_jax.layers.attention import Mask
 from omni_jax.models import talker, thinker
+from omni_jax.models.decoder import KVCache
 from tools.precision import relative_error
 
 POSITIONS = 64  # of text
@@ -128,6 +130,22 @@ def _apply_decoder(module: Any, *arguments: Any) -> jax.Array:
     return module.decoder(*arguments)
 
 
+def cache_error(model: thinker.Thinker | talker.Talker, config: DecoderConfig, params: Any) -> float:
+    """The error of a decoder's output where its keys and values are in 8 bits, and nothing else."""
+    x = np.random.default_rng(1).standard_normal((1, POSITIONS, config.hidden_size), np.float32)
+    ids = np.broadcast_to(np.arange(POSITIONS, dtype=np.int32), (3, 1, POSITIONS))
+    valid = np.ones((1, POSITIONS), bool)
+    outputs = []
+    for dtype in (jnp.float32, jnp.int8):
+        cache = KVCache.init(config, 1, POSITIONS, model.scan_layers, dtype)
+        outputs.append(np.asarray(_call(model, _extend_decoder, params, x, ids, valid, cache)))
+    return relative_error(outputs[1], outputs[0])
+
+
+def _extend_decoder(module: Any, *arguments: Any) -> jax.Array:
+    return module.decoder.extend(*arguments)[0]
+
+
 def small_config(layers: int) -> OmniConfig:
     """The widths of the 7B, with so many layers in each tower."""
     c = OmniConfig.qwen2_5_omni_7b()
@@ -148,11 +166,23 @@ def main() -> None:
     table = Table("part", "8 bits", "4 bits", box=None)
     thinker_model = thinker.Thinker(config.thinker_config)
     talker_model = talker.Talker(config.talker_config)
-    models: list[tuple[Any, Any, list[Part]]] = [
-        (thinker_model, thinker.abstract_params(thinker_model), thinker_parts(thinker_model)),
-        (talker_model, talker.abstract_params(talker_model), talker_parts(talker_model)),
+    models: list[tuple[str, Any, DecoderConfig, Any, list[Part]]] = [
+        (
+            "Thinker",
+            thinker_model,
+            config.thinker_config.text_config,
+            thinker.abstract_params(thinker_model),
+            thinker_parts(thinker_model),
+        ),
+        (
+            "Talker",
+            talker_model,
+            config.talker_config,
+            talker.abstract_params(talker_model),
+            talker_parts(talker_model),
+        ),
     ]
-    for model, abstract, parts in models:
+    for name, model, decoder_config, abstract, parts in models:
         params = draw_params(model, abstract)
         for part in track(parts, description="computing", console=Console(stderr=True)):
             expected = np.asarray(part.run(params))
@@ -163,6 +193,7 @@ def main() -> None:
                 )
                 cells.append(f"{relative_error(np.asarray(part.run(chosen)), expected):.1e}")
             table.add_row(part.label, *cells)
+        table.add_row(f"{name}, keys and values", f"{cache_error(model, decoder_config, params):.1e}", "")
     Console().print(table)
 
 

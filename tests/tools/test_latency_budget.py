@@ -6,13 +6,15 @@ import pytest
 
 from omni_jax.engine.request import ChunkSizes
 from omni_jax.errors import ConfigError, InputError
-from tools.latency_budget import Budget, make_lines
+from tools.aot_programs import Shapes
+from tools.latency_budget import BudgetCommand, make_lines
 
 BLOCK_CODES = 12
+ONE = Shapes(batch=1, cache=2048)
 
 
 def count_runs(sizes: ChunkSizes) -> dict[str, tuple[int, int]]:
-    return {line.label: (line.first, line.second) for line in make_lines(sizes, BLOCK_CODES)}
+    return {line.label: (line.first, line.second) for line in make_lines(sizes, BLOCK_CODES, ONE)}
 
 
 def test_tokens_and_codes_to_the_first_packet() -> None:
@@ -26,9 +28,9 @@ def test_tokens_and_codes_to_the_first_packet() -> None:
 
 
 def test_the_first_chunk_has_its_own_programs() -> None:
-    usual = {line.label: line for line in make_lines(ChunkSizes(), BLOCK_CODES)}
+    usual = {line.label: line for line in make_lines(ChunkSizes(), BLOCK_CODES, ONE)}
     short = {
-        line.label: line for line in make_lines(ChunkSizes(first_chunk_codes=24, first_look_ahead=10), BLOCK_CODES)
+        line.label: line for line in make_lines(ChunkSizes(first_chunk_codes=24, first_look_ahead=10), BLOCK_CODES, ONE)
     }
     first = "vocoder, the first chunk"
     assert (usual[first].program, usual[first].shapes.blocks) == ("vocoder-block", 2)
@@ -49,4 +51,4 @@ def test_impossible_sizes_are_refused_before_anything_compiles(
     options: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        Budget("v5e:2x2", **options).run()
+        BudgetCommand("v5e:2x2", **options).run()
