@@ -21,6 +21,7 @@ from omni_jax.batch import Array
 Bits = Literal[8, 4]
 GROUP = 128  # inputs of a group, in 4 bits
 
+_LANES = 128  # numbers that a TPU takes side by side
 _FEW_ROWS = 64  # that are multiplied group by group; more are worth a kernel that is widened first
 
 _LARGEST = {8: 127, 4: 7}
@@ -95,10 +96,15 @@ def multiply_quantized(
     outputs = scale.shape[1:]
     x = x.astype(dtype)
     if len(scale) == 1:
+        scale = scale[0]
+        if len(outputs) > 1 and outputs[-1] % _LANES:
+            # libtpu 0.0.42.1 crashes on such a product where the heads are 64 wide; as one axis outputs are no trouble
+            values = values.reshape(*values.shape[:num_inputs], -1)  # [*inputs, outputs]
+            scale = scale.ravel()
         # one scale for each output, so that it can wait until the sum is there
         contracted = (tuple(range(len(batch), x.ndim)), tuple(range(num_inputs)))
         y = jax.lax.dot_general(x, values.astype(dtype), (contracted, ((), ())), preferred_element_type=jnp.float32)
-        return (y * scale[0]).astype(dtype)
+        return (y * scale).astype(dtype).reshape(*batch, *outputs)
     num_groups = len(scale)
     rows = x.reshape(math.prod(batch), num_groups, -1)  # [M, G, rows of a group]
     grouped = values.reshape(num_groups, -1, math.prod(outputs))  # [G, rows, outputs]
