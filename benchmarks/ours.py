@@ -343,7 +343,8 @@ class OmniJaxSide(Side):
         part = BatchPart(BUDGET)
         # decoding, features and tokens; then the arrays of a batch
         started = time.perf_counter()
-        examples = [prepare.example(row) for row in rows]
+        # none of them is split
+        examples = [prepare.examples(row)[0] for row in rows]
         if packed:
             for row, example in zip(rows, examples, strict=True):
                 if not part.place(example):

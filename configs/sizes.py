@@ -7,13 +7,13 @@ from typing import Any
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.sharding import MeshConfig
-from omni_jax.training.recipe import CheckpointConfig, OptimizerConfig, Phase, Recipe
+from omni_jax.training.recipe import CheckpointConfig, NextTokenOptions, OptimizerConfig, Phase, Recipe
 
 # paths of parameters; bos_eos, the audio encoder's begin and end embeddings, is read by nothing (see
 # models/audio_encoder.py) and must not decay
-ADAPTERS = r"audio_encoder/proj/.*|vision_encoder/merger/.*"
-ENCODERS = r"audio_encoder/(?!bos_eos|proj).*|vision_encoder/(?!merger).*"
-DECODER = r"decoder/.*"
+ADAPTERS = r"thinker/(audio_encoder/proj|vision_encoder/merger)/.*"
+ENCODERS = r"thinker/(audio_encoder/(?!bos_eos|proj)|vision_encoder/(?!merger)).*"
+DECODER = r"thinker/decoder/.*"
 
 # everything a test needs, in seconds on a CPU
 _TINY_DATA = DataConfig(
@@ -60,7 +60,7 @@ def recipes(
         checkpoint=CheckpointConfig(every=10),
         steps=_TINY_STEPS,
         dtype="float32",
-        loss_chunk=64,
+        objective=NextTokenOptions(chunk=64),
         log_every=5,
     )
     return made

@@ -2,7 +2,7 @@
 
 python train.py thinker-sft-7b --init CHECKPOINT --data.train dialogues.jsonl
 
-The encoders stay as they are; ``--phases.0.train.0.paths '(?!audio_encoder/bos_eos).*'`` trains them too.
+The encoders stay as they are; ``--phases.0.train.0.paths 'thinker/(?!audio_encoder/bos_eos).*'`` trains them too.
 """
 
 from configs.sizes import ADAPTERS, DECODER, recipes

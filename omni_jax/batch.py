@@ -112,6 +112,7 @@ class TrainBatch:
     inputs: OmniBatch
     targets: Int[Array, "B S"] = struct.field(metadata=_TEXT)  # the next token of the example
     weights: Float[Array, "B S"] = struct.field(metadata=_TEXT)  # of the loss; 0: not a target
+    source: Int[Array, "B S"] = struct.field(metadata=_TEXT)  # of the example's row, from 0; 0 where there is padding
 
 
 def batch_axes(batch: Tree) -> Tree:

@@ -5,6 +5,10 @@ class InputError(ValueError):
     """A request that cannot be served: unreadable media, an unknown part, a prompt longer than the context."""
 
 
+class TooLongError(InputError):
+    """A request with more tokens than there is room for."""
+
+
 class ConfigError(ValueError):
     """A configuration that the model cannot be built from: an unknown key, sizes that do not divide."""
 

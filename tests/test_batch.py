@@ -13,10 +13,13 @@ from omni_jax.batch import OmniBatch, TrainBatch, batch_axes, bucket
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.packing import Budget, Part, assemble
+from omni_jax.models.thinker import Thinker
 from omni_jax.sharding import MESH_AXES, RULES
+from omni_jax.training.objectives.next_token import NextToken
 from omni_jax.training.step import abstract_batch
 
 MESH = AbstractMesh((1, 2, 4, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+OBJECTIVE = NextToken(Thinker(OmniConfig.tiny().thinker_config), OmniConfig.tiny())
 DATA = DataConfig(rows=8, streams=8, tokens=64, spans=16, audio_blocks=2, canvases=3, windows=4)
 # sizes that equal each other: S = N, then rows = S = N, then S = N = A = F = W
 EQUAL_SIZES = [
@@ -27,7 +30,7 @@ EQUAL_SIZES = [
 
 
 def sharding_specs(data: DataConfig, accumulate: int = 1) -> TrainBatch:
-    batch = abstract_batch(data, OmniConfig.tiny(), MESH, accumulate)
+    batch = abstract_batch(data, OBJECTIVE, MESH, accumulate)
     return jax.tree.map(lambda x: x.sharding.spec, batch)
 
 

@@ -37,6 +37,7 @@ from omni_jax.checks import printable
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
 from omni_jax.sharding import MESH_AXES, MeshConfig
+from omni_jax.training.objectives import make_objective
 from omni_jax.training.recipe import Recipe
 from omni_jax.training.step import abstract_program
 from tools.aot_hlo import Program as Text
@@ -174,7 +175,7 @@ class Compile:
         if self.program in RECIPES:
             recipe = self._recipe(RECIPES[self.program], len(devices))
             mesh = recipe.mesh.make(devices)
-            function, arguments = abstract_program(recipe, mesh)
+            function, arguments = abstract_program(recipe, make_objective(recipe), mesh)
             wanted = Program(function, arguments)
         else:
             name, _, size = self.program.rpartition("-")

@@ -2,11 +2,11 @@
 
 ::
 
-    WORKDIR/model/                  what training does not change: config.json, the tokenizer, the voices, the Talker
-                                    and Token2Wav of the checkpoint that the run began from
+    WORKDIR/model/                  what training does not change: config.json, the tokenizer, the voices, and the
+                                    components of which nothing trains, as they were where the run began
     WORKDIR/checkpoints/00001000/   a checkpoint like any other (checkpoint/store.py): it can be loaded and converted
                                     to PyTorch, and another run can begin from it
-        params/thinker/             the parameters, trained and frozen
+        params/<component>/         the parameters, trained and frozen
         optimizer/moments/          count and both moments of Adam
         run.json                    the step, and where the data goes on
         files.json                  the length of every file
@@ -33,7 +33,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,9 @@ MODEL_FOLDER = "model"
 RUN_FILE = "run.json"
 FILES_FILE = "files.json"
 # two folders deep: a folder right below a step Orbax takes for a checkpointable, and not for a checkpoint to load
-_THINKER = Path("params") / "thinker"
 _MOMENTS = Path("optimizer") / "moments"
-_TREE = "state"  # what Orbax calls the tree of a checkpoint that holds one tree; ``store`` reads that
-# another name for the moments: several processes wait for each other at barriers that Orbax names after the last part
-# of a tree's path, and two trees of one name would wait at one barrier
+# a name of its own for each tree: several processes wait for each other at barriers that Orbax names after the last
+# part of a tree's path, and two trees of one name would wait at one barrier
 _MOMENTS_TREE = "moments"
 _STEP_DIGITS = 8
 # Orbax writes these when it commits, after ``files.json``
@@ -73,7 +71,7 @@ class TrainCheckpoint:
 
     Attributes:
       step: steps of the run that came before.
-      params: tree of the Thinker's parameters.
+      params: a tree of parameters for each component of which something trains.
       moments: ``count``, ``mu`` and ``nu`` of Adam; the latter two like the part of ``params`` that trains.
       data: where the data goes on, of JSON's types.
     """
@@ -84,7 +82,7 @@ class TrainCheckpoint:
     data: Mapping[str, Any]
 
 
-# from a step and the dtypes of the Thinker's parameters by path, the abstract arrays to restore into
+# from a step and the dtypes of the parameters by path, the abstract arrays to restore into
 MakeTarget = Callable[[int, Mapping[str, np.dtype]], TrainCheckpoint]
 
 
@@ -125,17 +123,22 @@ def find_damage(folder: Path) -> str:
     return ""
 
 
-def prepare_model(workdir: Path, init: Path) -> None:
+def prepare_model(workdir: Path, init: Path, trained: Sequence[str]) -> None:
     """Makes ``WORKDIR/model`` from the checkpoint that a run begins from, unless it is there; one process does it.
+
+    Args:
+      workdir: the run's folder.
+      init: the checkpoint.
+      trained: components of which something trains; each checkpoint of the run has its own.
 
     Raises:
       CheckpointError: if ``init`` is no checkpoint.
     """
     if (workdir / MODEL_FOLDER).exists():
         return
-    # the Thinker trains, so each checkpoint has its own
     components = store.components(init)
-    components.pop("thinker", None)
+    for name in trained:
+        components.pop(name, None)
     files = side_files(init)
     for name in (CONSTANTS_FILE, voices.VOICES_FILE, voices.PUBLISHED_FILE):
         if has_file(init / name):
@@ -148,14 +151,13 @@ def prepare_model(workdir: Path, init: Path) -> None:
         _write_json(unfinished / ABOUT_FILE, {"format": FORMAT, "components": components})
 
 
-def read_dtypes(folder: Path) -> dict[str, np.dtype]:
-    """Dtypes of the parameters of a checkpoint's Thinker, by path.
+def read_dtypes(folder: Path, components: Sequence[str]) -> dict[str, np.dtype]:
+    """Dtypes of the parameters of a checkpoint's components, by path.
 
     Raises:
-      CheckpointError: if it has none, or not the one that its config.json describes.
+      CheckpointError: if it lacks one, or has another than its config.json describes.
     """
-    thinker = store.abstract(folder, ["thinker"])["thinker"]
-    leaves: dict[str, Any] = flatten_dict(thinker, sep="/")
+    leaves: dict[str, Any] = flatten_dict(store.abstract(folder, components), sep="/")
     return {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()}
 
 
@@ -165,14 +167,16 @@ class TrainCheckpoints:
     Call ``restore`` before the first ``save``.
     """
 
-    def __init__(self, workdir: Path, keep: int) -> None:
+    def __init__(self, workdir: Path, components: Sequence[str], keep: int) -> None:
         """Opens the folder of a run.
 
         Args:
           workdir: the run's folder, which ``prepare_model`` has been called for.
+          components: that the run reads, whether they train or not.
           keep: how many of the latest checkpoints stay.
         """
         self._workdir = workdir
+        self._components = tuple(components)
         self._keep = keep
         self._parent = workdir / CHECKPOINTS_FOLDER
         self._checkpointer: ocp.training.Checkpointer | None = None
@@ -228,7 +232,9 @@ class TrainCheckpoints:
         self.wait()
         # before Orbax begins: its thread calls ``_complete``, which reads this
         self._saving = state
-        trees = {f"{_THINKER}/{_TREE}": state.params, f"{_MOMENTS}/{_MOMENTS_TREE}": state.moments}
+        trees = {f"{_MOMENTS}/{_MOMENTS_TREE}": state.moments}
+        for name, params in state.params.items():
+            trees[f"params/{name}/{name}"] = params
         try:
             # ``force`` ignores Orbax's own policy of when to save; it does not write over a step that is there
             self._checkpointer.save_checkpointables_async(state.step, trees, force=True)
@@ -289,8 +295,9 @@ class TrainCheckpoints:
         link_folder(model / "params", unfinished / "params", model)
 
         # of the arrays only dtypes are read: the step after may have taken their memory already
-        dtypes = {str(np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(state.params)}
-        components = {"thinker": sorted(dtypes), **store.components(model)}
+        components = store.components(model)
+        for name, params in state.params.items():
+            components[name] = sorted({str(np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(params)})
         _write_json(unfinished / ABOUT_FILE, {"format": FORMAT, "components": components})
         _write_json(unfinished / RUN_FILE, {"step": state.step, "data": state.data})
 
@@ -317,7 +324,7 @@ class TrainCheckpoints:
             raise CheckpointError(f"{RUN_FILE} cannot be read ({e!r})") from e
 
         # moments are kept for what trains, so their paths say what the run has trained
-        target = make_target(step, read_dtypes(folder))
+        target = make_target(step, read_dtypes(folder, self._components))
         check_arrays(folder / _MOMENTS, folder)
         saved_paths = set(flatten_dict(store.tree_shapes(folder / _MOMENTS, _MOMENTS_TREE)["mu"]))
         target_paths = set(flatten_dict(target.moments["mu"]))
@@ -326,7 +333,9 @@ class TrainCheckpoints:
                 f"{folder} is of a run that trains other parameters ({len(saved_paths)}, not {len(target_paths)}); "
                 "go on with the same recipe, or begin a new run from it: another --workdir, and --init with this one"
             )
-        params = store.load_tree(folder / _THINKER, target.params)
+        params = {}
+        for name, tree in target.params.items():
+            params[name] = store.load_tree(folder / "params" / name, tree)
         moments = store.load_tree(folder / _MOMENTS, target.moments, _MOMENTS_TREE)
         return dataclasses.replace(target, params=params, moments=moments, data=data)
 

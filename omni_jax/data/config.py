@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.checks import SEED_MAX
+from omni_jax.data.examples import TooLong
+from omni_jax.data.mixture import MixBy
 from omni_jax.data.rows import VideoSound
 from omni_jax.errors import ConfigError, InputError
 from omni_jax.processing.fetch import RemoteAccess
@@ -35,7 +37,9 @@ class DataConfig:
     train: tuple[str, ...] = ()
     """Files of rows: JSONL, ArrayRecord or Parquet, on a disk or gs://; patterns like rows-*.jsonl are allowed."""
     weights: tuple[float, ...] = ()
-    """How often each of the files is drawn from; without it, one epoch shows every row of all of them once."""
+    """How much of each of the files is read; without it, one epoch shows every row of all of them once."""
+    mix_by: MixBy = "rows"
+    """What the weights are shares of: the rows that are read, or the tokens in them."""
     seed: int = 0
     """Of the order of rows, below 2**32."""
     rows: int = 1
@@ -55,8 +59,13 @@ class DataConfig:
     """Windows of 112 x 112 pixels on a canvas, and so in the largest frame."""
     lookahead: int = 16
     """Examples that may wait for a place while smaller ones fill the batch."""
+    too_long: TooLong = "split"
+    """What becomes of a row that is longer than a row of the batch. split: a document becomes several examples, and a
+    dialogue cannot be used; skip: neither can; error: the run stops."""
+    windows_in_order: bool = False
+    """Whether the examples of a document that was split come one after the other; else other rows come between."""
     workers: int = 0
-    """Processes that decode for each stream; 0: threads of this process do."""
+    """Processes that decode for each stream, divided among the files where there are weights; 0: threads do."""
     isolate_media: bool = False
     """Whether each medium is decoded within two minutes and 8 GiB, by the same processes (one, if workers is 0): a file
     that was made to do harm costs its row, and not the run."""

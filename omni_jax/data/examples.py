@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 from flax import struct
@@ -18,11 +19,14 @@ from omni_jax.checks import redact
 from omni_jax.config import OmniConfig
 from omni_jax.data.rows import Document, VideoSound, read_row
 from omni_jax.data.sources import Row
-from omni_jax.errors import InputError
+from omni_jax.errors import InputError, TooLongError
 from omni_jax.processing.collate import CollatedMedia, collate_media, media_index_of
-from omni_jax.processing.layout import Prompt
+from omni_jax.processing.layout import Prompt, lay_out
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.worker_pool import WorkerStartError
+
+TooLong: TypeAlias = Literal["split", "skip", "error"]
+MAX_DOCUMENT_TOKENS = 2**24  # of a document that is split
 
 
 @struct.dataclass
@@ -42,10 +46,15 @@ class Example:
     vision: tuple[VisionFrames, ...]
     windows: Int[np.ndarray, " frames"]
     name: str = struct.field(pytree_node=False)  # of the row
+    source: int = struct.field(pytree_node=False, default=0)  # of the row
 
     @property
     def num_blocks(self) -> int:
         return 0 if self.audio is None else len(self.audio.length)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
 
     @property
     def num_spans(self) -> int:
@@ -65,9 +74,15 @@ class Reject:
     file: str
     number: int
     reason: str
+    is_fatal: bool = False  # whether it ends the run
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}: {self.reason}"
 
 
-def make_example(prompt: Prompt, weights: Float[np.ndarray, " T"], name: str, config: OmniConfig) -> Example:
+def make_example(
+    prompt: Prompt, weights: Float[np.ndarray, " T"], name: str, config: OmniConfig, source: int = 0
+) -> Example:
     """Cuts a prompt's media into units and says which of them each token takes its feature from."""
     c = config.thinker_config
     # no padding of blocks and frames: they are copied into a batch, which has its own
@@ -98,6 +113,7 @@ def make_example(prompt: Prompt, weights: Float[np.ndarray, " T"], name: str, co
         # an example without frames has an empty array, which needs a dtype
         windows=np.concatenate([np.zeros(0, np.int64), *windows_per_frame]),
         name=name,
+        source=source,
     )
 
 
@@ -131,38 +147,59 @@ class Prepare:
     check: Callable[[Example], None]  # raises InputError if it does not fit a batch
     use_audio_in_video: VideoSound = "auto"
     media_root: str | None = None  # that media must lie within; None: the folder of the row's file
+    too_long: TooLong = "split"
 
-    def __call__(self, row: Row) -> Example | Reject:
-        """The example; or, if anything is wrong with the row, why it cannot be used.
+    def __call__(self, row: Row) -> list[Example] | Reject:
+        """The row's examples, several of a long document; or, if anything is wrong with it, why it cannot be used.
 
         Raises:
           WorkerStartError: if the processes that read its media cannot be started.
         """
         try:
-            return self.example(row)
+            return self.examples(row)
         except WorkerStartError:
             raise
+        except TooLongError as e:
+            return Reject(row.file, row.number, redact(str(e)), is_fatal=self.too_long == "error")
         except InputError as e:
             return Reject(row.file, row.number, redact(str(e)))
         except Exception as e:
             # A file may be broken in ways that no decoder foresees; the share of rejects is bounded.
             return Reject(row.file, row.number, redact(f"{type(e).__name__}: {e}"))
 
-    def example(self, row: Row) -> Example:
-        """Raises InputError if the row has no target, or is not what it should be."""
+    def examples(self, row: Row) -> list[Example]:
+        """Of a document that is longer than a row of the batch several, of everything else one.
+
+        Raises:
+          InputError: if the row has no target, or is not what it should be.
+          TooLongError: if it is longer than a row of the batch, and is not to be split or cannot be.
+        """
         # the code that inference uses, so that a model is trained on the tokens that it will be given
         content = read_row(row, self.use_audio_in_video, self.media_root)
         if isinstance(content, Document):
-            prompt = self.processor.document(content.text, max_length=self.max_length)
-            weights = np.ones(len(prompt), np.float32)
-        else:
-            prompt, replies = self.processor.dialogue(content.messages, max_length=self.max_length)
-            # a token that belongs to no reply has the number -1, and so the last weight, 0
-            weights = np.array([*content.weights, 0.0], np.float32)[replies]
+            splits = self.too_long == "split"
+            prompt = self.processor.document(
+                content.text, max_length=MAX_DOCUMENT_TOKENS if splits else self.max_length
+            )
+            return [self._make(window, np.ones(len(window), np.float32), row) for window in self._split(prompt)]
+        prompt, replies = self.processor.dialogue(content.messages, max_length=self.max_length)
+        # a token that belongs to no reply has the number -1, and so the last weight, 0
+        weights = np.array([*content.weights, 0.0], np.float32)[replies]
         # the first token is predicted by nothing, so its weight does not count
         if not weights[1:].any():
             raise InputError("it has no target tokens: no text of the assistant with a loss")
-        example = make_example(prompt, weights, row.name, self.processor.config)
+        return [self._make(prompt, weights, row)]
+
+    def _split(self, document: Prompt) -> list[Prompt]:
+        """Windows of a document that overlap by one token, so that each token but the first is predicted once."""
+        if len(document) <= self.max_length:
+            return [document]
+        config = self.processor.config.thinker_config
+        begins = range(0, len(document) - 1, self.max_length - 1)
+        return [lay_out(document.tokens[i : i + self.max_length].tolist(), (), config) for i in begins]
+
+    def _make(self, prompt: Prompt, weights: Float[np.ndarray, " T"], row: Row) -> Example:
+        example = make_example(prompt, weights, row.name, self.processor.config, row.source)
         # here and not in packing: what fits no batch is a reject like any other, and never waits for a place
         self.check(example)
         return example

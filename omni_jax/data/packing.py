@@ -10,17 +10,75 @@ P patches of a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from omni_jax.batch import NO_FEATURE, PADDING, AudioBlocks, OmniBatch, Spans, TrainBatch, VisionFrames
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
-from omni_jax.data.examples import Example
+from omni_jax.data.examples import Example, Prepare, Reject
+from omni_jax.data.sources import Row
 from omni_jax.errors import InputError
+from omni_jax.processing.media_workers import isolate
+from omni_jax.processing.processor import Processor
+
+
+class ExampleLike(Protocol):
+    """What a row becomes."""
+
+    @property
+    def name(self) -> str:
+        """Of the row."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """What a mixture by tokens counts."""
+        ...
+
+
+class PartLike(Protocol):
+    """A stream's part of a batch in the making."""
+
+    @property
+    def full(self) -> bool:
+        """Whether no example can be placed any more."""
+        ...
+
+    @property
+    def names(self) -> list[str]:
+        """Of the rows whose examples were placed."""
+        ...
+
+    def place(self, example: Any) -> bool:
+        """Puts an example into it; False if it has no place there. In an empty part each example has a place."""
+        ...
+
+
+class Packing(Protocol):
+    """How rows become batches of fixed shapes."""
+
+    @property
+    def prepare(self) -> Callable[[Row], Sequence[ExampleLike] | Reject]:
+        """From a row to its examples, of which there is at least one. It can be pickled: worker processes call it."""
+        ...
+
+    def new_part(self) -> PartLike:
+        """An empty part of one stream."""
+        ...
+
+    def assemble(self, parts: Sequence[Any], *, first: int, streams: int) -> Any:
+        """The batch of a process.
+
+        Args:
+          parts: of its streams, in order.
+          first: number of the first of its streams.
+          streams: of all processes.
+        """
+        ...
 
 
 class CanvasPlace(NamedTuple):
@@ -140,6 +198,11 @@ class Part:
     def full(self) -> bool:
         return all(used == self._budget.tokens for used in self._tokens)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the rows whose examples were placed."""
+        return [placed.example.name for placed in self.placed]
+
     def place(self, example: Example) -> bool:
         """Puts an example into the fullest row that it fits in; False if it fits in none, or its media do not."""
         # a copy, so that an example that does not fit leaves nothing behind
@@ -206,7 +269,46 @@ def assemble(parts: Sequence[Part], budget: Budget, config: OmniConfig, *, first
     audio = blocks if budget.blocks else None
     vision = (canvases.frames,) if budget.canvases else ()
     inputs = OmniBatch(text.tokens, text.segment_ids, text.media_index, text.spans, audio, vision)
-    return TrainBatch(inputs, text.targets, text.weights)
+    return TrainBatch(inputs, text.targets, text.weights, text.source)
+
+
+@dataclass(frozen=True)
+class OmniPacking:
+    """Documents and dialogues into ``TrainBatch``.
+
+    Attributes:
+      prepare: reads rows.
+      budget: of one stream.
+      config: of the model.
+    """
+
+    prepare: Prepare
+    budget: Budget
+    config: OmniConfig
+
+    @classmethod
+    def create(cls, config: DataConfig, processor: Processor, num_streams: int) -> OmniPacking:
+        """With the budgets and the media of a configuration.
+
+        Args:
+          config: it.
+          processor: reads the rows; from where it may fetch media, ``config`` says.
+          num_streams: of this process.
+        """
+        budget = Budget.of(config)
+        processor = processor.with_pixels(**config.pixels).with_access(config.access)
+        if config.isolate_media:
+            processor = isolate(processor, max(config.workers, 1) * num_streams)
+        prepare = Prepare(
+            processor, config.tokens, budget.check, config.use_audio_in_video, config.media_root, config.too_long
+        )
+        return cls(prepare, budget, processor.config)
+
+    def new_part(self) -> Part:
+        return Part(self.budget)
+
+    def assemble(self, parts: Sequence[Part], *, first: int, streams: int) -> TrainBatch:
+        return assemble(parts, self.budget, self.config, first=first, streams=streams)
 
 
 @dataclass(frozen=True)
@@ -242,6 +344,7 @@ class _TextArrays:
     media_index: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    source: np.ndarray
     spans: Spans  # [B, N]
 
     @classmethod
@@ -265,6 +368,7 @@ class _TextArrays:
             media_index=np.full(shape, NO_FEATURE, np.int32),
             targets=np.full(shape, pad_token, np.int32),
             weights=np.zeros(shape, np.float32),
+            source=np.zeros(shape, np.int32),
             spans=spans,
         )
 
@@ -275,6 +379,7 @@ class _TextArrays:
         own = (row, slice(placed.begin, end))
         self.tokens[own] = example.tokens
         self.segment_ids[own] = placed.segment
+        self.source[own] = example.source
         # a slice is a view, which the mask then writes through
         has_feature = example.unit != NO_FEATURE  # [T]
         self.media_index[own][has_feature] = unit_starts[example.unit[has_feature]] + example.feature[has_feature]

@@ -1,39 +1,35 @@
 """Rows to batches without end: mixed, shuffled, divided among processes, decoded by workers, packed.
 
-Everything follows from the configuration and a number: which row comes as the n-th of a stream is a pure function, and
-so is what a row becomes. A state is therefore small: of each stream the number of the next row, and those of the few
-examples that wait for a place. It does not depend on the number of workers, nor, with the streams fixed, on the number
-of processes.
+Everything follows from the configuration and a number: which row comes as the n-th of a source of a stream is a pure
+function, and so is what a row becomes. A state is therefore small: of each stream how much it has read of each source,
+and the numbers of the few examples that wait for a place. It does not depend on the number of workers, nor, with the
+streams fixed, on the number of processes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import grain
-import numpy as np
-from absl import flags
 
-from omni_jax.batch import TrainBatch
-from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
-from omni_jax.data.examples import Example, Prepare, Reject
-from omni_jax.data.packing import Budget, Part, assemble
+from omni_jax.data.example_reader import ExampleReader
+from omni_jax.data.examples import Reject
+from omni_jax.data.mixture import Mixer, deal_rows, order_rows
+from omni_jax.data.packing import ExampleLike, Packing, PartLike
 from omni_jax.data.rejects import RejectsFile
 from omni_jax.data.sources import Files, open_rows
 from omni_jax.errors import ConfigError, InputError
-from omni_jax.processing.media_workers import isolate
-from omni_jax.processing.processor import Processor
 
 PREFETCHED_BATCHES = 2
-_DECODING_THREADS = 2  # where there are no workers
-_PREFETCHED_EXAMPLES = 4  # of each worker, or of the threads together
-# The share of rejects is taken of at least so many rows: one bad row among the first few is no reason to stop.
-_MIN_ROWS_FOR_SHARE = 100
+MIN_ROWS_FOR_SHARE = 1000  # of which the share of rejects is taken at least: a few bad ones at first say nothing
+_MAX_REJECTS_IN_A_ROW = 1000  # of a stream; what comes after so many is no better
+_MAX_WINDOWS_AHEAD = 64  # of documents that were split; while there are more, no row is read
 # of the configuration: they change how rows and media are found, decoded and reported, but no batch
 _CHANGEABLE = (
     "train",
@@ -50,12 +46,12 @@ _MAX_REASONS = 5  # that the error names
 State: TypeAlias = dict[str, Any]  # of JSON's types
 
 
-def batches(config: DataConfig, processor: Processor, *, process_index: int = 0, process_count: int = 1) -> Batches:
+def batches(config: DataConfig, packing: Packing, *, process_index: int = 0, process_count: int = 1) -> Batches:
     """The batches of a process.
 
     Args:
       config: which rows, and the budgets.
-      processor: reads the rows; from where it may fetch media, ``config`` says.
+      packing: from rows to batches.
       process_index: of this process, from 0.
       process_count: how many processes make up a batch.
 
@@ -65,42 +61,17 @@ def batches(config: DataConfig, processor: Processor, *, process_index: int = 0,
     """
     config.check(process_count)
     sources = [open_rows(path) for path in config.train]
-    budget = Budget.of(config)
+    rejects = Rejects(config, _rejects_path(config.rejects, process_index, process_count), process_count == 1)
+    # every process has the same endless orders of rows, and takes each ``streams``-th row of them for a stream
+    ordered = order_rows(sources, config.weights, config.seed)
     streams_per_process = config.streams // process_count
-    processor = processor.with_pixels(**config.pixels).with_access(config.access)
-    if config.isolate_media:
-        processor = isolate(processor, max(config.workers, 1) * streams_per_process)
-    prepare = Prepare(processor, config.tokens, budget.check, config.use_audio_in_video, config.media_root)
-    rejects = RejectsFile(_rejects_path(config.rejects, process_index, process_count))
-
-    # every process has the same endless order of rows, and takes each ``streams``-th row of it for a stream
-    rows = mixture(sources, config.weights, config.seed)
     first = process_index * streams_per_process
     streams = []
     for i in range(first, first + streams_per_process):
-        examples = rows.slice(slice(i, None, config.streams)).map(prepare)
-        streams.append(_Stream(examples, budget, config, rejects))
-    return Batches(_PackedBatches(streams, first, config, processor.config, _identity(config, sources)))
-
-
-def mixture(sources: Sequence[Files], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """Rows without end, each epoch in an order of its own.
-
-    Args:
-      sources: of rows.
-      weights: how often each source is drawn from; an epoch is then one of each source. Without weights, an epoch is
-        every row of all of them, shuffled together.
-      seed: of the orders.
-    """
-    if not weights:
-        return grain.MapDataset.source(Files(sources)).shuffle(seed=seed).repeat()
-    # with one seed for all, files of equal length would be shuffled alike
-    seeds = np.random.SeedSequence(seed).generate_state(len(sources))
-    shuffled = []
-    for rows, own_seed in zip(sources, seeds, strict=True):
-        # repeated after the shuffle, because grain then shuffles each epoch with another seed
-        shuffled.append(grain.MapDataset.source(rows).shuffle(seed=int(own_seed)).repeat())
-    return grain.MapDataset.mix(shuffled, weights)
+        examples = [deal_rows(rows, i, config.streams).map(packing.prepare) for rows in ordered]
+        mixer = Mixer(config.weights or (1.0,), config.mix_by, i, config.streams)
+        streams.append(_Stream(examples, mixer, packing, config, rejects))
+    return Batches(_PackedBatches(streams, first, config.streams, packing, _identity(config, sources)), rejects)
 
 
 def _rejects_path(path: Path | None, index: int, count: int) -> Path | None:
@@ -122,125 +93,196 @@ def _identity(config: DataConfig, sources: Sequence[Files]) -> dict[str, Any]:
     return identity
 
 
-class _WaitingExample(NamedTuple):
-    number: int  # of its row in the stream
-    example: Example
+class RowCounts(NamedTuple):
+    """How many rows were read, and how many of them cannot be used."""
+
+    read: int
+    rejected: int
+
+
+class Rejects:
+    """The rows of all streams of a process that cannot be used, and whether they are too many."""
+
+    def __init__(self, config: DataConfig, path: Path | None, checks_share: bool) -> None:
+        """Of no row yet.
+
+        Args:
+          config: says how many there may be.
+          path: of the file that names them.
+          checks_share: whether these are all rows of the run; of several processes the loop adds them up.
+        """
+        self._config = config
+        self._file = RejectsFile(path)
+        self._checks_share = checks_share
+        self._by_stream: dict[int, RowCounts] = {}
+        self._reasons: deque[str] = deque(maxlen=_MAX_REASONS)
+
+    @property
+    def counts(self) -> RowCounts:
+        """Of all streams of this process."""
+        counts = list(self._by_stream.values())
+        return RowCounts(sum(count.read for count in counts), sum(count.rejected for count in counts))
+
+    def set_counts(self, stream: int, counts: RowCounts) -> None:
+        """Of one stream, known by a number of its own."""
+        self._by_stream[stream] = counts
+
+    def add(self, reject: Reject) -> None:
+        """Names a row, which its stream has counted.
+
+        Raises:
+          InputError: if it ends the run, or there are too many.
+        """
+        self._file.add(reject)
+        self._reasons.append(str(reject))
+        if reject.is_fatal:
+            raise InputError(f"{reject}. data.too_long is error: split or skip such rows, or raise data.tokens")
+        if self._checks_share:
+            self.check(self.counts)
+
+    def check(self, counts: RowCounts) -> None:
+        """Raises InputError if of so many rows too many cannot be used."""
+        limit = self._config.max_reject_share
+        if counts.rejected > limit * max(counts.read, MIN_ROWS_FOR_SHARE):
+            raise self.make_error(counts)
+
+    def make_error(self, counts: RowCounts) -> InputError:
+        where = "" if self._config.rejects is None else f"; all are in {self._config.rejects}"
+        return InputError(
+            f"{counts.rejected} of {counts.read} rows cannot be used, over the share of "
+            f"{self._config.max_reject_share:g} that data.max_reject_share allows (of at least {MIN_ROWS_FOR_SHARE} "
+            f"rows). The last of them{where}:\n" + "\n".join(self._reasons)
+        )
+
+
+class _Place(NamedTuple):
+    """Where an example comes from: the number of its row in a source of its stream, and which of the row's it is."""
+
+    source: int
+    number: int
+    window: int
+
+
+class _Waiting(NamedTuple):
+    place: _Place
+    example: ExampleLike
 
 
 class _Stream:
     """Packs the examples of a stream. The state is that between two parts."""
 
-    def __init__(self, examples: grain.MapDataset, budget: Budget, config: DataConfig, rejects: RejectsFile) -> None:
-        self._examples = examples
-        self._budget = budget
+    def __init__(
+        self,
+        examples: Sequence[grain.MapDataset],
+        mixer: Mixer,
+        packing: Packing,
+        config: DataConfig,
+        rejects: Rejects,
+    ) -> None:
+        # at least one worker for each source, where there are any
+        workers = -(-config.workers // len(examples))
+        # the processes that isolate media belong to this one, whose threads wait for them: grain's may start none
+        self._readers = [ExampleReader(rows, workers, in_threads=config.isolate_media) for rows in examples]
+        self._mixer = mixer
+        self._packing = packing
         self._config = config
         self._rejects = rejects
-        self._next = 0
-        self._waiting: list[_WaitingExample] = []
+        self._waiting: list[_Waiting] = []  # that found no place
+        self._windows: deque[_Waiting] = deque()  # that follow the first of a document, and were not tried yet
+        self._takes_window = False  # whether one of them comes next, and not a row
         self._num_rejected = 0
-        self._reasons: list[str] = []  # of the last rejects
-        # started by the first read, so that a state can be set before a worker runs
-        self._iterator: Iterator[Example | Reject] | None = None
 
-    def fill_part(self) -> Part:
+    def fill_part(self) -> PartLike:
         """Fills the next part: first with those that wait, the oldest first, then with what comes.
 
         Raises:
           InputError: if too many rows cannot be used.
         """
-        part = Part(self._budget)
+        part = self._packing.new_part()
         # the oldest one is placed for certain, since the part is empty and each example fits alone: none waits forever
-        waiting = []
+        waiting: list[_Waiting] = []
         for waiter in self._waiting:
-            if not part.place(waiter.example):
-                waiting.append(waiter)
+            self._place(waiter, part, waiting)
 
         # then new ones, until the part is full or as many wait as may
         while len(waiting) < self._config.lookahead and not part.full:
-            number = self._next
-            element = self._read()
-            if isinstance(element, Reject):
-                self._reject(element)
-            elif not part.place(element):
-                waiting.append(_WaitingExample(number, element))
+            self._place(self._next_example(), part, waiting)
         self._waiting = waiting
         return part
 
+    def _place(self, waiter: _Waiting, part: PartLike, waiting: list[_Waiting]) -> None:
+        """Puts an example into the part, or into ``waiting``."""
+        # a window waits where one before it does, if they are to stay in order
+        row = waiter.place[:2]
+        comes_too_soon = self._config.windows_in_order and any(other.place[:2] == row for other in waiting)
+        if comes_too_soon or not part.place(waiter.example):
+            waiting.append(waiter)
+
+    def _next_example(self) -> _Waiting:
+        """The next example: in turn one of a document that was split and one of a new row."""
+        in_order = self._config.windows_in_order
+        if self._windows and (in_order or self._takes_window or len(self._windows) >= _MAX_WINDOWS_AHEAD):
+            self._takes_window = False
+            return self._windows.popleft()
+        self._takes_window = True
+        for _ in range(_MAX_REJECTS_IN_A_ROW):
+            source = self._mixer.choose()
+            number = self._mixer.next_row(source)
+            element = self._readers[source].read(number)
+            if not isinstance(element, Reject):
+                self._mixer.add(source, sum(example.num_tokens for example in element))
+                self._count_rows()
+                first, *others = [_Waiting(_Place(source, number, i), example) for i, example in enumerate(element)]
+                self._windows.extend(others)
+                return first
+            self._mixer.add(source, 0)
+            self._num_rejected += 1
+            self._count_rows()
+            self._rejects.add(element)
+        raise self._rejects.make_error(self._rejects.counts)
+
+    def _count_rows(self) -> None:
+        self._rejects.set_counts(id(self), RowCounts(self._mixer.num_rows, self._num_rejected))
+
     def get_state(self) -> State:
-        # numbers instead of the examples that wait: a row becomes the same example again
+        # numbers instead of examples: a row becomes the same ones again
         return {
-            "next": self._next,
-            "waiting": [number for number, _ in self._waiting],
+            "read": self._mixer.get_state(),
             "rejected": self._num_rejected,
-            "reasons": list(self._reasons),
+            "waiting": [list(waiter.place) for waiter in self._waiting],
+            "windows": [list(waiter.place) for waiter in self._windows],
+            "takes_window": self._takes_window,
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         # workers read ahead from the old place
         self.close()
-        self._next = state["next"]
+        self._mixer.set_state(state["read"])
         self._num_rejected = state["rejected"]
-        self._reasons = list(state["reasons"])
-        self._waiting = []
-        for number in state["waiting"]:
-            # decoded here: there are few, and the iterator begins after them
-            element = self._examples[number]
-            if isinstance(element, Reject):
-                raise InputError(f"a row that could be used before cannot be used now: {_describe_reject(element)}")
-            self._waiting.append(_WaitingExample(number, element))
+        self._takes_window = state["takes_window"]
+        rows: dict[tuple[int, int], Any] = {}  # of a long document several windows may wait
+        self._waiting = [self._read_again(place, rows) for place in state["waiting"]]
+        self._windows = deque(self._read_again(place, rows) for place in state["windows"])
+        self._count_rows()
+
+    def _read_again(self, place: Sequence[int], rows: dict[tuple[int, int], Any]) -> _Waiting:
+        source, number, window = place
+        if (source, number) not in rows:
+            # decoded here: there are few, and the readers begin after them
+            rows[source, number] = self._readers[source][number]
+        element = rows[source, number]
+        if isinstance(element, Reject):
+            raise InputError(f"a row that could be used before cannot be used now: {element}")
+        return _Waiting(_Place(source, number, window), element[window])
 
     def close(self) -> None:
         """Stops the workers; they start again when they are needed."""
-        if isinstance(self._iterator, grain.DatasetIterator):
-            self._iterator.close()
-        self._iterator = None
-
-    def _read(self) -> Example | Reject:
-        if self._iterator is None:
-            self._iterator = self._start()
-        element = next(self._iterator)
-        self._next += 1
-        return element
-
-    def _start(self) -> Iterator[Example | Reject]:
-        workers = self._config.workers
-        rest = self._examples.slice(slice(self._next, None))
-        # the processes that isolate media belong to this one, whose threads wait for them: grain's may start none
-        if not workers or self._config.isolate_media:
-            num_threads = max(workers, _DECODING_THREADS)
-            buffer_size = max(workers, _PREFETCHED_EXAMPLES)
-            options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer_size)
-            return iter(rest.to_iter_dataset(options))
-        # grain 0.2.18 reads a flag of absl's, whoever started the program (google/grain #1355)
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        # within a worker one row after the other; it is the workers that run beside each other
-        in_worker = rest.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_PREFETCHED_EXAMPLES)
-        return iter(in_worker.mp_prefetch(options))
-
-    def _reject(self, reject: Reject) -> None:
-        self._rejects.add(reject)
-        self._num_rejected += 1
-        # no more than the last ones, for they are part of every state
-        self._reasons = [*self._reasons, _describe_reject(reject)][-_MAX_REASONS:]
-        limit = self._config.max_reject_share
-        if self._num_rejected <= limit * max(self._next, _MIN_ROWS_FOR_SHARE):
-            return
-        where = "" if self._config.rejects is None else f"; all are in {self._config.rejects}"
-        raise InputError(
-            f"{self._num_rejected} of {self._next} rows cannot be used, over the share of {limit:g} that "
-            f"data.max_reject_share allows (of at least {_MIN_ROWS_FOR_SHARE} rows). The last of them{where}:\n"
-            + "\n".join(self._reasons)
-        )
-
-
-def _describe_reject(reject: Reject) -> str:
-    return f"{reject.file}:{reject.number}: {reject.reason}"
+        for reader in self._readers:
+            reader.close()
 
 
 class _NamedBatch(NamedTuple):
-    batch: TrainBatch
+    batch: Any
     rows: tuple[str, ...]  # names of the rows in it
 
 
@@ -248,12 +290,12 @@ class _PackedBatches:
     """The batches of a process, each made when it is asked for."""
 
     def __init__(
-        self, streams: Sequence[_Stream], first: int, config: DataConfig, model: OmniConfig, identity: dict[str, Any]
+        self, streams: Sequence[_Stream], first: int, num_streams: int, packing: Packing, identity: dict[str, Any]
     ) -> None:
         self._streams = streams
         self._first = first
-        self._config = config
-        self._model = model
+        self._num_streams = num_streams  # of all processes
+        self._packing = packing
         self._identity = identity
 
     def __iter__(self) -> Iterator[_NamedBatch]:
@@ -261,12 +303,10 @@ class _PackedBatches:
 
     def __next__(self) -> _NamedBatch:
         parts = [stream.fill_part() for stream in self._streams]
-        budget = Budget.of(self._config)
-        batch = assemble(parts, budget, self._model, first=self._first, streams=self._config.streams)
+        batch = self._packing.assemble(parts, first=self._first, streams=self._num_streams)
         names: list[str] = []
         for part in parts:
-            for placed in part.placed:
-                names.append(placed.example.name)
+            names += part.names
         return _NamedBatch(batch, tuple(names))
 
     def get_state(self) -> State:
@@ -295,18 +335,20 @@ class _PackedBatches:
             stream.close()
 
 
-class Batches(grain.DatasetIterator[TrainBatch]):
+class Batches(grain.DatasetIterator[Any]):
     """The batches of a process, without end; a few are made ahead by a thread.
 
-    ``media_index`` counts the features of the whole batch of a step, so the leaves of all processes are to be put one
-    after the other on their leading axes.
+    The leaves of all processes are to be put one after the other on their leading axes: what counts over a batch, like
+    ``media_index``, counts over that of the whole step.
 
     Attributes:
       rows: file and number of each row in the batch that came last.
+      rejects: the rows that cannot be used.
     """
 
-    def __init__(self, packing: _PackedBatches) -> None:
+    def __init__(self, packing: _PackedBatches, rejects: Rejects) -> None:
         super().__init__()
+        self.rejects = rejects
         # in a list, so that ``_stop`` can take the iterator out of it without holding this object
         self._running: list[grain.DatasetIterator] = [
             grain.experimental.ThreadPrefetchDatasetIterator(packing, PREFETCHED_BATCHES)
@@ -315,7 +357,7 @@ class Batches(grain.DatasetIterator[TrainBatch]):
         self._stop = weakref.finalize(self, _stop, self._running, packing)
         self.rows: tuple[str, ...] = ()
 
-    def __next__(self) -> TrainBatch:
+    def __next__(self) -> Any:
         """Raises InputError if too many rows cannot be used."""
         batch, self.rows = next(self._running[0])
         return batch

@@ -28,6 +28,7 @@ class Row(NamedTuple):
     file: str
     number: int  # from 1; of JSON lines, the line
     contents: bytes | Mapping[str, Any]  # JSON, or a row as it is
+    source: int = 0  # which of the run's sources it is of
 
     @property
     def name(self) -> str:

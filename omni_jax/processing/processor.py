@@ -15,7 +15,7 @@ from PIL import Image
 
 from omni_jax.checks import shown
 from omni_jax.config import OmniConfig
-from omni_jax.errors import CheckpointError, InputError
+from omni_jax.errors import CheckpointError, InputError, TooLongError
 from omni_jax.plain_files import has_file, read_object
 from omni_jax.processing import media
 from omni_jax.processing.audio import audio_input, min_samples
@@ -395,7 +395,7 @@ class Processor:
         if sizes:
             largest = int(np.argmax(sizes))
             message += f"; the largest item is {_describe_part(parts[largest])} with {sizes[largest]}"
-        raise InputError(
+        raise TooLongError(
             f"{message}; shorten it, or let media take fewer tokens (max_pixels, fps, nframes, a time range)"
         )
 

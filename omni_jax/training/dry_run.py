@@ -7,7 +7,6 @@ import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +15,7 @@ from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.data.packing import fill
 from omni_jax.data.pipeline import batches
 from omni_jax.processing.processor import Processor
+from omni_jax.training.objectives import make_objective
 from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.recipe import Phase, Recipe
 from omni_jax.training.run_state import bytes_per_device
@@ -45,13 +45,13 @@ class ParameterSummary:
 
 
 def summarize_parameters(recipe: Recipe, phase: Phase) -> list[ParameterSummary]:
-    """Every parameter of the recipe's Thinker in one of its phases, sorted by path.
+    """Every parameter that the recipe's loss takes, in one of its phases, sorted by path.
 
     Raises:
       ConfigError: listing the parameters that the mesh does not divide, or if the recipe is wrong otherwise.
     """
     # an abstract mesh and abstract arrays: shardings are known without the devices
-    step = make_step(recipe, phase, recipe.steps)
+    step = make_step(recipe, make_objective(recipe), phase, recipe.steps)
     params = abstract_state(step, recipe.mesh.abstract()).params
     peak = recipe.optimizer.learning_rate
     summaries = []
@@ -74,17 +74,10 @@ def estimate_memory(recipe: Recipe, phase: Phase) -> dict[str, int]:
     What the compiler adds for the inside of one layer is not in it.
     """
     mesh = recipe.mesh.abstract()
-    state = abstract_state(make_step(recipe, phase, recipe.steps), mesh)
-    batch = abstract_batch(recipe.data, recipe.model, mesh, recipe.optimizer.accumulate)
-    text = recipe.model.thinker_config.text_config
-    compute_bytes = jnp.dtype(recipe.dtype).itemsize
-    float32_bytes = 4
-    # of one device; activations of a layer are recomputed, so only the inputs of the layers stay
-    rows = recipe.data.rows // (recipe.mesh.data * recipe.mesh.fsdp)
-    positions = rows * recipe.data.tokens // recipe.mesh.sequence
-    vocab = text.vocab_size // recipe.mesh.tensor
-    # of a device's part of each row, a chunk at a time; in float32 whatever the dtype of activations
-    logits = rows * recipe.chunk * vocab * float32_bytes
+    objective = make_objective(recipe)
+    state = abstract_state(make_step(recipe, objective, phase, recipe.steps), mesh)
+    batch = abstract_batch(recipe.data, objective, mesh, recipe.optimizer.accumulate)
+    row_parts = recipe.mesh.data * recipe.mesh.fsdp
     return {
         # from step to step
         "parameters that train": bytes_per_device(state.trained),
@@ -93,10 +86,7 @@ def estimate_memory(recipe: Recipe, phase: Phase) -> dict[str, int]:
         # for the time of a step; a gradient has the shape and dtype of its parameter
         "gradients": bytes_per_device(state.trained),
         "batch": bytes_per_device(batch),
-        "inputs of the decoder's layers": text.num_hidden_layers * positions * text.hidden_size * compute_bytes,
-        "logits of a chunk and their gradient": 2 * logits,
-        # gathered once for all chunks in the dtype of activations; its gradient is summed in float32
-        "head on every device, and its gradient": text.hidden_size * vocab * (compute_bytes + float32_bytes),
+        **objective.estimate_activations(recipe.data, row_parts, recipe.mesh.sequence, recipe.mesh.tensor),
     }
 
 
@@ -160,7 +150,9 @@ def measure_fill(recipe: Recipe) -> dict[str, float]:
       InputError: if the rows cannot be read.
     """
     assert recipe.init is not None
-    data = batches(recipe.data, Processor.load(resolve_checkpoint(recipe.init)))
+    processor = Processor.load(resolve_checkpoint(recipe.init))
+    packing = make_objective(recipe).make_packing(recipe.data, processor, recipe.data.streams)
+    data = batches(recipe.data, packing)
     values: dict[str, list[float]] = defaultdict(list)
     try:
         for batch in itertools.islice(data, _NUM_BATCHES):

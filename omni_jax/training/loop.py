@@ -2,50 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
-from jax.experimental import multihost_utils
 
-from omni_jax.batch import TrainBatch
 from omni_jax.checkpoint.train_checkpoints import MODEL_FOLDER, TrainCheckpoints, step_folder
 from omni_jax.checks import printable
-from omni_jax.data.pipeline import Batches, batches
+from omni_jax.data.pipeline import Batches, RowCounts, batches
 from omni_jax.distributed import barrier, gather, is_main_process
 from omni_jax.errors import TrainingError
-from omni_jax.models.thinker import abstract_params
 from omni_jax.processing.processor import Processor
 from omni_jax.training.device_batches import batch_shard, to_devices
-from omni_jax.training.flops import count_step_flops, parameter_sizes, peak_flops
+from omni_jax.training.failure import FailureWatch
+from omni_jax.training.flops import parameter_sizes, peak_flops
 from omni_jax.training.metrics_log import MetricsLog, plot_loss
+from omni_jax.training.objective import Batch, Metrics, Objective
+from omni_jax.training.objectives import make_objective
 from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.recipe import Recipe
-from omni_jax.training.run_state import begin_phase, init_state, prepare_workdir, restore_state, to_checkpoint
-from omni_jax.training.step import Metrics, TrainState, TrainStep, abstract_batch, jit_step, make_step
+from omni_jax.training.run_state import (
+    begin_phase,
+    init_state,
+    prepare_workdir,
+    restore_state,
+    to_checkpoint,
+    trained_components,
+)
+from omni_jax.training.step import TrainState, TrainStep, abstract_batch, jit_step, make_step
+from omni_jax.training.stop_signal import StopSignal
 
 PREEMPTED = 75  # what a program exits with when it was told to stop and has saved itself (EX_TEMPFAIL: try again)
 _MAX_NAMED_ROWS = 20  # of a batch, in an error
+_CHECK_REJECTS_EVERY = 100  # steps after which several processes add up the rows that they cannot use
 
 # the compiled step of a phase
-TrainProgram = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
+TrainProgram = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def train(recipe: Recipe, workdir: Path) -> bool:
+def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> bool:
     """Trains to the end, or until it is told to stop; called again with the same folder it goes on.
 
     Args:
       recipe: what to do.
       workdir: the run's folder, which all processes see.
+      objective: what to minimise; the recipe's if None.
 
     Returns:
       whether the end was reached; if not, SIGTERM came, and the state is saved.
@@ -56,23 +65,27 @@ def train(recipe: Recipe, workdir: Path) -> bool:
     """
     # what a recipe can have wrong shows before anything is written
     recipe.check()
+    objective = objective or make_objective(recipe)
     mesh = recipe.mesh.make()
     shard = batch_shard(mesh, recipe.data.rows)
     recipe = _with_rejects_file(recipe, workdir)
-    if is_main_process():
-        workdir.mkdir(parents=True, exist_ok=True)
-        prepare_workdir(recipe, workdir, print)
-    # the others read what the main process has just made
-    barrier("the run's model")
-    # the run's own copy, so that it goes on where ``init`` is gone or has changed
-    processor = Processor.load(workdir / MODEL_FOLDER)
-    data = batches(recipe.data, processor, process_index=shard.index, process_count=shard.count)
-    with jax.set_mesh(mesh), _StopSignal() as stop_signal:
-        loop = _TrainLoop(recipe, workdir, mesh, data)
-        try:
-            return loop.run(stop_signal)
-        finally:
-            loop.close()
+    with contextlib.closing(FailureWatch(workdir)) as failure_watch, jax.set_mesh(mesh), StopSignal() as stop_signal:
+        with failure_watch.guard():
+            if is_main_process():
+                workdir.mkdir(parents=True, exist_ok=True)
+                prepare_workdir(recipe, objective, workdir, print)
+            # the others read what the main process has just made
+            barrier("the run's model")
+            # the run's own copy, so that it goes on where ``init`` is gone or has changed
+            processor = Processor.load(workdir / MODEL_FOLDER)
+            packing = objective.make_packing(recipe.data, processor, recipe.data.streams // shard.count)
+            data = batches(recipe.data, packing, process_index=shard.index, process_count=shard.count)
+            loop = _TrainLoop(recipe, objective, workdir, mesh, data)
+        with contextlib.closing(loop):
+            # an error must not cost the checkpoint that is being written
+            failure_watch.before_end(loop.wait_for_checkpoint)
+            with failure_watch.guard():
+                return loop.run(stop_signal)
 
 
 def _with_rejects_file(recipe: Recipe, workdir: Path) -> Recipe:
@@ -98,13 +111,17 @@ class _TrainLoop:
     The metrics of a step are read after the next one is dispatched, so that the devices never wait for the host.
     """
 
-    def __init__(self, recipe: Recipe, workdir: Path, mesh: jax.sharding.Mesh, data: Batches) -> None:
+    def __init__(
+        self, recipe: Recipe, objective: Objective, workdir: Path, mesh: jax.sharding.Mesh, data: Batches
+    ) -> None:
         self._recipe = recipe
+        self._objective = objective
         self._workdir = workdir
         self._mesh = mesh
         self._data = data
         self._log_file: MetricsLog | None = None  # of the main process
-        self._checkpoints = TrainCheckpoints(workdir, recipe.checkpoint.keep)
+        self._checkpoints = TrainCheckpoints(workdir, objective.components, recipe.checkpoint.keep)
+        self._saved_components = trained_components(recipe, objective)
 
         # by phase; a step must stay the same object, for jit compiles each anew
         self._steps: dict[str, TrainStep] = {}
@@ -112,17 +129,18 @@ class _TrainLoop:
         self._state = self._first_state()
         self._number = int(self._state.step)
         self._saved_step = self._number  # of the last checkpoint
+        self._num_skipped = 0  # steps that were not finite, since this start
 
         # after the state is known: lines of later steps, which come again, are dropped from the file
         if is_main_process():
             self._log_file = MetricsLog(workdir, self._number, recipe.steps, recipe.log_every)
-        self._abstract_batch = abstract_batch(recipe.data, recipe.model, mesh, recipe.optimizer.accumulate)
+        self._abstract_batch = abstract_batch(recipe.data, objective, mesh, recipe.optimizer.accumulate)
         # of all parameters, whatever trains: FLOPs are counted from them
-        shapes = flatten_params(nn.unbox(abstract_params(self._step_at(0).model)))
+        shapes = flatten_params(nn.unbox(objective.abstract_params()))
         self._sizes = parameter_sizes({path: leaf.shape for path, leaf in shapes.items()})
         self._last_report = time.perf_counter()
 
-    def run(self, stop_signal: _StopSignal) -> bool:
+    def run(self, stop_signal: StopSignal) -> bool:
         """Trains; returns whether the end was reached."""
         recipe = self._recipe
         previous: _DispatchedStep | None = None  # dispatched, but not yet reported
@@ -142,6 +160,8 @@ class _TrainLoop:
                 self._state = begin_phase(self._state, self._step_at(self._number), self._mesh)
                 program = None
 
+            if jax.process_count() > 1 and self._number % _CHECK_REJECTS_EVERY == 0:
+                self._check_rejects()
             # every process asks once a step, so that all of them stop after the same one
             stop = stop_signal.stops_after(self._number)
             if stop or self._number % recipe.checkpoint.every == 0 or self._number == recipe.steps:
@@ -156,6 +176,14 @@ class _TrainLoop:
         self._finish()
         return True
 
+    def wait_for_checkpoint(self) -> None:
+        """Waits until the checkpoint that is being written is complete.
+
+        Raises:
+          CheckpointError: if it could not be written.
+        """
+        self._checkpoints.wait()
+
     def close(self) -> None:
         # the data first: its workers need not read ahead while a checkpoint is waited for
         self._data.close()
@@ -164,7 +192,8 @@ class _TrainLoop:
             self._log_file.close()
 
     def _first_state(self) -> TrainState:
-        restored = restore_state(self._checkpoints, self._step_at, self._mesh, self._log)
+        components = self._objective.components
+        restored = restore_state(self._checkpoints, components, self._step_at, self._mesh, self._log)
         if restored is None:
             return init_state(self._recipe, self._workdir, self._step_at(0), self._mesh)
         state, data_state = restored
@@ -177,7 +206,7 @@ class _TrainLoop:
         """The step that follows ``number`` others."""
         phase, num_steps = self._recipe.phase_at(number)
         if phase.name not in self._steps:
-            self._steps[phase.name] = make_step(self._recipe, phase, num_steps)
+            self._steps[phase.name] = make_step(self._recipe, self._objective, phase, num_steps)
         return self._steps[phase.name]
 
     def _is_phase_end(self) -> bool:
@@ -204,43 +233,82 @@ class _TrainLoop:
         self._number += 1
         return _DispatchedStep(self._number, metrics, rows, data_wait)
 
-    def _next_batches(self) -> tuple[list[TrainBatch], tuple[str, ...]]:
+    def _next_batches(self) -> tuple[list[Batch], tuple[str, ...]]:
         """The batches of a step, and the names of their rows."""
-        parts = []
+        parts: list[Batch] = []
         rows: list[str] = []
         for _ in range(self._recipe.optimizer.accumulate):
             parts.append(next(self._data))
             rows += self._data.rows
         return parts, tuple(rows)
 
+    def _check_rejects(self) -> None:
+        """Raises InputError if of the rows of all processes too many cannot be used."""
+        counts = gather(list(self._data.rejects.counts))
+        self._data.rejects.check(RowCounts(sum(read for read, _ in counts), sum(bad for _, bad in counts)))
+
     def _report(self, step: _DispatchedStep) -> None:
         """Waits for the end of a step and logs its metrics."""
         # one copy to the host for all of them, which waits for the step
-        metrics = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
+        metrics: dict[str, float] = {}
+        by_source: dict[str, np.ndarray] = {}
+        for name, value in jax.device_get(step.metrics).items():
+            if np.ndim(value):
+                by_source[name] = np.asarray(value)
+            else:
+                metrics[name] = float(value)
         seconds = time.perf_counter() - self._last_report
         self._last_report += seconds  # and not the time now: what follows belongs to the next step
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise self._not_finite(step, metrics)
+        is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        if not is_finite:
+            self._skip(step, metrics)
         # the metrics are the same on every process, so all raise above or none; the main one writes them
         if self._log_file is None:
             return
 
         # of the step that ended, whose phase may not be that of the next one
         scales = self._step_at(step.number - 1).scales
-        flops = count_step_flops(self._recipe.model.thinker_config, self._sizes, scales, metrics)
+        flops = self._objective.count_flops(self._sizes, scales, metrics)
         flops_per_device = flops / (max(seconds, 1e-9) * self._mesh.size)
         # docs/training.md, "Metrics", explains the fields
         line = {
             "step": step.number,
-            "loss": metrics["loss"],
-            "grad_norm": metrics["grad_norm"],
+            # JSON has no number that is not finite
+            "loss": metrics["loss"] if is_finite else None,
+            "grad_norm": metrics["grad_norm"] if is_finite else None,
+            "skipped": int(not is_finite),
             "tokens": int(metrics["tokens"]),
             "target_tokens": int(metrics["target_tokens"]),
             "seconds": seconds,
             "data_wait": step.data_wait,
             "learning_rate": metrics["learning_rate"],
         }
+        if by_source:
+            line["sources"] = self._name_sources(by_source)
         self._log_file.log_step(line, flops_per_device, peak_flops(self._mesh.devices.flat[0]))
+
+    def _name_sources(self, by_source: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+        """Loss and tokens of each file of rows of which there were any in the batch."""
+        found = {}
+        for i, path in enumerate(self._recipe.data.train):
+            tokens = int(by_source["tokens_by_source"][i])
+            if tokens:
+                found[path] = {"loss": float(by_source["loss_by_source"][i]), "tokens": tokens}
+        return found
+
+    def _skip(self, step: _DispatchedStep, metrics: Mapping[str, float]) -> None:
+        """Counts a step that is not finite, and has changed nothing if it may be skipped.
+
+        Raises:
+          TrainingError: if it may not.
+        """
+        error = self._not_finite(step, metrics)
+        if self._recipe.on_nonfinite == "stop":
+            raise error
+        self._num_skipped += 1
+        if self._num_skipped > self._recipe.max_skipped:
+            raise TrainingError(f"{error}. {self._num_skipped} steps were skipped, over --max-skipped")
+        self._log(f"skipped: {error}")
 
     def _not_finite(self, step: _DispatchedStep, metrics: Mapping[str, float]) -> TrainingError:
         rows = ", ".join(step.rows[:_MAX_NAMED_ROWS])
@@ -260,7 +328,7 @@ class _TrainLoop:
             data = state["data"]
             streams |= state["streams"]
         position = {"data": data, "streams": streams}
-        self._checkpoints.save(to_checkpoint(self._state, self._number, position))
+        self._checkpoints.save(to_checkpoint(self._state, self._number, position, self._saved_components))
         self._saved_step = self._number
 
     def _finish(self) -> None:
@@ -278,29 +346,3 @@ class _TrainLoop:
             self._log_file.print(text)
         elif is_main_process():
             print(printable(text))
-
-
-class _StopSignal:
-    """Notices SIGTERM, by which a machine that is taken away says so; all processes stop after the same step."""
-
-    def __init__(self) -> None:
-        self._received = threading.Event()
-        self._previous_handler: Any = None
-
-    def __enter__(self) -> _StopSignal:
-        # Of several processes, jax notices it (its preemption service). Only the main thread may set a handler.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            # it only takes note: the step that goes on is finished and saved
-            self._previous_handler = signal.signal(signal.SIGTERM, lambda *_: self._received.set())
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
-
-    def stops_after(self, step: int) -> bool:
-        """Whether the run is to stop after a step; the same on all processes."""
-        if jax.process_count() == 1:
-            return self._received.is_set()
-        # the signal reaches processes at different times; this agrees on a step that none has passed
-        return multihost_utils.reached_preemption_sync_point(step)

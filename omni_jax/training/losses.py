@@ -16,11 +16,11 @@ from omni_jax.batch import Array
 from omni_jax.sharding import axes_of, constrain
 
 
-class LossSums(NamedTuple):
-    """Weighted sums over positions, float32."""
+class NextTokenLoss(NamedTuple):
+    """Weighted losses, float32."""
 
-    total: Float[jax.Array, ""]  # with the z-loss; this is differentiated
-    cross_entropy: Float[jax.Array, ""]  # without it; this is reported
+    total: Float[jax.Array, ""]  # summed over positions, with the z-loss; this is differentiated
+    cross_entropy: Float[jax.Array, "B S"]  # of each position, without it; this is reported
 
 
 class _Chunk(NamedTuple):
@@ -40,8 +40,8 @@ def next_token_loss(
     chunk: int,
     z_loss: float = 0.0,
     head_trains: bool = True,
-) -> LossSums:
-    """Cross-entropy of the next token, summed with the weights, in float32 (docs/reference.md, 6).
+) -> NextTokenLoss:
+    """Cross-entropy of the next token, times the weights, in float32 (docs/reference.md, 6).
 
     The gradients are computed along with the loss, chunk by chunk, so that no logits are computed twice.
 
@@ -59,7 +59,10 @@ def next_token_loss(
     gathered = constrain(jnp.asarray(head, hidden.dtype), None, "vocab")  # [D, V]
     chunks = _Chunk(_split(hidden, chunk), _split(targets, chunk), _split(weights, chunk))
     with jax.named_scope("next_token_loss"):
-        return _loss_sums(gathered, chunks, z_loss, head_trains)
+        losses = _loss(gathered, chunks, z_loss, head_trains)
+    # back to the order of positions
+    by_part = jnp.moveaxis(losses.cross_entropy, 0, 2)  # [B, s, n, c]
+    return losses._replace(cross_entropy=by_part.reshape(targets.shape))
 
 
 def _split(x: Array, chunk: int) -> jax.Array:
@@ -73,25 +76,24 @@ def _split(x: Array, chunk: int) -> jax.Array:
     return constrain(jnp.moveaxis(split, 2, 0), None, "batch", "sequence", *[None] * (x.ndim - 1))
 
 
-def _forward(head: jax.Array, chunks: _Chunk, z_loss: float, head_trains: bool) -> LossSums:
-    """The loss where no gradient is asked for."""
+def _forward(head: jax.Array, chunks: _Chunk, z_loss: float, head_trains: bool) -> NextTokenLoss:
+    """The loss where no gradient is asked for; ``cross_entropy`` is [n, B, s, c]."""
 
-    def add_chunk(sums: LossSums, chunk: _Chunk) -> tuple[LossSums, None]:
+    def add_chunk(total: jax.Array, chunk: _Chunk) -> tuple[jax.Array, jax.Array]:
         losses, _ = _chunk_loss(head, chunk, z_loss)
-        return jax.tree.map(jnp.add, sums, losses), None
+        return total + losses.total, losses.cross_entropy
 
     # the same scan as below without the products of the gradients; XLA drops the unused gradient of the logits
-    zeros = LossSums(jnp.float32(0), jnp.float32(0))
-    return jax.lax.scan(add_chunk, zeros, chunks)[0]
+    return NextTokenLoss(*jax.lax.scan(add_chunk, jnp.float32(0), chunks))
 
 
 def _forward_with_gradients(
     head: jax.Array, chunks: _Chunk, z_loss: float, head_trains: bool
-) -> tuple[LossSums, tuple[jax.Array, ...]]:
+) -> tuple[NextTokenLoss, tuple[jax.Array, ...]]:
     """The loss, and its gradients as residuals."""
 
-    def add_chunk(carry: tuple[LossSums, jax.Array], chunk: _Chunk) -> tuple[Any, jax.Array]:
-        sums, head_gradient = carry
+    def add_chunk(carry: tuple[jax.Array, jax.Array], chunk: _Chunk) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        total, head_gradient = carry
         losses, logits_gradient = _chunk_loss(head, chunk, z_loss)
         # in the dtype of computation for both products; that of the head still sums in float32
         logits_gradient = logits_gradient.astype(head.dtype)  # [B, s, c, V]
@@ -99,17 +101,18 @@ def _forward_with_gradients(
             product = jnp.einsum("bscd,bscv->dv", chunk.hidden, logits_gradient, preferred_element_type=jnp.float32)
             head_gradient = constrain(head_gradient + product, None, "vocab")  # [D, V]
         hidden_gradient = jnp.einsum("bscv,dv->bscd", logits_gradient, head)  # [B, s, c, D]
-        return (jax.tree.map(jnp.add, sums, losses), head_gradient), hidden_gradient
+        return (total + losses.total, head_gradient), (losses.cross_entropy, hidden_gradient)
 
     # the gradient of the head is summed in float32 over all chunks; that of a frozen head is never made
-    zeros = LossSums(jnp.float32(0), jnp.float32(0))
     head_zeros = jnp.zeros(head.shape if head_trains else (), jnp.float32)  # [D, V] or []
-    (sums, head_gradient), hidden_gradient = jax.lax.scan(add_chunk, (zeros, head_zeros), chunks)
-    return sums, (head_gradient, hidden_gradient, head)
+    (total, head_gradient), (cross_entropy, hidden_gradient) = jax.lax.scan(
+        add_chunk, (jnp.float32(0), head_zeros), chunks
+    )
+    return NextTokenLoss(total, cross_entropy), (head_gradient, hidden_gradient, head)
 
 
 def _backward(
-    z_loss: float, head_trains: bool, residuals: tuple[jax.Array, ...], cotangents: LossSums
+    z_loss: float, head_trains: bool, residuals: tuple[jax.Array, ...], cotangents: NextTokenLoss
 ) -> tuple[Any, ...]:
     # the gradients were computed for a cotangent of 1, and are linear in it
     head_gradient, hidden_gradient, head = residuals
@@ -122,12 +125,12 @@ def _backward(
 
 
 # z_loss and head_trains, the third and fourth argument, are Python values and not traced
-_loss_sums = jax.custom_vjp(_forward, nondiff_argnums=(2, 3))
-_loss_sums.defvjp(_forward_with_gradients, _backward)
+_loss = jax.custom_vjp(_forward, nondiff_argnums=(2, 3))
+_loss.defvjp(_forward_with_gradients, _backward)
 
 
-def _chunk_loss(head: jax.Array, chunk: _Chunk, z_loss: float) -> tuple[LossSums, jax.Array]:
-    """Of one chunk both sums, and the gradient of ``total`` by the logits, [B, s, c, V]."""
+def _chunk_loss(head: jax.Array, chunk: _Chunk, z_loss: float) -> tuple[NextTokenLoss, jax.Array]:
+    """Of one chunk the losses, and the gradient of ``total`` by the logits, [B, s, c, V]."""
     # inputs in the dtype of computation, the product in float32: the loss is never rounded to bfloat16
     logits = jnp.einsum("bscd,dv->bscv", chunk.hidden, head, preferred_element_type=jnp.float32)  # [B, s, c, V]
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, s, c, 1]
@@ -135,10 +138,10 @@ def _chunk_loss(head: jax.Array, chunk: _Chunk, z_loss: float) -> tuple[LossSums
     # a comparison instead of a look-up, because the vocabulary is spread over devices
     is_target = jnp.arange(head.shape[1]) == chunk.targets[..., None]  # [B, s, c, V]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1, keepdims=True)  # [B, s, c, 1]
-    cross_entropy = jnp.sum(weights * (log_normalizer - target_logit))
-    total = cross_entropy + z_loss * jnp.sum(weights * log_normalizer**2)
+    cross_entropy = weights * (log_normalizer - target_logit)  # [B, s, c, 1]
+    total = jnp.sum(cross_entropy + z_loss * weights * log_normalizer**2)
 
     # the derivative of log_normalizer by the logits is the softmax, so that of its square is 2 log_normalizer times it
     probabilities = jnp.exp(logits - log_normalizer)  # [B, s, c, V]
     gradient = weights * ((1 + 2 * z_loss * log_normalizer) * probabilities - is_target)  # [B, s, c, V]
-    return LossSums(total, cross_entropy), gradient
+    return NextTokenLoss(total, cross_entropy[..., 0]), gradient

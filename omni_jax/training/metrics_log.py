@@ -94,8 +94,9 @@ class MetricsLog:
             self._board.add_scalar("mfu", mfu, step)
             utilization = f"MFU {mfu:.1%}"
 
+        loss = "skipped" if metrics["loss"] is None else f"loss {metrics['loss']:.4f}"
         text = (
-            f"loss {metrics['loss']:.4f}, {tokens_per_second:,.0f} tokens/s, "
+            f"{loss}, {tokens_per_second:,.0f} tokens/s, "
             f"{metrics['data_wait'] / seconds:.0%} waiting for data, {utilization}"
         )
         self._bar.update(self._task, completed=step, description=text)
@@ -121,8 +122,9 @@ def plot_loss(workdir: Path) -> Path | None:
         return None
     # of the whole run, through all its restarts, each step once
     metrics = read_metrics(workdir / METRICS_FILE)
-    steps = [values["step"] for values in metrics]
-    losses = [values["loss"] for values in metrics]
+    finite = [values for values in metrics if values["loss"] is not None]
+    steps = [values["step"] for values in finite]
+    losses = [values["loss"] for values in finite]
     # not pyplot, which would look for a display
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

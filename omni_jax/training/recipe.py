@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,7 +23,7 @@ class ParameterGroup:
     """Parameters that train alike."""
 
     paths: str
-    """Regular expression that the whole path of a parameter matches, like decoder/layers/.* or .*/bias."""
+    """Regular expression that the whole path of a parameter matches, like thinker/decoder/layers/.* or .*/bias."""
     learning_rate_scale: float = 1.0
     """Factor of the learning rate of the schedule."""
 
@@ -60,6 +59,16 @@ class OptimizerConfig:
     """Gradients of a larger norm, over all that trains, are scaled down to it; 0: never."""
     accumulate: int = 1
     """Batches of a step; their gradients are added up, so that it is one step over all of their tokens."""
+
+
+@dataclass(frozen=True)
+class NextTokenOptions:
+    """Cross-entropy of the next token."""
+
+    chunk: int = 1024
+    """Positions of a row whose logits exist at a time."""
+    z_loss: float = 0.0
+    """Factor of log(sum(exp(logits)))^2, which is added to the loss."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +121,19 @@ class Recipe:
     at least the tokenizer and config.json of the model."""
     parts: PartFolders = field(default_factory=PartFolders)
     seed: int = 0
-    """Of parameters that begin at random."""
+    """Of parameters that begin at random, and of what a loss draws."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations. What trains is kept in float32, what is frozen in the dtype of the checkpoint."""
     remat: Remat = "full"
     """What is recomputed of a layer in the backward pass: nothing (none), all but its input (full), or all but the
     products with its weights (dots)."""
-    loss_chunk: int = 1024
-    """Positions of a row whose logits exist at a time."""
-    z_loss: float = 0.0
-    """Factor of log(sum(exp(logits)))^2, which is added to the loss."""
+    objective: NextTokenOptions = field(default_factory=NextTokenOptions)
+    """What is minimised."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradients are no finite numbers: the run stops, or the step changes nothing
+    and is counted as skipped."""
+    max_skipped: int = 10
+    """Of such steps since the run was started, at most; one more stops it."""
     tpu_options: dict[str, str] = field(default_factory=lambda: dict(COMPILER_OPTIONS))
     """For the compiler of TPUs: by default what lets it gather parameters while it computes."""
     log_every: int = 10
@@ -139,9 +151,10 @@ class Recipe:
 
     def _check_numbers(self) -> None:
         check_int("steps", self.steps, 1)
-        check_int("loss_chunk", self.loss_chunk, 1)
+        check_int("objective.chunk", self.objective.chunk, 1)
         check_int("log_every", self.log_every, 1)
-        check_float("z_loss", self.z_loss, 0, _FLOAT_MAX)
+        check_int("max_skipped", self.max_skipped, 0)
+        check_float("objective.z_loss", self.objective.z_loss, 0, _FLOAT_MAX)
         check_int("checkpoint.every", self.checkpoint.every, 1)
         check_int("checkpoint.keep", self.checkpoint.keep, 1)
         optimizer = self.optimizer
@@ -194,10 +207,3 @@ class Recipe:
                 return phase, end - begin
             begin = end
         raise AssertionError("the last phase goes on to the end")
-
-    @property
-    def chunk(self) -> int:
-        """Positions of a device's part of a row whose logits exist at a time: at most ``loss_chunk``, and a divisor."""
-        # where loss_chunk does not divide the part, their greatest common divisor divides both
-        length = self.data.tokens // self.mesh.sequence
-        return math.gcd(length, self.loss_chunk) if length % self.loss_chunk else self.loss_chunk

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,14 +25,15 @@ from omni_jax.checkpoint.train_checkpoints import (
 )
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
-from omni_jax.training.optimizer import flatten_params, split_params, with_moments
+from omni_jax.training.objective import Objective
+from omni_jax.training.optimizer import flatten_params, learning_rate_scales, split_params, with_moments
 from omni_jax.training.recipe import Recipe
 from omni_jax.training.step import TrainState, TrainStep, abstract_state
 
 _PARTS_FOLDER = "initial"  # in the run's folder: the checkpoint that is made of parts
 
 
-def prepare_workdir(recipe: Recipe, workdir: Path, log: Callable[[str], None]) -> None:
+def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Callable[[str], None]) -> None:
     """Makes the run's folder, with all that training does not change; one process does it.
 
     Raises:
@@ -57,7 +59,20 @@ def prepare_workdir(recipe: Recipe, workdir: Path, log: Callable[[str], None]) -
         if not init.exists():
             random = assemble_thinker(recipe.init, init, recipe.parts.folders, recipe.seed)
             log(f"{len(random)} tensors are in none of the parts and begin at random, like {random[0]}")
-    prepare_model(workdir, init)
+    prepare_model(workdir, init, trained_components(recipe, objective))
+
+
+def trained_components(recipe: Recipe, objective: Objective) -> list[str]:
+    """The components of which something trains in some phase of the recipe.
+
+    Raises:
+      ConfigError: for a group that no parameter is in.
+    """
+    paths = list(flatten_params(nn.unbox(objective.abstract_params())))
+    trained: set[str] = set()
+    for phase in recipe.phases:
+        trained |= {path.partition("/")[0] for path in learning_rate_scales(phase, paths)}
+    return [name for name in objective.components if name in trained]
 
 
 def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> TrainState:
@@ -67,7 +82,7 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
       CheckpointError: if the checkpoint that it begins from is damaged.
       ConfigError: if it is not named any more.
     """
-    # the parameters are read from where the run began: ``WORKDIR/model`` has no Thinker
+    # the parameters are read from where the run began: ``WORKDIR/model`` has nothing that trains
     if recipe.parts.folders:
         folder = workdir / _PARTS_FOLDER
     elif recipe.init is not None:
@@ -75,8 +90,10 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
     else:
         raise ConfigError(f"{workdir} has no checkpoint yet; name again what the run begins from, as --init")
     # arrays are read straight into their shardings: no host ever holds the whole model
-    target = abstract_state(step, mesh, read_dtypes(folder))
-    params = store.load_tree(folder / "params" / "thinker", target.params)
+    target = abstract_state(step, mesh, read_dtypes(folder, step.objective.components))
+    params = {}
+    for name, tree in target.params.items():
+        params[name] = store.load_tree(folder / "params" / name, tree)
     return _assemble(step, target, 0, params)
 
 
@@ -89,25 +106,32 @@ def begin_phase(state: TrainState, step: TrainStep, mesh: Mesh) -> TrainState:
     return _assemble(step, target, int(state.step), params)
 
 
-def to_checkpoint(state: TrainState, step: int, data: Mapping[str, Any]) -> TrainCheckpoint:
-    """What a checkpoint holds of a state."""
-    return TrainCheckpoint(step, state.params, state.moments._asdict(), data)
+def to_checkpoint(state: TrainState, step: int, data: Mapping[str, Any], components: Sequence[str]) -> TrainCheckpoint:
+    """What a checkpoint holds of a state: of its parameters those of ``components``."""
+    params = state.params
+    return TrainCheckpoint(step, {name: params[name] for name in components}, state.moments._asdict(), data)
 
 
 def restore_state(
-    checkpoints: TrainCheckpoints, step_at: Callable[[int], TrainStep], mesh: Mesh, log: Callable[[str], None]
+    checkpoints: TrainCheckpoints,
+    components: Sequence[str],
+    step_at: Callable[[int], TrainStep],
+    mesh: Mesh,
+    log: Callable[[str], None],
 ) -> tuple[TrainState, Mapping[str, Any]] | None:
     """The state of the latest whole checkpoint and where its data goes on; None if there is none.
 
     Args:
       checkpoints: of the run.
+      components: all that the loss takes, whether they train or not.
       step_at: gives the step that follows so many others.
       mesh: to lay the state over, whatever it was saved from.
       log: is told of damaged checkpoints.
     """
 
     def make_target(number: int, dtypes: Mapping[str, np.dtype]) -> TrainCheckpoint:
-        return to_checkpoint(abstract_state(step_at(number), mesh, dtypes), number, {})
+        # also what does not train is read from the checkpoint, which has links to it
+        return to_checkpoint(abstract_state(step_at(number), mesh, dtypes), number, {}, components)
 
     # the step of the checkpoint says in which phase it was saved, and so what has moments
     saved = checkpoints.restore(make_target, log)

@@ -1,11 +1,7 @@
-"""One step of training as a pure function, and its compiled form for a recipe and a mesh.
-
-Letters: B rows, S positions, W windows of a canvas, P patches of a window.
-"""
+"""One step of training as a pure function, and its compiled form for a recipe and a mesh."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,15 +13,11 @@ import optax
 from flax import struct
 from flax.traverse_util import unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
 
-from omni_jax.batch import PADDING, Array, TrainBatch, batch_axes
-from omni_jax.config import OmniConfig
+from omni_jax.batch import Array, batch_axes
 from omni_jax.data.config import DataConfig
-from omni_jax.data.packing import Budget, Part, assemble
-from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.sharding import logical_sharding, param_shardings
-from omni_jax.training.losses import next_token_loss
+from omni_jax.training.objective import Batch, Metrics, Objective
 from omni_jax.training.optimizer import (
     ADAM,
     OptimizerState,
@@ -39,15 +31,12 @@ from omni_jax.training.optimizer import (
 )
 from omni_jax.training.recipe import OptimizerConfig, Phase, Recipe
 
-Metrics: TypeAlias = dict[str, jax.Array]
 AnyMesh: TypeAlias = Mesh | AbstractMesh
-
-_HEAD_KERNEL = "decoder/head/kernel"
 
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes. No step draws a random number, so there is no key."""
+    """All that a step changes. Random numbers follow from the recipe's seed and the step, so there is no key."""
 
     step: Any  # int32 [], of the whole run
     trained: Any  # parameters that train, float32
@@ -56,7 +45,7 @@ class TrainState:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The tree of all of the Thinker's parameters."""
+        """The trees of all parameters, by component."""
         return merge_params(self.trained, self.frozen)
 
     @property
@@ -69,30 +58,36 @@ class TrainState:
 class TrainStep:
     """The step of a phase of a recipe, as a function of a state and a batch."""
 
-    model: Thinker
+    objective: Objective
     optimizer: OptimizerConfig
     scales: dict[str, float]  # factor of the learning rate of each parameter that trains, by path
     num_steps: int  # of the phase
-    loss_chunk: int
-    z_loss: float = 0.0
+    seed: int = 0  # of random numbers
+    skips_nonfinite: bool = False  # whether a step that is not finite changes nothing
 
-    def __call__(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """The next state, and the metrics of this step.
 
         The leaves of ``batch`` have a leading axis of several batches where the optimizer accumulates them; the loss is
-        then the mean over all their target tokens.
+        then that of all of them together.
         """
-        loss, grads = self.loss_and_gradients(state, batch)
+        terms, grads = self.loss_and_gradients(state, batch)
         with jax.named_scope("optimizer"):
             # moments and parameters keep the shardings of the state, so that nothing is gathered here
             updates, optimizer = self.transformation.update(grads, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
+        grad_norm = optax.tree.norm(grads)  # before the clip
+        if self.skips_nonfinite:
+            is_finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
+            trained, optimizer = jax.tree.map(
+                lambda new, old: jnp.where(is_finite, new, old), (trained, optimizer), (state.trained, state.optimizer)
+            )
         metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),  # before the clip
+            **terms,
+            "grad_norm": grad_norm,
             # of the update that was just made: Adam has counted those of the phase before it
             "learning_rate": learning_rate(self.optimizer, state.moments.count, self.num_steps),
-            **count_work(batch),
+            **self.objective.count_work(batch),
         }
         return TrainState(state.step + 1, trained, state.frozen, optimizer), metrics  # type: ignore[arg-type]
 
@@ -100,99 +95,46 @@ class TrainStep:
     def transformation(self) -> optax.GradientTransformation:
         return make_optimizer(self.optimizer, self.scales, self.num_steps)
 
-    def loss_and_gradients(self, state: TrainState, batch: TrainBatch) -> tuple[jax.Array, Any]:
-        """The mean loss without the z-loss, and the gradient of what trains, in float32."""
-        # Of all accumulated batches together, so that each contributes as many tokens as it has. A batch of padding
-        # alone has no weight.
-        total_weight = jnp.maximum(jnp.sum(batch.weights), 1e-6)
+    def loss_and_gradients(self, state: TrainState, batch: Batch) -> tuple[Metrics, Any]:
+        """The terms of the loss, and the gradient of what trains, in float32."""
+        # of all accumulated batches together, so that each contributes as much as it has
+        denominators = self.objective.denominators(batch)
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
         # differentiated by what trains alone: no gradient of a frozen parameter is ever made
-        def loss(trained: Any, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+        def loss(trained: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
             params = merge_params(trained, state.frozen)
-            hidden = self.model.apply({"params": params}, batch.inputs, method=Thinker.hidden)  # [B, S, D]
-            sums = next_token_loss(
-                params["decoder"]["head"]["kernel"],
-                jnp.asarray(hidden),
-                batch.targets,
-                batch.weights / total_weight,
-                chunk=self.loss_chunk,
-                z_loss=self.z_loss,
-                head_trains=_HEAD_KERNEL in self.scales,
-            )
-            return sums.total, sums.cross_entropy  # the z-loss is trained on, but not reported
+            return self.objective.loss(params, batch, denominators, key, self.scales)
 
         gradient = jax.grad(loss, has_aux=True)
         # without accumulation the leaves have no axis to scan over
         if self.optimizer.accumulate == 1:
-            grads, cross_entropy = gradient(state.trained, batch)
-            return cross_entropy, grads
+            grads, terms = gradient(state.trained, batch, key)
+            return terms, grads
 
-        def add_batch(sums: tuple[jax.Array, Any], batch: TrainBatch) -> tuple[tuple[jax.Array, Any], None]:
-            loss_sum, grads_sum = sums
-            grads, cross_entropy = gradient(state.trained, batch)
-            return (loss_sum + cross_entropy, jax.tree.map(jnp.add, grads_sum, grads)), None
+        def add_batch(grads_sum: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
+            grads, terms = gradient(state.trained, *part)
+            return jax.tree.map(jnp.add, grads_sum, grads), terms
 
         # one program for all batches: gradients are summed in place, and only one batch's activations exist
-        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained)
-        return jax.lax.scan(add_batch, zeros, batch)[0]
+        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        keys = jax.random.split(key, self.optimizer.accumulate)
+        grads, terms = jax.lax.scan(add_batch, zeros, (batch, keys))
+        return jax.tree.map(lambda term: jnp.sum(term, axis=0), terms), grads
 
 
-def count_work(batch: TrainBatch) -> Metrics:
-    """How much of a batch is not padding: what the model's FLOPs are counted from (docs/training.md)."""
-    inputs = batch.inputs
-    # rows of accumulated batches are counted as rows of one
-    segments = jnp.asarray(inputs.segment_ids).reshape(-1, inputs.segment_ids.shape[-1])  # [B, S]
-    position = jnp.arange(segments.shape[1])  # [S]
-
-    # the start of the example that a position belongs to: the last place up to it at which the segment id changes
-    changes = segments[:, 1:] != segments[:, :-1]  # [B, S - 1]
-    is_first = jnp.concatenate([jnp.full_like(segments[:, :1], True), changes], axis=1)  # [B, S]
-    segment_start = jax.lax.cummax(jnp.where(is_first, position, 0), axis=1)  # [B, S]
-
-    # causal attention: a position sees those of its example up to itself
-    is_token = segments != PADDING  # [B, S]
-    attended = jnp.where(is_token, position - segment_start + 1, 0)  # [B, S]
-    # int32 holds the tokens of any batch, but not the pairs of a long row
-    counts = {
-        "tokens": jnp.sum(is_token),
-        "target_tokens": jnp.sum(batch.weights > 0),
-        "pairs": jnp.sum(attended, dtype=jnp.float32),
-    }
-    if inputs.audio is not None:
-        counts["blocks"] = jnp.sum(inputs.audio.length > 0)
-    for frames in inputs.vision:
-        sizes = _frame_sizes(frames.valid)  # [canvases, W]
-        # a patch attends to all patches of its frame, itself included
-        counts["patches"] = counts.get("patches", 0) + jnp.sum(sizes)
-        counts["frame_pairs"] = counts.get("frame_pairs", 0.0) + jnp.sum(sizes.astype(jnp.float32) ** 2)
-    return counts
-
-
-def _frame_sizes(valid: Int[Array, "*canvases W P"]) -> Int[jax.Array, "canvases W"]:
-    """Patches of each frame of each canvas; a canvas has at most as many frames as windows."""
-    num_windows, num_patches = valid.shape[-2:]
-    # ``valid`` numbers the frames of a canvas from 1; 0 is padding, which is dropped
-    frame_ids = jnp.asarray(valid, jnp.int32).reshape(-1, num_windows * num_patches)  # [canvases, W * P]
-    return jax.vmap(lambda canvas: jnp.bincount(canvas, length=num_windows + 1)[1:])(frame_ids)
-
-
-def make_model(recipe: Recipe) -> Thinker:
-    """The Thinker as it is trained: scanned layers, computing in the recipe's dtype."""
-    return Thinker(recipe.model.thinker_config, remat=recipe.remat, media_by_rows=True, dtype=jnp.dtype(recipe.dtype))
-
-
-def make_step(recipe: Recipe, phase: Phase, num_steps: int) -> TrainStep:
+def make_step(recipe: Recipe, objective: Objective, phase: Phase, num_steps: int) -> TrainStep:
     """The step of a phase of ``num_steps``.
 
     Raises:
       ConfigError: if the fields of the recipe do not go together, or a group of the phase has no parameter.
     """
     recipe.check()
-    model = make_model(recipe)
     # unboxed: a group names the paths of a checkpoint, where no array is in a box of logical axes
-    paths = list(flatten_params(nn.unbox(abstract_params(model))))
+    paths = list(flatten_params(nn.unbox(objective.abstract_params())))
     scales = learning_rate_scales(phase, paths)
-    return TrainStep(model, recipe.optimizer, scales, num_steps, recipe.chunk, recipe.z_loss)
+    skips = recipe.on_nonfinite == "skip"
+    return TrainStep(objective, recipe.optimizer, scales, num_steps, recipe.seed, skips)
 
 
 def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, Any] | None = None) -> TrainState:
@@ -207,12 +149,12 @@ def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, A
       ConfigError: listing the parameters that the mesh does not divide.
     """
     # parameters: float32 where they train, because updates are too small for bfloat16
-    boxed = abstract_params(step.model)
+    boxed = step.objective.abstract_params()
     shardings = flatten_params(param_shardings(boxed, mesh))
     frozen_dtypes = frozen_dtypes or {}
     leaves = {}
     for path, leaf in flatten_params(nn.unbox(boxed)).items():
-        dtype = jnp.float32 if path in step.scales else frozen_dtypes.get(path, step.model.dtype)
+        dtype = jnp.float32 if path in step.scales else frozen_dtypes.get(path, step.objective.dtype)
         leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path])
     trained, frozen = split_params(unflatten_dict(leaves, sep="/"), step.scales)
 
@@ -223,11 +165,9 @@ def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, A
     return TrainState(scalar, trained, frozen, with_moments(optimizer, moments, scalar))  # type: ignore[arg-type]
 
 
-def abstract_batch(data: DataConfig, model: OmniConfig, mesh: AnyMesh, accumulate: int = 1) -> TrainBatch:
+def abstract_batch(data: DataConfig, objective: Objective, mesh: AnyMesh, accumulate: int = 1) -> Batch:
     """Shapes, dtypes and shardings of the batch of a step, over all processes."""
-    # an empty batch of one row, made by the code that makes all others, so that the two cannot differ
-    budget = Budget.of(dataclasses.replace(data, rows=1, streams=1))
-    one = assemble([Part(budget)], budget, model, first=0, streams=1)
+    one = objective.abstract_row(data)
 
     def leaf(x: Array, axes: PartitionSpec) -> jax.ShapeDtypeStruct:
         # rows, blocks and canvases: each leading axis is so many times that of one row
@@ -242,7 +182,7 @@ def abstract_batch(data: DataConfig, model: OmniConfig, mesh: AnyMesh, accumulat
 
 def jit_step(
     step: TrainStep, state: TrainState, mesh: Mesh, tpu_options: Mapping[str, str]
-) -> Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a program that gives its state's memory to the next.
 
     Args:
@@ -260,17 +200,18 @@ def jit_step(
 
 
 def abstract_program(
-    recipe: Recipe, mesh: Mesh, phase: int = -1
-) -> tuple[Callable[..., Any], tuple[TrainState, TrainBatch]]:
+    recipe: Recipe, objective: Objective, mesh: Mesh, phase: int = -1
+) -> tuple[Callable[..., Any], tuple[TrainState, Batch]]:
     """A recipe's step and its abstract arguments, to be lowered under ``jax.set_mesh(mesh)`` for any devices.
 
     Args:
       recipe: what to train.
+      objective: of the recipe.
       mesh: over the devices to compile for; they need not be there.
       phase: which of the recipe's phases.
     """
     # the number of steps is only a constant of the schedule, so that of the run will do
-    step = make_step(recipe, recipe.phases[phase], recipe.steps)
+    step = make_step(recipe, objective, recipe.phases[phase], recipe.steps)
     state = abstract_state(step, mesh)
-    batch = abstract_batch(recipe.data, recipe.model, mesh, recipe.optimizer.accumulate)
+    batch = abstract_batch(recipe.data, objective, mesh, recipe.optimizer.accumulate)
     return jit_step(step, state, mesh, recipe.tpu_options), (state, batch)

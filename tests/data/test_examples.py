@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -32,6 +33,15 @@ def ask(content, answer="A disc.", **rest):
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], **rest}
 
 
+def make_one(prepare, row):
+    """The only example of a row, or why it cannot be used."""
+    element = prepare(row)
+    if isinstance(element, Reject):
+        return element
+    (example,) = element
+    return example
+
+
 def target_text(prepare, example):
     """The text of the target tokens, special tokens included."""
     tokens = example.tokens[example.weights > 0]
@@ -53,7 +63,7 @@ def test_the_words_of_the_assistant_are_target_text(prepare, end):
         {"role": "assistant", "content": "not this", "loss": False},
         {"role": "assistant", "content": ""},
     ]
-    example = prepare(row({"messages": messages, "images": [PICTURE]}))
+    example = make_one(prepare, row({"messages": messages, "images": [PICTURE]}))
     assert target_text(prepare, example).replace(end, "|").startswith("\n\nhello world|")
     assert target_text(prepare, example).endswith(f" no{end}{end}")
     assert set(np.unique(example.weights)) == {0.0, 0.5, 1.0}
@@ -64,7 +74,7 @@ def test_a_target_is_tokenised_as_it_would_be_generated(prepare):
     """The prompt of the example is the prompt of inference to the last token, even before a line break."""
     for answer in ("\nA disc.", "  A disc.", "A disc."):
         values = ask("What?", answer)
-        example = prepare(row(values))
+        example = make_one(prepare, row(values))
         prompt = prepare.processor(values["messages"][:1])
         assert (example.weights > 0).argmax() == len(prompt)
         np.testing.assert_array_equal(example.tokens[: len(prompt)], prompt.tokens)
@@ -72,14 +82,37 @@ def test_a_target_is_tokenised_as_it_would_be_generated(prepare):
 
 def test_all_of_a_document_is_target_text(prepare):
     text = "Once <|im_start|>\nupon"
-    example = prepare(row({"text": text}))
+    example = make_one(prepare, row({"text": text}))
     eos = prepare.processor.tokenizer.special_id("<|endoftext|>")
     assert target_text(prepare, example) == f"{text}<{eos}>" and (example.weights == 1).all()
     assert example.audio is None and example.vision == () and (example.unit == -1).all()
 
 
+@pytest.mark.parametrize("num_words", [400, 1197, 1198, 1199, 2500])
+def test_a_long_document_is_split(prepare, num_words):
+    """Each token but the first is a target once, behind the one before it; position ids begin anew."""
+    text = "a " * num_words
+    whole = prepare.processor.document(text, max_length=10_000).tokens
+    examples = prepare(row({"text": text}))
+    assert len(examples) == max(1, -(-(len(whole) - 1) // 599))
+    assert all(len(example.tokens) <= 600 and example.weights.all() for example in examples)
+    targets = [example.tokens[1:] for example in examples]
+    np.testing.assert_array_equal(np.concatenate([examples[0].tokens[:1], *targets]), whole)
+    for before, after in itertools.pairwise(examples):
+        assert before.tokens[-1] == after.tokens[0] and after.spans.start[0, 0] == 0
+
+
+def test_what_is_too_long_ends_the_run_if_asked(prepare):
+    long = row({"text": "a " * 700})
+    assert not make_one(dataclasses.replace(prepare, too_long="skip"), long).is_fatal
+    assert make_one(dataclasses.replace(prepare, too_long="error"), long).is_fatal
+    # a dialogue is never split, and anything else that is wrong with a row is no reason to stop
+    assert "over the limit of 600" in make_one(prepare, row(ask("a", "b" * 700))).reason
+    assert not make_one(dataclasses.replace(prepare, too_long="error"), row({"text": ""})).is_fatal
+
+
 def test_media_become_units(prepare, config):
-    example = prepare(row(ask("<image><video><audio>?", images=[PICTURE], videos=[VIDEO], audios=[WAV])))
+    example = make_one(prepare, row(ask("<image><video><audio>?", images=[PICTURE], videos=[VIDEO], audios=[WAV])))
     assert (
         isinstance(example.audio, AudioBlocks) and example.num_blocks == 2 + 2
     )  # 3 s of sound each, the video's first
@@ -99,18 +132,19 @@ def test_media_in_a_bucket(prepare, gs):
     access = RemoteAccess(buckets=("gs://b",))
     prepare = dataclasses.replace(prepare, processor=prepare.processor.with_access(access), media_root=None)
     gs.pipe("gs://b/media/picture.jpg", Path(PICTURE).read_bytes())
-    local = prepare(row(ask("<image>", images=[PICTURE]), f"{PICTURE}.jsonl"))
+    local = make_one(prepare, row(ask("<image>", images=[PICTURE]), f"{PICTURE}.jsonl"))
     for source, file in (("gs://b/media/picture.jpg", "/data/rows.jsonl"), ("media/picture.jpg", "gs://b/rows.jsonl")):
-        found = prepare(row(ask("<image>", images=[source]), file))
+        found = make_one(prepare, row(ask("<image>", images=[source]), file))
         np.testing.assert_array_equal(found.vision[0].patches, local.vision[0].patches)
-    missing = prepare(row(ask("<image>", images=["gs://b/none.jpg"])))
+    missing = make_one(prepare, row(ask("<image>", images=["gs://b/none.jpg"])))
     assert "(image 'gs://b/none.jpg'): no such file" in missing.reason
 
 
 def test_an_example_travels_between_processes(prepare):
     other = pickle.loads(pickle.dumps(prepare))
     values = row(ask("<image>?", images=[PICTURE]))
-    np.testing.assert_array_equal(other(values).vision[0].patches, prepare(values).vision[0].patches)
+    found, expected = make_one(other, values), make_one(prepare, values)
+    np.testing.assert_array_equal(found.vision[0].patches, expected.vision[0].patches)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +172,7 @@ def test_an_example_travels_between_processes(prepare):
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(prepare, values, reason):
-    found = prepare(row(values))
+    found = make_one(dataclasses.replace(prepare, too_long="skip"), row(values))
     assert isinstance(found, Reject)
     assert (found.file, found.number) == ("/data/rows.jsonl", 7)
     assert reason in found.reason

@@ -17,7 +17,8 @@ from orbax.checkpoint import v1 as ocp
 from omni_jax.data import pipeline
 from omni_jax.data.config import DataConfig
 from omni_jax.data.examples import Reject
-from omni_jax.data.packing import fill
+from omni_jax.data.mixture import Mixer, deal_rows, order_rows
+from omni_jax.data.packing import OmniPacking, fill
 from omni_jax.data.rejects import RejectsFile
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import ConfigError, InputError
@@ -35,6 +36,7 @@ DATA = DataConfig(
     video_max_pixels=84 * 84,
     media_root="/",
     max_reject_share=0.2,
+    too_long="skip",
 )
 
 
@@ -63,7 +65,8 @@ def start(processor):
     started = []
 
     def start(config, state=None, **process):
-        started.append(pipeline.batches(config, processor, **process))
+        packing = OmniPacking.create(config, processor, config.streams)
+        started.append(pipeline.batches(config, packing, **process))
         if state is not None:
             started[-1].set_state(json.loads(json.dumps(state)))
         return started[-1]
@@ -116,7 +119,7 @@ def test_a_run_goes_on_where_it_stopped(rows, start):
     first_state = before_all.get_state()
     whole = take(before_all, 6)
     streams = whole[-1][2]["streams"]
-    assert streams["0"]["next"] > len(ROWS)  # of the half of them that are its own: the second epoch is over
+    assert sum(streams["0"]["read"]["rows"]) > len(ROWS)  # half of them are its own: the second epoch is over
     assert streams["1"]["rejected"]
     assert_same(take(start(config, first_state), 1), whole[:1])
     for stop in (2, 4):
@@ -150,10 +153,11 @@ def test_a_program_may_end_in_the_middle(write_rows, processor, tmp_path):
     program = f"""if __name__ == "__main__":
         import pickle
         from omni_jax.data import pipeline
+        from omni_jax.data.packing import OmniPacking
         from omni_jax.data.config import DataConfig
         processor = pickle.load(open({str(tmp_path / "processor")!r}, "rb"))
         config = DataConfig(train=({write_rows({"text": "once"})!r},), tokens=64, canvases=1, windows=1, workers=1)
-        batches = pipeline.batches(config, processor)
+        batches = pipeline.batches(config, OmniPacking.create(config, processor, 1))
         print(next(batches).inputs.tokens.shape)
     """
     (tmp_path / "program.py").write_text(program)
@@ -185,27 +189,128 @@ def test_streams_are_disjoint_and_miss_nothing(write_rows, start):
     names = [list(itertools.chain.from_iterable(n for _, n, _ in take(part, 6))) for part in parts]
     epochs = [set(some[:18]) for some in names]  # of the 20 that are each stream's; a few may still wait
     assert not epochs[0] & epochs[1] and all(len(epoch) == 18 for epoch in epochs)
-    rows = pipeline.mixture([open_rows(text)], (), 3)
-    dealt = [[rows[i].number for i in range(s, 40, 2)] for s in range(2)]
+    (rows,) = order_rows([open_rows(text)], (), 3)
+    dealt = [[deal_rows(rows, s, 2)[i].number for i in range(20)] for s in range(2)]
     assert sorted(dealt[0] + dealt[1]) == list(range(1, 41))
 
 
 def test_every_epoch_has_an_order_of_its_own(write_rows):
     files = [open_rows(write_rows(*({"text": str(i)} for i in range(n)), name=f"{n}.jsonl")) for n in (7, 5)]
-    rows = pipeline.mixture(files, (), 3)
+    (rows,) = order_rows(files, (), 3)
     epochs = [[rows[i].name for i in range(12 * e, 12 * e + 12)] for e in range(3)]
     assert all(sorted(epoch) == sorted(row.name for f in files for row in f) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [rows[i].name for i in range(12)] != [pipeline.mixture(files, (), 4)[i].name for i in range(12)]
+    assert [rows[i].name for i in range(12)] != [order_rows(files, (), 4)[0][i].name for i in range(12)]
+    assert {(rows[i].file, rows[i].source) for i in range(12)} == {(files[0][0].file, 0), (files[1][0].file, 1)}
 
 
 def test_files_are_mixed_by_weight(write_rows):
     names = [write_rows(*({"text": str(i)} for i in range(10)), name=f"{n}.jsonl") for n in "ab"]
-    rows = pipeline.mixture([open_rows(name) for name in names], (3.0, 1.0), 0)
-    drawn = collections.Counter(rows[i].file for i in range(400))
-    assert drawn == {names[0]: 300, names[1]: 100}
-    first = [rows[i].number for i in range(40) if rows[i].file == names[1]]
+    ordered = order_rows([open_rows(name) for name in names], (3.0, 1.0), 0)
+    drawn = read_mixture(ordered, (3.0, 1.0), num_streams=1, num_rows=400)
+    assert collections.Counter(row.file for row in drawn) == {names[0]: 300, names[1]: 100}
+    first = [row.number for row in drawn[:40] if row.file == names[1]]
     assert sorted(first) == list(range(1, 11))  # an epoch of its own
+    assert [rows[i].source for i in range(3) for rows in ordered] == [0, 1] * 3
+
+
+def read_mixture(ordered, weights, num_streams, num_rows):
+    """What the streams read together, as many rows each."""
+    found = []
+    for stream in range(num_streams):
+        mixer = Mixer(weights, "rows", stream, num_streams)
+        dealt = [deal_rows(rows, stream, num_streams) for rows in ordered]
+        for _ in range(num_rows):
+            source = mixer.choose()
+            found.append(dealt[source][mixer.next_row(source)])
+            mixer.add(source, 1)
+    return found
+
+
+@pytest.mark.parametrize("mix_by", ["rows", "tokens"])
+@pytest.mark.parametrize("num_streams", [1, 5, 8, 64])
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (4, 1), (7, 1), (9, 1), (100, 1), (2, 3, 5)])
+def test_shares_are_what_was_asked_for(weights, num_streams, mix_by):
+    """Within 2 % over all streams, and each stream reads every source; of rows, and of tokens however long rows are."""
+    rng = np.random.default_rng(0)
+    found = np.zeros((num_streams, len(weights)))
+    for stream in range(num_streams):
+        mixer = Mixer(weights, mix_by, stream, num_streams)
+        # rows of the first source are long at regular distances
+        lengths = rng.integers(5, 200, (len(weights), 64))
+        lengths[0, stream % 4 :: 4] = 1000
+        for _ in range(max(400, 10_000 // num_streams)):
+            source = mixer.choose()
+            length = int(lengths[source, mixer.next_row(source) % 64])
+            mixer.add(source, length)
+            found[stream, source] += length if mix_by == "tokens" else 1
+    assert (found > 0).all()
+    wanted = np.array(weights) / sum(weights)
+    assert (np.abs(found.sum(axis=0) / found.sum() / wanted - 1) < 0.02).all(), found.sum(axis=0)
+
+
+def test_rows_of_every_length_come_to_every_stream(write_rows):
+    """Whatever the distance between long rows in a file is, streams have as many of them."""
+    files = [write_rows(*(str(n) for n in range(64)), name=f"{name}.jsonl") for name in "ab"]
+    ordered = order_rows([open_rows(file) for file in files], (3, 1), 0)
+    rows = read_mixture(ordered, (3, 1), num_streams=8, num_rows=128)
+    for stream in range(8):
+        own = rows[stream * 128 : (stream + 1) * 128]
+        assert collections.Counter(row.source for row in own)[0] == pytest.approx(96, abs=1)
+        every_fourth = sum(row.number % 4 == 1 for row in own if row.source == 0)
+        assert 12 <= every_fourth <= 36
+
+
+def test_streams_do_not_read_the_rarest_source_at_once():
+    turns = []
+    for stream in range(64):
+        mixer = Mixer((100.0, 1.0), "rows", stream, 64)
+        for turn in range(102):
+            source = mixer.choose()
+            mixer.add(source, 1)
+            if source == 1:
+                turns.append(turn)
+                break
+    assert len(turns) == 64 and max(collections.Counter(turns).values()) <= 2
+
+
+def test_packed_tokens_have_the_shares_of_the_tokens(write_rows, start):
+    """Of what is in the batches, after a change in the middle of the run; and the batch says whose they are."""
+    files = (
+        write_rows(*({"text": "once " * n} for n in (20, 3, 60, 8)), name="long.jsonl"),
+        write_rows(*({"text": "once"} for _ in range(5)), name="short.jsonl"),
+    )
+    config = dataclasses.replace(
+        DATA, train=files, weights=(3.0, 1.0), mix_by="tokens", rows=2, streams=2, audio_blocks=0, canvases=0
+    )
+    batches = start(config)
+    first = take(batches, 6)
+    again = start(config, first[2][2])
+    assert_same(take(again, 3), first[3:])
+    found = np.zeros(2)
+    for batch, _, _ in [*first, *take(batches, 60)]:
+        found += np.bincount(batch.source[batch.inputs.segment_ids > 0], minlength=2)
+    assert abs(found[0] / found.sum() / 0.75 - 1) < 0.02, found
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_windows_of_a_document(write_rows, start, in_order):
+    """All are read, in their order if it is asked for, also when the run goes on in the middle of one."""
+    words = [f"w{i}" for i in range(700)]
+    rows = write_rows({"text": " ".join(words)}, *({"text": "once " * (i + 1)} for i in range(12)))
+    config = dataclasses.replace(
+        DATA, train=(rows,), tokens=128, too_long="split", windows_in_order=in_order, rows=1, streams=1, audio_blocks=0, canvases=0
+    )
+    batches = start(config)
+    found = take(batches, 70)
+    stop = next(i for i, (_, _, state) in enumerate(found) if len(state["streams"]["0"]["windows"]) > 2)
+    assert_same(take(start(config, found[stop][2]), 8), found[stop + 1 : stop + 9])
+    name = f"{rows}:1"
+    held = [names for _, names, _ in found if name in names]
+    assert len(held) > 10
+    if in_order:
+        # nothing comes between the windows of the document, whose batches hold little else
+        assert sum(len(names) > 1 for names in held) < len(held) / 2
 
 
 def test_rejects_are_named_once_and_skipped(rows, start, tmp_path):
@@ -214,7 +319,7 @@ def test_rejects_are_named_once_and_skipped(rows, start, tmp_path):
     batches = start(config)
     names = [name for _, some, _ in take(batches, 8) for name in some]
     state = batches.get_state()["streams"]["0"]
-    assert state["next"] > 3 * len(ROWS) and state["rejected"] >= 6
+    assert sum(state["read"]["rows"]) > 3 * len(ROWS) and state["rejected"] >= 6
     assert not {f"{rows}:21", f"{rows}:22"} & set(names)
     found = {line["row"]: line for line in map(json.loads, path.read_text().splitlines())}
     assert found.keys() == {21, 22} and len(path.read_text().splitlines()) == 2
@@ -271,9 +376,9 @@ def test_too_many_rejects_stop_the_run(write_rows, start, tmp_path):
     text = write_rows(*({"text": "once"} for _ in range(60)), *({"text": ""} for _ in range(10)), "{", name="bad.jsonl")
     path = tmp_path / "rejects.jsonl"
     config = dataclasses.replace(DATA, train=(text,), max_reject_share=0.03, rejects=path)
-    message = r"4 of \d+ rows cannot be used, over the share of 0.03 .*\n.*bad.jsonl:\d+: (the text is empty|not JSON)"
+    message = r"31 of \d+ rows cannot be used, over the share of 0.03 .*\n.*bad.jsonl:\d+: (the text is empty|not JSON)"
     with pytest.raises(InputError, match=message) as caught:
-        take(start(config), 100)
+        take(start(config), 400)
     assert str(path) in str(caught.value) and len(path.read_text().splitlines()) >= 3
     # 11 of 71 rows are under one in five, however long it goes on
     assert take(start(dataclasses.replace(config, max_reject_share=0.2)), 20)

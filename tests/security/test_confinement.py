@@ -15,7 +15,8 @@ import pytest
 
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
-from omni_jax.data.examples import Example, Prepare, Reject
+from omni_jax.data.examples import Prepare, Reject
+from omni_jax.data.packing import OmniPacking
 from omni_jax.data.pipeline import batches
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import ConfigError, InputError
@@ -86,7 +87,7 @@ def test_rows_read_within_their_folder(processor: Processor, folder: Path, shape
     prepare = make_prepare(processor)
     inside = ("a.png", "./a.png", str(folder / "a.png"), (folder / "a.png").as_uri(), "../rows/a.png")
     for name in inside:
-        assert isinstance(prepare(make_row(folder, shape(name))), Example)
+        assert isinstance(prepare(make_row(folder, shape(name))), list)
     outside = str(folder.parent / "secret.png")
     for name in ("../secret.png", outside, f"file://{outside}", f"FILE:{outside}", "link.png", "/etc/passwd"):
         found = prepare(make_row(folder, shape(name)))
@@ -98,7 +99,7 @@ def test_rows_read_within_their_folder(processor: Processor, folder: Path, shape
 
 def test_another_root(processor: Processor, folder: Path) -> None:
     prepare = make_prepare(processor, str(folder.parent))
-    assert isinstance(prepare(make_row(folder, SHAPES[0]("../secret.png"))), Example)
+    assert isinstance(prepare(make_row(folder, SHAPES[0]("../secret.png"))), list)
     elsewhere = make_prepare(processor, str(folder.parent / "other"))(make_row(folder, SHAPES[0]("a.png")))
     assert isinstance(elsewhere, Reject) and "is not within" in elsewhere.reason
 
@@ -115,14 +116,14 @@ def test_rows_fetch_what_is_allowed(processor: Processor, folder: Path, gs: Buck
         assert not internet.requests
         allowed = make_prepare(processor, web=("a.example",), buckets=("gs://b/media",), network=internet.network)
         for name in (web, bucket):
-            assert isinstance(allowed(make_row(folder, shape(name))), Example)
+            assert isinstance(allowed(make_row(folder, shape(name))), list)
 
 
 def test_rows_in_a_bucket(processor: Processor, gs: Bucket) -> None:
     for name in ("rows/a.png", "secret.png", "rows2/a.png"):
         gs.pipe(f"gs://b/{name}", PICTURE.read_bytes())
     prepare = make_prepare(processor, buckets=("gs://b/rows",))
-    assert isinstance(prepare(make_row("gs://b/rows", SHAPES[0]("a.png"))), Example)
+    assert isinstance(prepare(make_row("gs://b/rows", SHAPES[0]("a.png"))), list)
     for name in ("../secret.png", "../rows2/a.png", str(PICTURE), f"file://{PICTURE}", "gs://b/secret.png"):
         found = prepare(make_row("gs://b/rows", SHAPES[0](name)))
         assert isinstance(found, Reject) and "is not within" in found.reason
@@ -136,7 +137,7 @@ def test_the_recipe_says_from_where(processor: Processor, folder: Path) -> None:
         internet.hosts = {"a.example": [PUBLIC]}
         generous = processor.with_access(RemoteAccess(("*",), network=internet.network))
         with pytest.raises(InputError, match="fetching from the web is off"):
-            next(batches(data, generous))
+            next(batches(data, OmniPacking.create(data, generous, 1)))
         assert not internet.requests
     for wrong in (dict(allow_web=("http://x",)), dict(allow_buckets=("b/media",)), dict(allow_buckets=("gs://",))):
         with pytest.raises(ConfigError, match=r"data\.allow_"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -18,8 +19,9 @@ import tyro
 from PIL import Image, ImageFile
 
 import omni_jax
-from omni_jax.data import pipeline
+from omni_jax.data import packing, pipeline
 from omni_jax.data.config import DataConfig
+from omni_jax.data.packing import OmniPacking
 from omni_jax.errors import InputError
 from omni_jax.processing import media_workers, worker_pool
 from omni_jax.processing.images import read_image
@@ -121,11 +123,12 @@ def test_training_isolates_media_and_makes_the_same_batches(
         windows=8,
         max_pixels=112 * 112,
     )
-    batches = pipeline.batches(config, processor)
+    batches = pipeline.batches(config, OmniPacking.create(config, processor, 1))
     expected = next(batches)
     batches.close()
     monkeypatch.setattr(Processor, "read_media", refuse)
-    isolated = pipeline.batches(DataConfig(**{**vars(config), "isolate_media": True}), processor)
+    config = dataclasses.replace(config, isolate_media=True)
+    isolated = pipeline.batches(config, OmniPacking.create(config, processor, 1))
     try:
         found = next(isolated)
     finally:
@@ -227,12 +230,12 @@ def test_training_ends_where_no_worker_gets_ready(
     monkeypatch.setattr(worker_pool, "MAX_START_SECONDS", 2.0)
     hanging: Any = Unpickled(time.sleep, 60)
     monkeypatch.setattr(
-        pipeline, "isolate", lambda p, count: p.with_media_reader(MediaWorkers(hanging, count, MediaLimits()))
+        packing, "isolate", lambda p, count: p.with_media_reader(MediaWorkers(hanging, count, MediaLimits()))
     )
     config = DataConfig(
         train=(str(tmp_path / "rows.jsonl"),), media_root=str(MEDIA), isolate_media=True, max_reject_share=0.9
     )
-    batches = pipeline.batches(config, processor)
+    batches = pipeline.batches(config, OmniPacking.create(config, processor, 1))
     try:
         with pytest.raises(WorkerStartError, match="cannot be started"):
             next(batches)

@@ -26,17 +26,18 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
         assert sum(row.size for row in rows) == parameter_count(recipe.model, ("thinker",))
         assert len({row.path for row in rows}) == len(rows)
         rate = {row.path: row.learning_rate for row in rows}
-        assert rate["audio_encoder/bos_eos/embedding"] is None and rate["vision_encoder/merger/up/kernel"] is not None
-        assert (rate["decoder/norm/scale"] is None) == name.startswith("pretrain1")
-        assert (rate["vision_encoder/patch_embed/kernel"] is None) == (phase.name in ("adapters", "dialogues"))
+        assert rate["thinker/audio_encoder/bos_eos/embedding"] is None
+        assert rate["thinker/vision_encoder/merger/up/kernel"] is not None
+        assert (rate["thinker/decoder/norm/scale"] is None) == name.startswith("pretrain1")
+        assert (rate["thinker/vision_encoder/patch_embed/kernel"] is None) == (phase.name in ("adapters", "dialogues"))
 
 
 def test_the_mesh_divides_what_it_should() -> None:
     recipe = dataclasses.replace(RECIPES["thinker-sft-7b"], mesh=MeshConfig(data=2, fsdp=16, tensor=4))
     rows = {row.path: row for row in summarize_parameters(recipe, recipe.phases[0])}
-    assert rows["decoder/layers/mlp/gate/kernel"].device_shape == (28, 3584 // 16, 18944 // 4)
-    assert rows["decoder/head/kernel"].device_shape == (3584 // 16, 152064 // 4)
-    assert rows["decoder/norm/scale"].device_shape == (3584,)
+    assert rows["thinker/decoder/layers/mlp/gate/kernel"].device_shape == (28, 3584 // 16, 18944 // 4)
+    assert rows["thinker/decoder/head/kernel"].device_shape == (3584 // 16, 152064 // 4)
+    assert rows["thinker/decoder/norm/scale"].device_shape == (3584,)
     whole, part = (sum(getattr(row, name) for row in rows.values()) for name in ("size", "device_size"))
     assert 1 / 64 <= part / whole < 1.01 / 64  # all but norms and biases are spread over fsdp x tensor
     sizes = estimate_memory(recipe, recipe.phases[0])

@@ -6,18 +6,18 @@ import pytest
 
 from configs import RECIPES
 from omni_jax.checkpoint.name_map import make_name_table
-from omni_jax.training.flops import count_step_flops
+from omni_jax.training.objectives import make_objective
 from omni_jax.training.optimizer import learning_rate_scales
 
 RECIPE = RECIPES["thinker-sft-7b"]
-SIZES = {"/".join(entry.path[1:]): entry.size for entry in make_name_table(RECIPE.model, ["thinker"])}
+SIZES = {"/".join(entry.path): entry.size for entry in make_name_table(RECIPE.model, ["thinker"])}
 LENGTH = 8192
 TEXT = {"tokens": LENGTH, "pairs": LENGTH * (LENGTH + 1) / 2}
 MEDIA = {"blocks": 10, "patches": 6400, "frame_pairs": 10 * 640**2}
 
 
 def flops(trained, counts):
-    return count_step_flops(RECIPE.model.thinker_config, SIZES, trained, counts)
+    return make_objective(RECIPE).count_flops(SIZES, trained, counts)
 
 
 def test_a_row_of_text_of_the_7b() -> None:
@@ -36,5 +36,5 @@ def test_frozen_parts_cost_less() -> None:
     # a frozen decoder hands gradients on to the adapters, but has none of its own
     assert flops(adapters, TEXT) == pytest.approx(2 * flops((), TEXT), rel=0.1)
     # frozen encoders only read
-    tuned = flops([path for path in SIZES if path.startswith("decoder/")], TEXT | MEDIA)
+    tuned = flops([path for path in SIZES if path.startswith("thinker/decoder/")], TEXT | MEDIA)
     assert tuned - flops(SIZES, TEXT) == pytest.approx(forward - flops((), TEXT))

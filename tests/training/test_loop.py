@@ -223,6 +223,36 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert not list((tmp_path / "run" / CHECKPOINTS_FOLDER).iterdir())
 
 
+def test_a_step_that_is_not_finite_can_be_skipped(
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It changes neither parameters nor moments, is counted, and there may not be too many."""
+    recipe = make_recipe(data={"rows": 1}, steps=4, checkpoint={"every": 1}, on_nonfinite="skip", max_skipped=1)
+    batches = []
+
+    def damaged_batch(parts, abstract):
+        batch = device_batches.to_devices(parts, abstract)
+        batches.append(batch)
+        return batch.replace(weights=batch.weights * np.nan) if len(batches) in damaged else batch
+
+    monkeypatch.setattr(loop, "to_devices", damaged_batch)
+    damaged = {2}
+    assert train(recipe, tmp_path / "run")
+    metrics = read_metrics(tmp_path / "run" / METRICS_FILE)
+    assert [m["skipped"] for m in metrics] == [0, 1, 0, 0] and metrics[1]["loss"] is None
+    assert "skipped: step 2: the loss is nan" in capsys.readouterr().out
+    first, second, third = (params_of(step_folder(tmp_path / "run", step)) for step in (1, 2, 3))
+    assert all(np.array_equal(first[path], second[path]) for path in first)
+    assert any(not np.array_equal(second[path], third[path]) for path in first)
+    batches.clear()
+    damaged = {1, 3}
+    with pytest.raises(TrainingError, match=r"step 3: .* 2 steps were skipped, over --max-skipped"):
+        train(recipe, tmp_path / "another")
+
+
 def test_nothing_to_begin_from(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to begin from"):
         train(make_recipe(init=None), tmp_path / "run")

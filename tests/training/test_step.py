@@ -11,33 +11,40 @@ import numpy as np
 import pytest
 
 from omni_jax.config import OmniConfig
-from omni_jax.models.thinker import Thinker, abstract_params
+from omni_jax.models.thinker import Thinker
 from omni_jax.sharding import MeshConfig
+from omni_jax.training.objectives import make_objective
+from omni_jax.training.objectives.next_token import NextToken, count_work
 from omni_jax.training.optimizer import flatten_params, merge_params, split_params
-from omni_jax.training.recipe import OptimizerConfig
-from omni_jax.training.step import TrainState, TrainStep, abstract_batch, abstract_program, abstract_state, count_work
+from omni_jax.training.recipe import NextTokenOptions, OptimizerConfig
+from omni_jax.training.step import TrainState, TrainStep, abstract_batch, abstract_program, abstract_state
 from tests.training.examples import BUDGET, KINDS, make_batch, make_examples
 
 CONFIG = OmniConfig.tiny()
+OBJECTIVE = NextToken(Thinker(CONFIG.thinker_config, remat="dots"), CONFIG, NextTokenOptions(chunk=16))
 TOLERANCE = 2e-5  # of the largest gradient; float32 sums over a packed row are in another order
 
 
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(1)
-    shapes = nn.unbox(abstract_params(Thinker(CONFIG.thinker_config)))
+    shapes = nn.unbox(OBJECTIVE.abstract_params())
     return jax.tree.map(lambda a: (0.3 * rng.standard_normal(a.shape)).astype(np.float32), shapes)
 
 
 def make_step(scales, **optimizer):
-    model = Thinker(CONFIG.thinker_config, remat="dots")
-    return TrainStep(model, OptimizerConfig(**optimizer), scales, num_steps=10, loss_chunk=16)
+    return TrainStep(OBJECTIVE, OptimizerConfig(**optimizer), scales, num_steps=10)
 
 
 @pytest.fixture(scope="module")
 def gradients(params):
     step = make_step(dict.fromkeys(flatten_params(params), 1.0))
-    return jax.jit(lambda batch: step.loss_and_gradients(TrainState(0, params, {}, None), batch))
+    return jax.jit(lambda batch: loss_and_gradients(step, params, batch))
+
+
+def loss_and_gradients(step, params, batch):
+    terms, gradients = step.loss_and_gradients(TrainState(0, params, {}, None), batch)
+    return terms["loss"], gradients
 
 
 def assert_same(ours, expected):
@@ -65,7 +72,7 @@ def test_accumulated_batches_are_one(params, gradients) -> None:
     batches = [make_batch(make_examples(kinds, CONFIG, seed), CONFIG) for seed, kinds in enumerate((KINDS, ["text"]))]
     step = make_step(dict.fromkeys(flatten_params(params), 1.0), accumulate=2)
     stacked = jax.tree.map(lambda *a: np.stack(a), *batches)
-    loss, grads = jax.jit(step.loss_and_gradients)(TrainState(0, params, {}, None), stacked)
+    loss, grads = jax.jit(lambda batch: loss_and_gradients(step, params, batch))(stacked)
     sizes = [b.weights.sum() for b in batches]
     alone = [gradients(batch) for batch in batches]
     mean = [np.average([float(one) for one, _ in alone], weights=sizes)]
@@ -74,7 +81,7 @@ def test_accumulated_batches_are_one(params, gradients) -> None:
 
 
 def test_what_is_frozen_has_neither_gradient_nor_moments_nor_another_dtype(params) -> None:
-    scales = {path: 1.0 for path in flatten_params(params) if path.startswith("audio_encoder/proj")}
+    scales = {path: 1.0 for path in flatten_params(params) if path.startswith("thinker/audio_encoder/proj")}
     step = make_step(scales)
     trained, frozen = split_params(params, scales)
     frozen = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), frozen)
@@ -107,12 +114,12 @@ def test_a_step_is_lowered_without_its_devices(make_recipe) -> None:
     recipe = make_recipe(data=dict(rows=4, tokens=128), mesh=MeshConfig(fsdp=1), optimizer=dict(accumulate=2))
     mesh = recipe.mesh.make()
     with jax.set_mesh(mesh):
-        step, (state, batch) = abstract_program(recipe, mesh)
+        step, (state, batch) = abstract_program(recipe, make_objective(recipe), mesh)
         lowered = step.lower(state, batch)
     assert batch.inputs.tokens.shape == (2, 4, 128)
     assert jax.tree.structure(lowered.out_info[0]) == jax.tree.structure(state)
     wide = dataclasses.replace(recipe, mesh=MeshConfig(fsdp=2, sequence=2, tensor=2))
-    spread = abstract_batch(wide.data, wide.model, wide.mesh.abstract())
+    spread = abstract_batch(wide.data, OBJECTIVE, wide.mesh.abstract())
     assert spread.inputs.tokens.sharding.shard_shape((4, 128)) == (2, 64)
     assert abstract_state(make_step({}), wide.mesh.abstract()).step.shape == ()
     assert BUDGET.tokens == 128

@@ -1,0 +1,102 @@
+"""What a run trains, as the loop sees it: the seam between the loop and the parts of the model.
+
+The loop, the step, checkpoints and the dry run know parameters by path, batches as trees of arrays and losses by name.
+Which modules there are, how rows become batches and what the loss is, an objective says (``training/objectives``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+
+from omni_jax.data.config import DataConfig
+from omni_jax.data.packing import Packing
+from omni_jax.processing.processor import Processor
+
+Metrics: TypeAlias = dict[str, jax.Array]
+Params: TypeAlias = Mapping[str, Any]  # a tree for each component
+Batch: TypeAlias = Any  # a dataclass of ``omni_jax.batch`` or one like those, whose fields name their logical axes
+
+
+class Loss(NamedTuple):
+    """Of a batch, or of a part of it.
+
+    Attributes:
+      total: float32 []; it is differentiated.
+      terms: what is reported, by name, "loss" among them. Terms of accumulated batches are added up, so each is a sum
+        over the batch divided by a denominator of the whole step.
+    """
+
+    total: jax.Array
+    terms: Metrics
+
+
+class Objective(Protocol):
+    """A loss over some components of a checkpoint, and how rows become its batches."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Components of a checkpoint whose parameters the loss takes; their names begin the paths of parameters."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """What frozen parameters are kept in where no checkpoint says it."""
+        ...
+
+    def abstract_params(self) -> dict[str, Any]:
+        """Shapes, dtypes and logical axes of the parameters of each component, in Flax' boxes."""
+        ...
+
+    def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> Packing:
+        """How rows become batches; ``num_streams`` is how many this process reads."""
+        ...
+
+    def abstract_row(self, data: DataConfig) -> Batch:
+        """The batch of one row: its arrays or their shapes. Every leading axis grows with the number of rows."""
+        ...
+
+    def denominators(self, batch: Batch) -> Metrics:
+        """What the sums of the loss are divided by, of a batch with or without an axis of accumulated ones."""
+        ...
+
+    def loss(
+        self, params: Params, batch: Batch, denominators: Metrics, key: jax.Array, trained: Collection[str]
+    ) -> Loss:
+        """The loss of a batch, which may be one of several that are accumulated.
+
+        Args:
+          params: of each component.
+          batch: without an axis of accumulated batches.
+          denominators: of the whole step.
+          key: of random numbers, another for each batch of each step of a run.
+          trained: paths of the parameters that train; the gradient of others is not used.
+        """
+        ...
+
+    def count_work(self, batch: Batch) -> Metrics:
+        """What was in a batch and is no padding; "tokens" and "target_tokens" among it. Scalars, or one per source."""
+        ...
+
+    def count_flops(self, sizes: Mapping[str, int], trained: Collection[str], counts: Mapping[str, float]) -> float:
+        """FLOPs of a step, forward and backward (docs/training.md).
+
+        Args:
+          sizes: elements of every parameter, by path.
+          trained: paths of those that train.
+          counts: from ``count_work``.
+        """
+        ...
+
+    def estimate_activations(self, data: DataConfig, row_parts: int, sequence: int, tensor: int) -> dict[str, int]:
+        """Bytes of a device for the time of a step, by what holds them, beside gradients and the batch.
+
+        Args:
+          data: gives the sizes of a batch.
+          row_parts: that the rows of a batch are spread over.
+          sequence: that the positions of a row are spread over.
+          tensor: that the vocabulary is spread over.
+        """
+        ...

@@ -1,0 +1,187 @@
+"""The Thinker's objective: cross-entropy of the next token, in pretraining and in instruction tuning.
+
+Letters: B rows, S positions, D width, W windows of a canvas, P patches of a window, N sources of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Int
+
+from omni_jax.batch import PADDING, Array, TrainBatch
+from omni_jax.config import OmniConfig
+from omni_jax.data.config import DataConfig
+from omni_jax.data.packing import Budget, OmniPacking, Part, assemble
+from omni_jax.models.thinker import Thinker, abstract_params
+from omni_jax.processing.processor import Processor
+from omni_jax.training.losses import next_token_loss
+from omni_jax.training.objective import Loss, Metrics, Params
+from omni_jax.training.objectives.next_token_flops import count_step_flops
+from omni_jax.training.recipe import NextTokenOptions, Recipe
+
+_FLOAT32_BYTES = 4
+_PREFIX = "thinker/"  # of the paths of its parameters
+
+
+# compared and hashed by identity, as the step that holds it
+@dataclass(frozen=True, eq=False)
+class NextToken:
+    """The loss of a Thinker's next token (docs/reference.md, 6); see ``Objective`` for its methods.
+
+    Attributes:
+      model: the Thinker as it is trained.
+      config: of the whole model.
+      options: of the loss.
+      num_sources: N, the files of rows whose losses are told apart.
+    """
+
+    model: Thinker
+    config: OmniConfig
+    options: NextTokenOptions = dataclasses.field(default_factory=NextTokenOptions)
+    num_sources: int = 1
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return ("thinker",)
+
+    @property
+    def dtype(self) -> Any:
+        return self.model.dtype
+
+    def abstract_params(self) -> dict[str, Any]:
+        return {"thinker": abstract_params(self.model)}
+
+    def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> OmniPacking:
+        return OmniPacking.create(data, processor, num_streams)
+
+    def abstract_row(self, data: DataConfig) -> TrainBatch:
+        # an empty batch of one row, made by the code that makes all others, so that the two cannot differ
+        budget = Budget.of(dataclasses.replace(data, rows=1, streams=1))
+        return assemble([Part(budget)], budget, self.config, first=0, streams=1)
+
+    def denominators(self, batch: TrainBatch) -> Metrics:
+        # A batch of padding alone has no weight, and nor has a source of which nothing came.
+        return {
+            "weight": jnp.maximum(jnp.sum(batch.weights), 1e-6),
+            "weight_by_source": jnp.maximum(self._sum_by_source(batch, batch.weights), 1e-6),
+        }
+
+    def loss(
+        self, params: Params, batch: TrainBatch, denominators: Metrics, key: jax.Array, trained: Collection[str]
+    ) -> Loss:
+        thinker = params["thinker"]
+        hidden = self.model.apply({"params": thinker}, batch.inputs, method=Thinker.hidden)  # [B, S, D]
+        sums = next_token_loss(
+            thinker["decoder"]["head"]["kernel"],
+            jnp.asarray(hidden),
+            batch.targets,
+            batch.weights / denominators["weight"],
+            chunk=self._chunk(batch.targets.shape[1]),
+            z_loss=self.options.z_loss,
+            head_trains="thinker/decoder/head/kernel" in trained,
+        )
+        # the z-loss is trained on, but not reported
+        terms = {"loss": jnp.sum(sums.cross_entropy)}
+        if self.num_sources > 1:
+            by_source = self._sum_by_source(batch, sums.cross_entropy) * denominators["weight"]
+            terms["loss_by_source"] = by_source / denominators["weight_by_source"]
+        return Loss(sums.total, terms)
+
+    def _sum_by_source(self, batch: TrainBatch, values: Array) -> jax.Array:
+        """[N]: the values of all positions, added up by the source that each came from."""
+        is_source = jnp.asarray(batch.source)[..., None] == jnp.arange(self.num_sources)  # [..., B, S, N]
+        axes = tuple(range(is_source.ndim - 1))
+        return jnp.sum(jnp.where(is_source, jnp.asarray(values)[..., None], 0), axis=axes)
+
+    def count_work(self, batch: TrainBatch) -> Metrics:
+        counts = count_work(batch)
+        if self.num_sources > 1:
+            is_token = (jnp.asarray(batch.inputs.segment_ids) != PADDING).astype(jnp.int32)
+            counts["tokens_by_source"] = self._sum_by_source(batch, is_token)
+        return counts
+
+    def count_flops(self, sizes: Mapping[str, int], trained: Collection[str], counts: Mapping[str, float]) -> float:
+        own_sizes = {path.removeprefix(_PREFIX): size for path, size in sizes.items() if path.startswith(_PREFIX)}
+        own_trained = {path.removeprefix(_PREFIX) for path in trained}
+        return count_step_flops(self.config.thinker_config, own_sizes, own_trained, counts)
+
+    def estimate_activations(self, data: DataConfig, row_parts: int, sequence: int, tensor: int) -> dict[str, int]:
+        text = self.config.thinker_config.text_config
+        compute_bytes = jnp.dtype(self.dtype).itemsize
+        # of one device; activations of a layer are recomputed, so only the inputs of the layers stay
+        rows = data.rows // row_parts
+        length = data.tokens // sequence
+        positions = rows * length
+        vocab = text.vocab_size // tensor
+        # of a device's part of each row, a chunk at a time; in float32 whatever the dtype of activations
+        logits = rows * divide_chunk(length, self.options.chunk) * vocab * _FLOAT32_BYTES
+        return {
+            "inputs of the decoder's layers": text.num_hidden_layers * positions * text.hidden_size * compute_bytes,
+            "logits of a chunk and their gradient": 2 * logits,
+            # gathered once for all chunks in the dtype of activations; its gradient is summed in float32
+            "head on every device, and its gradient": text.hidden_size * vocab * (compute_bytes + _FLOAT32_BYTES),
+        }
+
+    def _chunk(self, num_positions: int) -> int:
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = 1 if mesh.empty else mesh.shape["sequence"]
+        return divide_chunk(num_positions // parts, self.options.chunk)
+
+
+def divide_chunk(num_positions: int, chunk: int) -> int:
+    """Positions whose logits exist at a time: at most ``chunk``, and a divisor of a device's part of a row."""
+    # where it does not divide the part, their greatest common divisor divides both
+    return math.gcd(num_positions, chunk) if num_positions % chunk else chunk
+
+
+def make_next_token(recipe: Recipe) -> NextToken:
+    """The recipe's Thinker, with scanned layers and computing in the recipe's dtype."""
+    dtype = jnp.dtype(recipe.dtype)
+    model = Thinker(recipe.model.thinker_config, remat=recipe.remat, media_by_rows=True, dtype=dtype)
+    return NextToken(model, recipe.model, recipe.objective, max(1, len(recipe.data.train)))
+
+
+def count_work(batch: TrainBatch) -> Metrics:
+    """How much of a batch is not padding: what the model's FLOPs are counted from (docs/training.md)."""
+    inputs = batch.inputs
+    # rows of accumulated batches are counted as rows of one
+    segments = jnp.asarray(inputs.segment_ids).reshape(-1, inputs.segment_ids.shape[-1])  # [B, S]
+    position = jnp.arange(segments.shape[1])  # [S]
+
+    # the start of the example that a position belongs to: the last place up to it at which the segment id changes
+    changes = segments[:, 1:] != segments[:, :-1]  # [B, S - 1]
+    is_first = jnp.concatenate([jnp.full_like(segments[:, :1], True), changes], axis=1)  # [B, S]
+    segment_start = jax.lax.cummax(jnp.where(is_first, position, 0), axis=1)  # [B, S]
+
+    # causal attention: a position sees those of its example up to itself
+    is_token = segments != PADDING  # [B, S]
+    attended = jnp.where(is_token, position - segment_start + 1, 0)  # [B, S]
+    # int32 holds the tokens of any batch, but not the pairs of a long row
+    counts = {
+        "tokens": jnp.sum(is_token),
+        "target_tokens": jnp.sum(batch.weights > 0),
+        "pairs": jnp.sum(attended, dtype=jnp.float32),
+    }
+    if inputs.audio is not None:
+        counts["blocks"] = jnp.sum(inputs.audio.length > 0)
+    for frames in inputs.vision:
+        sizes = _frame_sizes(frames.valid)  # [canvases, W]
+        # a patch attends to all patches of its frame, itself included
+        counts["patches"] = counts.get("patches", 0) + jnp.sum(sizes)
+        counts["frame_pairs"] = counts.get("frame_pairs", 0.0) + jnp.sum(sizes.astype(jnp.float32) ** 2)
+    return counts
+
+
+def _frame_sizes(valid: Int[Array, "*canvases W P"]) -> Int[jax.Array, "canvases W"]:
+    """Patches of each frame of each canvas; a canvas has at most as many frames as windows."""
+    num_windows, num_patches = valid.shape[-2:]
+    # ``valid`` numbers the frames of a canvas from 1; 0 is padding, which is dropped
+    frame_ids = jnp.asarray(valid, jnp.int32).reshape(-1, num_windows * num_patches)  # [canvases, W * P]
+    return jax.vmap(lambda canvas: jnp.bincount(canvas, length=num_windows + 1)[1:])(frame_ids)
