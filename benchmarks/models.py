@@ -38,8 +38,8 @@ from omni_jax.engine.talker_engine import suppressed_codes
 from omni_jax.models import thinker
 from omni_jax.models.token2wav import Token2Wav, abstract_params
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.tokenizer_files import write_tokenizer
 from tools.make_checkpoint import write_checkpoint
-from tools.tokenizer_files import write_tokenizer
 
 SOLVER_EVALUATIONS = 36  # of the DiT for each block, by the published solver: 9 steps of 4
 MEL_FRAMES_PER_SECOND = 100

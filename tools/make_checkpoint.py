@@ -42,7 +42,7 @@ from omni_jax.config import (
     Token2WavConfig,
     VisionEncoderConfig,
 )
-from tools.tokenizer_files import write_tokenizer
+from omni_jax.processing.tokenizer_files import write_tokenizer
 
 Size = Literal["tiny", "small", "2gb", "3b", "7b"]
 

@@ -28,6 +28,7 @@ from omni_jax.checkpoint.name_map import (
 )
 from omni_jax.checkpoint.pytorch import write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor, read_header
+from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 from omni_jax.plain_files import copy_file, has_file
@@ -48,7 +49,8 @@ def to_hf(
     ``Qwen2_5OmniThinkerForConditionalGeneration`` saves it.
 
     Args:
-      source: a checkpoint of ours, with all components or a Thinker alone.
+      source: a checkpoint of ours, with all components or a Thinker alone; or a training run's folder, whose last one
+        it is.
       target: a path where nothing is yet; it appears when all of it is written.
       shard_bytes: the largest size of one file of tensors, unless a single tensor is larger.
       progress: called after each tensor.
@@ -57,6 +59,7 @@ def to_hf(
       CheckpointError: if ``target`` exists, or a component, a parameter, the voices or a file is missing or wrong.
     """
     store.refuse_existing(target)
+    source = resolve_checkpoint(source)
     components = _check_components(source)
     is_thinker_alone = components == ("thinker",)
     # ``abstract`` compares all shapes with config.json; the dtypes are those that the tensors are written in

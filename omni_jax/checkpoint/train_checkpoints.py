@@ -179,6 +179,7 @@ class TrainCheckpoints:
         self._components = tuple(components)
         self._keep = keep
         self._parent = workdir / CHECKPOINTS_FOLDER
+        self.best_step: int | None = None  # of a checkpoint that stays, however old it is
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._saving: TrainCheckpoint | None = None  # what Orbax is writing in the background
         # what stays open as long as the checkpointer does
@@ -271,7 +272,7 @@ class TrainCheckpoints:
         context.asynchronous.post_finalization_callback = lambda: self._complete()
         # for as long as it is open: it logs from its threads too
         self._open_contexts.enter_context(store.quiet_orbax())
-        preservation: Any = ocp.training.preservation_policies.LatestN(self._keep)
+        preservation: Any = _KeepLatestAndBest(self)
         directory: Any = self._parent.absolute()
         return ocp.training.Checkpointer(
             directory,
@@ -280,6 +281,11 @@ class TrainCheckpoints:
             step_name_format=ocp.path.step.standard_name_format(step_format_fixed_length=_STEP_DIGITS),
             cleanup_tmp_directories=True,
         )
+
+    def keeps(self, steps: Sequence[int]) -> list[bool]:
+        """Which of the checkpoints of these steps, oldest first, stay."""
+        kept = set(steps[-self._keep :])
+        return [step in kept or step == self.best_step for step in steps]
 
     def _complete(self) -> None:
         """Puts the other files of a model, ``run.json`` and ``files.json`` beside the arrays."""
@@ -338,6 +344,16 @@ class TrainCheckpoints:
             params[name] = store.load_tree(folder / "params" / name, tree)
         moments = store.load_tree(folder / _MOMENTS, target.moments, _MOMENTS_TREE)
         return dataclasses.replace(target, params=params, moments=moments, data=data)
+
+
+class _KeepLatestAndBest:
+    """Orbax asks it which checkpoints stay."""
+
+    def __init__(self, checkpoints: TrainCheckpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return self._checkpoints.keeps([checkpoint.step for checkpoint in checkpoints])
 
 
 def _list_steps(parent: Path) -> list[Path]:

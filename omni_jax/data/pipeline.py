@@ -33,6 +33,7 @@ _MAX_WINDOWS_AHEAD = 64  # of documents that were split; while there are more, n
 # of the configuration: they change how rows and media are found, decoded and reported, but no batch
 _CHANGEABLE = (
     "train",
+    "valid",
     "workers",
     "isolate_media",
     "rejects",

@@ -18,6 +18,7 @@ from rich.progress import Progress as Bar
 
 from omni_jax import mrope
 from omni_jax.batch import bucket
+from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checkpoint.voices import VOICES_FILE, Voice, choose, load_voices
 from omni_jax.checkpoint.voices import check as check_voices
 from omni_jax.checks import check_int
@@ -75,7 +76,7 @@ def load(
     What this process compiles from then on is kept on disk (``compile_cache.keep_compiled_programs``).
 
     Args:
-      folder: the checkpoint.
+      folder: the checkpoint; or the folder of a training run, whose last one it is.
       dtype: "bfloat16" or "float32" for parameters and computation; what the checkpoint holds if None. Token2Wav
         always computes in float32.
       mesh: from ``omni_jax.sharding.make_mesh``, to shard the parameters over several devices.
@@ -98,7 +99,7 @@ def load(
       InputError: if what is allowed is no host, or no place in a bucket; for another quantization.
     """
     number_format = NumberFormat(dtype, quantization, kv_cache_dtype)
-    folder = Path(folder)
+    folder = resolve_checkpoint(Path(folder))
     access = RemoteAccess(allow_web, allow_buckets)
     wanted = choose_components(folder, components)
     keep_compiled_programs()

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from flax import linen as nn
 
 from omni_jax.checkpoint.train_checkpoints import MODEL_FOLDER, TrainCheckpoints, step_folder
 from omni_jax.checks import printable
+from omni_jax.data.held_out import read_held_out
 from omni_jax.data.pipeline import Batches, RowCounts, batches
 from omni_jax.distributed import barrier, gather, is_main_process
 from omni_jax.errors import TrainingError
 from omni_jax.processing.processor import Processor
 from omni_jax.training.device_batches import batch_shard, to_devices
+from omni_jax.training.evaluation import Best, Evaluation, read_best, write_best
 from omni_jax.training.failure import FailureWatch
 from omni_jax.training.flops import parameter_sizes, peak_flops
 from omni_jax.training.metrics_log import MetricsLog, plot_loss
@@ -34,6 +36,7 @@ from omni_jax.training.run_state import (
     init_state,
     prepare_workdir,
     restore_state,
+    take_shape,
     to_checkpoint,
     trained_components,
 )
@@ -65,6 +68,7 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
     """
     # what a recipe can have wrong shows before anything is written
     recipe.check()
+    recipe = take_shape(recipe, workdir)
     objective = objective or make_objective(recipe)
     mesh = recipe.mesh.make()
     shard = batch_shard(mesh, recipe.data.rows)
@@ -73,6 +77,8 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
         with failure_watch.guard():
             if is_main_process():
                 workdir.mkdir(parents=True, exist_ok=True)
+                for warning in recipe.find_warnings():
+                    print(f"note: {warning}")
                 prepare_workdir(recipe, objective, workdir, print)
             # the others read what the main process has just made
             barrier("the run's model")
@@ -80,7 +86,10 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
             processor = Processor.load(workdir / MODEL_FOLDER)
             packing = objective.make_packing(recipe.data, processor, recipe.data.streams // shard.count)
             data = batches(recipe.data, packing, process_index=shard.index, process_count=shard.count)
-            loop = _TrainLoop(recipe, objective, workdir, mesh, data)
+            held_out = []
+            if recipe.data.valid:
+                held_out = read_held_out(recipe.data, packing, process_index=shard.index, process_count=shard.count)
+            loop = _TrainLoop(recipe, objective, workdir, mesh, data, held_out)
         with contextlib.closing(loop):
             # an error must not cost the checkpoint that is being written
             failure_watch.before_end(loop.wait_for_checkpoint)
@@ -112,7 +121,13 @@ class _TrainLoop:
     """
 
     def __init__(
-        self, recipe: Recipe, objective: Objective, workdir: Path, mesh: jax.sharding.Mesh, data: Batches
+        self,
+        recipe: Recipe,
+        objective: Objective,
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+        data: Batches,
+        held_out: Sequence[Batch],
     ) -> None:
         self._recipe = recipe
         self._objective = objective
@@ -135,6 +150,13 @@ class _TrainLoop:
         if is_main_process():
             self._log_file = MetricsLog(workdir, self._number, recipe.steps, recipe.log_every)
         self._abstract_batch = abstract_batch(recipe.data, objective, mesh, recipe.optimizer.accumulate)
+        self._evaluation: Evaluation | None = None
+        self._best: Best | None = None
+        if held_out:
+            abstract_part = abstract_batch(recipe.data, objective, mesh)
+            self._evaluation = Evaluation(objective, held_out, abstract_part, recipe.data.valid)
+            self._best = read_best(workdir, self._number)
+            self._checkpoints.best_step = None if self._best is None else self._best.step
         # of all parameters, whatever trains: FLOPs are counted from them
         shapes = flatten_params(nn.unbox(objective.abstract_params()))
         self._sizes = parameter_sizes({path: leaf.shape for path, leaf in shapes.items()})
@@ -164,15 +186,24 @@ class _TrainLoop:
                 self._check_rejects()
             # every process asks once a step, so that all of them stop after the same one
             stop = stop_signal.stops_after(self._number)
-            if stop or self._number % recipe.checkpoint.every == 0 or self._number == recipe.steps:
+            is_end = self._number == recipe.steps
+            evaluates = self._evaluation is not None and (is_end or self._number % recipe.eval.every == 0)
+            is_best = False
+            if stop or is_end or evaluates or self._number % recipe.checkpoint.every == 0:
                 self._report(previous)  # first, so that no state is saved that is not finite
                 previous = None
+            if evaluates:
+                is_best = self._evaluate()
+                is_end = is_end or self._runs_out_of_patience()
+            if stop or is_end or is_best or self._number % recipe.checkpoint.every == 0:
                 self._save()
             if stop:
                 # the machine goes as soon as this process ends
                 self._checkpoints.wait()
                 self._log(f"told to stop; saved after step {self._number}. Run the same command to go on")
                 return self._number == recipe.steps
+            if is_end:
+                break
         self._finish()
         return True
 
@@ -320,6 +351,35 @@ class _TrainLoop:
             "saved; look at these rows, or lower optimizer.learning-rate"
         )
 
+    def _evaluate(self) -> bool:
+        """Takes the loss of the held-out rows; returns whether it is the least so far."""
+        assert self._evaluation is not None
+        started = time.perf_counter()
+        found = self._evaluation.run(self._state)
+        # of the steps, not of this
+        self._last_report += time.perf_counter() - started
+        loss = found["loss"]
+        before = self._best
+        if before is None or loss < before.loss:
+            self._best = Best(self._number, loss)
+        else:
+            self._best = dataclasses.replace(before, since=before.since + 1)
+        is_best = self._best.step == self._number
+        self._checkpoints.best_step = self._best.step
+        if self._log_file:
+            self._log_file.log_evaluation({"step": self._number, **found})
+            write_best(self._workdir, self._best)
+        note = "the least so far" if is_best else f"the least was {self._best.loss:.4f} after step {self._best.step}"
+        self._log(f"step {self._number}: held-out loss {loss:.4f}, {note}")
+        return is_best
+
+    def _runs_out_of_patience(self) -> bool:
+        patience = self._recipe.eval.patience
+        if not patience or self._best is None or self._best.since < patience:
+            return False
+        self._log(f"stops early: {patience} evaluations without a smaller held-out loss (eval.patience)")
+        return True
+
     def _save(self) -> None:
         # every process knows where its own streams of rows are; a checkpoint has those of all
         streams: dict[str, Any] = {}
@@ -340,6 +400,9 @@ class _TrainLoop:
         picture = plot_loss(self._workdir)
         drawn = f", the loss is drawn in {picture}" if picture else ""
         self._log(f"done; the model is {step_folder(self._workdir, self._number)}{drawn}")
+        if self._best is not None:
+            best = step_folder(self._workdir, self._best.step)
+            self._log(f"the least held-out loss is {self._best.loss:.4f}, of {best}")
 
     def _log(self, text: str) -> None:
         if self._log_file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +15,7 @@ from omni_jax.checks import printable
 from omni_jax.plain_files import open_own_file, replace_file
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "eval.jsonl"
 PLOT_FILE = "loss.png"
 
 
@@ -49,10 +50,8 @@ class MetricsLog:
         self._log_every = log_every
         self._num_steps = num_steps
         # lines of steps that the run makes again are dropped from the file, and hidden in TensorBoard
-        kept = read_metrics(self._path, first_step)
-        # all at once, so that a kill loses no line that was kept
-        replace_file(self._path, "".join(f"{json.dumps(values)}\n" for values in kept).encode())
-        self._file = open_own_file(self._path, append=True)
+        self._file = _reopen(self._path, first_step)
+        self._evaluations = _reopen(workdir / EVALUATIONS_FILE, first_step)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
 
         # a line that is rewritten in place where there is a terminal; elsewhere ``log_step`` prints some of the steps
@@ -103,6 +102,14 @@ class MetricsLog:
         if not self._console.is_terminal and (step % self._log_every == 0 or step == self._num_steps):
             self.print(f"step {step}/{self._num_steps}: {text}")
 
+    def log_evaluation(self, found: Mapping[str, Any]) -> None:
+        """Writes the loss of held-out rows: step, loss, and maybe the loss of each file of rows."""
+        self._evaluations.write(json.dumps(found).encode() + b"\n")
+        self._evaluations.flush()
+        self._board.add_scalar("held-out/loss", found["loss"], found["step"])
+        for name, loss in found.get("sources", {}).items():
+            self._board.add_scalar(f"held-out/{Path(name).name}", loss, found["step"])
+
     def print(self, text: str) -> None:
         """Prints a line above the progress."""
         self._console.print(printable(text), highlight=False, soft_wrap=True)
@@ -111,11 +118,24 @@ class MetricsLog:
         """Ends the line of progress and both files."""
         self._bar.stop()
         self._file.close()
+        self._evaluations.close()
         self._board.close()
 
 
+def _reopen(path: Path, last_step: int) -> BinaryIO:
+    """Opens a file of lines to append to, without those of later steps."""
+    kept = read_metrics(path, last_step)
+    # all at once, so that a kill loses no line that was kept
+    replace_file(path, "".join(f"{json.dumps(values)}\n" for values in kept).encode())
+    return open_own_file(path, append=True)
+
+
 def plot_loss(workdir: Path) -> Path | None:
-    """Draws the loss of a run over its steps; None without matplotlib (``pip install omni_jax[plots]``)."""
+    """Draws the loss of a run over its steps, and that of held-out rows.
+
+    Returns:
+      the picture's path; None without matplotlib (``pip install omni_jax[plots]``).
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -128,7 +148,12 @@ def plot_loss(workdir: Path) -> Path | None:
     # not pyplot, which would look for a display
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses, linewidth=1, marker="." if len(steps) < 100 else None)
+    axes.plot(steps, losses, linewidth=1, marker="." if len(steps) < 100 else None, label="training")
+    evaluations = read_metrics(workdir / EVALUATIONS_FILE)
+    if evaluations:
+        held_out = ([values["step"] for values in evaluations], [values["loss"] for values in evaluations])
+        axes.plot(*held_out, marker="o", markersize=3, label="held-out")
+        axes.legend()
     axes.set(xlabel="step", ylabel="loss per target token (nats)", title=workdir.name)
     axes.grid(alpha=0.3)
     figure.savefig(workdir / PLOT_FILE, dpi=120)

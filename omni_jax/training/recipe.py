@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from omni_jax.checks import check_float, check_int
 from omni_jax.config import OmniConfig
@@ -14,6 +16,7 @@ from omni_jax.layers.stack import Remat
 from omni_jax.sharding import MeshConfig
 from omni_jax.training.tpu import COMPILER_OPTIONS
 
+RANDOM = Path("random")  # as ``init``: from nothing
 _FLOAT_MAX = 3e38  # of float32
 _BELOW_ONE = 0.9999999  # moments that forget nothing would never move
 
@@ -82,6 +85,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """The loss on data.valid. The checkpoint with the least is kept beside the latest ones."""
+
+    every: int = 500
+    """Steps from one to the next; the last step has one too."""
+    patience: int = 0
+    """The run stops after so many of them without a smaller loss; 0: it goes on to its last step."""
+
+
+@dataclass(frozen=True)
 class PartFolders:
     """Published folders to begin from, in place of a checkpoint; what none of them holds begins at random."""
 
@@ -108,17 +121,22 @@ class Recipe:
     """One run; ``about`` says in a line what it does."""
 
     about: str
-    model: OmniConfig
+    model: Annotated[OmniConfig, tyro.conf.Suppress]
+    """Its shape, of a run that begins from nothing; else the checkpoint that it begins from says it."""
     phases: tuple[Phase, ...]
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     steps: int = 10_000
     """Of the whole run, all phases together."""
     init: Path | None = None
     """Checkpoint to begin from, or the folder of an earlier run, whose last one it is. With --parts.* a folder that has
-    at least the tokenizer and config.json of the model."""
+    at least the tokenizer and config.json of the model. random: begin from nothing."""
+    files: Annotated[str | None, tyro.conf.arg(name="model", metavar="FILES|SIZE")] = None
+    """What begins from nothing: a folder with config.json and the tokenizer's and preprocessor's files, or 7b, 3b or
+    tiny, with a tokenizer of bytes. Without it, the recipe's size."""
     parts: PartFolders = field(default_factory=PartFolders)
     seed: int = 0
     """Of parameters that begin at random, and of what a loss draws."""
@@ -157,6 +175,8 @@ class Recipe:
         check_float("objective.z_loss", self.objective.z_loss, 0, _FLOAT_MAX)
         check_int("checkpoint.every", self.checkpoint.every, 1)
         check_int("checkpoint.keep", self.checkpoint.keep, 1)
+        check_int("eval.every", self.eval.every, 1)
+        check_int("eval.patience", self.eval.patience, 0)
         optimizer = self.optimizer
         check_int("optimizer.accumulate", optimizer.accumulate, 1)
         check_int("optimizer.warmup", optimizer.warmup, 0)
@@ -196,6 +216,28 @@ class Recipe:
                 check_int(f"steps of the phase {phase.name}", phase.steps, 1)
             except InputError as e:
                 raise ConfigError(str(e)) from e
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the run begins from nothing."""
+        return self.init == RANDOM
+
+    def find_warnings(self) -> list[str]:
+        """What the run will do less than it seems to."""
+        found = []
+        begin = 0
+        for phase in self.phases:
+            if begin >= self.steps:
+                found.append(f"the phase {phase.name} is never reached: it begins after step {begin} of {self.steps}")
+                continue
+            end = self.steps if phase.steps is None else min(self.steps, begin + phase.steps)
+            if self.optimizer.warmup >= end - begin:
+                found.append(
+                    f"the phase {phase.name} has {end - begin} steps and a warm-up of {self.optimizer.warmup}, which "
+                    "ends with it: the learning rate never falls"
+                )
+            begin = end
+        return found
 
     def phase_at(self, step: int) -> tuple[Phase, int]:
         """The phase of the step that comes after ``step`` steps, and how many steps it has in this run."""

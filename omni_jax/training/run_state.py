@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,35 @@ from omni_jax.checkpoint.train_checkpoints import (
 )
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
+from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.training.objective import Objective
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales, split_params, with_moments
 from omni_jax.training.recipe import Recipe
 from omni_jax.training.step import TrainState, TrainStep, abstract_state
 
-_PARTS_FOLDER = "initial"  # in the run's folder: the checkpoint that is made of parts
+_INITIAL_FOLDER = "initial"  # in the run's folder: the checkpoint that is made of parts, or of random numbers
+_FILES_FOLDER = "files"  # in the run's folder: what it is made of, where there is no folder to take it from
+_SIZES = {"7b": OmniConfig.qwen2_5_omni_7b, "3b": OmniConfig.qwen2_5_omni_3b, "tiny": OmniConfig.tiny}
+
+
+def take_shape(recipe: Recipe, workdir: Path) -> Recipe:
+    """The recipe for the model that the run has, or begins from, whatever size the recipe was written for.
+
+    Raises:
+      CheckpointError: if there is no checkpoint where the run is to begin.
+      ConfigError: if its config.json does not describe a model.
+    """
+    if (workdir / MODEL_FOLDER).exists():
+        model = OmniConfig.load(workdir / MODEL_FOLDER)
+    elif recipe.is_random:
+        model = recipe.model
+        if recipe.files is not None:
+            model = _SIZES[recipe.files]() if recipe.files in _SIZES else OmniConfig.load(recipe.files)
+    elif recipe.init is not None:
+        model = OmniConfig.load(resolve_checkpoint(recipe.init))
+    else:
+        return recipe
+    return dataclasses.replace(recipe, model=model)
 
 
 def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Callable[[str], None]) -> None:
@@ -38,7 +62,7 @@ def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Ca
 
     Raises:
       CheckpointError: if what the run is to begin from is no checkpoint, or its parts are not the model.
-      ConfigError: if nothing is named to begin from, or it is another model than the recipe's.
+      ConfigError: if nothing is named to begin from.
     """
     # made by an earlier start of the run
     if (workdir / MODEL_FOLDER).exists():
@@ -46,20 +70,29 @@ def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Ca
     if recipe.init is None:
         raise ConfigError(
             "there is nothing to begin from: --init takes a checkpoint (tools/convert.py to-jax makes one of a "
-            "PyTorch folder), or the folder of an earlier run"
+            "PyTorch folder), the folder of an earlier run, or the word random"
         )
-    init = resolve_checkpoint(recipe.init)
-    if OmniConfig.load(init).thinker_config != recipe.model.thinker_config:
-        raise ConfigError(f"{init} holds another model than the recipe's; take the recipe of its size")
-
-    # parts are first made a checkpoint, which the run then begins from like any other
-    if recipe.parts.folders:
-        init = workdir / _PARTS_FOLDER
+    # parts and random numbers are first made a checkpoint, which the run then begins from like any other
+    if recipe.is_random or recipe.parts.folders:
+        init = workdir / _INITIAL_FOLDER
         # there already if the run was killed between this and ``prepare_model``
         if not init.exists():
-            random = assemble_thinker(recipe.init, init, recipe.parts.folders, recipe.seed)
-            log(f"{len(random)} tensors are in none of the parts and begin at random, like {random[0]}")
+            files = _find_files(recipe, workdir) if recipe.is_random else resolve_checkpoint(recipe.init)
+            random = assemble_thinker(files, init, recipe.parts.folders, recipe.seed)
+            log(f"{len(random)} tensors begin at random, like {random[0]}")
+    else:
+        init = resolve_checkpoint(recipe.init)
     prepare_model(workdir, init, trained_components(recipe, objective))
+
+
+def _find_files(recipe: Recipe, workdir: Path) -> Path:
+    """A folder with the small files of a model that begins from nothing."""
+    if recipe.files is not None and recipe.files not in _SIZES:
+        return Path(recipe.files)
+    folder = workdir / _FILES_FOLDER
+    write_tokenizer(folder, recipe.model)
+    recipe.model.save(folder)
+    return folder
 
 
 def trained_components(recipe: Recipe, objective: Objective) -> list[str]:
@@ -83,8 +116,8 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
       ConfigError: if it is not named any more.
     """
     # the parameters are read from where the run began: ``WORKDIR/model`` has nothing that trains
-    if recipe.parts.folders:
-        folder = workdir / _PARTS_FOLDER
+    if recipe.is_random or recipe.parts.folders:
+        folder = workdir / _INITIAL_FOLDER
     elif recipe.init is not None:
         folder = resolve_checkpoint(recipe.init)
     else:

@@ -11,7 +11,7 @@ import pytest
 
 from omni_jax.config import OmniConfig
 from omni_jax.processing.processor import Processor
-from tools.tokenizer_files import write_tokenizer
+from omni_jax.processing.tokenizer_files import write_tokenizer
 
 MEDIA = Path(__file__).parents[1] / "media"
 PICTURE, WAV, VIDEO = str(MEDIA / "picture.jpg"), str(MEDIA / "speech.wav"), str(MEDIA / "video.mp4")

@@ -299,7 +299,15 @@ def test_windows_of_a_document(write_rows, start, in_order):
     words = [f"w{i}" for i in range(700)]
     rows = write_rows({"text": " ".join(words)}, *({"text": "once " * (i + 1)} for i in range(12)))
     config = dataclasses.replace(
-        DATA, train=(rows,), tokens=128, too_long="split", windows_in_order=in_order, rows=1, streams=1, audio_blocks=0, canvases=0
+        DATA,
+        train=(rows,),
+        tokens=128,
+        too_long="split",
+        windows_in_order=in_order,
+        rows=1,
+        streams=1,
+        audio_blocks=0,
+        canvases=0,
     )
     batches = start(config)
     found = take(batches, 70)

@@ -19,10 +19,10 @@ from omni_jax.processing.chat import MediaPart
 from omni_jax.processing.layout import AudioInput, Item, TokenBudget
 from omni_jax.processing.media_workers import MediaLimits, MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.tokenizer_files import write_tokenizer
 from tests.fuzz import seeds
 from tests.fuzz.mutate import mutate_bytes
 from tests.fuzz.target import Case, Target, WorkerError
-from tools.tokenizer_files import write_tokenizer
 
 MAX_PIXELS = 28 * 28 * 16  # of what a picture or a frame becomes; the decoders see all of it
 _BUDGET = TokenBudget(8192)

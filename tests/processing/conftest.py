@@ -6,7 +6,7 @@ import pytest
 
 from omni_jax.config import OmniConfig
 from omni_jax.processing.processor import Processor
-from tools.tokenizer_files import write_tokenizer
+from omni_jax.processing.tokenizer_files import write_tokenizer
 
 MEDIA = Path(__file__).parents[1] / "media"
 CASES = Path(__file__).parents[1] / "cases"

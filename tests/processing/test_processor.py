@@ -12,8 +12,8 @@ from omni_jax.mrope import Grid, Interleaved
 from omni_jax.processing.layout import AudioInput
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.processor_config import ProcessorConfig
+from omni_jax.processing.tokenizer_files import PREPROCESSOR
 from tests.processing.conftest import MEDIA
-from tools.tokenizer_files import PREPROCESSOR
 
 WAV, MP3 = str(MEDIA / "speech.wav"), str(MEDIA / "speech2.mp3")
 VIDEO, SILENT, PICTURE = str(MEDIA / "video.mp4"), str(MEDIA / "silent.mp4"), str(MEDIA / "picture.jpg")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from omni_jax.errors import CheckpointError
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
-from tools.tokenizer_files import ADDED_TOKENS
+from omni_jax.processing.tokenizer_files import ADDED_TOKENS
 
 
 @pytest.fixture(scope="module")

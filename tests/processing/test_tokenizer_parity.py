@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from omni_jax.processing.tokenizer import TextTokenizer
-from tools.tokenizer_files import ADDED_TOKENS
+from omni_jax.processing.tokenizer_files import ADDED_TOKENS
 
 text = st.one_of(
     st.text(max_size=20),

@@ -11,8 +11,8 @@ import pytest
 from omni_jax.config import OmniConfig
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.processing.worker_pool import MediaLimits
-from tools.tokenizer_files import write_tokenizer
 
 MEDIA = Path(__file__).parents[1] / "media"
 

@@ -24,6 +24,7 @@ from omni_jax.processing import media, media_workers
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.processing.worker_pool import MediaLimits
 from omni_jax.serving.batch import check_command
 from omni_jax.serving.chat_request import confine, parse_body
@@ -32,7 +33,6 @@ from tests.bucket import Bucket
 from tests.security.internet import PUBLIC, ok, serve
 from tools import make_arrayrecord
 from tools.make_arrayrecord import Embedding, record, write
-from tools.tokenizer_files import write_tokenizer
 
 PICTURE = Path(__file__).parents[1] / "media" / "picture.png"
 

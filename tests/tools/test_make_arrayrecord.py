@@ -20,10 +20,10 @@ from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.processing.worker_pool import MediaLimits
 from tools import make_arrayrecord
 from tools.make_arrayrecord import Embedding, record, write
-from tools.tokenizer_files import write_tokenizer
 
 MEDIA = Path(__file__).parents[1] / "media"
 

@@ -23,12 +23,12 @@ from omni_jax.checkpoint.train_checkpoints import (
     resolve_checkpoint,
     step_folder,
 )
-from omni_jax.errors import CheckpointError, ConfigError, TrainingError
+from omni_jax.errors import CheckpointError, ConfigError, InputError, TrainingError
 from omni_jax.training import device_batches, loop
 from omni_jax.training.loop import train
-from omni_jax.training.metrics_log import METRICS_FILE, PLOT_FILE, read_metrics
+from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, PLOT_FILE, read_metrics
 from omni_jax.training.optimizer import flatten_params
-from omni_jax.training.recipe import Recipe
+from omni_jax.training.recipe import Phase, Recipe
 
 STEPS = 4
 # of each stage, the first part of the paths of what must not change
@@ -251,6 +251,76 @@ def test_a_step_that_is_not_finite_can_be_skipped(
     damaged = {1, 3}
     with pytest.raises(TrainingError, match=r"step 3: .* 2 steps were skipped, over --max-skipped"):
         train(recipe, tmp_path / "another")
+
+
+def test_a_run_from_nothing_with_held_out_rows(
+    make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its model is made of random numbers and of nothing else; the best checkpoint stays; it goes on as it was."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{n} and {n}"}) + "\n" for n in range(5)))
+    recipe = make_recipe(
+        data={"rows": 1, "valid": (str(text), str(rows)), "audio_blocks": 4},
+        init=Path("random"),
+        files="tiny",
+        checkpoint={"every": 3, "keep": 1},
+        eval={"every": 2},
+    )
+    workdir = tmp_path / "run"
+    assert train(recipe, workdir)
+    found = read_metrics(workdir / EVALUATIONS_FILE)
+    assert [values["step"] for values in found] == [2, 4, 6]
+    assert set(found[0]["sources"]) == {str(text), str(rows)}
+    best = min(found, key=lambda values: values["loss"])
+    kept = {int(folder.name) for folder in (workdir / CHECKPOINTS_FOLDER).iterdir()}
+    assert kept == {best["step"], 6}
+    assert f"the least held-out loss is {best['loss']:.4f}" in capsys.readouterr().out
+    # the whole folder stands for its last checkpoint
+    assert omni_jax.load(workdir).config.thinker_config == recipe.model.thinker_config
+    to_hf(workdir, tmp_path / "published")
+    # the loss does not depend on the state of the run but on its parameters
+    shutil.rmtree(step_folder(workdir, 6))
+    shutil.rmtree(workdir / "initial")
+    again = tmp_path / "again"
+    begin = dataclasses.replace(recipe, init=step_folder(workdir, best["step"]), files=None, steps=1)
+    frozen = dataclasses.replace(begin, optimizer=dataclasses.replace(recipe.optimizer, learning_rate=0.0))
+    assert train(frozen, again)
+    (once,) = read_metrics(again / EVALUATIONS_FILE)
+    assert once["loss"] == pytest.approx(best["loss"], rel=1e-6)
+
+
+def test_a_run_stops_early(make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        data={"rows": 1, "valid": (str(rows),), "audio_blocks": 4},
+        optimizer={"learning_rate": 0.0},
+        eval={"every": 1, "patience": 2},
+    )
+    assert train(recipe, tmp_path / "run")
+    assert [values["step"] for values in read_metrics(tmp_path / "run" / EVALUATIONS_FILE)] == [1, 2, 3]
+    assert len(read_metrics(tmp_path / "run" / METRICS_FILE)) == 3
+
+
+def test_a_held_out_row_that_cannot_be_used_is_named(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": ""}\n')
+    with pytest.raises(InputError, match=r"data.valid: .*text.jsonl:1: the text is empty"):
+        train(make_recipe(data={"valid": (str(text),)}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("phases", "warmup", "steps", "messages"),
+    [
+        ((Phase("a", (), 4), Phase("b", ())), 1, 4, ["the phase b is never reached: it begins after step 4 of 4"]),
+        ((Phase("a", ()),), 9, 9, ["the phase a has 9 steps and a warm-up of 9"]),
+        ((Phase("a", (), 4), Phase("b", ())), 1, 8, []),
+    ],
+)
+def test_a_run_says_when_it_will_do_less(
+    make_recipe: Callable[..., Recipe], phases: tuple[Phase, ...], warmup: int, steps: int, messages: list[str]
+) -> None:
+    found = make_recipe(phases=phases, optimizer={"warmup": warmup}, steps=steps).find_warnings()
+    assert len(found) == len(messages)
+    assert all(text.startswith(message) for text, message in zip(found, messages, strict=True))
 
 
 def test_nothing_to_begin_from(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

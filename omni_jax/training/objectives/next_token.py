@@ -145,7 +145,8 @@ def make_next_token(recipe: Recipe) -> NextToken:
     """The recipe's Thinker, with scanned layers and computing in the recipe's dtype."""
     dtype = jnp.dtype(recipe.dtype)
     model = Thinker(recipe.model.thinker_config, remat=recipe.remat, media_by_rows=True, dtype=dtype)
-    return NextToken(model, recipe.model, recipe.objective, max(1, len(recipe.data.train)))
+    num_sources = max(1, len(recipe.data.train), len(recipe.data.valid))
+    return NextToken(model, recipe.model, recipe.objective, num_sources)
 
 
 def count_work(batch: TrainBatch) -> Metrics:
