@@ -57,8 +57,9 @@ RUN_FILE = "run.json"
 FILES_FILE = "files.json"
 # two folders deep: a folder right below a step Orbax takes for a checkpointable, and not for a checkpoint to load
 _MOMENTS = Path("optimizer") / "moments"
-# a name of its own for each tree: several processes wait for each other at barriers that Orbax names after the last
-# part of a tree's path, and two trees of one name would wait at one barrier
+_TREE = "state"  # what Orbax calls the tree of a checkpoint that holds one tree; ``store`` reads that
+# another name for the moments: several processes wait for each other at barriers that Orbax names after the last part
+# of a tree's path, and two trees of one name would wait at one barrier
 _MOMENTS_TREE = "moments"
 _STEP_DIGITS = 8
 # Orbax writes these when it commits, after ``files.json``
@@ -235,7 +236,7 @@ class TrainCheckpoints:
         self._saving = state
         trees = {f"{_MOMENTS}/{_MOMENTS_TREE}": state.moments}
         for name, params in state.params.items():
-            trees[f"params/{name}/{name}"] = params
+            trees[f"params/{name}/{_TREE}"] = params
         try:
             # ``force`` ignores Orbax's own policy of when to save; it does not write over a step that is there
             self._checkpointer.save_checkpointables_async(state.step, trees, force=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 from omni_jax.errors import CheckpointError
 from omni_jax.plain_files import has_file, read_object, replace_file
 from omni_jax.training.device_batches import to_devices
-from omni_jax.training.objective import Batch, Metrics, Objective
+from omni_jax.training.objective import Batch, Metrics, Objective, Params
 from omni_jax.training.step import TrainState
 
 BEST_FILE = "best.json"
@@ -61,10 +62,10 @@ def write_best(workdir: Path, best: Best) -> None:
 
 
 class Evaluation:
-    """Held-out batches on the devices' host, and the program that takes the loss of them."""
+    """Held-out batches in the memory of the host, and the loss of them."""
 
     def __init__(self, objective: Objective, batches: Sequence[Batch], abstract: Batch, sources: Sequence[str]) -> None:
-        """Compiles nothing yet.
+        """Reads nothing yet.
 
         Args:
           objective: whose loss it is.
@@ -76,21 +77,19 @@ class Evaluation:
         self._batches = batches
         self._abstract = abstract
         self._sources = sources
-        self._loss = jax.jit(self._batch_loss)
-        self._sum = jax.jit(lambda sums, more: jax.tree.map(jnp.add, sums, more))
         self._denominators: Metrics | None = None  # of all batches together
 
     def run(self, state: TrainState) -> dict[str, Any]:
         """The loss of a state, and that of each file of rows if there are several."""
         if self._denominators is None:
-            count = jax.jit(self._objective.denominators)
             for batch in self._batches:
-                own = count(self._to_devices(batch))
-                self._denominators = own if self._denominators is None else self._sum(self._denominators, own)
+                own = _denominators(self._objective, self._to_devices(batch))
+                self._denominators = own if self._denominators is None else _add(self._denominators, own)
         sums: Metrics | None = None
         for number, batch in enumerate(self._batches):
-            terms = self._loss(state, self._to_devices(batch), self._denominators, np.int32(number))
-            sums = terms if sums is None else self._sum(sums, terms)
+            arrays = self._to_devices(batch)
+            terms = _batch_loss(self._objective, state.params, arrays, self._denominators, np.int32(number))
+            sums = terms if sums is None else _add(sums, terms)
         found: Mapping[str, np.ndarray] = jax.device_get(sums)
         losses = {"loss": float(found["loss"])}
         named: dict[str, Any] = dict(losses)
@@ -99,9 +98,24 @@ class Evaluation:
             named["sources"] = {name: float(by_source[i]) for i, name in enumerate(self._sources)}
         return named
 
-    def _batch_loss(self, state: TrainState, batch: Batch, denominators: Metrics, number: jax.Array) -> Metrics:
-        key = jax.random.fold_in(jax.random.key(_KEY), number)
-        return self._objective.loss(state.params, batch, denominators, key, ()).terms
-
     def _to_devices(self, batch: Batch) -> Batch:
         return to_devices([batch], self._abstract)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _denominators(objective: Objective, batch: Batch) -> Metrics:
+    return objective.denominators(batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_loss(
+    objective: Objective, params: Params, batch: Batch, denominators: Metrics, number: jax.Array
+) -> Metrics:
+    """The terms of the loss of the batch of a number, whose random numbers are the same each time."""
+    key = jax.random.fold_in(jax.random.key(_KEY), number)
+    return objective.loss(params, batch, denominators, key, ()).terms
+
+
+@jax.jit
+def _add(sums: Metrics, more: Metrics) -> Metrics:
+    return jax.tree.map(jnp.add, sums, more)

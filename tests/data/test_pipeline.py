@@ -230,7 +230,7 @@ def read_mixture(ordered, weights, num_streams, num_rows):
 @pytest.mark.parametrize("mix_by", ["rows", "tokens"])
 @pytest.mark.parametrize("num_streams", [1, 5, 8, 64])
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1), (4, 1), (7, 1), (9, 1), (100, 1), (2, 3, 5)])
-def test_shares_are_what_was_asked_for(weights, num_streams, mix_by):
+def test_a_mixture_is_what_was_asked_for(weights, num_streams, mix_by):
     """Within 2 % over all streams, and each stream reads every source; of rows, and of tokens however long rows are."""
     rng = np.random.default_rng(0)
     found = np.zeros((num_streams, len(weights)))
@@ -274,7 +274,7 @@ def test_streams_do_not_read_the_rarest_source_at_once():
     assert len(turns) == 64 and max(collections.Counter(turns).values()) <= 2
 
 
-def test_packed_tokens_have_the_shares_of_the_tokens(write_rows, start):
+def test_packed_tokens_are_mixed_as_asked(write_rows, start):
     """Of what is in the batches, after a change in the middle of the run; and the batch says whose they are."""
     files = (
         write_rows(*({"text": "once " * n} for n in (20, 3, 60, 8)), name="long.jsonl"),
