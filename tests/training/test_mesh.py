@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.errors import ConfigError
 from omni_jax.sharding import MeshConfig
 from omni_jax.training.device_batches import BatchShard, batch_shard
@@ -92,6 +94,30 @@ def test_two_processes(options: list[str], four_devices: Path, tmp_path: Path) -
     assert np.abs(losses(tmp_path / "run") - expected).max() < TOLERANCE * np.abs(expected).max()
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved == [f"{STEPS // 2:08d}", f"{STEPS:08d}"]
+
+
+@pytest.mark.long
+def test_an_error_in_one_process_ends_both(recipe: Recipe, tmp_path: Path) -> None:
+    """With its message and the same exit status; the checkpoint that was written before is whole."""
+    rows = tmp_path / "rows.jsonl"
+    # one row is too long; it comes to one of the processes, after some steps
+    texts = ["once " * 40] * 100 + ["once " * 900]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    options = ["pretrain2-tiny", "--init", str(recipe.init), "--workdir", str(tmp_path / "run"), "--steps", "1000"]
+    options += ["--data.train", str(rows), "--data.too-long", "error", "--data.rows", "2", "--data.streams", "2"]
+    options += ["--mesh.fsdp", "2", "--checkpoint.every", "4", "--data.audio-blocks", "0", "--data.canvases", "0"]
+    together = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", "2"]
+    runs = [start("train.py", *options, *together, "--process", str(i), devices=1) for i in range(2)]
+    outputs = [process.communicate(timeout=300) for process in runs]
+    assert [process.returncode for process in runs] == [1, 1], outputs
+    messages = sorted(error.splitlines()[-1] for _, error in outputs)
+    assert messages[0].startswith("error in process") and messages[1].startswith("error: "), messages
+    assert all("data.too_long is error" in message for message in messages)
+    # a whole one, and nothing half written that counts
+    assert resolve_checkpoint(tmp_path / "run").name.isdigit()
 
 
 def test_a_run_goes_on_over_another_mesh(recipe: Recipe, four_devices: Path, tmp_path: Path) -> None:
