@@ -18,6 +18,7 @@ import tyro
 
 from configs import RECIPES
 from omni_jax.checks import printable
+from omni_jax.compile_cache import keep_programs_of_run
 from omni_jax.distributed import join_processes
 from omni_jax.errors import CheckpointError, ConfigError, InputError, TrainingError
 from omni_jax.training.dry_run import print_dry_run
@@ -54,6 +55,7 @@ def main() -> int:
             raise ConfigError("--workdir is needed; --dry-run shows what a recipe would do without one")
         if run.distributed:
             join_processes(run.coordinator, run.processes, run.process)
+        keep_programs_of_run(run.workdir)
         return 0 if train(run.recipe, run.workdir) else PREEMPTED
     except (CheckpointError, ConfigError, InputError, TrainingError) as e:
         print(f"error: {printable(str(e))}", file=sys.stderr)

@@ -54,6 +54,16 @@ def default_folder() -> Path:
     return Path(cache) / "omni_jax" / "compiled" / _describe_processor()
 
 
+def keep_programs_of_run(workdir: Path) -> str | None:
+    """``keep_compiled_programs`` in the folder of a training run, where its restarts find them, on any machine.
+
+    Returns:
+      The folder that is used; another one if it has been chosen before.
+    """
+    chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    return chosen or keep_compiled_programs(workdir / "compiled" / _describe_processor())
+
+
 @functools.cache
 def _describe_processor() -> str:
     machine = os.uname().machine

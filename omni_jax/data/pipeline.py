@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import grain
+import numpy as np
 
 from omni_jax.data.config import DataConfig
 from omni_jax.data.example_reader import ExampleReader
@@ -72,7 +73,11 @@ def batches(config: DataConfig, packing: Packing, *, process_index: int = 0, pro
         examples = [deal_rows(rows, i, config.streams).map(packing.prepare) for rows in ordered]
         mixer = Mixer(config.weights or (1.0,), config.mix_by, i, config.streams)
         streams.append(_Stream(examples, mixer, packing, config, rejects))
-    return Batches(_PackedBatches(streams, first, config.streams, packing, _identity(config, sources)), rejects)
+    # rows that a process reads of each source in an epoch
+    sizes = [len(rows) for rows in sources] if config.weights else [sum(map(len, sources))]
+    epoch_rows = [size * streams_per_process / config.streams for size in sizes]
+    identity = _identity(config, sources)
+    return Batches(_PackedBatches(streams, first, config.streams, packing, identity, epoch_rows), rejects)
 
 
 def _rejects_path(path: Path | None, index: int, count: int) -> Path | None:
@@ -193,6 +198,11 @@ class _Stream:
         self._takes_window = False  # whether one of them comes next, and not a row
         self._num_rejected = 0
 
+    @property
+    def rows_read(self) -> list[int]:
+        """Of each source that is mixed."""
+        return self._mixer.get_state()["rows"]
+
     def fill_part(self) -> PartLike:
         """Fills the next part: first with those that wait, the oldest first, then with what comes.
 
@@ -285,19 +295,27 @@ class _Stream:
 class _NamedBatch(NamedTuple):
     batch: Any
     rows: tuple[str, ...]  # names of the rows in it
+    epochs: tuple[float, ...]  # read of each source that is mixed, when it was made
 
 
 class _PackedBatches:
     """The batches of a process, each made when it is asked for."""
 
     def __init__(
-        self, streams: Sequence[_Stream], first: int, num_streams: int, packing: Packing, identity: dict[str, Any]
+        self,
+        streams: Sequence[_Stream],
+        first: int,
+        num_streams: int,
+        packing: Packing,
+        identity: dict[str, Any],
+        epoch_rows: Sequence[float],
     ) -> None:
         self._streams = streams
         self._first = first
         self._num_streams = num_streams  # of all processes
         self._packing = packing
         self._identity = identity
+        self._epoch_rows = epoch_rows
 
     def __iter__(self) -> Iterator[_NamedBatch]:
         return self
@@ -308,7 +326,9 @@ class _PackedBatches:
         names: list[str] = []
         for part in parts:
             names += part.names
-        return _NamedBatch(batch, tuple(names))
+        rows_read = np.sum([stream.rows_read for stream in self._streams], axis=0)  # [sources]
+        epochs = tuple(float(rows / of_epoch) for rows, of_epoch in zip(rows_read, self._epoch_rows, strict=True))
+        return _NamedBatch(batch, tuple(names), epochs)
 
     def get_state(self) -> State:
         states = {}
@@ -344,6 +364,7 @@ class Batches(grain.DatasetIterator[Any]):
 
     Attributes:
       rows: file and number of each row in the batch that came last.
+      epochs: how often the rows of each file were read until it was made; without weights, those of all files together.
       rejects: the rows that cannot be used.
     """
 
@@ -357,10 +378,11 @@ class Batches(grain.DatasetIterator[Any]):
         # also at the end of the program, before the modules that it takes are gone
         self._stop = weakref.finalize(self, _stop, self._running, packing)
         self.rows: tuple[str, ...] = ()
+        self.epochs: tuple[float, ...] = ()
 
     def __next__(self) -> Any:
         """Raises InputError if too many rows cannot be used."""
-        batch, self.rows = next(self._running[0])
+        batch, self.rows, self.epochs = next(self._running[0])
         return batch
 
     def get_state(self) -> State:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ from omni_jax.training.stop_signal import StopSignal
 
 PREEMPTED = 75  # what a program exits with when it was told to stop and has saved itself (EX_TEMPFAIL: try again)
 _MAX_NAMED_ROWS = 20  # of a batch, in an error
+PROFILE_FOLDER = "profile"  # in the run's folder
+# a loss is a spike where it lies so many standard deviations above the mean of the steps before
+_SPIKE_STEPS = 100
+_SPIKE_DEVIATIONS = 5.0
+_DRAW_EVERY = 60.0  # seconds from one picture of the loss to the next, at least
 _CHECK_REJECTS_EVERY = 100  # steps after which several processes add up the rows that they cannot use
 
 # the compiled step of a phase
@@ -112,6 +118,7 @@ class _DispatchedStep:
     metrics: Mapping[str, jax.Array]
     rows: tuple[str, ...]
     data_wait: float  # seconds
+    epochs: tuple[float, ...]  # of the rows
 
 
 class _TrainLoop:
@@ -145,6 +152,8 @@ class _TrainLoop:
         self._number = int(self._state.step)
         self._saved_step = self._number  # of the last checkpoint
         self._num_skipped = 0  # steps that were not finite, since this start
+        self._is_profiling = False
+        self._recent_losses: deque[float] = deque(maxlen=_SPIKE_STEPS)
 
         # after the state is known: lines of later steps, which come again, are dropped from the file
         if is_main_process():
@@ -161,6 +170,7 @@ class _TrainLoop:
         shapes = flatten_params(nn.unbox(objective.abstract_params()))
         self._sizes = parameter_sizes({path: leaf.shape for path, leaf in shapes.items()})
         self._last_report = time.perf_counter()
+        self._last_drawn = time.monotonic()
 
     def run(self, stop_signal: StopSignal) -> bool:
         """Trains; returns whether the end was reached."""
@@ -171,8 +181,10 @@ class _TrainLoop:
             if program is None:
                 program = self._compile_phase()
 
+            self._start_profile()
             # the devices have the next step before the host waits for the last one
             dispatched = self._dispatch(program)
+            self._stop_profile()
             if previous:
                 self._report(previous)
             previous = dispatched
@@ -262,7 +274,22 @@ class _TrainLoop:
         # not waited for; the program takes the memory of the old state
         self._state, metrics = program(self._state, to_devices(parts, self._abstract_batch))
         self._number += 1
-        return _DispatchedStep(self._number, metrics, rows, data_wait)
+        return _DispatchedStep(self._number, metrics, rows, data_wait, self._data.epochs)
+
+    def _start_profile(self) -> None:
+        """Starts to trace, if the next step is the first that is to be."""
+        if self._recipe.profile is not None and self._number + 1 == self._recipe.profile[0]:
+            jax.block_until_ready(self._state)
+            jax.profiler.start_trace(self._workdir / PROFILE_FOLDER, create_perfetto_trace=is_main_process())
+            self._is_profiling = True
+
+    def _stop_profile(self) -> None:
+        """Waits for the step that was dispatched last and ends the trace, if it is the last that is to be traced."""
+        if self._is_profiling and self._recipe.profile is not None and self._number >= self._recipe.profile[1]:
+            jax.block_until_ready(self._state)
+            jax.profiler.stop_trace()
+            self._is_profiling = False
+            self._log(f"traced to {self._workdir / PROFILE_FOLDER}")
 
     def _next_batches(self) -> tuple[list[Batch], tuple[str, ...]]:
         """The batches of a step, and the names of their rows."""
@@ -308,15 +335,26 @@ class _TrainLoop:
             "loss": metrics["loss"] if is_finite else None,
             "grad_norm": metrics["grad_norm"] if is_finite else None,
             "skipped": int(not is_finite),
+            "spike": int(self._is_spike(metrics["loss"])),
             "tokens": int(metrics["tokens"]),
             "target_tokens": int(metrics["target_tokens"]),
             "seconds": seconds,
             "data_wait": step.data_wait,
+            "device_hours": seconds * self._mesh.size / 3600,
             "learning_rate": metrics["learning_rate"],
+            "epochs": [round(epochs, 4) for epochs in step.epochs],
         }
         if by_source:
             line["sources"] = self._name_sources(by_source)
         self._log_file.log_step(line, flops_per_device, peak_flops(self._mesh.devices.flat[0]))
+
+    def _is_spike(self, loss: float) -> bool:
+        """Whether a loss stands out of those of the steps before, which it then is one of."""
+        recent = np.array(self._recent_losses)
+        if not math.isfinite(loss):
+            return False
+        self._recent_losses.append(loss)
+        return len(recent) >= _SPIKE_STEPS // 5 and loss > recent.mean() + _SPIKE_DEVIATIONS * recent.std()
 
     def _name_sources(self, by_source: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
         """Loss and tokens of each file of rows of which there were any in the batch."""
@@ -390,6 +428,10 @@ class _TrainLoop:
         position = {"data": data, "streams": streams}
         self._checkpoints.save(to_checkpoint(self._state, self._number, position, self._saved_components))
         self._saved_step = self._number
+        # where checkpoints follow each other fast, the picture need not be drawn with each
+        if self._log_file and time.monotonic() - self._last_drawn > _DRAW_EVERY:
+            plot_loss(self._workdir)
+            self._last_drawn = time.monotonic()
 
     def _finish(self) -> None:
         self._checkpoints.wait()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ from omni_jax.plain_files import open_own_file, replace_file
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "eval.jsonl"
 PLOT_FILE = "loss.png"
+_SMOOTHED_STEPS = 100  # of a run, from where its loss is drawn smoothed too
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -34,6 +35,16 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
     return metrics
 
 
+class _Step(NamedTuple):
+    """What the line of progress is made of."""
+
+    loss: float | None  # None: the step was skipped
+    tokens: int
+    seconds: float
+    data_wait: float  # seconds
+    flops: float  # of a device in a second
+
+
 class MetricsLog:
     """Writes the metrics of each step; of several processes the main one does."""
 
@@ -49,6 +60,8 @@ class MetricsLog:
         self._path = workdir / METRICS_FILE
         self._log_every = log_every
         self._num_steps = num_steps
+        self._steps: list[_Step] = []  # since the last line
+        self._peak: float | None = None
         # lines of steps that the run makes again are dropped from the file, and hidden in TensorBoard
         self._file = _reopen(self._path, first_step)
         self._evaluations = _reopen(workdir / EVALUATIONS_FILE, first_step)
@@ -81,26 +94,33 @@ class MetricsLog:
 
         step = metrics["step"]
         seconds = max(metrics["seconds"], 1e-9)
-        tokens_per_second = metrics["tokens"] / seconds
-        utilization = f"{flops_per_device / 1e12:.3f} TFLOP/s a device"
         # counts, which are integers, are in the file alone
         for name, value in metrics.items():
             if isinstance(value, float):
                 self._board.add_scalar(name, value, step)
-        self._board.add_scalar("tokens_per_second", tokens_per_second, step)
+        self._board.add_scalar("tokens_per_second", metrics["tokens"] / seconds, step)
         if peak is not None:
-            mfu = flops_per_device / peak
-            self._board.add_scalar("mfu", mfu, step)
-            utilization = f"MFU {mfu:.1%}"
+            self._board.add_scalar("mfu", flops_per_device / peak, step)
+        self._peak = peak
+        self._steps.append(_Step(metrics["loss"], metrics["tokens"], seconds, metrics["data_wait"], flops_per_device))
+        self._bar.update(self._task, completed=step, description=self._describe())
+        if step % self._log_every == 0 or step == self._num_steps:
+            if not self._console.is_terminal:
+                self.print(f"step {step}/{self._num_steps}: {self._describe()}")
+            self._steps.clear()
 
-        loss = "skipped" if metrics["loss"] is None else f"loss {metrics['loss']:.4f}"
-        text = (
-            f"{loss}, {tokens_per_second:,.0f} tokens/s, "
-            f"{metrics['data_wait'] / seconds:.0%} waiting for data, {utilization}"
-        )
-        self._bar.update(self._task, completed=step, description=text)
-        if not self._console.is_terminal and (step % self._log_every == 0 or step == self._num_steps):
-            self.print(f"step {step}/{self._num_steps}: {text}")
+    def _describe(self) -> str:
+        """Means over the steps since the last line."""
+        seconds = sum(step.seconds for step in self._steps)
+        losses = [step.loss for step in self._steps if step.loss is not None]
+        loss = f"loss {sum(losses) / len(losses):.4f}" if losses else "skipped"
+        tokens_per_second = sum(step.tokens for step in self._steps) / seconds
+        flops = sum(step.flops * step.seconds for step in self._steps) / seconds
+        utilization = f"{flops / 1e12:.3f} TFLOP/s a device"
+        if self._peak is not None:
+            utilization = f"MFU {flops / self._peak:.1%}"
+        wait = sum(step.data_wait for step in self._steps) / seconds
+        return f"{loss}, {tokens_per_second:,.0f} tokens/s, {wait:.0%} waiting for data, {utilization}"
 
     def log_evaluation(self, found: Mapping[str, Any]) -> None:
         """Writes the loss of held-out rows: step, loss, and maybe the loss of each file of rows."""
@@ -148,7 +168,10 @@ def plot_loss(workdir: Path) -> Path | None:
     # not pyplot, which would look for a display
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses, linewidth=1, marker="." if len(steps) < 100 else None, label="training")
+    marker = "." if len(steps) < _SMOOTHED_STEPS else None
+    axes.plot(steps, losses, linewidth=1, marker=marker, alpha=1.0 if marker else 0.3, label="training")
+    if marker is None:
+        axes.plot(steps, _smooth(losses), color="C0", label="training, smoothed")
     evaluations = read_metrics(workdir / EVALUATIONS_FILE)
     if evaluations:
         held_out = ([values["step"] for values in evaluations], [values["loss"] for values in evaluations])
@@ -158,3 +181,16 @@ def plot_loss(workdir: Path) -> Path | None:
     axes.grid(alpha=0.3)
     figure.savefig(workdir / PLOT_FILE, dpi=120)
     return workdir / PLOT_FILE
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of each value with those before it, whose weight falls to a half in a fiftieth of the run."""
+    decay = 0.5 ** (50 / len(values))
+    smoothed = []
+    mean = 0.0
+    weight = 0.0
+    for value in values:
+        mean = decay * mean + (1 - decay) * value
+        weight = decay * weight + 1 - decay
+        smoothed.append(mean / weight)
+    return smoothed

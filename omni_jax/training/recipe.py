@@ -154,6 +154,8 @@ class Recipe:
     """Of such steps since the run was started, at most; one more stops it."""
     tpu_options: dict[str, str] = field(default_factory=lambda: dict(COMPILER_OPTIONS))
     """For the compiler of TPUs: by default what lets it gather parameters while it computes."""
+    profile: tuple[int, int] | None = None
+    """Steps from the first to the second are traced into WORKDIR/profile, for Perfetto and XProf."""
     log_every: int = 10
     """Steps from one line of progress to the next where there is no terminal."""
 
@@ -172,6 +174,10 @@ class Recipe:
         check_int("objective.chunk", self.objective.chunk, 1)
         check_int("log_every", self.log_every, 1)
         check_int("max_skipped", self.max_skipped, 0)
+        if self.profile is not None:
+            first, last = self.profile
+            check_int("profile, the first step", first, 1)
+            check_int("profile, the last step", last, first)
         check_float("objective.z_loss", self.objective.z_loss, 0, _FLOAT_MAX)
         check_int("checkpoint.every", self.checkpoint.every, 1)
         check_int("checkpoint.keep", self.checkpoint.keep, 1)
