@@ -177,7 +177,9 @@ class _TrainLoop:
         recipe = self._recipe
         previous: _DispatchedStep | None = None  # dispatched, but not yet reported
         program: TrainProgram | None = None
-        while self._number < recipe.steps:
+        # a run that has stopped early is not to go on when it is started again
+        is_end = self._runs_out_of_patience()
+        while self._number < recipe.steps and not is_end:
             if program is None:
                 program = self._compile_phase()
 
@@ -213,9 +215,7 @@ class _TrainLoop:
                 # the machine goes as soon as this process ends
                 self._checkpoints.wait()
                 self._log(f"told to stop; saved after step {self._number}. Run the same command to go on")
-                return self._number == recipe.steps
-            if is_end:
-                break
+                return is_end
         self._finish()
         return True
 

@@ -287,6 +287,9 @@ def test_a_run_stops_early_and_is_traced(make_recipe: Callable[..., Recipe], row
     assert list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))
     assert [values["step"] for values in read_metrics(tmp_path / "run" / EVALUATIONS_FILE)] == [1, 2, 3]
     assert len(read_metrics(tmp_path / "run" / METRICS_FILE)) == 3
+    # and does not go on when it is started again
+    assert train(recipe, tmp_path / "run")
+    assert len(read_metrics(tmp_path / "run" / METRICS_FILE)) == 3
 
 
 def test_a_held_out_row_that_cannot_be_used_is_named(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
