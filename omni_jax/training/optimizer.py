@@ -91,7 +91,7 @@ def learning_rate(config: OptimizerConfig, count: ArrayLike, num_steps: int) -> 
 def make_optimizer(
     config: OptimizerConfig, scales: Mapping[str, float], num_steps: int
 ) -> optax.GradientTransformation:
-    """AdamW (https://arxiv.org/abs/1711.05101) after a clip of the global norm, both moments in float32.
+    """AdamW (https://arxiv.org/abs/1711.05101) after a clip of the global norm, the second moment in float32.
 
     Args:
       config: its hyperparameters.
@@ -113,7 +113,7 @@ def make_optimizer(
     # schedule, so that both scale it.
     return optax.named_chain(
         ("clip", optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()),
-        (ADAM, optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),
+        (ADAM, optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.first_moment))),
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=decays)),
         ("groups", optax.stateless(scale_by_group)),
         (SCHEDULE, optax.scale_by_learning_rate(lambda count: learning_rate(config, count, num_steps))),

@@ -41,7 +41,7 @@ class TrainState:
     step: Any  # int32 [], of the whole run
     trained: Any  # parameters that train, float32
     frozen: Any  # the others, in the dtype of the checkpoint that they came from
-    optimizer: OptimizerState  # its moments are float32, like ``trained``; it counts the steps of the phase
+    optimizer: OptimizerState  # the second moment is float32, as ``trained`` is; it counts the steps of the phase
 
     @property
     def params(self) -> dict[str, Any]:
@@ -160,7 +160,9 @@ def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, A
 
     # moments are sharded as their parameters are; everything else of the optimizer's state is a counter
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    moments = optax.ScaleByAdamState(count=scalar, mu=trained, nu=trained)  # type: ignore[arg-type]
+    first_dtype = jnp.dtype(step.optimizer.first_moment)
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, first_dtype, sharding=x.sharding), trained)
+    moments = optax.ScaleByAdamState(count=scalar, mu=first, nu=trained)  # type: ignore[arg-type]
     optimizer = jax.eval_shape(step.transformation.init, trained)
     return TrainState(scalar, trained, frozen, with_moments(optimizer, moments, scalar))  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ import pytest
 
 from omni_jax.errors import ConfigError
 from omni_jax.training.optimizer import (
+    ADAM,
     learning_rate,
     learning_rate_scales,
     make_optimizer,
@@ -65,12 +66,15 @@ def paper_adamw(
         params[path] -= rate * SCALES[path] * direction
 
 
-@pytest.mark.parametrize("clip", [0.7, 0.0])
-def test_updates_are_those_of_the_paper(clip: float) -> None:
+@pytest.mark.parametrize(("clip", "first_moment"), [(0.7, "float32"), (0.0, "float32"), (0.7, "bfloat16")])
+def test_updates_are_those_of_the_paper(clip: float, first_moment: Any) -> None:
     """Gradients over the limit and under it, a parameter that does not decay, a group with a factor of its own."""
     rng = np.random.default_rng(0)
     expected = {"a/kernel": rng.standard_normal((3, 4)), "a/bias": rng.standard_normal(4)}
-    optimizer = make_optimizer(dataclasses.replace(CONFIG, clip=clip), SCALES, NUM_STEPS)
+    config = dataclasses.replace(CONFIG, clip=clip, first_moment=first_moment)
+    optimizer = make_optimizer(config, SCALES, NUM_STEPS)
+    # bfloat16 has 8 bits: an update, up to 0.1 of rate, is off by up to 1/256 of it
+    tolerance = dict(rtol=1e-5, atol=1e-6) if first_moment == "float32" else dict(rtol=0, atol=4 * 0.1 / 256)
     params = {"a": {"kernel": jnp.float32(expected["a/kernel"]), "bias": jnp.float32(expected["a/bias"])}}
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
@@ -82,8 +86,9 @@ def test_updates_are_those_of_the_paper(clip: float) -> None:
         updates, state = update(tree, state, params)
         params = optax.apply_updates(params, updates)
         paper_adamw(expected, moments, grads, count, clip)
-        np.testing.assert_allclose(params["a"]["kernel"], expected["a/kernel"], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(params["a"]["bias"], expected["a/bias"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(params["a"]["kernel"], expected["a/kernel"], **tolerance)
+        np.testing.assert_allclose(params["a"]["bias"], expected["a/bias"], **tolerance)
+    assert all(leaf.dtype == first_moment for leaf in jax.tree.leaves(state[ADAM].mu))
 
 
 def test_split_and_merge() -> None:
