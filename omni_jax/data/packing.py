@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from omni_jax.batch import NO_FEATURE, PADDING, AudioBlocks, OmniBatch, Spans, TrainBatch, VisionFrames
 from omni_jax.config import OmniConfig
@@ -255,8 +256,11 @@ def assemble(parts: Sequence[Part], budget: Budget, config: OmniConfig, *, first
     # the parts come one after the other on every leading axis: rows, blocks and canvases
     num_parts = len(parts)
     text = _TextArrays.create((num_parts * budget.rows, budget.tokens), budget.spans, config)
-    blocks = _empty_blocks(num_parts * budget.blocks, config)
-    canvases = _Canvases.create((num_parts * budget.canvases, budget.windows), config)
+    examples = [placed.example for part in parts for placed in part.placed]
+    has_sound = any(example.audio is not None for example in examples)
+    has_frames = any(len(example.windows) > 0 for example in examples)
+    blocks = _empty_blocks(num_parts * budget.blocks, config, has_sound)
+    canvases = _Canvases.create((num_parts * budget.canvases, budget.windows), config, has_frames)
     features = _FeatureCounter(budget, config, streams)
     for i, part in enumerate(parts):
         # places in the arrays count from the first stream of this process, features from the first of all
@@ -396,9 +400,19 @@ class _TextArrays:
         np.asarray(self.spans.begin)[table] = example.spans.begin[0] + placed.begin
 
 
-def _empty_blocks(num_blocks: int, config: OmniConfig) -> AudioBlocks:
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, is_written: bool) -> np.ndarray:
+    """Zeros to write into; or else a single one that is repeated, which ``is_repeated`` knows."""
+    return np.zeros(shape, dtype) if is_written else np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def is_repeated(array: np.ndarray) -> bool:
+    """Whether an array is one number in every place, and takes the memory of one."""
+    return array.ndim > 0 and not any(array.strides)
+
+
+def _empty_blocks(num_blocks: int, config: OmniConfig, is_written: bool) -> AudioBlocks:
     sizes = config.thinker_config.audio_config
-    mel = np.zeros((num_blocks, sizes.block_frames, sizes.num_mel_bins), np.float32)  # [A, T, M]
+    mel = _zeros((num_blocks, sizes.block_frames, sizes.num_mel_bins), np.float32, is_written)  # [A, T, M]
     # a block of length 0 is padding
     return AudioBlocks(mel, np.zeros(num_blocks, np.int32))
 
@@ -419,15 +433,15 @@ class _Canvases:
     num_frames: np.ndarray  # on each canvas so far
 
     @classmethod
-    def create(cls, shape: tuple[int, int], config: OmniConfig) -> _Canvases:
-        """Canvases of ``shape`` (canvases, windows) without frames."""
+    def create(cls, shape: tuple[int, int], config: OmniConfig, is_written: bool) -> _Canvases:
+        """Canvases of ``shape`` (canvases, windows) without frames; ``is_written``: whether any will come."""
         sizes = config.thinker_config.vision_config
         flat = (*shape, (sizes.window_cells * sizes.spatial_merge_size) ** 2)  # [F, W, P]
         frames = VisionFrames(
-            patches=np.zeros((*flat, sizes.patch_dim), np.float32),
-            row=np.zeros(flat, np.int32),
-            column=np.zeros(flat, np.int32),
-            valid=np.zeros(flat, np.int32),
+            patches=_zeros((*flat, sizes.patch_dim), np.float32, is_written),
+            row=_zeros(flat, np.int32, is_written),
+            column=_zeros(flat, np.int32, is_written),
+            valid=_zeros(flat, np.int32, is_written),
         )
         return cls(frames, np.zeros(shape[0], np.int32))
 

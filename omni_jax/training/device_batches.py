@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from omni_jax.batch import TrainBatch
+from omni_jax.data.packing import is_repeated
 from omni_jax.errors import ConfigError
 from omni_jax.sharding import RULES
+from omni_jax.training.objective import Batch
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def _row_spans(mesh: Mesh, num_rows: int) -> dict[int, tuple[int, int]]:
     return spans
 
 
-def to_devices(batches: Sequence[TrainBatch], abstract: TrainBatch) -> TrainBatch:
+def to_devices(batches: Sequence[Batch], abstract: Batch) -> Batch:
     """Copies this process's part of one batch, or of those to be accumulated, to its devices.
 
     Args:
@@ -69,6 +71,9 @@ def to_devices(batches: Sequence[TrainBatch], abstract: TrainBatch) -> TrainBatc
     """
 
     def copy_leaf(target: jax.ShapeDtypeStruct, *parts: np.ndarray) -> jax.Array:
+        # of a batch without pictures nothing but these zeros would be copied, hundreds of megabytes of them
+        if all(is_repeated(part) for part in parts):
+            return _fill_on_devices(target, parts[0].flat[0])
         # batches to be accumulated are stacked on a leading axis, which no mesh axis divides
         accumulated = len(target.shape) > parts[0].ndim
         local = np.stack(parts) if accumulated else parts[0]
@@ -76,3 +81,14 @@ def to_devices(batches: Sequence[TrainBatch], abstract: TrainBatch) -> TrainBatc
         return jax.make_array_from_process_local_data(target.sharding, local, target.shape)
 
     return jax.tree.map(copy_leaf, abstract, *batches)
+
+
+def _fill_on_devices(target: jax.ShapeDtypeStruct, value: np.generic) -> jax.Array:
+    """An array of one number in every place, which each device of this process makes for itself."""
+    sharding = target.sharding
+    shape = sharding.shard_shape(target.shape)
+    shards = []
+    for device in sharding.addressable_devices:
+        with jax.default_device(device):
+            shards.append(jnp.full(shape, value, target.dtype))
+    return jax.make_array_from_single_device_arrays(target.shape, sharding, shards)

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from configs import RECIPES
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
+from omni_jax.config import OmniConfig
+from omni_jax.data.examples import Prepare
+from omni_jax.data.packing import Budget, OmniPacking, is_repeated
 from omni_jax.errors import ConfigError
+from omni_jax.models.thinker import Thinker
 from omni_jax.sharding import MeshConfig
-from omni_jax.training.device_batches import BatchShard, batch_shard
+from omni_jax.training.device_batches import BatchShard, batch_shard, to_devices
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
+from omni_jax.training.objectives.next_token import NextToken
 from omni_jax.training.recipe import Recipe
+from omni_jax.training.step import abstract_batch
 from tests.processes import finish, start
 
+MODEL = OmniConfig.tiny()
 STEPS = 4
 MESH = ["--mesh.fsdp", "2", "--mesh.tensor", "2"]
 TOLERANCE = 1e-5  # of a loss: float32 sums that several devices share out are added in another order
@@ -134,3 +144,23 @@ def test_one_process_reads_the_whole_batch() -> None:
     assert batch_shard(MeshConfig().make(), 6) == BatchShard(0, 1)
     with pytest.raises(ConfigError, match="needs 2 devices, there are 1"):
         MeshConfig(fsdp=2).make()
+
+
+def test_a_batch_without_media_ships_its_text_alone(recipe: Recipe) -> None:
+    """Of the published recipe, a host's part of the batch; its empty canvases are made on the devices."""
+    data = RECIPES["pretrain2-7b"].data
+    packing = OmniPacking(Prepare.__new__(Prepare), Budget.of(dataclasses.replace(data, rows=4, streams=4)), MODEL)
+    batch = packing.assemble([packing.new_part()] * 4, first=0, streams=4)
+    arrays = jax.tree.leaves(batch)
+    assert sum(array.nbytes for array in arrays) > 500e6
+    assert sum(array.nbytes for array in arrays if not is_repeated(array)) < 20e6
+    # what the devices get is the same, whichever way it comes
+    small = dataclasses.replace(data, rows=1, streams=1, tokens=64, canvases=1, windows=2, audio_blocks=1)
+    objective = NextToken(Thinker(MODEL.thinker_config), MODEL)
+    abstract = abstract_batch(small, objective, recipe.mesh.make())
+    empty = objective.abstract_row(small)
+    found = to_devices([empty], abstract)
+    written = to_devices([jax.tree.map(np.array, empty)], abstract)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(written), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.sharding == other.sharding and one.dtype == other.dtype
