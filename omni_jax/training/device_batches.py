@@ -73,7 +73,7 @@ def to_devices(batches: Sequence[Batch], abstract: Batch) -> Batch:
     def copy_leaf(target: jax.ShapeDtypeStruct, *parts: np.ndarray) -> jax.Array:
         # of a batch without pictures nothing but these zeros would be copied, hundreds of megabytes of them
         if all(is_repeated(part) for part in parts):
-            return _fill_on_devices(target, parts[0].flat[0])
+            return _fill_on_devices(target, parts[0].item(0))
         # batches to be accumulated are stacked on a leading axis, which no mesh axis divides
         accumulated = len(target.shape) > parts[0].ndim
         local = np.stack(parts) if accumulated else parts[0]
@@ -83,7 +83,7 @@ def to_devices(batches: Sequence[Batch], abstract: Batch) -> Batch:
     return jax.tree.map(copy_leaf, abstract, *batches)
 
 
-def _fill_on_devices(target: jax.ShapeDtypeStruct, value: np.generic) -> jax.Array:
+def _fill_on_devices(target: jax.ShapeDtypeStruct, value: float) -> jax.Array:
     """An array of one number in every place, which each device of this process makes for itself."""
     sharding = target.sharding
     shape = sharding.shard_shape(target.shape)
