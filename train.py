@@ -49,7 +49,7 @@ def main() -> int:
     try:
         if run.dry_run:
             jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
-            print_dry_run(run.recipe)
+            print_dry_run(run.recipe, run.workdir)
             return 0
         if run.workdir is None:
             raise ConfigError("--workdir is needed; --dry-run shows what a recipe would do without one")

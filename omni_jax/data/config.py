@@ -39,7 +39,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """How much of each of the files is read; without it, one epoch shows every row of all of them once."""
     mix_by: MixBy = "rows"
-    """What the weights are shares of: the rows that are read, or the tokens in them."""
+    """What the weights count: the rows that are read, or the tokens in them."""
     valid: tuple[str, ...] = ()
     """Files of rows that are not trained on: every eval.every steps the loss of all of them is taken."""
     seed: int = 0

@@ -52,8 +52,8 @@ def _pack_all(rows: Files, stream: int, config: DataConfig, packing: Packing) ->
             if isinstance(element, Reject):
                 raise InputError(f"data.valid: {element}; mend the row, or leave it out")
             for example in element:
-                # into the first part with room: there is no order to keep
-                if not any(part.place(example) for part in parts):
+                # into one of the last parts with room: all of them would be tried ever longer
+                if not any(part.place(example) for part in parts[-config.lookahead :]):
                     parts.append(packing.new_part())
                     parts[-1].place(example)
     finally:

@@ -66,7 +66,7 @@ class Mixer:
 
         Args:
           weights: of the sources.
-          mix_by: what the weights are shares of.
+          mix_by: what the weights count.
           stream: number of this stream.
           num_streams: of all streams.
         """

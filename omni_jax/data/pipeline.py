@@ -72,7 +72,7 @@ def batches(config: DataConfig, packing: Packing, *, process_index: int = 0, pro
     for i in range(first, first + streams_per_process):
         examples = [deal_rows(rows, i, config.streams).map(packing.prepare) for rows in ordered]
         mixer = Mixer(config.weights or (1.0,), config.mix_by, i, config.streams)
-        streams.append(_Stream(examples, mixer, packing, config, rejects))
+        streams.append(_Stream(i, examples, mixer, packing, config, rejects))
     # rows that a process reads of each source in an epoch
     sizes = [len(rows) for rows in sources] if config.weights else [sum(map(len, sources))]
     epoch_rows = [size * streams_per_process / config.streams for size in sizes]
@@ -130,7 +130,7 @@ class Rejects:
         return RowCounts(sum(count.read for count in counts), sum(count.rejected for count in counts))
 
     def set_counts(self, stream: int, counts: RowCounts) -> None:
-        """Of one stream, known by a number of its own."""
+        """Of the stream of this number."""
         self._by_stream[stream] = counts
 
     def add(self, reject: Reject) -> None:
@@ -153,6 +153,7 @@ class Rejects:
             raise self.make_error(counts)
 
     def make_error(self, counts: RowCounts) -> InputError:
+        """That of so many rows too many cannot be used."""
         where = "" if self._config.rejects is None else f"; all are in {self._config.rejects}"
         return InputError(
             f"{counts.rejected} of {counts.read} rows cannot be used, over the share of "
@@ -179,12 +180,14 @@ class _Stream:
 
     def __init__(
         self,
+        number: int,
         examples: Sequence[grain.MapDataset],
         mixer: Mixer,
         packing: Packing,
         config: DataConfig,
         rejects: Rejects,
     ) -> None:
+        self._number = number  # among all streams
         # at least one worker for each source, where there are any
         workers = -(-config.workers // len(examples))
         # the processes that isolate media belong to this one, whose threads wait for them: grain's may start none
@@ -253,7 +256,7 @@ class _Stream:
         raise self._rejects.make_error(self._rejects.counts)
 
     def _count_rows(self) -> None:
-        self._rejects.set_counts(id(self), RowCounts(self._mixer.num_rows, self._num_rejected))
+        self._rejects.set_counts(self._number, RowCounts(self._mixer.num_rows, self._num_rejected))
 
     def get_state(self) -> State:
         # numbers instead of examples: a row becomes the same ones again

@@ -16,7 +16,7 @@ import numpy as np
 
 from omni_jax import mrope
 from omni_jax.config import ThinkerConfig
-from omni_jax.errors import InputError
+from omni_jax.errors import InputError, TooLongError
 
 FRAMES_PER_SECOND = 100  # mel frames; the 40 ms of an audio token and the ids of TMRoPE are built on it
 
@@ -45,10 +45,10 @@ class TokenBudget:
     used: int = 0
 
     def check(self, tokens: int) -> None:
-        """Raises InputError if an item of so many tokens is over the limit, whatever else the prompt holds."""
+        """Raises TooLongError if an item of so many tokens is over the limit, whatever else the prompt holds."""
         total = self.used + tokens
         if total > self.limit:
-            raise InputError(
+            raise TooLongError(
                 f"with its {tokens} tokens the prompt has at least {total} tokens, over the limit of {self.limit}; let "
                 "media take fewer (max_pixels, fps, nframes, a time range)"
             )

@@ -1,4 +1,4 @@
-"""Writes the tokenizer and preprocessor files of a checkpoint folder, for tests and demonstrations.
+"""Writes the tokenizer and preprocessor files of a model that begins from nothing, and of those of tests.
 
 The vocabulary is small (256 bytes and the pieces of a few English words), but every rule is the published one: Qwen2's
 pre-split, NFC, byte-level pieces, and the 22 added tokens in their published order.

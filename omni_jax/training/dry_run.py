@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -18,7 +19,7 @@ from omni_jax.processing.processor import Processor
 from omni_jax.training.objectives import make_objective
 from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.recipe import Phase, Recipe
-from omni_jax.training.run_state import bytes_per_device
+from omni_jax.training.run_state import bytes_per_device, take_shape
 from omni_jax.training.step import abstract_batch, abstract_state, make_step
 
 _NUM_BATCHES = 4  # that a dry run looks at
@@ -90,9 +91,21 @@ def estimate_memory(recipe: Recipe, phase: Phase) -> dict[str, int]:
     }
 
 
-def print_dry_run(recipe: Recipe) -> None:
-    """Prints every phase of the recipe, and how full the batches are where data is named."""
+def print_dry_run(recipe: Recipe, workdir: Path | None = None) -> None:
+    """Prints every phase of the recipe, and how full the batches are where data is named.
+
+    Args:
+      recipe: what to train.
+      workdir: the run's folder, if it has one.
+
+    Raises:
+      CheckpointError, ConfigError, InputError: if the recipe, what it begins from or the data cannot be used.
+    """
+    recipe.check()
+    recipe = take_shape(recipe, workdir)
     console = Console(width=160, highlight=False, markup=False)  # a parameter's name must not be cut
+    for warning in recipe.find_warnings():
+        console.print(f"note: {warning}")
     for phase in recipe.phases:
         _print_phase(console, recipe, phase)
     _print_batches(console, recipe)
@@ -136,8 +149,8 @@ def _print_batches(console: Console, recipe: Recipe) -> None:
         f"{data.windows} windows"
     )
     # how full they are shows only when rows are read, for which a tokenizer is needed
-    if not data.train or recipe.init is None:
-        console.print("give --data.train and --init to see how full the batches are")
+    if not data.train or recipe.init is None or recipe.is_random:
+        console.print("give --data.train, and a checkpoint as --init, to see how full the batches are")
         return
     for name, value in measure_fill(recipe).items():
         console.print(f"  {name}: {value:.4g}")

@@ -228,6 +228,9 @@ class _TrainLoop:
         self._checkpoints.wait()
 
     def close(self) -> None:
+        # a run may end before the last step that is to be traced
+        if self._is_profiling:
+            self._write_profile()
         # the data first: its workers need not read ahead while a checkpoint is waited for
         self._data.close()
         self._checkpoints.close()
@@ -287,9 +290,12 @@ class _TrainLoop:
         """Waits for the step that was dispatched last and ends the trace, if it is the last that is to be traced."""
         if self._is_profiling and self._recipe.profile is not None and self._number >= self._recipe.profile[1]:
             jax.block_until_ready(self._state)
-            jax.profiler.stop_trace()
-            self._is_profiling = False
-            self._log(f"traced to {self._workdir / PROFILE_FOLDER}")
+            self._write_profile()
+
+    def _write_profile(self) -> None:
+        jax.profiler.stop_trace()
+        self._is_profiling = False
+        self._log(f"traced to {self._workdir / PROFILE_FOLDER}")
 
     def _next_batches(self) -> tuple[list[Batch], tuple[str, ...]]:
         """The batches of a step, and the names of their rows."""

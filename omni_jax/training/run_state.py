@@ -37,14 +37,18 @@ _FILES_FOLDER = "files"  # in the run's folder: what it is made of, where there 
 _SIZES = {"7b": OmniConfig.qwen2_5_omni_7b, "3b": OmniConfig.qwen2_5_omni_3b, "tiny": OmniConfig.tiny}
 
 
-def take_shape(recipe: Recipe, workdir: Path) -> Recipe:
+def take_shape(recipe: Recipe, workdir: Path | None) -> Recipe:
     """The recipe for the model that the run has, or begins from, whatever size the recipe was written for.
+
+    Args:
+      recipe: says what the run begins from.
+      workdir: the run's folder, if it has one.
 
     Raises:
       CheckpointError: if there is no checkpoint where the run is to begin.
       ConfigError: if its config.json does not describe a model.
     """
-    if (workdir / MODEL_FOLDER).exists():
+    if workdir is not None and (workdir / MODEL_FOLDER).exists():
         model = OmniConfig.load(workdir / MODEL_FOLDER)
     elif recipe.is_random:
         model = recipe.model

@@ -109,6 +109,9 @@ def test_what_is_too_long_ends_the_run_if_asked(prepare):
     # a dialogue is never split, and anything else that is wrong with a row is no reason to stop
     assert "over the limit of 600" in make_one(prepare, row(ask("a", "b" * 700))).reason
     assert not make_one(dataclasses.replace(prepare, too_long="error"), row({"text": ""})).is_fatal
+    # also where the media alone are too many tokens
+    strict = dataclasses.replace(prepare, max_length=20, too_long="error")
+    assert make_one(strict, row(ask("<image>", images=[PICTURE]))).is_fatal
 
 
 def test_media_become_units(prepare, config):

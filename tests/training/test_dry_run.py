@@ -11,7 +11,7 @@ from configs import RECIPES
 from omni_jax.checkpoint.name_map import parameter_count
 from omni_jax.errors import ConfigError
 from omni_jax.sharding import MeshConfig
-from omni_jax.training.dry_run import estimate_memory, measure_fill, summarize_parameters
+from omni_jax.training.dry_run import estimate_memory, measure_fill, print_dry_run, summarize_parameters
 from omni_jax.training.recipe import Phase
 from tests.processes import run
 
@@ -79,6 +79,16 @@ def test_phases_follow_each_other() -> None:
 def test_how_full_batches_are(make_recipe) -> None:
     found = measure_fill(make_recipe())
     assert found["examples"] > 2 and 0 < found["target_tokens"] < found["tokens"] <= 1
+
+
+def test_a_run_from_nothing_is_shown_in_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = dataclasses.replace(RECIPES["thinker-sft-3b"], init=Path("random"), files="tiny", steps=50)
+    data = dataclasses.replace(recipe.data, train=("rows.jsonl",), rows=1, streams=1)
+    print_dry_run(dataclasses.replace(recipe, data=data, mesh=MeshConfig()))
+    shown = capsys.readouterr().out
+    assert "218,016 parameters, of which 123,056 train" in shown
+    assert "note: the phase dialogues has 50 steps and a warm-up of 100" in shown
+    assert "a checkpoint as --init, to see how full" in shown
 
 
 def test_the_command() -> None:

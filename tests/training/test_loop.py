@@ -281,7 +281,7 @@ def test_a_run_stops_early_and_is_traced(make_recipe: Callable[..., Recipe], row
         data={"rows": 1, "valid": (str(rows),), "audio_blocks": 4},
         optimizer={"learning_rate": 0.0},
         eval={"every": 1, "patience": 2},
-        profile=(2, 2),
+        profile=(2, 9),
     )
     assert train(recipe, tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))
