@@ -48,7 +48,7 @@ class TestPathsOfOurs:
             path.write_text(text)
         edit_json(model / "omni_jax.json", components={"thinker": ["float32"], "../../../files": ["float32"]})
         with pytest.raises(CheckpointError, match=r"unknown component '\.\./\.\./\.\./files'; known: thinker, talker"):
-            prepare_model(tmp_path / "home" / "runs" / "sft", model)
+            prepare_model(tmp_path / "home" / "runs" / "sft", model, ["thinker"])
         assert mine.read_text() == "mine"
 
     @pytest.mark.parametrize("name", ["/etc", "..", "", "thinker/..", "Thinker", "x\0y"])
@@ -68,7 +68,7 @@ class TestPathsOfOurs:
         array.unlink()
         array.symlink_to(secret)
         with pytest.raises(CheckpointError, match=r"zarr\.json is a link to .*secret\.txt, outside its folder"):
-            prepare_model(tmp_path / "run", model)
+            prepare_model(tmp_path / "run", model, ["thinker"])
         assert listing(tmp_path / "run") == []
         with pytest.raises(CheckpointError, match="outside its folder"):
             store.load(model)
@@ -76,7 +76,7 @@ class TestPathsOfOurs:
     def test_a_folder_that_is_a_link_is_not_followed(self, model: Path, tiny_model: Path, tmp_path: Path) -> None:
         shutil.rmtree(model / "params" / "talker")
         (model / "params" / "talker").symlink_to(tiny_model / "params" / "talker")
-        for read in (lambda: prepare_model(tmp_path / "run", model), lambda: store.abstract(model)):
+        for read in (lambda: prepare_model(tmp_path / "run", model, ["thinker"]), lambda: store.abstract(model)):
             with pytest.raises(CheckpointError, match="is a link that leads out of"):
                 read()
 
@@ -130,7 +130,7 @@ class TestHubCache:
         assert set(store.abstract(snapshot)) == {"thinker", "talker", "token2wav"}
         Processor.load(snapshot)
         voices.load_voices(snapshot)
-        prepare_model(tmp_path / "run", snapshot)
+        prepare_model(tmp_path / "run", snapshot, ["thinker"])
         files = [path for path in (tmp_path / "run" / "model").rglob("*") if not path.is_dir()]
         assert files and not any(path.is_symlink() for path in files)
 
@@ -183,7 +183,7 @@ class TestSideFiles:
 
     def test_on_the_way_back(self, model: Path, secret: Path, tmp_path: Path) -> None:
         (model / "LICENSE").symlink_to(secret)
-        for use in (lambda: export.to_hf(model, tmp_path / "back"), lambda: prepare_model(tmp_path / "run", model)):
+        for use in (lambda: export.to_hf(model, tmp_path / "back"), lambda: prepare_model(tmp_path / "run", model, ["thinker"])):
             with pytest.raises(CheckpointError, match=r"LICENSE is a link to .*secret\.txt, outside its folder"):
                 use()
 
