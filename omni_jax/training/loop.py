@@ -283,7 +283,11 @@ class _TrainLoop:
         """Starts to trace, if the next step is the first that is to be."""
         if self._recipe.profile is not None and self._number + 1 == self._recipe.profile[0]:
             jax.block_until_ready(self._state)
-            jax.profiler.start_trace(self._workdir / PROFILE_FOLDER, create_perfetto_trace=is_main_process())
+            options = jax.profiler.ProfileOptions()
+            # calls of Python functions are a hundred times as many events as all others; writing them takes a minute
+            options.python_tracer_level = 0
+            folder = self._workdir / PROFILE_FOLDER
+            jax.profiler.start_trace(folder, create_perfetto_trace=is_main_process(), profiler_options=options)
             self._is_profiling = True
 
     def _stop_profile(self) -> None:
