@@ -291,7 +291,7 @@ def test_packed_tokens_are_mixed_as_asked(write_rows, start):
     again = start(config, first[2][2])
     assert_same(take(again, 3), first[3:])
     found = np.zeros(2)
-    for batch, _, _ in [*first, *take(batches, 60)]:
+    for batch, _, _ in [*first, *take(batches, 24)]:
         found += np.bincount(batch.source[batch.inputs.segment_ids > 0], minlength=2)
     assert abs(found[0] / found.sum() / 0.75 - 1) < 0.02, found
 

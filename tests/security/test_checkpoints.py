@@ -183,7 +183,10 @@ class TestSideFiles:
 
     def test_on_the_way_back(self, model: Path, secret: Path, tmp_path: Path) -> None:
         (model / "LICENSE").symlink_to(secret)
-        for use in (lambda: export.to_hf(model, tmp_path / "back"), lambda: prepare_model(tmp_path / "run", model, ["thinker"])):
+        for use in (
+            lambda: export.to_hf(model, tmp_path / "back"),
+            lambda: prepare_model(tmp_path / "run", model, ["thinker"]),
+        ):
             with pytest.raises(CheckpointError, match=r"LICENSE is a link to .*secret\.txt, outside its folder"):
                 use()
 

@@ -6,6 +6,7 @@ Letters: B rows, S positions, D width, W windows of a canvas, P patches of a win
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ from omni_jax.training.recipe import NextTokenOptions, Recipe
 
 _FLOAT32_BYTES = 4
 _PREFIX = "thinker/"  # of the paths of its parameters
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract_params(model: Thinker) -> Any:
+    # the start of a run asks some five times, and each time would trace the whole model
+    return abstract_params(model)
 
 
 # compared and hashed by identity, as the step that holds it
@@ -56,7 +63,7 @@ class NextToken:
         return self.model.dtype
 
     def abstract_params(self) -> dict[str, Any]:
-        return {"thinker": abstract_params(self.model)}
+        return {"thinker": _abstract_params(self.model)}
 
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> OmniPacking:
         return OmniPacking.create(data, processor, num_streams)
