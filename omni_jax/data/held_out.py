@@ -10,7 +10,7 @@ from omni_jax.data.config import DataConfig
 from omni_jax.data.example_reader import ExampleReader
 from omni_jax.data.examples import Reject
 from omni_jax.data.mixture import NumberedRows
-from omni_jax.data.packing import Packing, PartLike
+from omni_jax.data.packing_protocol import Packing, PartLike
 from omni_jax.data.sources import Files, open_rows
 from omni_jax.distributed import gather
 from omni_jax.errors import InputError

@@ -10,9 +10,9 @@ P patches of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -20,66 +20,10 @@ from jax.typing import DTypeLike
 from omni_jax.batch import NO_FEATURE, PADDING, AudioBlocks, OmniBatch, Spans, TrainBatch, VisionFrames
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
-from omni_jax.data.examples import Example, Prepare, Reject
-from omni_jax.data.sources import Row
+from omni_jax.data.examples import Example, Prepare
 from omni_jax.errors import InputError
 from omni_jax.processing.media_workers import isolate
 from omni_jax.processing.processor import Processor
-
-
-class ExampleLike(Protocol):
-    """What a row becomes."""
-
-    @property
-    def name(self) -> str:
-        """Of the row."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """What a mixture by tokens counts."""
-        ...
-
-
-class PartLike(Protocol):
-    """A stream's part of a batch in the making."""
-
-    @property
-    def full(self) -> bool:
-        """Whether no example can be placed any more."""
-        ...
-
-    @property
-    def names(self) -> list[str]:
-        """Of the rows whose examples were placed."""
-        ...
-
-    def place(self, example: Any) -> bool:
-        """Puts an example into it; False if it has no place there. In an empty part each example has a place."""
-        ...
-
-
-class Packing(Protocol):
-    """How rows become batches of fixed shapes."""
-
-    @property
-    def prepare(self) -> Callable[[Row], Sequence[ExampleLike] | Reject]:
-        """From a row to its examples, of which there is at least one. It can be pickled: worker processes call it."""
-        ...
-
-    def new_part(self) -> PartLike:
-        """An empty part of one stream."""
-        ...
-
-    def assemble(self, parts: Sequence[Any], *, first: int, streams: int) -> Any:
-        """The batch of a process.
-
-        Args:
-          parts: of its streams, in order.
-          first: number of the first of its streams.
-          streams: of all processes.
-        """
-        ...
 
 
 class CanvasPlace(NamedTuple):
@@ -242,7 +186,15 @@ class Part:
         return max(fitting, key=lambda row: self._tokens[row], default=None)
 
 
-def assemble(parts: Sequence[Part], budget: Budget, config: OmniConfig, *, first: int, streams: int) -> TrainBatch:
+def assemble(
+    parts: Sequence[Part],
+    budget: Budget,
+    config: OmniConfig,
+    *,
+    first: int,
+    streams: int,
+    media_dtype: DTypeLike = np.float32,
+) -> TrainBatch:
     """Writes the batch of a process.
 
     Args:
@@ -252,6 +204,8 @@ def assemble(parts: Sequence[Part], budget: Budget, config: OmniConfig, *, first
       first: number of the first of its streams.
       streams: of all processes; their batches make up the batch of a step, one after the other on the leading axis,
         and ``media_index`` counts the features of all of them.
+      media_dtype: of mel frames and patches. The encoders begin by rounding these to their own dtype, so rounding them
+        here changes no number and ships half as much.
     """
     # the parts come one after the other on every leading axis: rows, blocks and canvases
     num_parts = len(parts)
@@ -259,8 +213,8 @@ def assemble(parts: Sequence[Part], budget: Budget, config: OmniConfig, *, first
     examples = [placed.example for part in parts for placed in part.placed]
     has_sound = any(example.audio is not None for example in examples)
     has_frames = any(len(example.windows) > 0 for example in examples)
-    blocks = _empty_blocks(num_parts * budget.blocks, config, has_sound)
-    canvases = _Canvases.create((num_parts * budget.canvases, budget.windows), config, has_frames)
+    blocks = _empty_blocks(num_parts * budget.blocks, config, media_dtype, has_sound)
+    canvases = _Canvases.create((num_parts * budget.canvases, budget.windows), config, media_dtype, has_frames)
     features = _FeatureCounter(budget, config, streams)
     for i, part in enumerate(parts):
         # places in the arrays count from the first stream of this process, features from the first of all
@@ -284,20 +238,25 @@ class OmniPacking:
       prepare: reads rows.
       budget: of one stream.
       config: of the model.
+      media_dtype: that its encoders compute in.
     """
 
     prepare: Prepare
     budget: Budget
     config: OmniConfig
+    media_dtype: DTypeLike = np.float32
 
     @classmethod
-    def create(cls, config: DataConfig, processor: Processor, num_streams: int) -> OmniPacking:
+    def create(
+        cls, config: DataConfig, processor: Processor, num_streams: int, media_dtype: DTypeLike = np.float32
+    ) -> OmniPacking:
         """With the budgets and the media of a configuration.
 
         Args:
           config: it.
           processor: reads the rows; from where it may fetch media, ``config`` says.
           num_streams: of this process.
+          media_dtype: that the model's encoders compute in.
         """
         budget = Budget.of(config)
         processor = processor.with_pixels(**config.pixels).with_access(config.access)
@@ -306,13 +265,13 @@ class OmniPacking:
         prepare = Prepare(
             processor, config.tokens, budget.check, config.use_audio_in_video, config.media_root, config.too_long
         )
-        return cls(prepare, budget, processor.config)
+        return cls(prepare, budget, processor.config, media_dtype)
 
     def new_part(self) -> Part:
         return Part(self.budget)
 
     def assemble(self, parts: Sequence[Part], *, first: int, streams: int) -> TrainBatch:
-        return assemble(parts, self.budget, self.config, first=first, streams=streams)
+        return assemble(parts, self.budget, self.config, first=first, streams=streams, media_dtype=self.media_dtype)
 
 
 @dataclass(frozen=True)
@@ -410,9 +369,9 @@ def is_repeated(array: np.ndarray) -> bool:
     return array.ndim > 0 and not any(array.strides)
 
 
-def _empty_blocks(num_blocks: int, config: OmniConfig, is_written: bool) -> AudioBlocks:
+def _empty_blocks(num_blocks: int, config: OmniConfig, dtype: DTypeLike, is_written: bool) -> AudioBlocks:
     sizes = config.thinker_config.audio_config
-    mel = _zeros((num_blocks, sizes.block_frames, sizes.num_mel_bins), np.float32, is_written)  # [A, T, M]
+    mel = _zeros((num_blocks, sizes.block_frames, sizes.num_mel_bins), dtype, is_written)  # [A, T, M]
     # a block of length 0 is padding
     return AudioBlocks(mel, np.zeros(num_blocks, np.int32))
 
@@ -433,12 +392,12 @@ class _Canvases:
     num_frames: np.ndarray  # on each canvas so far
 
     @classmethod
-    def create(cls, shape: tuple[int, int], config: OmniConfig, is_written: bool) -> _Canvases:
+    def create(cls, shape: tuple[int, int], config: OmniConfig, dtype: DTypeLike, is_written: bool) -> _Canvases:
         """Canvases of ``shape`` (canvases, windows) without frames; ``is_written``: whether any will come."""
         sizes = config.thinker_config.vision_config
         flat = (*shape, (sizes.window_cells * sizes.spatial_merge_size) ** 2)  # [F, W, P]
         frames = VisionFrames(
-            patches=_zeros((*flat, sizes.patch_dim), np.float32, is_written),
+            patches=_zeros((*flat, sizes.patch_dim), dtype, is_written),
             row=_zeros(flat, np.int32, is_written),
             column=_zeros(flat, np.int32, is_written),
             valid=_zeros(flat, np.int32, is_written),

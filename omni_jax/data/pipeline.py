@@ -22,7 +22,7 @@ from omni_jax.data.config import DataConfig
 from omni_jax.data.example_reader import ExampleReader
 from omni_jax.data.examples import Reject
 from omni_jax.data.mixture import Mixer, deal_rows, order_rows
-from omni_jax.data.packing import ExampleLike, Packing, PartLike
+from omni_jax.data.packing_protocol import ExampleLike, Packing, PartLike
 from omni_jax.data.rejects import RejectsFile
 from omni_jax.data.sources import Files, open_rows
 from omni_jax.errors import ConfigError, InputError

@@ -95,6 +95,22 @@ def load_engines(
     return make_engines(config, models, params, mesh, chunk_sizes)
 
 
+def make_thinker_engines(config: OmniConfig, params: Any, dtype: Dtype, mesh: Mesh) -> Engines:
+    """Engines that understand and write, of a Thinker whose parameters are on the devices already.
+
+    Args:
+      config: of the whole model.
+      params: of the Thinker, its layers stacked, in ``dtype``.
+      dtype: of computation.
+      mesh: over which the parameters are sharded.
+    """
+    if jax.default_backend() == "tpu":
+        config = widen_config(config, mesh.shape["tensor"])
+        params = pad_params(params, _wider_params(_make_model(config, "thinker", dtype, True), mesh))
+    model = _make_model(config, "thinker", dtype, True)
+    return make_engines(config, {"thinker": model}, {"thinker": params}, mesh, ChunkSizes())
+
+
 def _wider_params(model: thinker.Thinker, mesh: Mesh | None) -> Any:
     boxed = thinker.abstract_params(model)
     if mesh is None:

@@ -41,6 +41,7 @@ from omni_jax.training.run_state import (
     to_checkpoint,
     trained_components,
 )
+from omni_jax.training.samples import Sampler, choose_rows
 from omni_jax.training.step import TrainState, TrainStep, abstract_batch, jit_step, make_step
 from omni_jax.training.stop_signal import StopSignal
 
@@ -95,7 +96,9 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
             held_out = []
             if recipe.data.valid:
                 held_out = read_held_out(recipe.data, packing, process_index=shard.index, process_count=shard.count)
-            loop = _TrainLoop(recipe, objective, workdir, mesh, data, held_out)
+            rows = choose_rows(recipe.data.valid, recipe.eval.samples)
+            sampler = Sampler(objective, rows, recipe.data, processor, mesh, recipe.eval.max_tokens)
+            loop = _TrainLoop(recipe, objective, workdir, mesh, data, held_out, sampler)
         with contextlib.closing(loop):
             # an error must not cost the checkpoint that is being written
             failure_watch.before_end(loop.wait_for_checkpoint)
@@ -135,12 +138,14 @@ class _TrainLoop:
         mesh: jax.sharding.Mesh,
         data: Batches,
         held_out: Sequence[Batch],
+        sampler: Sampler,
     ) -> None:
         self._recipe = recipe
         self._objective = objective
         self._workdir = workdir
         self._mesh = mesh
         self._data = data
+        self._sampler = sampler
         self._log_file: MetricsLog | None = None  # of the main process
         self._checkpoints = TrainCheckpoints(workdir, objective.components, recipe.checkpoint.keep)
         self._saved_components = trained_components(recipe, objective)
@@ -400,10 +405,11 @@ class _TrainLoop:
         )
 
     def _evaluate(self) -> bool:
-        """Takes the loss of the held-out rows; returns whether it is the least so far."""
+        """Takes the loss of the held-out rows, and answers; returns whether the loss is the least so far."""
         assert self._evaluation is not None
         started = time.perf_counter()
         found = self._evaluation.run(self._state)
+        samples = self._sampler.run(self._state)
         # of the steps, not of this
         self._last_report += time.perf_counter() - started
         loss = found["loss"]
@@ -416,6 +422,7 @@ class _TrainLoop:
         self._checkpoints.best_step = self._best.step
         if self._log_file:
             self._log_file.log_evaluation({"step": self._number, **found})
+            self._log_file.log_samples(self._number, samples)
             write_best(self._workdir, self._best)
         note = "the least so far" if is_best else f"the least was {self._best.loss:.4f} after step {self._best.step}"
         self._log(f"step {self._number}: held-out loss {loss:.4f}, {note}")

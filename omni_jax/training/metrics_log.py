@@ -13,9 +13,11 @@ from tensorboardX import SummaryWriter
 
 from omni_jax.checks import printable
 from omni_jax.plain_files import open_own_file, replace_file
+from omni_jax.training.objective import Sample
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "eval.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 PLOT_FILE = "loss.png"
 _SMOOTHED_STEPS = 100  # of a run, from where its loss is drawn smoothed too
 
@@ -65,6 +67,7 @@ class MetricsLog:
         # lines of steps that the run makes again are dropped from the file, and hidden in TensorBoard
         self._file = _reopen(self._path, first_step)
         self._evaluations = _reopen(workdir / EVALUATIONS_FILE, first_step)
+        self._samples = _reopen(workdir / SAMPLES_FILE, first_step)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
 
         # a line that is rewritten in place where there is a terminal; elsewhere ``log_step`` prints some of the steps
@@ -130,15 +133,23 @@ class MetricsLog:
         for name, loss in found.get("sources", {}).items():
             self._board.add_scalar(f"held-out/{Path(name).name}", loss, found["step"])
 
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Writes what the model answers to held-out rows."""
+        for sample in samples:
+            self._samples.write(json.dumps({"step": step, **sample._asdict()}).encode() + b"\n")
+            self._board.add_text(f"samples/{sample.row}", f"{sample.answer}\n\n(expected: {sample.expected})", step)
+        self._samples.flush()
+
     def print(self, text: str) -> None:
         """Prints a line above the progress."""
         self._console.print(printable(text), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Ends the line of progress and both files."""
+        """Ends the line of progress and all files."""
         self._bar.stop()
         self._file.close()
         self._evaluations.close()
+        self._samples.close()
         self._board.close()
 
 

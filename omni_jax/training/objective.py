@@ -6,13 +6,15 @@ Which modules there are, how rows become batches and what the loss is, an object
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+from jax.sharding import Mesh
 
 from omni_jax.data.config import DataConfig
-from omni_jax.data.packing import Packing
+from omni_jax.data.packing_protocol import Packing
+from omni_jax.data.sources import Row
 from omni_jax.processing.processor import Processor
 
 Metrics: TypeAlias = dict[str, jax.Array]
@@ -31,6 +33,20 @@ class Loss(NamedTuple):
 
     total: jax.Array
     terms: Metrics
+
+
+class Sample(NamedTuple):
+    """What a model makes of a held-out row, for people to look at.
+
+    Attributes:
+      row: its name, file and number.
+      expected: what the row has.
+      answer: what the model gives; or "error: " and why it gives none.
+    """
+
+    row: str
+    expected: str
+    answer: str
 
 
 class Objective(Protocol):
@@ -87,6 +103,27 @@ class Objective(Protocol):
           sizes: elements of every parameter, by path.
           trained: paths of those that train.
           counts: from ``count_work``.
+        """
+        ...
+
+    def sample(
+        self,
+        params: Params,
+        rows: Sequence[Row],
+        data: DataConfig,
+        processor: Processor,
+        mesh: Mesh,
+        max_tokens: int,
+    ) -> list[Sample]:
+        """What the model answers to rows; rows that ask for nothing are passed over. Every process calls it.
+
+        Args:
+          params: of each component.
+          rows: held-out ones.
+          data: says where the media of rows may lie, and their sizes.
+          processor: of the run.
+          mesh: over which the parameters are sharded.
+          max_tokens: of an answer.
         """
         ...
 

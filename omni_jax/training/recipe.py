@@ -94,6 +94,10 @@ class EvalConfig:
     """Steps from one to the next; the last step has one too."""
     patience: int = 0
     """The run stops after so many of them without a smaller loss; 0: it goes on to its last step."""
+    samples: int = 0
+    """Rows of data.valid that the model answers each time, for people to look at; they are written to samples.jsonl."""
+    max_tokens: int = 64
+    """Of such an answer."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,10 @@ class Recipe:
         check_int("checkpoint.keep", self.checkpoint.keep, 1)
         check_int("eval.every", self.eval.every, 1)
         check_int("eval.patience", self.eval.patience, 0)
+        check_int("eval.samples", self.eval.samples, 0)
+        if self.eval.samples and not self.data.valid:
+            raise ConfigError("eval.samples asks for answers to held-out rows, and data.valid names none")
+        check_int("eval.max_tokens", self.eval.max_tokens, 1)
         optimizer = self.optimizer
         check_int("optimizer.accumulate", optimizer.accumulate, 1)
         check_int("optimizer.warmup", optimizer.warmup, 0)

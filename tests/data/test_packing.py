@@ -1,7 +1,9 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -140,6 +142,26 @@ def dialogues(processor):
         small.dialogue([{"role": "user", "content": content}, {"role": "assistant", "content": "A disc."}])
         for content in contents
     ]
+
+
+def test_media_may_come_in_the_dtype_that_the_encoders_compute_in(dialogues, config):
+    """Half as many bytes, and to the bit the same features."""
+    budget = Budget(rows=2, tokens=512, spans=32, blocks=8, canvases=4, windows=8)
+    part = Part(budget)
+    for i, (prompt, replies) in enumerate(dialogues):
+        assert part.place(make_example(prompt, replies + 1.0, str(i), config))
+    whole = assemble([part], budget, config, first=0, streams=1).inputs
+    half = assemble([part], budget, config, first=0, streams=1, media_dtype=jnp.bfloat16).inputs
+    assert half.audio.mel.nbytes * 2 == whole.audio.mel.nbytes and whole.audio.mel.any()
+    assert half.vision[0].patches.nbytes * 2 == whole.vision[0].patches.nbytes and whole.vision[0].patches.any()
+
+    model = Thinker(config.thinker_config, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    shapes = nn.unbox(abstract_params(model))
+    params = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
+    for method, of in (("encode_audio", lambda batch: batch.audio), ("encode_vision", lambda batch: batch.vision[0])):
+        encode = jax.jit(functools.partial(model.apply, {"params": params}, method=method))
+        np.testing.assert_array_equal(encode(of(half)), encode(of(whole)))
 
 
 def test_a_packed_example_has_the_logits_that_it_has_alone(dialogues, config):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from omni_jax.checkpoint.train_checkpoints import (
 from omni_jax.errors import CheckpointError, ConfigError, InputError, TrainingError
 from omni_jax.training import device_batches, loop
 from omni_jax.training.loop import train
-from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, PLOT_FILE, read_metrics
+from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, PLOT_FILE, SAMPLES_FILE, read_metrics
 from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.recipe import Phase, Recipe
 
@@ -209,18 +211,36 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
 def test_a_loss_that_is_no_number_stops_the_run(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make_recipe(data={"rows": 1})
+    """And the checkpoint that is being written when it does is complete."""
+    recipe = make_recipe(data={"rows": 1}, checkpoint={"every": 1})
     batches = []
+    has_failing_batch = threading.Event()
 
     def damaged_batch(parts, abstract):
         batch = device_batches.to_devices(parts, abstract)
         batches.append(batch)
-        return batch.replace(weights=batch.weights * np.nan) if len(batches) == 2 else batch
+        if len(batches) != 2:
+            return batch
+        has_failing_batch.set()
+        return batch.replace(weights=batch.weights * np.nan)
 
     monkeypatch.setattr(loop, "to_devices", damaged_batch)
-    with pytest.raises(TrainingError, match=r"step 2: the loss is nan.* rows .*rows.jsonl:\d+.*after step 0 is saved"):
+    write_json = train_checkpoints._write_json
+    comes_after = []
+
+    def write_late(path: Path, value: object) -> None:
+        # the file without which a checkpoint is no whole one, after the step that fails
+        if path.name == FILES_FILE:
+            comes_after.append(has_failing_batch.wait(60))
+            time.sleep(1)
+        write_json(path, value)
+
+    monkeypatch.setattr(train_checkpoints, "_write_json", write_late)
+    with pytest.raises(TrainingError, match=r"step 2: the loss is nan.* rows .*rows.jsonl:\d+.*after step 1 is saved"):
         train(recipe, tmp_path / "run")
-    assert not list((tmp_path / "run" / CHECKPOINTS_FOLDER).iterdir())
+    assert comes_after == [True]
+    assert [path.name for path in (tmp_path / "run" / CHECKPOINTS_FOLDER).iterdir()] == ["00000001"]
+    assert not find_damage(step_folder(tmp_path / "run", 1))
 
 
 def test_a_step_that_is_not_finite_can_be_skipped(
@@ -290,6 +310,29 @@ def test_a_run_stops_early_and_is_traced(make_recipe: Callable[..., Recipe], row
     # and does not go on when it is started again
     assert train(recipe, tmp_path / "run")
     assert len(read_metrics(tmp_path / "run" / METRICS_FILE)) == 3
+
+
+def test_held_out_rows_are_answered(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """As the checkpoint of the same step answers them; texts that ask for nothing are passed over."""
+    prompt = [{"role": "user", "content": "What is this?"}]
+    valid = []
+    for name, row in (
+        ("text", {"text": "one"}),
+        ("chat", {"messages": [*prompt, {"role": "assistant", "content": "It"}]}),
+    ):
+        valid.append(str(tmp_path / f"{name}.jsonl"))
+        Path(valid[-1]).write_text(json.dumps(row) + "\n")
+    recipe = make_recipe(
+        data={"rows": 1, "valid": tuple(valid), "audio_blocks": 4},
+        eval={"every": 2, "samples": 3, "max_tokens": 5},
+        steps=2,
+    )
+    workdir = tmp_path / "run"
+    assert train(recipe, workdir)
+    (sample,) = read_metrics(workdir / SAMPLES_FILE)
+    model = omni_jax.load(workdir, dtype="float32", components=("thinker",))
+    answer = model.generate(prompt, max_tokens=5, temperature=0.0).text
+    assert sample == {"step": 2, "row": f"{valid[1]}:1", "expected": "It", "answer": answer}
 
 
 def test_a_held_out_row_that_cannot_be_used_is_named(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

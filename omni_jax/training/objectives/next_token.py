@@ -8,33 +8,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from omni_jax.batch import PADDING, Array, TrainBatch
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.packing import Budget, OmniPacking, Part, assemble
+from omni_jax.data.sources import Row
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.processing.processor import Processor
 from omni_jax.training.losses import next_token_loss
-from omni_jax.training.objective import Loss, Metrics, Params
+from omni_jax.training.objective import Loss, Metrics, Params, Sample
 from omni_jax.training.objectives.next_token_flops import count_step_flops
+from omni_jax.training.objectives.next_token_samples import answer_rows
 from omni_jax.training.recipe import NextTokenOptions, Recipe
 
 _FLOAT32_BYTES = 4
 _PREFIX = "thinker/"  # of the paths of its parameters
-
-
-@functools.lru_cache(maxsize=4)
-def _abstract_params(model: Thinker) -> Any:
-    # the start of a run asks some five times, and each time would trace the whole model
-    return abstract_params(model)
 
 
 # compared and hashed by identity, as the step that holds it
@@ -63,15 +60,20 @@ class NextToken:
         return self.model.dtype
 
     def abstract_params(self) -> dict[str, Any]:
-        return {"thinker": _abstract_params(self.model)}
+        return {"thinker": self._abstract_thinker}
+
+    @functools.cached_property
+    def _abstract_thinker(self) -> Any:
+        # the start of a run asks some five times, and each time would trace the whole model
+        return abstract_params(self.model)
 
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> OmniPacking:
-        return OmniPacking.create(data, processor, num_streams)
+        return OmniPacking.create(data, processor, num_streams, self.dtype)
 
     def abstract_row(self, data: DataConfig) -> TrainBatch:
         # an empty batch of one row, made by the code that makes all others, so that the two cannot differ
         budget = Budget.of(dataclasses.replace(data, rows=1, streams=1))
-        return assemble([Part(budget)], budget, self.config, first=0, streams=1)
+        return assemble([Part(budget)], budget, self.config, first=0, streams=1, media_dtype=self.dtype)
 
     def denominators(self, batch: TrainBatch) -> Metrics:
         # A batch of padding alone has no weight, and nor has a source of which nothing came.
@@ -118,6 +120,17 @@ class NextToken:
         own_sizes = {path.removeprefix(_PREFIX): size for path, size in sizes.items() if path.startswith(_PREFIX)}
         own_trained = {path.removeprefix(_PREFIX) for path in trained}
         return count_step_flops(self.config.thinker_config, own_sizes, own_trained, counts)
+
+    def sample(
+        self,
+        params: Params,
+        rows: Sequence[Row],
+        data: DataConfig,
+        processor: Processor,
+        mesh: Mesh,
+        max_tokens: int,
+    ) -> list[Sample]:
+        return answer_rows(params["thinker"], self.dtype, self.config, rows, data, processor, mesh, max_tokens)
 
     def estimate_activations(self, data: DataConfig, row_parts: int, sequence: int, tensor: int) -> dict[str, int]:
         text = self.config.thinker_config.text_config

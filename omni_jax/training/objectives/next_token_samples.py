@@ -1,0 +1,82 @@
+"""Answers of a Thinker that is being trained, by the code that serves one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from omni_jax.config import OmniConfig
+from omni_jax.data.config import DataConfig
+from omni_jax.data.rows import Document, read_row
+from omni_jax.data.sources import Row
+from omni_jax.generation.components import make_thinker_engines
+from omni_jax.generation.model import OmniModel
+from omni_jax.processing.media_workers import isolate
+from omni_jax.processing.processor import Processor
+from omni_jax.training.objective import Sample
+
+
+def answer_rows(
+    params: Any,
+    dtype: DTypeLike,
+    config: OmniConfig,
+    rows: Sequence[Row],
+    data: DataConfig,
+    processor: Processor,
+    mesh: Mesh,
+    max_tokens: int,
+) -> list[Sample]:
+    """The last reply of each dialogue among the rows, decoded greedily; documents are passed over.
+
+    Args:
+      params: of the Thinker, over the devices of ``mesh``; a copy in ``dtype`` is held for the time of the call.
+      dtype: of computation.
+      config: of the whole model.
+      rows: that are asked.
+      data: says where their media may lie, and their sizes.
+      processor: of the run.
+      mesh: of the run.
+      max_tokens: of an answer.
+
+    Raises:
+      InputError: if a row is not what it should be.
+    """
+    names: list[str] = []
+    prompts: list[Sequence[Mapping[str, Any]]] = []
+    expected: list[str] = []
+    for row in rows:
+        content = read_row(row, data.use_audio_in_video, data.media_root)
+        if isinstance(content, Document):
+            continue
+        replies = [i for i, message in enumerate(content.messages) if message["role"] == "assistant"]
+        # the first message of all answers nothing
+        if not replies or replies[-1] == 0:
+            continue
+        names.append(row.name)
+        prompts.append(content.messages[: replies[-1]])
+        expected.append(_text_of(content.messages[replies[-1]]["content"]))
+    if not prompts:
+        return []
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+    engines = make_thinker_engines(config, jax.tree.map(cast, params), dtype, mesh)
+    processor = processor.with_pixels(**data.pixels).with_access(data.access)
+    model = OmniModel(config, isolate(processor) if data.isolate_media else processor, engines, {})
+    replies = model.generate_batch(prompts, max_tokens=max_tokens, temperature=0.0)
+    samples = []
+    for name, text, reply in zip(names, expected, replies, strict=True):
+        samples.append(Sample(name, text, reply.text if reply.error is None else f"error: {reply.error}"))
+    return samples
+
+
+def _text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """Of a message's parts those that are text."""
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text", "")) for part in content)
