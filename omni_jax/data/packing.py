@@ -230,6 +230,18 @@ def assemble(
     return TrainBatch(inputs, text.targets, text.weights, text.source)
 
 
+def processor_of_rows(config: DataConfig, processor: Processor, num_workers: int) -> Processor:
+    """A processor with the sizes of media, and the access to them, that a configuration gives to rows.
+
+    Args:
+      config: it.
+      processor: of the model.
+      num_workers: processes that decode media, where the configuration isolates them.
+    """
+    processor = processor.with_pixels(**config.pixels).with_access(config.access)
+    return isolate(processor, num_workers) if config.isolate_media else processor
+
+
 @dataclass(frozen=True)
 class OmniPacking:
     """Documents and dialogues into ``TrainBatch``.
@@ -259,9 +271,7 @@ class OmniPacking:
           media_dtype: that the model's encoders compute in.
         """
         budget = Budget.of(config)
-        processor = processor.with_pixels(**config.pixels).with_access(config.access)
-        if config.isolate_media:
-            processor = isolate(processor, max(config.workers, 1) * num_streams)
+        processor = processor_of_rows(config, processor, max(config.workers, 1) * num_streams)
         prepare = Prepare(
             processor, config.tokens, budget.check, config.use_audio_in_video, config.media_root, config.too_long
         )

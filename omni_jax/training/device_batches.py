@@ -87,8 +87,6 @@ def _fill_on_devices(target: jax.ShapeDtypeStruct, value: float) -> jax.Array:
     """An array of one number in every place, which each device of this process makes for itself."""
     sharding = target.sharding
     shape = sharding.shard_shape(target.shape)
-    shards = []
-    for device in sharding.addressable_devices:
-        with jax.default_device(device):
-            shards.append(jnp.full(shape, value, target.dtype))
+    # named for each shard: under the mesh of a run, a default device would not be asked
+    shards = [jnp.full(shape, value, target.dtype, device=device) for device in sharding.addressable_devices]
     return jax.make_array_from_single_device_arrays(target.shape, sharding, shards)

@@ -28,7 +28,7 @@ from omni_jax.training.evaluation import Best, Evaluation, read_best, write_best
 from omni_jax.training.failure import FailureWatch
 from omni_jax.training.flops import parameter_sizes, peak_flops
 from omni_jax.training.metrics_log import MetricsLog, plot_loss
-from omni_jax.training.objective import Batch, Metrics, Objective
+from omni_jax.training.objective import Batch, Metrics, Objective, Sample, SampleRequest
 from omni_jax.training.objectives import make_objective
 from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.recipe import Recipe
@@ -41,7 +41,7 @@ from omni_jax.training.run_state import (
     to_checkpoint,
     trained_components,
 )
-from omni_jax.training.samples import Sampler, choose_rows
+from omni_jax.training.samples import make_sample_request
 from omni_jax.training.step import TrainState, TrainStep, abstract_batch, jit_step, make_step
 from omni_jax.training.stop_signal import StopSignal
 
@@ -96,9 +96,8 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
             held_out = []
             if recipe.data.valid:
                 held_out = read_held_out(recipe.data, packing, process_index=shard.index, process_count=shard.count)
-            rows = choose_rows(recipe.data.valid, recipe.eval.samples)
-            sampler = Sampler(objective, rows, recipe.data, processor, mesh, recipe.eval.max_tokens)
-            loop = _TrainLoop(recipe, objective, workdir, mesh, data, held_out, sampler)
+            sample_request = make_sample_request(recipe, processor, mesh)
+            loop = _TrainLoop(recipe, objective, workdir, mesh, data, held_out, sample_request)
         with contextlib.closing(loop):
             # an error must not cost the checkpoint that is being written
             failure_watch.before_end(loop.wait_for_checkpoint)
@@ -138,14 +137,14 @@ class _TrainLoop:
         mesh: jax.sharding.Mesh,
         data: Batches,
         held_out: Sequence[Batch],
-        sampler: Sampler,
+        sample_request: SampleRequest | None,
     ) -> None:
         self._recipe = recipe
         self._objective = objective
         self._workdir = workdir
         self._mesh = mesh
         self._data = data
-        self._sampler = sampler
+        self._sample_request = sample_request
         self._log_file: MetricsLog | None = None  # of the main process
         self._checkpoints = TrainCheckpoints(workdir, objective.components, recipe.checkpoint.keep)
         self._saved_components = trained_components(recipe, objective)
@@ -409,7 +408,9 @@ class _TrainLoop:
         assert self._evaluation is not None
         started = time.perf_counter()
         found = self._evaluation.run(self._state)
-        samples = self._sampler.run(self._state)
+        samples: list[Sample] = []
+        if self._sample_request is not None:
+            samples = self._objective.sample(self._state.params, self._sample_request)
         # of the steps, not of this
         self._last_report += time.perf_counter() - started
         loss = found["loss"]

@@ -137,7 +137,9 @@ class MetricsLog:
         """Writes what the model answers to held-out rows."""
         for sample in samples:
             self._samples.write(json.dumps({"step": step, **sample._asdict()}).encode() + b"\n")
-            self._board.add_text(f"samples/{sample.row}", f"{sample.answer}\n\n(expected: {sample.expected})", step)
+            self._board.add_text(
+                f"samples/{Path(sample.row).name}", f"{sample.answer}\n\n(expected: {sample.expected})", step
+            )
         self._samples.flush()
 
     def print(self, text: str) -> None:

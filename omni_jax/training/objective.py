@@ -7,6 +7,7 @@ Which modules there are, how rows become batches and what the loss is, an object
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -33,6 +34,25 @@ class Loss(NamedTuple):
 
     total: jax.Array
     terms: Metrics
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Held-out rows that a run answers at each evaluation.
+
+    Attributes:
+      rows: to be answered.
+      data: says where their media may lie.
+      processor: that reads them, as it reads the rows that train.
+      mesh: of the run.
+      max_tokens: of an answer.
+    """
+
+    rows: Sequence[Row]
+    data: DataConfig
+    processor: Processor
+    mesh: Mesh
+    max_tokens: int
 
 
 class Sample(NamedTuple):
@@ -106,24 +126,12 @@ class Objective(Protocol):
         """
         ...
 
-    def sample(
-        self,
-        params: Params,
-        rows: Sequence[Row],
-        data: DataConfig,
-        processor: Processor,
-        mesh: Mesh,
-        max_tokens: int,
-    ) -> list[Sample]:
+    def sample(self, params: Params, request: SampleRequest) -> list[Sample]:
         """What the model answers to rows; rows that ask for nothing are passed over. Every process calls it.
 
         Args:
           params: of each component.
-          rows: held-out ones.
-          data: says where the media of rows may lie, and their sizes.
-          processor: of the run.
-          mesh: over which the parameters are sharded.
-          max_tokens: of an answer.
+          request: what to answer, and over which mesh the parameters are sharded.
         """
         ...
 

@@ -1,18 +1,17 @@
-"""What a model answers to held-out rows while it trains, for people to look at."""
+"""Which held-out rows a model answers while it trains, for people to look at."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from jax.sharding import Mesh
 
-from omni_jax.data.config import DataConfig
+from omni_jax.data.packing import processor_of_rows
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.processing.processor import Processor
-from omni_jax.training.objective import Objective, Sample
-from omni_jax.training.step import TrainState
+from omni_jax.training.objective import SampleRequest
+from omni_jax.training.recipe import Recipe
 
 
 def choose_rows(paths: Sequence[str], count: int) -> list[Row]:
@@ -28,28 +27,20 @@ def choose_rows(paths: Sequence[str], count: int) -> list[Row]:
     return rows[:count]
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Has the model of a run answer the same rows again and again.
+def make_sample_request(recipe: Recipe, processor: Processor, mesh: Mesh) -> SampleRequest | None:
+    """What a recipe wants answered at each evaluation; None if nothing.
 
-    Attributes:
-      objective: of the run; it knows how its model answers.
-      rows: to be answered.
-      data: says where the media of rows may lie, and their sizes.
+    Args:
+      recipe: names the held-out rows.
       processor: of the run.
-      mesh: over which the parameters are sharded.
-      max_tokens: of an answer.
+      mesh: of the run.
+
+    Raises:
+      InputError: if a file of rows cannot be read.
     """
-
-    objective: Objective
-    rows: Sequence[Row]
-    data: DataConfig
-    processor: Processor
-    mesh: Mesh
-    max_tokens: int
-
-    def run(self, state: TrainState) -> list[Sample]:
-        """The answers of a state; every process of a run calls it."""
-        if not self.rows:
-            return []
-        return self.objective.sample(state.params, self.rows, self.data, self.processor, self.mesh, self.max_tokens)
+    if not recipe.eval.samples:
+        return None
+    rows = choose_rows(recipe.data.valid, recipe.eval.samples)
+    # made once: where media are isolated it has a process of its own
+    reader = processor_of_rows(recipe.data, processor, 1)
+    return SampleRequest(rows, recipe.data, reader, mesh, recipe.eval.max_tokens)

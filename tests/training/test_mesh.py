@@ -23,7 +23,7 @@ from omni_jax.models.thinker import Thinker
 from omni_jax.sharding import MeshConfig
 from omni_jax.training.device_batches import BatchShard, batch_shard, to_devices
 from omni_jax.training.loop import train
-from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
+from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE, read_metrics
 from omni_jax.training.objectives.next_token import NextToken
 from omni_jax.training.recipe import Recipe
 from omni_jax.training.step import abstract_batch
@@ -77,9 +77,17 @@ def one_device(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def four_devices(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for held-out rows that are text alone, so that the media of their batches are made on the devices."""
+    rows = tmp_path_factory.mktemp("valid") / "text.jsonl"
+    rows.write_text(json.dumps({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "It"}]}))
+    return ["--data.valid", str(rows), "--eval.every", str(STEPS), "--eval.samples", "1", "--eval.max-tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def four_devices(options: list[str], held_out: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("four") / "run"
-    finish(start("train.py", *options, *MESH, "--workdir", str(workdir), devices=4))
+    finish(start("train.py", *options, *held_out, *MESH, "--workdir", str(workdir), devices=4))
     return workdir
 
 
@@ -87,21 +95,26 @@ def test_four_devices(one_device: Path, four_devices: Path) -> None:
     expected = losses(one_device)
     assert np.abs(losses(four_devices) - expected).max() < TOLERANCE * np.abs(expected).max()
     assert expected[-1] < expected[0]  # and the loss falls
+    (held_out,) = read_metrics(four_devices / EVALUATIONS_FILE)
+    assert held_out["step"] == STEPS and np.isfinite(held_out["loss"])
+    (sample,) = read_metrics(four_devices / SAMPLES_FILE)
+    assert sample["expected"] == "It" and sample["answer"] and not sample["answer"].startswith("error")
 
 
 @pytest.mark.long
-def test_two_processes(options: list[str], four_devices: Path, tmp_path: Path) -> None:
+def test_two_processes(options: list[str], held_out: list[str], four_devices: Path, tmp_path: Path) -> None:
     """Of two devices each: each reads its own rows, and both write the checkpoints."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     each = [*MESH, "--workdir", str(tmp_path / "run")]
     together = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", "2"]
-    runs = [start("train.py", *options, *each, *together, "--process", str(i), devices=2) for i in range(2)]
+    runs = [start("train.py", *options, *held_out, *each, *together, "--process", str(i), devices=2) for i in range(2)]
     for process in runs:
         finish(process)
     expected = losses(four_devices)
     assert np.abs(losses(tmp_path / "run") - expected).max() < TOLERANCE * np.abs(expected).max()
+    assert read_metrics(tmp_path / "run" / SAMPLES_FILE) == read_metrics(four_devices / SAMPLES_FILE)
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved == [f"{STEPS // 2:08d}", f"{STEPS:08d}"]
 

@@ -8,24 +8,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Int
 
 from omni_jax.batch import PADDING, Array, TrainBatch
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.packing import Budget, OmniPacking, Part, assemble
-from omni_jax.data.sources import Row
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.processing.processor import Processor
 from omni_jax.training.losses import next_token_loss
-from omni_jax.training.objective import Loss, Metrics, Params, Sample
+from omni_jax.training.objective import Loss, Metrics, Params, Sample, SampleRequest
 from omni_jax.training.objectives.next_token_flops import count_step_flops
 from omni_jax.training.objectives.next_token_samples import answer_rows
 from omni_jax.training.recipe import NextTokenOptions, Recipe
@@ -121,16 +119,8 @@ class NextToken:
         own_trained = {path.removeprefix(_PREFIX) for path in trained}
         return count_step_flops(self.config.thinker_config, own_sizes, own_trained, counts)
 
-    def sample(
-        self,
-        params: Params,
-        rows: Sequence[Row],
-        data: DataConfig,
-        processor: Processor,
-        mesh: Mesh,
-        max_tokens: int,
-    ) -> list[Sample]:
-        return answer_rows(params["thinker"], self.dtype, self.config, rows, data, processor, mesh, max_tokens)
+    def sample(self, params: Params, request: SampleRequest) -> list[Sample]:
+        return answer_rows(params["thinker"], self.dtype, self.config, request)
 
     def estimate_activations(self, data: DataConfig, row_parts: int, sequence: int, tensor: int) -> dict[str, int]:
         text = self.config.thinker_config.text_config

@@ -6,41 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from omni_jax.config import OmniConfig
-from omni_jax.data.config import DataConfig
 from omni_jax.data.rows import Document, read_row
-from omni_jax.data.sources import Row
 from omni_jax.generation.components import make_thinker_engines
 from omni_jax.generation.model import OmniModel
-from omni_jax.processing.media_workers import isolate
-from omni_jax.processing.processor import Processor
-from omni_jax.training.objective import Sample
+from omni_jax.training.objective import Sample, SampleRequest
 
 
-def answer_rows(
-    params: Any,
-    dtype: DTypeLike,
-    config: OmniConfig,
-    rows: Sequence[Row],
-    data: DataConfig,
-    processor: Processor,
-    mesh: Mesh,
-    max_tokens: int,
-) -> list[Sample]:
+def answer_rows(params: Any, dtype: DTypeLike, config: OmniConfig, request: SampleRequest) -> list[Sample]:
     """The last reply of each dialogue among the rows, decoded greedily; documents are passed over.
 
     Args:
-      params: of the Thinker, over the devices of ``mesh``; a copy in ``dtype`` is held for the time of the call.
+      params: of the Thinker, over the devices of the mesh; a copy in ``dtype`` is held for the time of the call.
       dtype: of computation.
       config: of the whole model.
-      rows: that are asked.
-      data: says where their media may lie, and their sizes.
-      processor: of the run.
-      mesh: of the run.
-      max_tokens: of an answer.
+      request: the rows, and how they are answered.
 
     Raises:
       InputError: if a row is not what it should be.
@@ -48,8 +30,8 @@ def answer_rows(
     names: list[str] = []
     prompts: list[Sequence[Mapping[str, Any]]] = []
     expected: list[str] = []
-    for row in rows:
-        content = read_row(row, data.use_audio_in_video, data.media_root)
+    for row in request.rows:
+        content = read_row(row, request.data.use_audio_in_video, request.data.media_root)
         if isinstance(content, Document):
             continue
         replies = [i for i, message in enumerate(content.messages) if message["role"] == "assistant"]
@@ -65,10 +47,9 @@ def answer_rows(
     def cast(leaf: jax.Array) -> jax.Array:
         return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
-    engines = make_thinker_engines(config, jax.tree.map(cast, params), dtype, mesh)
-    processor = processor.with_pixels(**data.pixels).with_access(data.access)
-    model = OmniModel(config, isolate(processor) if data.isolate_media else processor, engines, {})
-    replies = model.generate_batch(prompts, max_tokens=max_tokens, temperature=0.0)
+    engines = make_thinker_engines(config, jax.tree.map(cast, params), dtype, request.mesh)
+    model = OmniModel(config, request.processor, engines, {})
+    replies = model.generate_batch(prompts, max_tokens=request.max_tokens, temperature=0.0)
     samples = []
     for name, text, reply in zip(names, expected, replies, strict=True):
         samples.append(Sample(name, text, reply.text if reply.error is None else f"error: {reply.error}"))
