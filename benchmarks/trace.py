@@ -61,24 +61,24 @@ class _Traced:
 
 
 class _TracedThinkerEngine(_Traced, ThinkerEngine):
-    def encode(self, media: Any) -> jax.Array:
+    def encode(self, media: Any, *args: Any) -> jax.Array:
         call = super().encode
         # of sound in blocks, for that is what the predictions are about; nothing predicts pictures
-        return self.trace.run(Part.ENCODERS, lambda: call(media), lambda _: len(media.length))
+        return self.trace.run(Part.ENCODERS, lambda: call(media, *args), lambda _: len(media.length))
 
-    def prefill(self, prefix: Any, chunk: Any, features: Any) -> Any:
+    def prefill(self, prefix: Any, chunk: Any, *args: Any) -> Any:
         call = super().prefill
         positions = chunk.tokens.shape[1]
-        return self.trace.run(Part.PREFILL, lambda: call(prefix, chunk, features), lambda _: positions)
+        return self.trace.run(Part.PREFILL, lambda: call(prefix, chunk, *args), lambda _: positions)
 
-    def prefill_blocks(self, state: Any, blocks: Any, features: Any, is_new: Any) -> Any:
+    def prefill_blocks(self, state: Any, blocks: Any, *args: Any) -> Any:
         call = super().prefill_blocks
         positions = blocks.chunk.tokens.size
-        return self.trace.run(Part.PREFILL, lambda: call(state, blocks, features, is_new), lambda _: positions)
+        return self.trace.run(Part.PREFILL, lambda: call(state, blocks, *args), lambda _: positions)
 
-    def decode(self, state: Any, num_tokens: int | None = None, finished: Any = None) -> Any:
+    def decode(self, state: Any, *args: Any) -> Any:
         call = super().decode
-        return self.trace.run(Part.TEXT, lambda: call(state, num_tokens, finished), _count_steps)
+        return self.trace.run(Part.TEXT, lambda: call(state, *args), _count_steps)
 
 
 class _TracedTalkerEngine(_Traced, TalkerEngine):

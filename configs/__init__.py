@@ -1,5 +1,11 @@
 """Recipes by name. Each module makes those of one stage, for every size."""
 
-from configs import pretrain1, pretrain2, pretrain3, thinker_sft
+from configs import pretrain1, pretrain2, pretrain3, thinker_lora, thinker_sft
 
-RECIPES = {**pretrain1.RECIPES, **pretrain2.RECIPES, **pretrain3.RECIPES, **thinker_sft.RECIPES}
+RECIPES = {
+    **pretrain1.RECIPES,
+    **pretrain2.RECIPES,
+    **pretrain3.RECIPES,
+    **thinker_sft.RECIPES,
+    **thinker_lora.RECIPES,
+}

@@ -39,6 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kernel": (),
     "channels": (),  # of Token2Wav's convolutions, from 1536 down to 1: too few to shard
     "norm": (),
+    "rank": (),  # of an adapter: small
     # activations, and the arrays of a batch; blocks of sound and frames lie where the rows are that they belong to
     "batch": ("data", "fsdp"),
     "sequence": ("sequence",),

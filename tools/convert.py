@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checkpoint import convert, export
+from omni_jax.checkpoint import convert, export, peft
 from omni_jax.checks import printable
 from omni_jax.errors import CheckpointError, ConfigError
 
@@ -72,13 +72,27 @@ def to_hf(src: Source, dst: Target) -> None:
 
     DST is what PyTorch's Qwen2_5OmniForConditionalGeneration loads, in transformers 4 and 5. Tensors that were neither
     cast nor trained have the bits that they came with. A checkpoint with a Thinker and nothing else becomes a folder
-    for Qwen2_5OmniThinkerForConditionalGeneration.
+    for Qwen2_5OmniThinkerForConditionalGeneration. An adapter of the checkpoint (LoRA) is merged.
 
     Args:
       src: the checkpoint: what to-jax wrote, or a checkpoint of a training run.
       dst: where to; nothing may be there yet, and on failure nothing is.
     """
     _convert_with_progress(dst, lambda progress: export.to_hf(src, dst, progress=progress))
+
+
+def to_peft(src: Source, dst: Target) -> None:
+    """Writes the adapter (LoRA) of a training run alone, as a folder of peft's.
+
+    peft's ``PeftModel.from_pretrained`` loads DST for the PyTorch model that the run began from; ``serve.py --adapter``
+    takes it too.
+
+    Args:
+      src: the folder of a run with --lora.rank, or one of its checkpoints.
+      dst: where to; nothing may be there yet, and on failure nothing is.
+    """
+    adapter = peft.write_adapter(src, dst)
+    print(f"{dst}: rank {adapter.rank}, {len(adapter.modules)} kinds of linear maps")
 
 
 def _check_that_verify_can_run(components: tuple[Component, ...] | None) -> None:
@@ -120,7 +134,7 @@ def _peak_memory() -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; ``arguments`` are those of the process if None."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
-    commands = {"to-jax": to_jax, "to-hf": to_hf}
+    commands = {"to-jax": to_jax, "to-hf": to_hf, "to-peft": to_peft}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=arguments)
     except (CheckpointError, ConfigError) as e:

@@ -2,7 +2,7 @@
 
 A tensor that was neither cast nor trained since it came from PyTorch goes back with the same bits, under the published
 name, and so do the tensors that are no parameters. One tensor is in memory at a time. The small files go back in the
-form of transformers 4, which version 5 reads too.
+form of transformers 4, which version 5 reads too. An adapter of the checkpoint is merged into the kernels it adapts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from omni_jax.checkpoint import store, voices
 from omni_jax.checkpoint.convert import Conversion, Progress, ProgressCounter
+from omni_jax.checkpoint.lora import has_adapter
 from omni_jax.checkpoint.model_files import CONSTANTS_FILE, side_files, write_thinker_config
 from omni_jax.checkpoint.name_map import (
     COMPONENTS,
@@ -26,6 +27,7 @@ from omni_jax.checkpoint.name_map import (
     make_name_table,
     optional_constants,
 )
+from omni_jax.checkpoint.peft import Adapter, read_adapter
 from omni_jax.checkpoint.pytorch import write_tensors
 from omni_jax.checkpoint.tensor_file import NewTensor, read_header
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
@@ -63,7 +65,7 @@ def to_hf(
     components = _check_components(source)
     is_thinker_alone = components == ("thinker",)
     # ``abstract`` compares all shapes with config.json; the dtypes are those that the tensors are written in
-    shapes: dict[tuple[str, ...], Any] = flatten_dict(store.abstract(source))
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(store.abstract(source, components))
     dtypes = {path: np.dtype(leaf.dtype) for path, leaf in shapes.items()}
     config = OmniConfig.load(source)
     files = side_files(source)
@@ -75,7 +77,8 @@ def to_hf(
     # the tensors with their sizes, from which the files are cut; values are read when their turn to be written comes
     entries = make_name_table(config, components)
     counter = ProgressCounter(entries, progress)
-    tensors = list(_make_tensors(source, entries, dtypes, counter, is_thinker_alone))
+    adapter = read_adapter(source, config) if has_adapter(source) else None
+    tensors = list(_make_tensors(source, entries, dtypes, counter, is_thinker_alone, adapter))
     tensors += constants
 
     with store.new_folder(target) as unfinished:
@@ -96,13 +99,17 @@ def _make_tensors(
     dtypes: dict[tuple[str, ...], np.dtype],
     counter: ProgressCounter,
     is_thinker_alone: bool,
+    adapter: Adapter | None,
 ) -> Iterator[NewTensor]:
     # the tensors of one leaf are written one after the other, so one open leaf is enough
     open_leaf = functools.lru_cache(maxsize=1)(functools.partial(store.open_leaf, source))
 
     def read(entry: Entry, layer: int) -> np.ndarray:
         read_leaf = open_leaf(entry.path)
-        tensor = entry.to_torch(read_leaf(layer if entry.stacked else None))
+        leaf = read_leaf(layer if entry.stacked else None)
+        if adapter is not None:
+            leaf = adapter.merge(leaf, entry, layer)
+        tensor = entry.to_torch(leaf)
         counter.advance()
         return tensor
 

@@ -4,6 +4,7 @@
 
     FOLDER/omni_jax.json            the version of this layout, and which components are here, in which dtypes
     FOLDER/params/thinker/          one Orbax checkpoint (a pytree) for each component
+    FOLDER/params/lora/             another one and lora.json, where there is an adapter (checkpoint/lora.py)
     FOLDER/config.json, tokenizer.json, preprocessor_config.json, chat_template.json, ...   as they came
     FOLDER/voices.npz               the voices (checkpoint/voices.py), where Talker or Token2Wav are here
     FOLDER/constants.safetensors    tensors of the published files that are no parameters, kept for the way back
@@ -38,6 +39,7 @@ from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
 from omni_jax.checkpoint.array_files import check_arrays
+from omni_jax.checkpoint.lora import LORA, LoRAConfig, adapter_shapes
 from omni_jax.checkpoint.name_map import COMPONENTS, describe_differences, make_name_table
 from omni_jax.checks import shown
 from omni_jax.config import OmniConfig
@@ -267,8 +269,8 @@ def components(folder: Path) -> dict[str, list[str]]:
         raise CheckpointError(f"{folder} is of format {shown(version)}; this release reads {FORMAT}; convert it again")
     for name, dtypes in found.items():
         # names become paths, so they are ours alone
-        if name not in COMPONENTS:
-            raise CheckpointError(f"{path}: unknown component {shown(name)}; known: {', '.join(COMPONENTS)}")
+        if name not in (*COMPONENTS, LORA):
+            raise CheckpointError(f"{path}: unknown component {shown(name)}; known: {', '.join(COMPONENTS)}, {LORA}")
         if not isinstance(dtypes, list) or not dtypes or not all(dtype in _DTYPES for dtype in dtypes):
             raise CheckpointError(
                 f"{path}: the dtypes of {name} are {shown(dtypes)}; they must be a list of {', '.join(_DTYPES)}"
@@ -307,8 +309,11 @@ def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike
 def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
     path = folder / "params" / component
     expected: dict[str, tuple[int, ...]] = {}
-    for entry in make_name_table(config, [component]):
-        expected["/".join(entry.path[1:])] = entry.leaf_shape
+    if component == LORA:
+        expected = adapter_shapes(config, LoRAConfig.load(folder))
+    else:
+        for entry in make_name_table(config, [component]):
+            expected["/".join(entry.path[1:])] = entry.leaf_shape
     # Orbax would follow links out of the folder, and tensorstore allocate whatever metadata ask for
     shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in check_arrays(path, folder).items()}
     # a tree that lacks a parameter would be loaded as it is, so all paths and shapes are compared; those of the files

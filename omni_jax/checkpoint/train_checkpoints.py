@@ -36,6 +36,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -124,13 +125,16 @@ def find_damage(folder: Path) -> str:
     return ""
 
 
-def prepare_model(workdir: Path, init: Path, trained: Sequence[str]) -> None:
+def prepare_model(
+    workdir: Path, init: Path, trained: Sequence[str], extra_files: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Makes ``WORKDIR/model`` from the checkpoint that a run begins from, unless it is there; one process does it.
 
     Args:
       workdir: the run's folder.
       init: the checkpoint.
       trained: components of which something trains; each checkpoint of the run has its own.
+      extra_files: texts of further files that each checkpoint of the run has, by name.
 
     Raises:
       CheckpointError: if ``init`` is no checkpoint.
@@ -147,6 +151,8 @@ def prepare_model(workdir: Path, init: Path, trained: Sequence[str]) -> None:
     with store.new_folder(workdir / MODEL_FOLDER) as unfinished:
         for file in files:
             copy_file(file, unfinished / file.name)
+        for name, text in extra_files.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
         for name in components:
             link_folder(init / "params" / name, unfinished / "params" / name, init)
         _write_json(unfinished / ABOUT_FILE, {"format": FORMAT, "components": components})

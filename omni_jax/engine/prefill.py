@@ -74,7 +74,9 @@ class Prefix:
       length: tokens that have been prefilled.
     """
 
-    def __init__(self, engines: Engines, capacity: int, timings: Timings, *, with_talker: bool):
+    def __init__(
+        self, engines: Engines, capacity: int, timings: Timings, *, with_talker: bool, adapter: str | None = None
+    ):
         """Nothing has been prefilled.
 
         Args:
@@ -82,9 +84,11 @@ class Prefix:
           capacity: tokens that there is room for at first.
           timings: to which the time is added.
           with_talker: whether the Talker prefills along.
+          adapter: of the Thinker's, that the request has chosen.
         """
         self._engines = engines
         self._timings = timings
+        self._adapter = adapter
         self._num_slots = engines.round_slots(1)
         self._pieces: deque[PromptPiece] = deque()
         self._pending: deque[PrefillChunk] = deque()  # of the piece that is being prefilled
@@ -124,7 +128,8 @@ class Prefix:
         self.length += chunk.num_tokens
         thinker = self._engines.thinker
         # resized as the prompt grows: nobody knows a live prompt's length before it ends
-        self.thinker = thinker.prefill(thinker.resize_prefix(self.thinker, self.length), chunk, self._features)
+        resized = thinker.resize_prefix(self.thinker, self.length)
+        self.thinker = thinker.prefill(resized, chunk, self._features, self._adapter)
         # the Talker reads what the Thinker has just written for these positions
         if self.talker is not None:
             self.talker = prefill_talker(self._engines, self.talker, self.thinker.talker_inputs, chunk, start)
@@ -146,7 +151,7 @@ class Prefix:
         spare = [PromptPiece(EMPTY_PROMPT, ())] * (self._num_slots - 1)
         plan = plan_prefill([piece, *spare], self._engines.config)
         # waited for: the time is the encoders', and an error of theirs shows in this call
-        features = [self._engines.thinker.encode(media) for media in plan.encoder_inputs]
+        features = [self._engines.thinker.encode(media, self._adapter) for media in plan.encoder_inputs]
         self._features = jax.block_until_ready(features)
         self._pending.extend(plan.chunks)
         self._timings.encode += stopwatch.lap()

@@ -53,7 +53,9 @@ class PrefillStage:
         if state not in self._prefixes:
             capacity = state.request.initial_capacity
             # a reply that is not live is spoken when its text is complete; the Talker prefills then
-            self._prefixes[state] = Prefix(self._engines, capacity, self._timings, with_talker=state.is_live)
+            self._prefixes[state] = Prefix(
+                self._engines, capacity, self._timings, with_talker=state.is_live, adapter=state.request.adapter
+            )
         self._prefixes[state].add(state.request.pieces)
 
     def step(self) -> StageOutput:

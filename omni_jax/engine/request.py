@@ -138,6 +138,7 @@ class Request:
       live: whether sound is to come as it is made; otherwise it comes with the reply.
       reply_span: of the two position ids that the Talker reads behind the prompt.
       usage: what the prompt is made of.
+      adapter: of the Thinker's, by name, that is to answer; None: the model without one.
     """
 
     pieces: Sequence[PromptPiece]
@@ -147,6 +148,7 @@ class Request:
     live: bool
     reply_span: Span
     usage: Usage
+    adapter: str | None = None
 
     @property
     def prompt_length(self) -> int:

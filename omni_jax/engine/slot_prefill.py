@@ -66,7 +66,7 @@ class _Call:
       features: of the encoders, for all prompts in it.
       is_new: bool [B], the slots whose dialogue begins with the call.
       states: the requests.
-      texts: what their prompts begin with.
+      texts: what the prompt of each begins with.
     """
 
     is_new: np.ndarray
@@ -74,7 +74,7 @@ class _Call:
     first_features: list[int] = field(default_factory=list)
     features: list[jax.Array] = field(default_factory=list)
     states: list[RequestState] = field(default_factory=list)
-    texts: list[np.ndarray] = field(default_factory=list)
+    texts: list[tuple[RequestState, np.ndarray]] = field(default_factory=list)
 
 
 class SlotPrefill:
@@ -106,7 +106,7 @@ class SlotPrefill:
         (piece,) = state.request.pieces
         plan = PromptPlan(piece, self._engines.config)
         # waited for: the time is the encoders', and an error of theirs shows in this call
-        features = [self._engines.thinker.encode(media) for media in plan.encoder_inputs]
+        features = [self._engines.thinker.encode(media, state.request.adapter) for media in plan.encoder_inputs]
         jax.block_until_ready(features)
         self._timings.encode += stopwatch.lap()
         text = find_leading_text(piece.prompt)
@@ -133,9 +133,13 @@ class SlotPrefill:
         """Takes blocks of a prompt into the call; False where the prompt had better wait for the next one."""
         call.states.append(state)
         if not record.in_slot:
-            shared = self._thinker.find_shared(record.text)
+            shared = self._thinker.find_shared(record.text, state.request.adapter)
             # a prompt of this call may begin like it; when that has been read, it can be copied
-            if any(count_shared(text, record.text) >= shared.length + BLOCK_WIDTH for text in call.texts):
+            least = shared.length + BLOCK_WIDTH
+            if any(
+                other.request.adapter == state.request.adapter and count_shared(text, record.text) >= least
+                for other, text in call.texts
+            ):
                 call.states.pop()
                 return False
             self._thinker.copy_shared(shared, record.slot)
@@ -146,7 +150,7 @@ class SlotPrefill:
         call.blocks += [record.blocks.popleft() for _ in range(count)]
         call.first_features += [len(call.features)] * count
         call.features += record.features
-        call.texts.append(record.text)
+        call.texts.append((state, record.text))
         return True
 
     def take_complete(self) -> list[tuple[RequestState, list[PrefillChunk]]]:

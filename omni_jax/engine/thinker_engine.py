@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Int
 
 from omni_jax.batch import Array, AudioBlocks, VisionFrames, bucket
+from omni_jax.engine.adapters import AdaptedParams, AdapterTable
 from omni_jax.engine.decode_state import (
     PAD_TOKEN,
     Context,
@@ -79,6 +80,7 @@ class ThinkerEngine:
     Attributes:
       params: of the Thinker.
       tokens_per_call: K, tokens that one call of ``decode`` makes at most.
+      adapters: that requests may choose.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ThinkerEngine:
         mesh: Mesh | None = None,
         tokens_per_call: int = 8,
         collect_talker_inputs: bool = False,
+        adapters: AdapterTable = AdapterTable(),  # noqa: B008, frozen
     ):
         """Compiles nothing yet.
 
@@ -97,6 +100,7 @@ class ThinkerEngine:
           mesh: over which the parameters are sharded.
           tokens_per_call: K.
           collect_talker_inputs: whether speech may follow, so that ``talker_inputs`` are kept.
+          adapters: that requests may choose, which ``params`` has beside its kernels.
         """
         self.params = params
         self.tokens_per_call = tokens_per_call
@@ -105,17 +109,19 @@ class ThinkerEngine:
         self._mesh = mesh
         self._placement = host_sharding(params, mesh)
         self._collect = collect_talker_inputs
+        self.adapters = adapters
+        self._adapted = AdaptedParams(params, adapters, self._placement)
 
     @property
     def is_sharded(self) -> bool:
         """Whether the parameters lie over several devices."""
         return self._mesh is not None
 
-    def encode(self, media: AudioBlocks | VisionFrames) -> jax.Array:
-        """The features of sound or pictures, [features, D]."""
+    def encode(self, media: AudioBlocks | VisionFrames, adapter: str | None = None) -> jax.Array:
+        """The features of sound or pictures of a request, which has chosen an adapter or none. [features, D]"""
         method = "encode_audio" if isinstance(media, AudioBlocks) else "encode_vision"
         with on_mesh(self._mesh):
-            return jit_method(self._model, method, self.params, media)
+            return jit_method(self._model, method, self._params_for([adapter]), media)
 
     def embed_tokens(self, ids: Int[Array, "*ids"]) -> jax.Array:
         """The embeddings of text ids, [*ids, D]."""
@@ -167,20 +173,29 @@ class ThinkerEngine:
         """The same with room for so many tokens of each dialogue."""
         return ThinkerPrefix(*self._resize(prefix.context, prefix.talker_inputs, capacity))
 
-    def prefill(self, prefix: ThinkerPrefix, chunk: PrefillChunk, features: Sequence[jax.Array]) -> ThinkerPrefix:
+    def prefill(
+        self, prefix: ThinkerPrefix, chunk: PrefillChunk, features: Sequence[jax.Array], adapter: str | None = None
+    ) -> ThinkerPrefix:
         """Reads a chunk of each prompt.
 
         Args:
           prefix: with room for the chunk; it is used up.
           chunk: of a plan.
           features: what ``encode`` gave for each of the plan's encoder inputs.
+          adapter: of all prompts.
         """
         x = self.embed_chunk(chunk, features)
+        params = self._params_for([adapter])
         with on_mesh(self._mesh):
-            return prefill_chunk(self._model, self.params, prefix, chunk.spans, chunk.valid, x, chunk.is_media)
+            return prefill_chunk(self._model, params, prefix, chunk.spans, chunk.valid, x, chunk.is_media)
 
     def prefill_blocks(
-        self, state: ThinkerState, blocks: PrefillBlocks, features: Sequence[jax.Array], is_new: Bool[np.ndarray, " B"]
+        self,
+        state: ThinkerState,
+        blocks: PrefillBlocks,
+        features: Sequence[jax.Array],
+        is_new: Bool[np.ndarray, " B"],
+        adapters: Sequence[str | None],
     ) -> ThinkerState:
         """Reads blocks of prompts into their slots, of which none is decoding.
 
@@ -189,13 +204,15 @@ class ThinkerEngine:
           blocks: those of a prompt in order, without gaps.
           features: that the blocks' ``feature_index`` counts.
           is_new: slots whose dialogue begins with these blocks.
+          adapters: of each block.
         """
         chunk = blocks.chunk
         places = BlockPlaces(blocks.slot, blocks.start)
         x = self.embed_chunk(chunk, features)
+        params = self._params_for(adapters)
         with on_mesh(self._mesh):
             return prefill_blocks(
-                self._model, self.params, state, places, chunk.spans, chunk.valid, x, chunk.is_media, is_new
+                self._model, params, state, places, chunk.spans, chunk.valid, x, chunk.is_media, is_new
             )
 
     def copy_prefix(self, state: ThinkerState, source: int, target: int, length: int) -> ThinkerState:
@@ -226,7 +243,11 @@ class ThinkerEngine:
             return insert_prefix(state, np.int32(slot), prefix, reply)
 
     def decode(
-        self, state: ThinkerState, num_tokens: int | None = None, finished: Bool[np.ndarray, " B"] | None = None
+        self,
+        state: ThinkerState,
+        num_tokens: int | None = None,
+        finished: Bool[np.ndarray, " B"] | None = None,
+        adapters: Sequence[str | None] | None = None,
     ) -> tuple[ThinkerState, DecodeResult]:
         """Decodes some tokens of each slot in one jitted call.
 
@@ -234,6 +255,7 @@ class ThinkerEngine:
           state: with room for the tokens; it is used up.
           num_tokens: of a slot at most; K if None.
           finished: slots that decode no more, for a reason that the device does not know.
+          adapters: of each slot; None: of no slot.
 
         Returns:
           The state after them, and the tokens [B, K]: those of a slot end with its stop id, if it has met one.
@@ -241,12 +263,17 @@ class ThinkerEngine:
         num_tokens = self.tokens_per_call if num_tokens is None else min(num_tokens, self.tokens_per_call)
         if finished is None:
             finished = np.zeros(len(state.remaining), bool)
+        params = self._params_for([None] * len(state.remaining) if adapters is None else adapters)
         with on_mesh(self._mesh):
             # ``num_tokens`` is a traced scalar, so calls of all lengths are one program
             state, packed = decode_text(
-                self._model, self.tokens_per_call, self.params, state, finished, np.int32(num_tokens)
+                self._model, self.tokens_per_call, params, state, finished, np.int32(num_tokens)
             )
         return state, DecodeResult(packed)
+
+    def _params_for(self, rows: Sequence[str | None]) -> Any:
+        """The parameters for rows with these adapters; one name counts for all rows."""
+        return self._adapted.select(rows) if self.adapters.names else self.params
 
     def _resize(self, context: Context, talker_inputs: Array | None, capacity: int) -> tuple[Context, Array | None]:
         capacity = round_capacity(capacity)

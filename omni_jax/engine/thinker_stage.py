@@ -38,10 +38,12 @@ class _SlotText:
     """Text that a slot's dialogue begins with. It stays when the request leaves, for as long as the slot is free.
 
     Attributes:
+      adapter: that the request chose.
       tokens: up to the first that is no text.
       num_prefilled: positions of the dialogue that the cache holds.
     """
 
+    adapter: str | None
     tokens: Int[np.ndarray, " T"]
     num_prefilled: int = 0
 
@@ -117,13 +119,16 @@ class ThinkerStage(SlotStage):
           The slot.
         """
         slot = self._take_slot(state, state.request.initial_capacity)
-        self._texts[slot] = _SlotText(text)
+        self._texts[slot] = _SlotText(state.request.adapter, text)
         return slot
 
-    def find_shared(self, text: Int[np.ndarray, " T"]) -> SharedPrefix:
+    def find_shared(self, text: Int[np.ndarray, " T"], adapter: str | None) -> SharedPrefix:
         """What some slot holds already of a prompt that begins with this text; what is too short to matter is left."""
         best = SharedPrefix()
         for slot, held in self._texts.items():
+            # keys and values are those of the adapter that has read the text
+            if held.adapter != adapter:
+                continue
             length = min(count_shared(held.tokens, text), held.num_prefilled)
             if length >= max(BLOCK_WIDTH, best.length + 1):
                 best = SharedPrefix(slot, length)
@@ -140,7 +145,9 @@ class ThinkerStage(SlotStage):
     def prefill(self, blocks: PrefillBlocks, features: Sequence[jax.Array], is_new: Bool[np.ndarray, " B"]) -> None:
         """Reads blocks of prompts into their slots; see ``ThinkerEngine.prefill_blocks``."""
         assert self._device_state is not None
-        self._device_state = self._engine.prefill_blocks(self._device_state, blocks, features, is_new)
+        adapters = self._adapters()
+        of_blocks = [adapters[slot] for slot in blocks.slot.tolist()]
+        self._device_state = self._engine.prefill_blocks(self._device_state, blocks, features, is_new, of_blocks)
         # between two calls others have their turn; without waiting, all of them would be queued on the device
         jax.block_until_ready(self._device_state.context.hidden)
         ends = blocks.start + blocks.chunk.valid.sum(axis=1)
@@ -181,7 +188,7 @@ class ThinkerStage(SlotStage):
             remaining = max(remaining, record.remaining)
         # slots share one capacity, which must be enough for the longest of them after this call
         resized = self._engine.resize(self._device_state, length + min(num_tokens, remaining))
-        self._device_state, result = self._engine.decode(resized, num_tokens, finished)
+        self._device_state, result = self._engine.decode(resized, num_tokens, finished, self._adapters())
         return result
 
     def collect(self, decoded: DecodedTokens) -> StageOutput:
@@ -235,6 +242,10 @@ class ThinkerStage(SlotStage):
         self._slots[slot] = state
         self._texts.pop(slot, None)
         return slot
+
+    def _adapters(self) -> list[str | None]:
+        """What each slot's request has chosen."""
+        return [None if state is None else state.request.adapter for state in self._slots]
 
     def _num_tokens(self) -> int:
         """Few tokens where a listener still waits for the first."""

@@ -13,13 +13,17 @@ from flax.typing import Dtype
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from omni_jax.checkpoint import store
+from omni_jax.checkpoint.lora import LORA, has_adapter
+from omni_jax.checkpoint.peft import read_adapter
 from omni_jax.config import OmniConfig
+from omni_jax.engine.adapters import AdapterTable
 from omni_jax.engine.prefill import Engines
 from omni_jax.engine.request import ChunkSizes
 from omni_jax.engine.talker_engine import APPEND_WIDTH, TalkerEngine
 from omni_jax.engine.thinker_engine import ThinkerEngine
 from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.errors import CheckpointError
+from omni_jax.generation.adapters import attach_table, make_table, merge_adapter, read_adapters
 from omni_jax.generation.lane_padding import pad_params, widen_config
 from omni_jax.generation.quantization import NumberFormat, quantize_params
 from omni_jax.layers.stack import unstack_layers
@@ -33,7 +37,7 @@ def choose_components(folder: Path, components: Sequence[str] | None) -> tuple[s
     Raises:
       CheckpointError: if the Thinker is not among them.
     """
-    stored = store.components(folder)
+    stored = [name for name in store.components(folder) if name != LORA]
     wanted = tuple(stored if components is None else components)
     if "thinker" not in wanted or "thinker" not in stored:
         raise CheckpointError(
@@ -49,6 +53,7 @@ def load_engines(
     number_format: NumberFormat,
     mesh: Mesh | None,
     chunk_sizes: ChunkSizes,
+    adapters: Mapping[str, Path],
 ) -> Engines:
     """Reads the parameters of components.
 
@@ -59,6 +64,7 @@ def load_engines(
       number_format: of Thinker and Talker.
       mesh: to shard the parameters over.
       chunk_sizes: how much a call computes.
+      adapters: folders of adapters that requests may choose, by name.
 
     Raises:
       CheckpointError: if something of them is missing or damaged.
@@ -78,7 +84,11 @@ def load_engines(
     elif quantization is not None:
         # the device may have no room for them before they are quantised
         shardings = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    # before the model, which takes longer
+    found = read_adapters(adapters, config)
     params = store.load(folder, wanted, dtype=compute_dtype, shardings=shardings)
+    if has_adapter(folder):
+        params = merge_adapter(params, read_adapter(folder, config))
     if jax.default_backend() == "tpu":
         config = widen_config(config, 1 if mesh is None else mesh.shape["tensor"])
         stacked = {name: _make_model(config, name, compute_dtype, True) for name in wanted}
@@ -88,11 +98,13 @@ def load_engines(
             params[name] = quantize_params(name, model, params[name], quantization)
         if mesh is None:
             params = jax.device_put(params, jax.local_devices()[0])
+    if found:
+        params["thinker"] = attach_table(params["thinker"], found, compute_dtype)
     if not scan_layers:
         params = unstack_layers(params)
     cache_dtype = None if number_format.kv_cache_dtype is None else jnp.dtype(number_format.kv_cache_dtype)
     models = {name: _make_model(config, name, compute_dtype, scan_layers, cache_dtype) for name in wanted}
-    return make_engines(config, models, params, mesh, chunk_sizes)
+    return make_engines(config, models, params, mesh, chunk_sizes, make_table(found))
 
 
 def make_thinker_engines(config: OmniConfig, params: Any, dtype: Dtype, mesh: Mesh) -> Engines:
@@ -128,6 +140,7 @@ def make_engines(
     params: Mapping[str, Any],
     mesh: Mesh | None,
     chunk_sizes: ChunkSizes,
+    adapters: AdapterTable = AdapterTable(),  # noqa: B008, frozen
 ) -> Engines:
     """The engines of a model's components.
 
@@ -137,6 +150,7 @@ def make_engines(
       params: of each.
       mesh: over which the parameters are sharded.
       chunk_sizes: how much a call computes.
+      adapters: that the Thinker's parameters have beside its kernels.
     """
     speaks = "talker" in models
     thinker_engine = ThinkerEngine(
@@ -146,6 +160,7 @@ def make_engines(
         # one program for both: a call stops at the number that it is given
         tokens_per_call=max(chunk_sizes.tokens, chunk_sizes.first_tokens),
         collect_talker_inputs=speaks,
+        adapters=adapters,
     )
     talker_engine = None
     if speaks:

@@ -89,8 +89,8 @@ class LiveSession:
 
         Args:
           text: that follows in the same message.
-          **options: see ``Options``; they go before those given to ``listen``. ``modalities`` and ``assume_fps`` were
-            settled there.
+          **options: see ``Options``; they go before those given to ``listen``. ``modalities``, ``assume_fps`` and
+            ``adapter`` were settled there.
 
         Raises:
           InputError: if no sound or picture came, the text does not fit, or an option is wrong; the dialogue can go

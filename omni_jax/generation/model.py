@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from omni_jax.batch import bucket
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checkpoint.voices import VOICES_FILE, Voice, choose, load_voices
 from omni_jax.checkpoint.voices import check as check_voices
-from omni_jax.checks import check_int
+from omni_jax.checks import check_int, shown
 from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.config import OmniConfig
 from omni_jax.engine.detokenizer import Detokenizer
@@ -70,6 +71,7 @@ def load(
     chunk_sizes: ChunkSizes | None = None,
     quantization: Quantization | None = None,
     kv_cache_dtype: CacheDtype | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
@@ -92,6 +94,8 @@ def load(
         (``generation.quantization``); without a mesh, the host holds the parameters before that.
       kv_cache_dtype: "int8", to keep keys and values of the decoders in 8 bits, with a scale for each position and
         head.
+      adapters: folders of adapters of the Thinker (LoRA), as peft writes them or of training runs, by the names that
+        requests choose them by. The adapter of a run whose folder is given as ``folder`` is merged instead.
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
@@ -106,7 +110,8 @@ def load(
     # small files first: what is wrong with them is found before gigabytes are read
     config = OmniConfig.load(folder)
     processor = Processor.load(folder, access=access)
-    engines = load_engines(folder, config, wanted, number_format, mesh, chunk_sizes or ChunkSizes())
+    folders = {name: Path(adapter) for name, adapter in adapters.items()}
+    engines = load_engines(folder, config, wanted, number_format, mesh, chunk_sizes or ChunkSizes(), folders)
     voices: Mapping[str, Voice] = {}
     if "talker" in wanted:
         voices = load_voices(folder)
@@ -175,7 +180,8 @@ class OmniModel:
             user's after them.
           audio: whether sound is to come (``LiveSession.audio``).
           video: whether pictures are to come (``LiveSession.video``); with sound too, they are one video.
-          **options: see ``Options``; ``LiveSession.answer`` may change all but ``modalities`` and ``assume_fps``.
+          **options: see ``Options``; ``LiveSession.answer`` may change all but ``modalities``, ``assume_fps`` and
+            ``adapter``.
 
         Raises:
           InputError: if the messages or options cannot be served.
@@ -187,11 +193,11 @@ class OmniModel:
         scheduler = Scheduler(self.engines)
         # room for the beginning of the input; caches grow as more comes
         capacity = len(prompt.head.prompt) + INITIAL_REPLY
-        prefix = Prefix(self.engines, capacity, scheduler.timings, with_talker=chosen.speaks)
+        prefix = Prefix(self.engines, capacity, scheduler.timings, with_talker=chosen.speaks, adapter=chosen.adapter)
 
         def make_request(pieces: Sequence[PromptPiece], whole: Prompt, changes: Mapping[str, Any]) -> RequestState:
             # what has been prefilled depends on them
-            fixed = sorted({"modalities", "assume_fps"} & set(changes))
+            fixed = sorted({"modalities", "assume_fps", "adapter"} & set(changes))
             if fixed:
                 raise InputError(f"{' and '.join(fixed)} must be given to listen; what came is already read so")
             changed = Options.create(**{**options, **changes})
@@ -340,12 +346,16 @@ class OmniModel:
         """Whether the model can answer so, before any work is done.
 
         Raises:
-          InputError: for speech where it cannot speak, an unknown voice, a wrong option of the Talker's, and a stop id
-            that the vocabulary does not have.
+          InputError: for speech where it cannot speak, an unknown voice or adapter, a wrong option of the Talker's, and
+            a stop id that the vocabulary does not have.
         """
         vocab_size = self.config.thinker_config.text_config.vocab_size
         for token in options.stop_token_ids:
             check_int("stop_token_ids", token, 0, vocab_size - 1)
+        names = self.engines.thinker.adapters.names
+        if options.adapter is not None and options.adapter not in names:
+            known = ", ".join(names) or "none"
+            raise InputError(f"adapter is {shown(options.adapter)}; there are: {known}")
         if options.speaks:
             self._check_can_speak()
             # for its errors alone: an unknown voice, or a wrong option of the Talker's
@@ -395,6 +405,7 @@ class OmniModel:
             # the Talker reads these two in a chunk of their own, which begins with them
             reply_span=dataclasses.replace(reply_span, begin=0),
             usage=prompt.usage,
+            adapter=options.adapter,
         )
         return RequestState(request, Detokenizer(self.processor.text_stream(), stop_ids, options.stop))
 

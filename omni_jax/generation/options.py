@@ -32,6 +32,7 @@ class Options:
       voice: who speaks; the checkpoint's default voice if None.
       talker: how it is spoken, see ``TalkerParams.create``; its seed is that of the text unless it has one.
       noise_seed: of the noise that the sound is made from; the text's seed if None.
+      adapter: which of the loaded adapters answers, by name; None: the model without one.
     """
 
     sampling: SamplingParams = SamplingParams()  # noqa: RUF009, frozen
@@ -43,6 +44,7 @@ class Options:
     voice: str | None = None
     talker: Mapping[str, Any] = field(default_factory=dict)
     noise_seed: int | None = None
+    adapter: str | None = None
 
     @classmethod
     def names(cls) -> list[str]:
@@ -74,6 +76,8 @@ class Options:
             check_int("noise_seed", self.noise_seed, 0, SEED_MAX)
         if self.voice is not None and not isinstance(self.voice, str):
             raise InputError(f"voice is {shown(self.voice)}; it must be a name")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise InputError(f"adapter is {shown(self.adapter)}; it must be a name")
         # what is in it is checked against the model, which knows its limits (``OmniModel.check``)
         if not isinstance(self.talker, Mapping):
             raise InputError(f"talker is {shown(self.talker)}; it must be a dict of options")

@@ -81,7 +81,7 @@ def quantize_linear_maps(
         bits = choose(path)
         name = (*path, "kernel")
         if bits is not None and name in flat:
-            flat[name] = _quantize_leaf(flat[name], num_inputs, bits, is_stacked="layers" in path)
+            flat[name] = quantize_leaf(flat[name], num_inputs, bits, is_stacked="layers" in path)
     return unflatten_dict(flat)
 
 
@@ -103,7 +103,16 @@ def find_linear_maps(model: thinker.Thinker | talker.Talker) -> dict[Path, int]:
     return found
 
 
-def _quantize_leaf(kernel: Any, num_inputs: int, bits: Bits, *, is_stacked: bool) -> Any:
+def quantize_leaf(kernel: Any, num_inputs: int, bits: Bits, *, is_stacked: bool) -> Any:
+    """A kernel in 8 or 4 bits; where it lies over a mesh, what is made of it does too.
+
+    Args:
+      kernel: an array or an abstract one, inputs + outputs, behind an axis of layers where ``is_stacked``.
+      num_inputs: axes of a layer's kernel that are inputs.
+      bits: see ``quantize_kernel``.
+      is_stacked: whether it is of several layers.
+    """
+
     def quantize(kernel: jax.Array) -> QuantizedKernel:
         if not is_stacked:
             return quantize_kernel(kernel, num_inputs, bits)

@@ -12,6 +12,7 @@ from flax.typing import Dtype
 from jaxtyping import Float, Int
 
 from omni_jax.batch import Array
+from omni_jax.layers.lora import LoRAKernel, multiply_adapter
 from omni_jax.layers.params import param
 from omni_jax.layers.quantized import QuantizedKernel, multiply_quantized
 
@@ -19,7 +20,7 @@ from omni_jax.layers.quantized import QuantizedKernel, multiply_quantized
 class Linear(nn.Module):
     """Contracts the last ``len(inputs)`` axes of its argument with a kernel of shape ``inputs + outputs``.
 
-    The kernel may be a ``QuantizedKernel``.
+    The kernel may be a ``QuantizedKernel``, and either may be within a ``LoRAKernel``.
     """
 
     inputs: tuple[int, ...]
@@ -35,6 +36,10 @@ class Linear(nn.Module):
         # by the number of inputs, so that outputs are about as large as inputs
         std = 1.0 / math.sqrt(math.prod(self.inputs))
         kernel: Any = param(self, "kernel", nn.initializers.normal(std), self.inputs + self.outputs, self.axes)
+        adapter: LoRAKernel | None = None
+        if isinstance(kernel, LoRAKernel):
+            adapter = kernel
+            kernel = adapter.kernel
         if isinstance(kernel, QuantizedKernel):
             y = multiply_quantized(jnp.asarray(x), kernel, n, self.dtype)
         else:
@@ -42,6 +47,8 @@ class Linear(nn.Module):
             contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
             # parameters are cast where they are used: they may be kept in another dtype
             y = jax.lax.dot_general(jnp.asarray(x, self.dtype), kernel.astype(self.dtype), (contracted, ((), ())))
+        if adapter is not None:
+            y += multiply_adapter(jnp.asarray(x), adapter, n, self.dtype)
         if self.use_bias:
             y += param(self, "bias", nn.initializers.zeros, self.outputs, self.axes[n:]).astype(self.dtype)
         return y

@@ -119,6 +119,7 @@ def make_spec(command: BatchCommand) -> WorkerSpec:
         locations=FileLocations(base_dir, command.media_root or base_dir, command.audio_dir),
         scheduler=SchedulerConfig(command.slots, command.slots, BLOCK_SIZES),
         number_format=NumberFormat(command.dtype, command.quantization, command.kv_cache_dtype),
+        adapters=command.adapters,
         mesh=command.mesh,
         media_processes=command.workers,
         media_limits=command.media,

@@ -6,7 +6,7 @@ The run on one machine and the actors of a Ray cluster make theirs from the same
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class WorkerSpec:
       locations: of the files that requests name and of those that are written.
       scheduler: how many requests are worked on at once.
       number_format: what numbers are kept in.
+      adapters: folders of those that requests may choose, by name.
       mesh: devices that the model is spread over; of one device, no mesh is made.
       media_processes: that decode media.
       media_limits: of each request.
@@ -45,6 +46,7 @@ class WorkerSpec:
     locations: FileLocations
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     number_format: NumberFormat = field(default_factory=NumberFormat)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     media_processes: int = 1
     media_limits: MediaLimits = field(default_factory=MediaLimits)
@@ -110,4 +112,4 @@ def _load_model(spec: WorkerSpec) -> OmniModel:
     keep_compiled_programs(spec.compile_cache)
     # a mesh of one device would only make every program a sharded one
     mesh = spec.mesh.make() if spec.mesh.num_devices > 1 else None
-    return load(spec.model, mesh=mesh, **dataclasses.asdict(spec.number_format))
+    return load(spec.model, mesh=mesh, adapters=spec.adapters, **dataclasses.asdict(spec.number_format))

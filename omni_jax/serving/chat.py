@@ -27,6 +27,7 @@ from omni_jax.processing.layout import Usage
 from omni_jax.serving.commands import ChatCommand, TalkerOptions
 from omni_jax.serving.wav import GrowingWav
 
+_ADAPTER = "adapter"  # the name of the only one
 _USE_AUDIO = {"auto": "auto", "true": True, "false": False}
 
 
@@ -58,6 +59,7 @@ def run_chat(command: ChatCommand) -> None:
             isolate_media=command.isolate_media,
             quantization=command.quantization,
             kv_cache_dtype=command.kv_cache_dtype,
+            adapters={} if command.adapter is None else {_ADAPTER: command.adapter},
         )
     load_seconds = time.perf_counter() - start_time
     # the spinner turns until the first text, which would be written into its line
@@ -108,6 +110,8 @@ def make_options(command: ChatCommand) -> dict[str, Any]:
         "stop": command.stop,
         **_without_none(dataclasses.asdict(command.sampling)),
     }
+    if command.adapter is not None:
+        options["adapter"] = _ADAPTER
     if find_sound_path(command) is not None:
         options["modalities"] = ("text", "audio")
         options["voice"] = command.voice

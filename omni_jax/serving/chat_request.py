@@ -89,7 +89,8 @@ def parse_body(body: Any) -> ChatRequest:
       body: OpenAI's ``messages``, ``modalities``, ``audio``, ``max_completion_tokens`` or ``max_tokens``,
         ``temperature``, ``top_p``, ``seed``, ``stop``; and of vLLM's ``top_k``, ``repetition_penalty``,
         ``stop_token_ids``, ``mm_processor_kwargs``, ``return_token_ids`` and ``sampling_params_list``, whose parts are
-        for the Thinker, the Talker and Token2Wav. Of what else these have, the values that ask for nothing are taken.
+        for the Thinker, the Talker and Token2Wav; and ``adapter``, the name of one that is loaded. Of what else OpenAI
+        and vLLM have, the values that ask for nothing are taken.
 
     Raises:
       InputError: for anything else, and for a value that cannot be used.
@@ -249,6 +250,7 @@ _READERS: dict[str, Callable[[Any, _Fields], None]] = {
     "stop_token_ids": _option_reader("stop_token_ids"),
     "mm_processor_kwargs": _read_media_options,
     "return_token_ids": _read_return_token_ids,
+    "adapter": _option_reader("adapter"),
 }
 
 

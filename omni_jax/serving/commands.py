@@ -64,6 +64,9 @@ class ChatCommand:
     voice: str | None = None
     """Who speaks; without it, Chelsie, or the checkpoint's first voice."""
     talker: TalkerOptions = field(default_factory=TalkerOptions)
+    adapter: Annotated[Path | None, _DIR] = None
+    """Answer with this adapter (LoRA): a folder as peft writes it, or that of a training run. (A run's folder as
+    --model has its adapter merged.)"""
     system: str | None = None
     """The system prompt; without it, the chat template's own, or with --out the one that speech was trained with."""
     use_audio_in_video: Literal["auto", "true", "false"] = "auto"
@@ -133,6 +136,9 @@ class BatchCommand:
     """Keep the linear maps of the language models in 8 bits, or those of the Thinker's layers in 4."""
     kv_cache_dtype: Literal["int8"] | None = None
     """Keep what the language models remember of a dialogue, their keys and values, in 8 bits."""
+    adapters: Annotated[dict[str, Path], tyro.conf.arg(metavar="NAME DIR ...")] = field(default_factory=dict)
+    """Adapters of the Thinker (LoRA) that a request may choose as its "adapter": folders as peft writes them, or of
+    training runs. One that chooses none is answered by the model itself."""
     warmup_tokens: int = 2048
     """Compile at first for prompts with replies of so many tokens; for longer ones when they come. 0: for none."""
     warmup_windows: int = 32

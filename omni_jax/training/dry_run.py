@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.table import Table
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.data.packing import fill
 from omni_jax.data.pipeline import batches
+from omni_jax.layers.quantized import QuantizedKernel
 from omni_jax.processing.processor import Processor
 from omni_jax.training.objectives import make_objective
 from omni_jax.training.optimizer import flatten_params
@@ -56,7 +58,9 @@ def summarize_parameters(recipe: Recipe, phase: Phase) -> list[ParameterSummary]
     params = abstract_state(step, recipe.mesh.abstract()).params
     peak = recipe.optimizer.learning_rate
     summaries = []
-    for path, leaf in sorted(flatten_params(params).items()):
+    for path, found in sorted(flatten_params(params).items()):
+        # the numbers of a quantised kernel; beside them its scales are few
+        leaf: Any = found.values if isinstance(found, QuantizedKernel) else found
         summary = ParameterSummary(
             path=path,
             shape=leaf.shape,

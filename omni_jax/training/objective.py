@@ -86,6 +86,22 @@ class Objective(Protocol):
         """Shapes, dtypes and logical axes of the parameters of each component, in Flax' boxes."""
         ...
 
+    def init_params(self, component: str, key: jax.Array) -> Any:
+        """Fresh parameters of a component that the checkpoint to begin from does not have; traced.
+
+        Raises:
+          ConfigError: if the checkpoint must have it.
+        """
+        ...
+
+    def convert_frozen(self, frozen: Params) -> Params:
+        """What a run keeps of the parameters that never train, abstract ones or arrays, once they are read."""
+        ...
+
+    def extra_files(self) -> dict[str, str]:
+        """Small files that each checkpoint of a run needs beside the model's: their texts, by name."""
+        ...
+
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> Packing:
         """How rows become batches; ``num_streams`` is how many this process reads."""
         ...

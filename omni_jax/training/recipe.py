@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from omni_jax.checkpoint.lora import MAX_ALPHA, MAX_RANK
 from omni_jax.checks import check_float, check_int
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
@@ -74,6 +75,20 @@ class NextTokenOptions:
     """Positions of a row whose logits exist at a time."""
     z_loss: float = 0.0
     """Factor of log(sum(exp(logits)))^2, which is added to the loss."""
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """Low-rank adapters of linear maps (LoRA), which train in place of the model's own parameters."""
+
+    rank: int = 0
+    """Of every adapter; 0: there are none. With adapters the phases train paths below lora/, and nothing else."""
+    alpha: float = 32.0
+    """What adapters add is multiplied by alpha / rank."""
+    targets: str = r"thinker/decoder/layers/.*"
+    """Regular expression that the whole path of a linear map matches, for instance .*/attention/(query|value)."""
+    base: Literal["int8", "int4"] | None = None
+    """Keep the kernels that have an adapter in 8 or 4 bits while it trains (QLoRA)."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,8 @@ class Recipe:
     products with its weights (dots)."""
     objective: NextTokenOptions = field(default_factory=NextTokenOptions)
     """What is minimised."""
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    """Adapters, to train in the memory of a small machine."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose loss or gradients are no finite numbers: the run stops, or the step changes nothing
     and is counted as skipped."""
@@ -184,6 +201,8 @@ class Recipe:
             first, last = self.profile
             check_int("profile, the first step", first, 1)
             check_int("profile, the last step", last, first)
+        check_int("lora.rank", self.lora.rank, 0, MAX_RANK)
+        check_float("lora.alpha", self.lora.alpha, 0, MAX_ALPHA, above=True)
         check_float("objective.z_loss", self.objective.z_loss, 0, _FLOAT_MAX)
         check_int("checkpoint.every", self.checkpoint.every, 1)
         check_int("checkpoint.keep", self.checkpoint.keep, 1)

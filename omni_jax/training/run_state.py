@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.assemble_thinker import assemble_thinker
+from omni_jax.checkpoint.lora import LORA_FILE, LoRAConfig, has_adapter
 from omni_jax.checkpoint.train_checkpoints import (
     MODEL_FOLDER,
     TrainCheckpoint,
@@ -30,7 +32,7 @@ from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.training.objective import Objective
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales, split_params, with_moments
 from omni_jax.training.recipe import Recipe
-from omni_jax.training.step import TrainState, TrainStep, abstract_state
+from omni_jax.training.step import TrainState, TrainStep, abstract_params, abstract_state
 
 _INITIAL_FOLDER = "initial"  # in the run's folder: the checkpoint that is made of parts, or of random numbers
 _FILES_FOLDER = "files"  # in the run's folder: what it is made of, where there is no folder to take it from
@@ -86,7 +88,21 @@ def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Ca
             log(f"{len(random)} tensors begin at random, like {random[0]}")
     else:
         init = resolve_checkpoint(recipe.init)
-    prepare_model(workdir, init, trained_components(recipe, objective))
+    extra_files = objective.extra_files()
+    _check_adapter(init, extra_files)
+    prepare_model(workdir, init, trained_components(recipe, objective), extra_files)
+
+
+def _check_adapter(init: Path, extra_files: Mapping[str, str]) -> None:
+    """Raises ConfigError if a checkpoint has an adapter that a run with these files would not go on with."""
+    if not has_adapter(init):
+        return
+    wanted = extra_files.get(LORA_FILE)
+    if wanted is None or LoRAConfig.load(init).to_json() != wanted:
+        raise ConfigError(
+            f"{init} has an adapter ({LORA_FILE}), and this run has none, or one of another rank, alpha or targets; go "
+            "on with the same, or merge it first: tools/convert.py to-hf, and to-jax back"
+        )
 
 
 def _find_files(recipe: Recipe, workdir: Path) -> Path:
@@ -127,20 +143,26 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
     else:
         raise ConfigError(f"{workdir} has no checkpoint yet; name again what the run begins from, as --init")
     # arrays are read straight into their shardings: no host ever holds the whole model
-    target = abstract_state(step, mesh, read_dtypes(folder, step.objective.components))
+    stored = store.components(folder)
+    dtypes = read_dtypes(folder, [name for name in step.objective.components if name in stored])
     params = {}
-    for name, tree in target.params.items():
-        params[name] = store.load_tree(folder / "params" / name, tree)
-    return _assemble(step, target, 0, params)
+    for name, tree in abstract_params(step, mesh, dtypes).items():
+        if name in stored:
+            params[name] = store.load_tree(folder / "params" / name, tree)
+        else:
+            # made on the devices, each with its own part
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
+            init = functools.partial(step.objective.init_params, name)
+            params[name] = jax.jit(init, out_shardings=shardings)(jax.random.key(recipe.seed))
+    return _assemble(step, abstract_state(step, mesh), 0, params)
 
 
 def begin_phase(state: TrainState, step: TrainStep, mesh: Mesh) -> TrainState:
     """The same parameters at the beginning of another phase; what was trained and is frozen now stays in float32."""
-    params = state.params
-    target = abstract_state(step, mesh, {path: leaf.dtype for path, leaf in flatten_params(params).items()})
+    trained, frozen = split_params(state.params, step.scales)
     # an array that has the dtype already is passed on as it is
-    params = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, target.params)
-    return _assemble(step, target, int(state.step), params)
+    trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
+    return _fill_state(step, abstract_state(step, mesh), int(state.step), trained, frozen)
 
 
 def to_checkpoint(state: TrainState, step: int, data: Mapping[str, Any], components: Sequence[str]) -> TrainCheckpoint:
@@ -168,7 +190,9 @@ def restore_state(
 
     def make_target(number: int, dtypes: Mapping[str, np.dtype]) -> TrainCheckpoint:
         # also what does not train is read from the checkpoint, which has links to it
-        return to_checkpoint(abstract_state(step_at(number), mesh, dtypes), number, {}, components)
+        params = abstract_params(step_at(number), mesh, dtypes)
+        moments = abstract_state(step_at(number), mesh).moments
+        return TrainCheckpoint(number, {name: params[name] for name in components}, moments._asdict(), {})
 
     # the step of the checkpoint says in which phase it was saved, and so what has moments
     saved = checkpoints.restore(make_target, log)
@@ -182,8 +206,19 @@ def restore_state(
 def _assemble(
     step: TrainStep, target: TrainState, number: int, params: Any, moments: optax.ScaleByAdamState | None = None
 ) -> TrainState:
-    """A state after ``number`` steps, with fresh moments unless there are some."""
+    """A state after ``number`` steps, of parameters as checkpoints have them, and fresh moments unless given."""
     trained, frozen = split_params(params, step.scales)
+    return _fill_state(step, target, number, trained, step.objective.convert_frozen(frozen), moments)
+
+
+def _fill_state(
+    step: TrainStep,
+    target: TrainState,
+    number: int,
+    trained: Any,
+    frozen: Any,
+    moments: optax.ScaleByAdamState | None = None,
+) -> TrainState:
     if moments is None:
         # made on the devices, each with its own part: no host holds moments of the whole model
         shardings = jax.tree.map(lambda x: x.sharding, target.optimizer)

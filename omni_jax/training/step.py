@@ -137,8 +137,8 @@ def make_step(recipe: Recipe, objective: Objective, phase: Phase, num_steps: int
     return TrainStep(objective, recipe.optimizer, scales, num_steps, recipe.seed, skips)
 
 
-def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, Any] | None = None) -> TrainState:
-    """Shapes, dtypes and shardings of a state.
+def abstract_params(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of the parameters of each component, as checkpoints have them.
 
     Args:
       step: says what trains.
@@ -156,7 +156,21 @@ def abstract_state(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, A
     for path, leaf in flatten_params(nn.unbox(boxed)).items():
         dtype = jnp.float32 if path in step.scales else frozen_dtypes.get(path, step.objective.dtype)
         leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path])
-    trained, frozen = split_params(unflatten_dict(leaves, sep="/"), step.scales)
+    return unflatten_dict(leaves, sep="/")
+
+
+def abstract_state(step: TrainStep, mesh: AnyMesh) -> TrainState:
+    """Shapes, dtypes and shardings of a state.
+
+    Args:
+      step: says what trains.
+      mesh: to lay it over; an abstract one will do.
+
+    Raises:
+      ConfigError: listing the parameters that the mesh does not divide.
+    """
+    trained, frozen = split_params(abstract_params(step, mesh), step.scales)
+    frozen = step.objective.convert_frozen(frozen)
 
     # moments are sharded as their parameters are; everything else of the optimizer's state is a counter
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))

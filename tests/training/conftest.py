@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,5 +35,25 @@ def make_recipe(tiny_model: Path, rows: Path) -> Callable[..., Recipe]:
                 value = dataclasses.replace(getattr(recipe, field), **value)
             recipe = dataclasses.replace(recipe, **{field: value})
         return recipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_text_recipe(
+    make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Recipe]:
+    """The same for dialogues of text alone, whose step compiles in a third of the time."""
+    file = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    lines = []
+    for n in range(12):
+        question = {"role": "user", "content": f"What is {n} and {n * n}?"}
+        answer = {"role": "assistant", "content": f"It is {n + n * n}." * (1 + n % 3)}
+        lines.append(json.dumps({"messages": [question, answer]}))
+    file.write_text("\n".join(lines) + "\n")
+
+    def make(name: str = "thinker-sft", **changes: Any) -> Recipe:
+        data = {"train": (str(file),), "audio_blocks": 0, "canvases": 0, "rows": 1, **changes.pop("data", {})}
+        return make_recipe(name, data=data, **changes)
 
     return make

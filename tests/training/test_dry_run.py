@@ -23,9 +23,16 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
     recipe = RECIPES[name]
     for phase in recipe.phases:
         rows = summarize_parameters(recipe, phase)
-        assert sum(row.size for row in rows) == parameter_count(recipe.model, ("thinker",))
+        of_model = [row for row in rows if not row.path.startswith("lora/")]
+        assert sum(row.size for row in of_model) == parameter_count(recipe.model, ("thinker",))
         assert len({row.path for row in rows}) == len(rows)
         rate = {row.path: row.learning_rate for row in rows}
+        if name.startswith("thinker-lora"):
+            assert {path for path, value in rate.items() if value} == {
+                path for path in rate if path.startswith("lora/")
+            }
+            assert len(rows) - len(of_model) == 14
+            continue
         assert rate["thinker/audio_encoder/bos_eos/embedding"] is None
         assert rate["thinker/vision_encoder/merger/up/kernel"] is not None
         assert (rate["thinker/decoder/norm/scale"] is None) == name.startswith("pretrain1")

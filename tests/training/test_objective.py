@@ -113,6 +113,15 @@ class Ctc:
     def abstract_params(self) -> dict[str, Any]:
         return {"thinker": abstract_params(self.model)}
 
+    def init_params(self, component: str, key: jax.Array) -> Any:
+        raise AssertionError(component)
+
+    def convert_frozen(self, frozen: Mapping[str, Any]) -> Mapping[str, Any]:
+        return frozen
+
+    def extra_files(self) -> dict[str, str]:
+        return {}
+
     def make_packing(self, data: DataConfig, processor: Any, num_streams: int) -> CtcPacking:
         return CtcPacking()
 

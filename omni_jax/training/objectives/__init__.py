@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
+
+from omni_jax.checkpoint.lora import LORA
+from omni_jax.errors import ConfigError
 from omni_jax.training.objective import Objective
+from omni_jax.training.objectives.lora import LoRA, add_lora
 from omni_jax.training.objectives.next_token import make_next_token
+from omni_jax.training.optimizer import flatten_params, learning_rate_scales
 from omni_jax.training.recipe import Recipe
 
 
@@ -14,4 +20,22 @@ def make_objective(recipe: Recipe) -> Objective:
       ConfigError: if its fields do not go together.
     """
     recipe.check()
-    return make_next_token(recipe)
+    objective = make_next_token(recipe)
+    if not recipe.lora.rank:
+        return objective
+    adapted = add_lora(objective, recipe.model, recipe.lora)
+    _check_phases(recipe, adapted)
+    return adapted
+
+
+def _check_phases(recipe: Recipe, objective: LoRA) -> None:
+    """Raises ConfigError if something else than adapters trains, which what is exported of the run would lack."""
+    paths = list(flatten_params(nn.unbox(objective.abstract_params())))
+    for phase in recipe.phases:
+        others = [path for path in learning_rate_scales(phase, paths) if not path.startswith(f"{LORA}/")]
+        if others:
+            raise ConfigError(
+                f"lora.rank is {recipe.lora.rank}, and the phase {phase.name} trains {others[0]} too; with adapters "
+                f"only paths below {LORA}/ can train, as in the recipes thinker-lora-*; name them with "
+                "--phases.0.train.0.paths 'lora/.*'"
+            )

@@ -20,6 +20,7 @@ from omni_jax.batch import PADDING, Array, TrainBatch
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.packing import Budget, OmniPacking, Part, assemble
+from omni_jax.errors import ConfigError
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.processing.processor import Processor
 from omni_jax.training.losses import next_token_loss
@@ -64,6 +65,15 @@ class NextToken:
     def _abstract_thinker(self) -> Any:
         # the start of a run asks some five times, and each time would trace the whole model
         return abstract_params(self.model)
+
+    def init_params(self, component: str, key: jax.Array) -> Any:
+        raise ConfigError(f"the checkpoint to begin from has no {component}")
+
+    def convert_frozen(self, frozen: Params) -> Params:
+        return frozen
+
+    def extra_files(self) -> dict[str, str]:
+        return {}
 
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> OmniPacking:
         return OmniPacking.create(data, processor, num_streams, self.dtype)
