@@ -317,7 +317,7 @@ def _abstract_thinker(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> tuple[t
     model = thinker.Thinker(thinker_config, **dtypes)
     params = _place_params(thinker.abstract_params(model), mesh)
     if shapes.quantization is not None:
-        params = quantize_params("thinker", model, params, shapes.quantization)
+        params = quantize_params("thinker", config, params, shapes.quantization)
     return model, params
 
 
@@ -332,7 +332,7 @@ def _abstract_talker(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> tuple[ta
     model = talker.Talker(config.talker_config, **dtypes)
     params = _place_params(talker.abstract_params(model), mesh)
     if shapes.quantization is not None:
-        params = quantize_params("talker", model, params, shapes.quantization)
+        params = quantize_params("talker", config, params, shapes.quantization)
     # a state needs no embeddings of text
     return model, params, TalkerEngine(model, params, config, jnp.zeros_like)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from omni_jax.batch import AudioBlocks, VisionFrames
 from omni_jax.config import DecoderConfig, OmniConfig, TalkerConfig, ThinkerConfig
-from omni_jax.generation.quantization import find_linear_maps, quantize_linear_maps
+from omni_jax.generation.quantization import count_inputs, quantize_linear_maps
 from omni_jax.layers.attention import Mask
 from omni_jax.models import talker, thinker
 from omni_jax.models.decoder import KVCache
@@ -63,9 +63,8 @@ class Part:
     run: Callable[[Any], jax.Array]
 
 
-def draw_params(model: thinker.Thinker | talker.Talker, abstract: Any) -> Any:
+def draw_params(linear_maps: Mapping[tuple[str, ...], int], abstract: Any) -> Any:
     """Random numbers that keep signals about as large as they come in."""
-    linear_maps = find_linear_maps(model)
     rng = np.random.default_rng(0)
     drawn = {}
     shapes: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
@@ -183,13 +182,14 @@ def main() -> None:
         ),
     ]
     for name, model, decoder_config, abstract, parts in models:
-        params = draw_params(model, abstract)
+        linear_maps = count_inputs(config, name.lower())
+        params = draw_params(linear_maps, abstract)
         for part in track(parts, description="computing", console=Console(stderr=True)):
             expected = np.asarray(part.run(params))
             cells = []
             for bits in (8, 4):
                 chosen = quantize_linear_maps(
-                    model, params, lambda path, p=part, b=bits: b if path[: len(p.prefix)] == p.prefix else None
+                    linear_maps, params, lambda path, p=part, b=bits: b if path[: len(p.prefix)] == p.prefix else None
                 )
                 cells.append(f"{relative_error(np.asarray(part.run(chosen)), expected):.1e}")
             table.add_row(part.label, *cells)

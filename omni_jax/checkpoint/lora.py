@@ -24,6 +24,8 @@ LORA_FILE = "lora.json"
 MAX_RANK = 1024
 MAX_ALPHA = 1e6
 _MAX_MODULES = 4096
+# the DiT multiplies this kernel part by part, and not as one linear map
+_IN_PARTS = ("token2wav", "dit", "input_proj", "kernel")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def find_linear_maps(config: OmniConfig, components: Sequence[str] = COMPONENTS)
     for entry in make_name_table(config, components):
         # its published kernel has two axes, outputs first; or several, all inputs of which are merged into one
         is_linear = len(entry.shape) == 2 or len(entry.split) == 2
-        if entry.path[-1] != "kernel" or not is_linear:
+        if entry.path[-1] != "kernel" or not is_linear or entry.path == _IN_PARTS:
             continue
         num_outputs = 1
         while math.prod(entry.split[:num_outputs]) < entry.shape[0]:

@@ -94,8 +94,8 @@ def load_engines(
         stacked = {name: _make_model(config, name, compute_dtype, True) for name in wanted}
         params["thinker"] = pad_params(params["thinker"], _wider_params(stacked["thinker"], mesh))
     if quantization is not None:
-        for name, model in stacked.items():
-            params[name] = quantize_params(name, model, params[name], quantization)
+        for name in stacked:
+            params[name] = quantize_params(name, config, params[name], quantization)
         if mesh is None:
             params = jax.device_put(params, jax.local_devices()[0])
     if found:

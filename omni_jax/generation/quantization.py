@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from omni_jax.checkpoint.lora import find_linear_maps
+from omni_jax.config import OmniConfig
 from omni_jax.errors import InputError
-from omni_jax.layers.linear import Linear
 from omni_jax.layers.quantized import Bits, QuantizedKernel, quantize_kernel
-from omni_jax.models import talker, thinker
 
 Quantization: TypeAlias = Literal["int8", "int4"]
 CacheDtype: TypeAlias = Literal["int8"]
@@ -58,49 +57,46 @@ def choose_bits(component: str, path: Path, quantization: Quantization) -> Bits:
     return 4 if quantization == "int4" and is_decoder_layer else 8
 
 
-def quantize_params(component: str, model: Any, params: Mapping[str, Any], quantization: Quantization) -> Any:
+def quantize_params(component: str, config: OmniConfig, params: Mapping[str, Any], quantization: Quantization) -> Any:
     """A component's parameters with the kernels of its linear maps quantised.
 
     Args:
       component: its name.
-      model: the component, with scanned layers.
-      params: arrays, or abstract ones. Where they lie over a mesh, what is made of them does too.
+      config: of the whole model.
+      params: arrays, or abstract ones, layers stacked. Where they lie over a mesh, what is made of them does too.
       quantization: which.
     """
     if component == "token2wav":
         return params
-    return quantize_linear_maps(model, params, lambda path: choose_bits(component, path, quantization))
+    linear_maps = count_inputs(config, component)
+    return quantize_linear_maps(linear_maps, params, lambda path: choose_bits(component, path, quantization))
+
+
+def count_inputs(config: OmniConfig, component: str) -> dict[Path, int]:
+    """How many axes of its kernel are inputs, of each linear map of a component, by its path there."""
+    found = {}
+    for path, linear_map in find_linear_maps(config, [component]).items():
+        found[tuple(path.split("/")[1:])] = linear_map.num_inputs
+    return found
 
 
 def quantize_linear_maps(
-    model: thinker.Thinker | talker.Talker, params: Mapping[str, Any], choose: Callable[[Path], Bits | None]
+    linear_maps: Mapping[Path, int], params: Mapping[str, Any], choose: Callable[[Path], Bits | None]
 ) -> Any:
-    """``params`` with the kernels of linear maps in as many bits as ``choose`` says of each path; None leaves one."""
+    """``params`` with kernels in as many bits as ``choose`` says of each path; None leaves one.
+
+    Args:
+      linear_maps: from ``count_inputs``.
+      params: of the component; some kernels may be missing.
+      choose: the bits of a linear map.
+    """
     flat = flatten_dict(params)
-    for path, num_inputs in find_linear_maps(model).items():
+    for path, num_inputs in linear_maps.items():
         bits = choose(path)
         name = (*path, "kernel")
         if bits is not None and name in flat:
             flat[name] = quantize_leaf(flat[name], num_inputs, bits, is_stacked="layers" in path)
     return unflatten_dict(flat)
-
-
-def find_linear_maps(model: thinker.Thinker | talker.Talker) -> dict[Path, int]:
-    """Path of each linear map of a Thinker or a Talker, and how many axes of its kernel are inputs."""
-    found: dict[Path, int] = {}
-
-    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, Linear) and context.method_name == "__call__":
-            found[tuple(context.module.path)] = len(context.module.inputs)
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        # making the abstract parameters calls every module once
-        if isinstance(model, thinker.Thinker):
-            thinker.abstract_params(model)
-        else:
-            talker.abstract_params(model)
-    return found
 
 
 def quantize_leaf(kernel: Any, num_inputs: int, bits: Bits, *, is_stacked: bool) -> Any:

@@ -15,10 +15,11 @@ from flax.traverse_util import flatten_dict
 import omni_jax
 from omni_jax.config import OmniConfig, ThinkerConfig
 from omni_jax.errors import InputError
-from omni_jax.generation.quantization import choose_bits, find_linear_maps, quantize_params
+from omni_jax.generation.quantization import choose_bits, count_inputs, quantize_params
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.quantized import GROUP, QuantizedKernel, multiply_quantized, quantize_kernel
 from omni_jax.layers.stack import unstack_layers
+from omni_jax.models import talker, token2wav
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.talker import Talker
 from omni_jax.models.thinker import Thinker, abstract_params, smallest_batch
@@ -74,11 +75,31 @@ def test_a_linear_map_takes_such_a_kernel() -> None:
     np.testing.assert_allclose(found, np.einsum("rab,abc->rc", x, dequantize(kernel)) + bias, atol=1e-4)
 
 
-def test_every_linear_map_is_found() -> None:
-    """Those of the encoders, of the adapters, of all layers, and both heads."""
+@pytest.mark.parametrize("component", ["thinker", "talker", "token2wav"])
+def test_every_linear_map_is_found(component: str) -> None:
+    """The table of names has the maps that the modules have, with their inputs."""
+    config = OmniConfig.tiny()
+    found: dict[tuple[str, ...], int] = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, Linear) and context.method_name == "__call__":
+            found[tuple(context.module.path)] = len(context.module.inputs)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        # making the abstract parameters calls every module once
+        if component == "thinker":
+            abstract_params(Thinker(config.thinker_config))
+        elif component == "talker":
+            talker.abstract_params(Talker(config.talker_config))
+        else:
+            token2wav.abstract_params(token2wav.Token2Wav(config.token2wav_config))
+    assert count_inputs(config, component) == found and len(found) > 5
+
+
+def test_which_maps_are_in_how_many_bits() -> None:
     thinker, talker = (
-        {"/".join(path) for path in find_linear_maps(model)}
-        for model in (Thinker(ThinkerConfig.tiny()), Talker(OmniConfig.tiny().talker_config))
+        {"/".join(path) for path in count_inputs(OmniConfig.tiny(), component)} for component in ("thinker", "talker")
     )
     assert {"decoder/head", "decoder/layers/attention/out", "decoder/layers/mlp/down"} <= thinker
     assert {"vision_encoder/patch_embed", "vision_encoder/merger/up", "audio_encoder/proj"} <= thinker
@@ -99,7 +120,7 @@ def test_scales_lie_where_their_outputs_lie() -> None:
         nn.unbox(boxed),
         param_shardings(boxed, mesh),
     )
-    flat = flatten_dict(quantize_params("thinker", model, placed, "int4"))
+    flat = flatten_dict(quantize_params("thinker", OmniConfig.qwen2_5_omni_7b(), placed, "int4"))
     down, up = (flat["decoder", "layers", "mlp", name, "kernel"] for name in ("down", "up"))
     assert down.values.dtype == jnp.int4 and down.scale.shape == (28, 18_944 // GROUP, 3584)
     assert tuple(down.scale.sharding.spec) == tuple(down.values.sharding.spec) == (None, "tensor", "fsdp")
