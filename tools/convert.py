@@ -2,6 +2,7 @@
 
     python tools/convert.py to-jax Qwen2.5-Omni-7B model          # a PyTorch folder -> one that runs here
     python tools/convert.py to-hf model Qwen2.5-Omni-7B-trained   # and back
+    python tools/convert.py to-peft runs/lora adapter             # the adapter of a run alone, for peft
 
 PyTorch is not needed for either.
 """

@@ -122,8 +122,10 @@ def test_frozen_parameters_keep_the_dtype_of_the_checkpoint(stages: dict[str, Pa
 
 
 @pytest.fixture(scope="module")
-def finished_run(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
-    recipe = make_recipe(data={"rows": 1})
+def finished_run(
+    make_text_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path]:
+    recipe = make_text_recipe()
     workdir = tmp_path_factory.mktemp("finished") / "run"
     assert train(recipe, workdir)
     return recipe, workdir
@@ -178,10 +180,10 @@ def _only_norms(recipe: Recipe):
 
 
 @pytest.mark.long
-def test_old_checkpoints_go(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_old_checkpoints_go(make_text_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """Also one that a kill left half removed; what it left half written goes at once."""
     workdir = tmp_path / "run"
-    recipe = make_recipe(data={"rows": 1}, checkpoint={"every": 1, "keep": 2})
+    recipe = make_text_recipe(checkpoint={"every": 1, "keep": 2})
     assert train(dataclasses.replace(recipe, steps=3), workdir)
     (step_folder(workdir, 2) / "_CHECKPOINT_METADATA").unlink()
     (step_folder(workdir, 2) / FILES_FILE).unlink()
@@ -191,7 +193,7 @@ def test_old_checkpoints_go(make_recipe: Callable[..., Recipe], tmp_path: Path) 
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_text_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is written in the background; the run ends with the error, and the folder has no such step."""
     write_json = train_checkpoints._write_json
@@ -204,15 +206,15 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
     monkeypatch.setattr(train_checkpoints, "_write_json", fail)
     workdir = tmp_path / "run"
     with pytest.raises(CheckpointError, match=r"could not be written.*no space left"):
-        train(make_recipe(data={"rows": 1}, steps=4), workdir)
+        train(make_text_recipe(steps=4), workdir)
     assert not list((workdir / CHECKPOINTS_FOLDER).glob("0000000?"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_text_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the checkpoint that is being written when it does is complete."""
-    recipe = make_recipe(data={"rows": 1}, checkpoint={"every": 1})
+    recipe = make_text_recipe(checkpoint={"every": 1})
     batches = []
     has_failing_batch = threading.Event()
 
@@ -244,13 +246,13 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
 
 def test_a_step_that_is_not_finite_can_be_skipped(
-    make_recipe: Callable[..., Recipe],
+    make_text_recipe: Callable[..., Recipe],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It changes neither parameters nor moments, is counted, and there may not be too many."""
-    recipe = make_recipe(data={"rows": 1}, checkpoint={"every": 1}, on_nonfinite="skip", max_skipped=1)
+    recipe = make_text_recipe(checkpoint={"every": 1}, on_nonfinite="skip", max_skipped=1)
     batches = []
 
     def damaged_batch(parts, abstract):
@@ -296,9 +298,9 @@ def test_a_run_from_nothing_with_held_out_rows(
     to_hf(workdir, tmp_path / "published")
 
 
-def test_a_run_stops_early_and_is_traced(make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(
-        data={"rows": 1, "valid": (str(rows),), "audio_blocks": 4},
+def test_a_run_stops_early_and_is_traced(make_text_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_text_recipe(
+        data={"valid": make_text_recipe().data.train},
         optimizer={"learning_rate": 0.0},
         eval={"every": 1, "patience": 2},
         profile=(2, 9),
@@ -312,7 +314,7 @@ def test_a_run_stops_early_and_is_traced(make_recipe: Callable[..., Recipe], row
     assert len(read_metrics(tmp_path / "run" / METRICS_FILE)) == 3
 
 
-def test_held_out_rows_are_answered(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_held_out_rows_are_answered(make_text_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """As the checkpoint of the same step answers them; texts that ask for nothing are passed over."""
     prompt = [{"role": "user", "content": "What is this?"}]
     valid = []
@@ -322,8 +324,8 @@ def test_held_out_rows_are_answered(make_recipe: Callable[..., Recipe], tmp_path
     ):
         valid.append(str(tmp_path / f"{name}.jsonl"))
         Path(valid[-1]).write_text(json.dumps(row) + "\n")
-    recipe = make_recipe(
-        data={"rows": 1, "valid": tuple(valid), "audio_blocks": 4},
+    recipe = make_text_recipe(
+        data={"valid": tuple(valid)},
         eval={"every": 2, "samples": 3, "max_tokens": 5},
         steps=2,
     )
