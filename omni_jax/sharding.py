@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.tree_util import KeyPath, keystr
 
@@ -52,15 +53,33 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over ``devices`` (all of them unless given), whose four sizes must multiply to their number.
 
+    Of TPUs in several slices, which a data centre's network connects, ``data`` goes over the slices first: only sums of
+    gradients then pass between them. Each slice has all parameters.
+
     Raises:
-      ConfigError: where they do not.
+      ConfigError: where they do not, or ``data`` is no multiple of the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = (data, fsdp, sequence, tensor)
     if math.prod(shape) != len(devices):
         sizes = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
         raise ConfigError(f"a mesh of {sizes} needs {math.prod(shape)} devices, there are {len(devices)}")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    axis_types = (AxisType.Auto,) * len(shape)
+    num_slices = count_slices(devices)
+    if num_slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+    if data % num_slices:
+        raise ConfigError(
+            f"mesh.data is {data}; over {num_slices} slices of TPUs it must be a multiple of {num_slices}"
+        )
+    within_slice = (data // num_slices, fsdp, sequence, tensor)
+    placed = mesh_utils.create_hybrid_device_mesh(within_slice, (num_slices, 1, 1, 1), devices)
+    return Mesh(placed, MESH_AXES, axis_types=axis_types)
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """How many slices of TPUs devices are of; others than TPUs are of one."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,11 @@ class Compile:
     """Chips: v5e:2x2, v5p:4x4x4, v6e:16x16 and so on."""
     chips: int | None = None
     """Use only the first so many of them."""
+    slices: int = 1
+    """So many of the topology, which a data centre's network connects."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How they are laid out. Without it all are on fsdp for a recipe, on tensor for a program of generation."""
+    """How they are laid out. Without it, for a recipe those of a slice are on fsdp and slices on data; for a program of
+    generation all are on tensor."""
     shapes: Shapes = field(default_factory=Shapes)
     """Of a program of generation; serving takes their quantization and kv_cache_dtype alone."""
     tokens: int | None = None
@@ -149,7 +152,7 @@ class Compile:
         if not programs:
             labels = "; ".join(program.label for program in SERVING)
             raise ConfigError(f"--only is {self.only!r}; no program of serving has that in its name: {labels}")
-        devices = describe(self.topology, self.chips)
+        devices = describe(self.topology, self.chips, self.slices)
         rows = []
         for program in track(programs, description="compiling", console=Console(stderr=True)):
             shapes = dataclasses.replace(program.shapes, **formats)
@@ -170,7 +173,7 @@ class Compile:
             raise ConfigError(
                 f"--only goes with {SERVING_NAME}, of which it chooses some programs; this is {self.program}"
             )
-        devices = describe(self.topology, self.chips)
+        devices = describe(self.topology, self.chips, self.slices)
         # a step of training, or a program of generation
         if self.program in RECIPES:
             recipe = self._recipe(RECIPES[self.program], len(devices))
@@ -195,7 +198,7 @@ class Compile:
         return usual if self.mesh == MeshConfig() else self.mesh
 
     def _recipe(self, recipe: Recipe, chips: int) -> Recipe:
-        mesh = self._laid(MeshConfig(fsdp=chips))
+        mesh = self._laid(MeshConfig(data=self.slices, fsdp=chips // self.slices))
         # a row for each part of the mesh that holds rows, as the smallest batch that can be sharded
         rows = mesh.data * mesh.fsdp if self.rows is None else self.rows
         data = dataclasses.replace(recipe.data, rows=rows, streams=rows, tokens=self.tokens or recipe.data.tokens)
@@ -204,8 +207,8 @@ class Compile:
         return dataclasses.replace(recipe, mesh=mesh, data=data)
 
 
-def describe(topology: str, chips: int | None = None) -> list[Any]:
-    """The chips of a topology, which are not there; only the first so many of them if ``chips`` is given.
+def describe(topology: str, chips: int | None = None, slices: int = 1) -> list[Any]:
+    """The chips of so many slices of a topology, which are not there; only the first so many if ``chips`` is given.
 
     A whole cube of v5p, and a whole pod of v5e or v6e, is a torus; compiled as a mere grid, a v5p's all-gathers would
     become all-reduces of twice the bytes.
@@ -223,7 +226,7 @@ def describe(topology: str, chips: int | None = None) -> list[Any]:
             wrap = tuple(n >= 4 for n in grid) if min(grid) >= 4 else (False,) * len(grid)
         else:
             wrap = (*(n == 16 for n in grid), False) if grid == (16, 16) else (False,) * 3
-        devices = list(topologies.get_topology_desc(topology, platform="tpu", wrap=wrap).devices)
+        devices = list(topologies.get_topology_desc(topology, platform="tpu", wrap=wrap, num_slices=slices).devices)
     # libtpu raises what it likes, in many lines
     except Exception as e:
         raise ConfigError(f"topology {topology!r}: {str(e).splitlines()[0]}") from e
