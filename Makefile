@@ -39,7 +39,7 @@ OLD_LOOPS = from importlib.metadata import version; \
 	print('--xla_cpu_use_fusion_emitters=false' if version('jaxlib').split('.') < ['0', '12'] else '')
 QUICKLY = JAX_DISABLE_MOST_OPTIMIZATIONS=true XLA_FLAGS=$$($(1)/python -c "$(OLD_LOOPS)")
 
-.PHONY: demo train-demo test test-long fuzz audit test-aot check test-newest clean
+.PHONY: demo train-demo train-asr test test-long fuzz audit test-aot check test-newest clean
 
 demo: $(VENV)/installed-run
 ifdef MODEL
@@ -57,6 +57,9 @@ else
 	@echo "The text above is random, for so are the model's parameters. For real answers, convert a trained model:"
 	@echo "  $(BIN)/python tools/convert.py to-jax FOLDER-OF-QWEN2.5-OMNI out/model && make demo MODEL=out/model"
 endif
+
+train-asr: $(VENV)/installed-test
+	$(BIN)/python tools/train_asr.py out/asr
 
 train-demo: $(VENV)/installed-run
 	rm -rf out/train

@@ -1,4 +1,4 @@
-"""Makes rows for training of a table of sounds: a csv file with the path of a sound and what is said in it on each line.
+"""Makes rows for training of a table of sounds: a csv file with the path of a sound and what is said in it a line.
 
     python tools/make_rows.py sounds.csv rows.jsonl --valid valid.jsonl
 

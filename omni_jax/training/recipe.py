@@ -156,8 +156,8 @@ class Recipe:
     """Checkpoint to begin from, or the folder of an earlier run, whose last one it is. With --parts.* a folder that has
     at least the tokenizer and config.json of the model. random: begin from nothing."""
     files: Annotated[str | None, tyro.conf.arg(name="model", metavar="FILES|SIZE")] = None
-    """What begins from nothing: a folder with config.json and the tokenizer's and preprocessor's files, or 7b, 3b or
-    tiny, with a tokenizer of bytes. Without it, the recipe's size."""
+    """What begins from nothing: a folder with config.json and the tokenizer's and preprocessor's files, or 7b, 3b, mini
+    or tiny, with a tokenizer of bytes. Without it, the recipe's size."""
     parts: PartFolders = field(default_factory=PartFolders)
     seed: int = 0
     """Of parameters that begin at random, and of what a loss draws."""

@@ -36,7 +36,12 @@ from omni_jax.training.step import TrainState, TrainStep, abstract_params, abstr
 
 _INITIAL_FOLDER = "initial"  # in the run's folder: the checkpoint that is made of parts, or of random numbers
 _FILES_FOLDER = "files"  # in the run's folder: what it is made of, where there is no folder to take it from
-_SIZES = {"7b": OmniConfig.qwen2_5_omni_7b, "3b": OmniConfig.qwen2_5_omni_3b, "tiny": OmniConfig.tiny}
+_SIZES = {
+    "7b": OmniConfig.qwen2_5_omni_7b,
+    "3b": OmniConfig.qwen2_5_omni_3b,
+    "mini": OmniConfig.mini,
+    "tiny": OmniConfig.tiny,
+}
 
 
 def take_shape(recipe: Recipe, workdir: Path | None) -> Recipe:
