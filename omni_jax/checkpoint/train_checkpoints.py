@@ -74,7 +74,7 @@ class TrainCheckpoint:
     Attributes:
       step: steps of the run that came before.
       params: a tree of parameters for each component of which something trains.
-      moments: ``count``, ``mu`` and ``nu`` of Adam; the latter two like the part of ``params`` that trains.
+      moments: of the optimizer: ``count``, and trees with the paths of the part of ``params`` that trains.
       data: where the data goes on, of JSON's types.
     """
 
@@ -339,8 +339,16 @@ class TrainCheckpoints:
         # moments are kept for what trains, so their paths say what the run has trained
         target = make_target(step, read_dtypes(folder, self._components))
         check_arrays(folder / _MOMENTS, folder)
-        saved_paths = set(flatten_dict(store.tree_shapes(folder / _MOMENTS, _MOMENTS_TREE)["mu"]))
-        target_paths = set(flatten_dict(target.moments["mu"]))
+        saved_moments = store.tree_shapes(folder / _MOMENTS, _MOMENTS_TREE)
+        if set(saved_moments) != set(target.moments):
+            raise ConfigError(
+                f"{folder} is of a run with another optimizer (--optimizer.kind): it has {', '.join(saved_moments)}, "
+                f"and {', '.join(target.moments)} are needed; go on with the same one, or begin a new run from it"
+            )
+        # each of the trees has the paths of what trains
+        first = next(name for name in target.moments if name != "count")
+        saved_paths = set(flatten_dict(saved_moments[first]))
+        target_paths = set(flatten_dict(target.moments[first]))
         if saved_paths != target_paths:
             raise ConfigError(
                 f"{folder} is of a run that trains other parameters ({len(saved_paths)}, not {len(target_paths)}); "

@@ -17,10 +17,15 @@ from omni_jax.errors import ConfigError
 from omni_jax.training.recipe import OptimizerConfig, Phase
 
 Tree: TypeAlias = Mapping[str, Any]
+# fields: ``count``, and trees of arrays with the paths of the parameters that train
+Moments: TypeAlias = optax.ScaleByAdamState | optax.FactoredState
 OptimizerState: TypeAlias = dict[str, Any]  # of each link of the chain, by name
 
-ADAM = "adam"
+MOMENTS = "moments"
 SCHEDULE = "schedule"
+# of Adafactor, as https://arxiv.org/abs/1804.04235 has them
+_MIN_FACTORED = 128  # length of the second largest axis of a parameter from where its second moment is factored
+_MAX_UPDATE = 1.0  # root mean square of a parameter's update before the learning rate
 
 
 def learning_rate_scales(phase: Phase, paths: Collection[str]) -> dict[str, float]:
@@ -91,7 +96,10 @@ def learning_rate(config: OptimizerConfig, count: ArrayLike, num_steps: int) -> 
 def make_optimizer(
     config: OptimizerConfig, scales: Mapping[str, float], num_steps: int
 ) -> optax.GradientTransformation:
-    """AdamW (https://arxiv.org/abs/1711.05101) after a clip of the global norm, the second moment in float32.
+    """AdamW (https://arxiv.org/abs/1711.05101) or Adafactor (https://arxiv.org/abs/1804.04235).
+
+    Gradients are clipped by their global norm first. The second moment is float32. Adafactor has no first one, and of
+    the second sums of rows and of columns.
 
     Args:
       config: its hyperparameters.
@@ -108,23 +116,30 @@ def make_optimizer(
             lambda path, _: re.fullmatch(config.no_decay, _path_name(path)) is None, params
         )
 
-    # Only Adam and the schedule have arrays in their states; ``with_moments`` relies on it. The order matters: decay is
-    # added after Adam, so that it is not divided by the second moment (AdamW). It is added before the groups and the
-    # schedule, so that both scale it.
+    if config.kind == "adafactor":
+        scale = optax.scale_by_factored_rms(min_dim_size_to_factor=_MIN_FACTORED)
+        clip_update = optax.clip_by_block_rms(_MAX_UPDATE)
+    else:
+        scale = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.first_moment))
+        clip_update = optax.identity()
+    # Only the moments and the schedule have arrays in their states; ``with_moments`` relies on it. The order matters:
+    # decay is added after the moments, so that it is not divided by the second one (AdamW). It is added before the
+    # groups and the schedule, so that both scale it.
     return optax.named_chain(
         ("clip", optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()),
-        (ADAM, optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.first_moment))),
+        (MOMENTS, scale),
+        ("clip_update", clip_update),
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=decays)),
         ("groups", optax.stateless(scale_by_group)),
         (SCHEDULE, optax.scale_by_learning_rate(lambda count: learning_rate(config, count, num_steps))),
     )
 
 
-def with_moments(state: OptimizerState, moments: optax.ScaleByAdamState, count: Any) -> OptimizerState:
+def with_moments(state: OptimizerState, moments: Moments, count: Any) -> OptimizerState:
     """An optimizer's state with these moments and ``count`` updates of the phase behind it; or the shapes of one."""
-    # Adam's own count, for the correction of its bias, is a part of the moments
+    # the moments' own count, for the correction of their bias, is a part of them
     changed = state.copy()
-    changed[ADAM] = moments
+    changed[MOMENTS] = moments
     changed[SCHEDULE] = optax.ScaleByScheduleState(count=count)
     return changed
 

@@ -45,8 +45,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay to a fraction of the peak."""
+    """The optimizer, with a linear warm-up and a cosine decay to a fraction of the peak."""
 
+    kind: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor keeps no first moment, and sums of rows and columns of the second: 4 bytes a parameter in place of 12.
+    b1, b2, eps and first-moment are AdamW's."""
     learning_rate: float = 1e-5
     """At the peak."""
     warmup: int = 100

@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from omni_jax.checkpoint import store
@@ -30,7 +29,7 @@ from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
 from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.training.objective import Objective
-from omni_jax.training.optimizer import flatten_params, learning_rate_scales, split_params, with_moments
+from omni_jax.training.optimizer import Moments, flatten_params, learning_rate_scales, split_params, with_moments
 from omni_jax.training.recipe import Recipe
 from omni_jax.training.step import TrainState, TrainStep, abstract_params, abstract_state
 
@@ -204,12 +203,12 @@ def restore_state(
     if saved is None:
         return None
     step = step_at(saved.step)
-    moments = optax.ScaleByAdamState(**saved.moments)
-    return _assemble(step, abstract_state(step, mesh), saved.step, saved.params, moments), saved.data
+    target = abstract_state(step, mesh)
+    return _assemble(step, target, saved.step, saved.params, type(target.moments)(**saved.moments)), saved.data
 
 
 def _assemble(
-    step: TrainStep, target: TrainState, number: int, params: Any, moments: optax.ScaleByAdamState | None = None
+    step: TrainStep, target: TrainState, number: int, params: Any, moments: Moments | None = None
 ) -> TrainState:
     """A state after ``number`` steps, of parameters as checkpoints have them, and fresh moments unless given."""
     trained, frozen = split_params(params, step.scales)
@@ -222,7 +221,7 @@ def _fill_state(
     number: int,
     trained: Any,
     frozen: Any,
-    moments: optax.ScaleByAdamState | None = None,
+    moments: Moments | None = None,
 ) -> TrainState:
     if moments is None:
         # made on the devices, each with its own part: no host holds moments of the whole model

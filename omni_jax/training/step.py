@@ -19,7 +19,8 @@ from omni_jax.data.config import DataConfig
 from omni_jax.sharding import logical_sharding, param_shardings
 from omni_jax.training.objective import Batch, Metrics, Objective
 from omni_jax.training.optimizer import (
-    ADAM,
+    MOMENTS,
+    Moments,
     OptimizerState,
     flatten_params,
     learning_rate,
@@ -49,8 +50,8 @@ class TrainState:
         return merge_params(self.trained, self.frozen)
 
     @property
-    def moments(self) -> optax.ScaleByAdamState:
-        return self.optimizer[ADAM]
+    def moments(self) -> Moments:
+        return self.optimizer[MOMENTS]
 
 
 # compared and hashed by identity: a dictionary has no hash, and jit keeps the program of each object
@@ -85,7 +86,7 @@ class TrainStep:
         metrics = {
             **terms,
             "grad_norm": grad_norm,
-            # of the update that was just made: Adam has counted those of the phase before it
+            # of the update that was just made: the moments have counted those of the phase before it
             "learning_rate": learning_rate(self.optimizer, state.moments.count, self.num_steps),
             **self.objective.count_work(batch),
         }
@@ -172,12 +173,18 @@ def abstract_state(step: TrainStep, mesh: AnyMesh) -> TrainState:
     trained, frozen = split_params(abstract_params(step, mesh), step.scales)
     frozen = step.objective.convert_frozen(frozen)
 
-    # moments are sharded as their parameters are; everything else of the optimizer's state is a counter
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    first_dtype = jnp.dtype(step.optimizer.first_moment)
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, first_dtype, sharding=x.sharding), trained)
-    moments = optax.ScaleByAdamState(count=scalar, mu=first, nu=trained)  # type: ignore[arg-type]
+    whole = NamedSharding(mesh, PartitionSpec())
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     optimizer = jax.eval_shape(step.transformation.init, trained)
+
+    def place(moment: jax.ShapeDtypeStruct, parameter: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # sharded as its parameter is; sums of rows or columns are small
+        sharding = parameter.sharding if moment.shape == parameter.shape else whole
+        return jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=sharding)
+
+    moments = optimizer[MOMENTS]
+    trees = {name: jax.tree.map(place, tree, trained) for name, tree in moments._asdict().items() if name != "count"}
+    moments = moments._replace(count=scalar, **trees)
     return TrainState(scalar, trained, frozen, with_moments(optimizer, moments, scalar))  # type: ignore[arg-type]
 
 

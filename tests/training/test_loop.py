@@ -168,6 +168,9 @@ def test_a_run_goes_on_only_as_it_began(short_run: tuple[Recipe, Path]) -> None:
     recipe, workdir = short_run
     with pytest.raises(ConfigError, match="trains other parameters"):
         train(dataclasses.replace(recipe, steps=8, phases=_only_norms(recipe)), workdir)
+    optimizer = dataclasses.replace(recipe.optimizer, kind="adafactor")
+    with pytest.raises(ConfigError, match=r"is of a run with another optimizer .* count, mu, nu, and count, v_row"):
+        train(dataclasses.replace(recipe, steps=8, optimizer=optimizer), workdir)
     other = dataclasses.replace(recipe, steps=8, data=dataclasses.replace(recipe.data, seed=5))
     with pytest.raises(ConfigError, match="seed was 0 and is 5"):
         train(other, workdir)

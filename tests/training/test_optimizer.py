@@ -13,7 +13,7 @@ import pytest
 
 from omni_jax.errors import ConfigError
 from omni_jax.training.optimizer import (
-    ADAM,
+    MOMENTS,
     learning_rate,
     learning_rate_scales,
     make_optimizer,
@@ -88,7 +88,7 @@ def test_updates_are_those_of_the_paper(clip: float, first_moment: Any) -> None:
         paper_adamw(expected, moments, grads, count, clip)
         np.testing.assert_allclose(params["a"]["kernel"], expected["a/kernel"], **tolerance)
         np.testing.assert_allclose(params["a"]["bias"], expected["a/bias"], **tolerance)
-    assert all(leaf.dtype == first_moment for leaf in jax.tree.leaves(state[ADAM].mu))
+    assert all(leaf.dtype == first_moment for leaf in jax.tree.leaves(state[MOMENTS].mu))
 
 
 def test_split_and_merge() -> None:
