@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,24 @@ def test_a_mesh_has_a_device_along_every_axis() -> None:
     with pytest.raises(ConfigError, match=r"mesh.tensor is 0; it must be at least 1"):
         MeshConfig(tensor=0)
     assert MeshConfig(data=2, tensor=4).num_devices == 8
+
+
+@dataclass(frozen=True)
+class _Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    process_index: int = 0
+    device_kind: str = "none"
+
+
+def test_data_goes_over_slices() -> None:
+    devices = [_Device(number, number % 2) for number in range(8)]
+    mesh = make_mesh(data=4, fsdp=2, devices=devices)
+    slices = [[device.slice_index for device in row.flat] for row in mesh.devices]
+    # parameters are spread within a slice alone
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(ConfigError, match=r"mesh.data is 1; over 2 slices of TPUs it must be a multiple of 2"):
+        make_mesh(fsdp=8, devices=devices)

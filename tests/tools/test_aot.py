@@ -52,6 +52,22 @@ def test_a_training_step_of_the_tiny_model(tmp_path: Path) -> None:
     assert trained / 4 < report["donated_bytes"] < trained
 
 
+@pytest.mark.aot
+def test_a_training_step_over_two_slices(tmp_path: Path) -> None:
+    """Slices hold the same parameters: as much is gathered as within one, and only sums are added to what moves."""
+    reports = []
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        options = ["--topology", "v5e:2x2", "--slices", str(number), "--text-alone"]
+        status, report, output = compile_for("thinker-sft-tiny", *options, folder=tmp_path / str(number))
+        assert status == 0, output
+        reports.append(report)
+    one, two = reports
+    assert two["mesh"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
+    assert two["state_bytes"] == one["state_bytes"]
+    assert two["collective_bytes"]["all-gather"] == one["collective_bytes"]["all-gather"] > 0
+
+
 @pytest.mark.parametrize("program", [pytest.param("thinker-decode-7b", marks=pytest.mark.aot), "talker-decode-7b"])
 def test_a_decoding_step_moves_weights_and_cache_once(tmp_path: Path, program: str) -> None:
     """Batch 32, cache 8192, on four chips."""
