@@ -49,8 +49,8 @@ class Options:
     """How much is made and trained."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    sentences: int = 1200
-    """Of each half of the words; one of ten is held out."""
+    sentences: int = 4000
+    """Of each half of the words; one of forty is held out."""
     steps: int = 900
     """Of the training from nothing."""
     adapter_steps: int = 400
@@ -108,7 +108,7 @@ def make_rows(half: str, count: int, out: Path) -> tuple[Path, Path]:
     """Files of rows of a half: to train on, and held out."""
     table = make_sounds(half, count, out / "sounds")
     paths = out / f"{half}_train.jsonl", out / f"{half}_valid.jsonl"
-    run("tools/make_rows.py", table, paths[0], "--valid", paths[1])
+    run("tools/make_rows.py", table, paths[0], "--valid", paths[1], "--every", 40)
     return paths
 
 
@@ -140,10 +140,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if shutil.which("flite") is None:
         print("there is no flite (apt install flite): words are tones")
+    started = time.monotonic()
     files = {half: make_rows(half, options.sentences, out) for half in HALVES}
     valid = [held_out for _, held_out in files.values()]
-
-    started = time.monotonic()
     train, held_out = files["first"]
     run(
         *("train.py", "thinker-sft-tiny", "--workdir", out / "first", "--init", "random", "--model", "mini"),

@@ -17,6 +17,7 @@ from omni_jax.checkpoint.peft import Adapter, read_adapter
 from omni_jax.config import OmniConfig
 from omni_jax.engine.adapters import AdapterTable
 from omni_jax.errors import CheckpointError
+from omni_jax.generation.lane_padding import adapter_shapes
 from omni_jax.layers.lora import LoRAKernel, find_adapters, multiply_factors
 from omni_jax.layers.quantized import QuantizedKernel
 
@@ -88,20 +89,18 @@ def attach_table(params: Mapping[str, Any], adapters: Mapping[str, Adapter], dty
 def _place(kernel: Any, a: np.ndarray, b: np.ndarray, is_stacked: bool) -> LoRAKernel:
     """The two arrays beside a kernel, spread as its inputs and outputs are."""
     values: Any = kernel.values if isinstance(kernel, QuantizedKernel) else kernel
-    num_leading = 1 if is_stacked else 0
-    num_inputs = a.ndim - 1 - num_leading
-    inputs = values.shape[: num_leading + num_inputs]
-    outputs = values.shape[num_leading + num_inputs :]
-    # a kernel may have been widened with zeros (``lane_padding``)
-    a = _pad(a, (*inputs, a.shape[-1]))
-    b = _pad(b, (*b.shape[: num_leading + 1], *outputs))
+    # a kernel may have been widened with zeros
+    shape_a, shape_b = adapter_shapes(values.shape, a.shape, b.shape)
+    a = _pad(a, shape_a)
+    b = _pad(b, shape_b)
     place_a: Sharding = values.sharding
     place_b: Sharding = values.sharding
     if isinstance(values.sharding, NamedSharding):
         spec = [*values.sharding.spec, *[None] * (values.ndim - len(values.sharding.spec))]
         mesh = values.sharding.mesh
-        place_a = NamedSharding(mesh, PartitionSpec(*spec[: len(inputs)], None))
-        place_b = NamedSharding(mesh, PartitionSpec(*spec[:num_leading], None, *spec[len(inputs) :]))
+        num_leading = 1 if is_stacked else 0
+        place_a = NamedSharding(mesh, PartitionSpec(*spec[: a.ndim - 1], None))
+        place_b = NamedSharding(mesh, PartitionSpec(*spec[:num_leading], None, *spec[a.ndim - 1 :]))
     return LoRAKernel(kernel, jax.device_put(a, place_a), jax.device_put(b, place_b))
 
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from omni_jax.config import OmniConfig
+from omni_jax.layers.lora import LoRAKernel
+from omni_jax.layers.quantized import QuantizedKernel
 
 LANES = 128
 
@@ -36,14 +38,43 @@ def pad_params(params: Any, wider: Any) -> Any:
     """Zeros behind each axis of each parameter, up to the shapes of ``wider``, whose shardings they get too.
 
     Args:
-      params: arrays.
+      params: arrays, and kernels that are quantised or have an adapter.
       wider: a tree of abstract arrays like it.
     """
 
-    def pad(array: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
-        if array.shape == target.shape:
-            return array
-        widths = [(0, wide - narrow) for narrow, wide in zip(array.shape, target.shape, strict=True)]
-        return jax.jit(jnp.pad, static_argnums=1, out_shardings=target.sharding)(array, tuple(widths))
+    def pad_leaf(leaf: Any, target: jax.ShapeDtypeStruct) -> Any:
+        if isinstance(leaf, LoRAKernel):
+            shape_a, shape_b = adapter_shapes(target.shape, leaf.a.shape, leaf.b.shape)
+            a = _pad(leaf.a, shape_a, leaf.a.sharding)
+            b = _pad(leaf.b, shape_b, leaf.b.sharding)
+            return dataclasses.replace(leaf, kernel=pad_leaf(leaf.kernel, target), a=a, b=b)
+        if isinstance(leaf, QuantizedKernel):
+            num_outputs = leaf.scale.ndim - 1 - (leaf.values.ndim - target.ndim)
+            # groups of inputs are whole, whatever is behind the last; outputs that are padding have any scale
+            shape = (*leaf.scale.shape[:-num_outputs], *target.shape[-num_outputs:])
+            scale = _pad(leaf.scale, shape, leaf.scale.sharding)
+            return QuantizedKernel(_pad(leaf.values, target.shape, target.sharding), scale)
+        return _pad(leaf, target.shape, target.sharding)
 
-    return jax.tree.map(pad, params, wider)
+    return jax.tree.map(pad_leaf, params, wider, is_leaf=lambda leaf: isinstance(leaf, LoRAKernel | QuantizedKernel))
+
+
+def adapter_shapes(
+    kernel: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of an adapter's two arrays beside a kernel of this shape.
+
+    Args:
+      kernel: a shape, with an axis of layers where there are several.
+      a, b: the shapes beside a narrower kernel.
+    """
+    num_leading = len(a) + len(b) - 2 - len(kernel)
+    num_inputs = len(a) - 1
+    return (*kernel[:num_inputs], a[-1]), (*b[: num_leading + 1], *kernel[num_inputs:])
+
+
+def _pad(array: Any, shape: tuple[int, ...], sharding: Any) -> Any:
+    if array.shape == shape:
+        return array
+    widths = [(0, wide - narrow) for narrow, wide in zip(array.shape, shape, strict=True)]
+    return jax.jit(jnp.pad, static_argnums=1, out_shardings=sharding)(array, tuple(widths))

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
 
 import omni_jax
 from omni_jax.config import OmniConfig
 from omni_jax.generation.lane_padding import LANES, pad_params, widen_config
+from omni_jax.layers.lora import LoRAKernel
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.processing.collate import collate
+from tests.adapters import add_adapter
 
 
 def test_the_hidden_axis_is_whole_lanes_on_each_chip() -> None:
@@ -22,8 +26,13 @@ def test_the_hidden_axis_is_whole_lanes_on_each_chip() -> None:
         assert wider.intermediate_size == width and width % (LANES * num_parts) == 0
 
 
-def test_pictures_have_the_same_features(tiny_model: Path) -> None:
-    model = omni_jax.load(tiny_model)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_pictures_have_the_same_features(tiny_model: Path, tmp_path: Path, quantization: str | None) -> None:
+    """Also with kernels in 8 bits, and with adapters beside them."""
+    add_adapter(tiny_model, tmp_path / "adapter", "thinker/vision_encoder/.*mlp.*", rank=3, alpha=3.0)
+    model = omni_jax.load(
+        tiny_model, components=["thinker"], adapters={"one": tmp_path / "adapter"}, quantization=quantization
+    )
     c = model.config.thinker_config.vision_config
     wider = Thinker(widen_config(model.config, 2).thinker_config, scan_layers=False)
     assert wider.config.vision_config.intermediate_size == 2 * LANES != c.intermediate_size
@@ -37,5 +46,7 @@ def test_pictures_have_the_same_features(tiny_model: Path) -> None:
     (frames,) = collate([prompt], model.config).vision
     expected = narrow.apply({"params": params}, frames, method="encode_vision")
     found = wider.apply({"params": padded}, frames, method="encode_vision")
+    flat = flatten_dict(padded, sep="/")
+    assert isinstance(flat["vision_encoder/layers_0/mlp/up/kernel"], LoRAKernel)
     # the same sums with zeros among them
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -25,12 +25,12 @@ from omni_jax.layers.quantized import QuantizedKernel
 from omni_jax.models.thinker import Thinker
 from omni_jax.training.dry_run import estimate_memory, summarize_parameters
 from omni_jax.training.loop import train
-from omni_jax.training.metrics_log import METRICS_FILE, read_metrics
+from omni_jax.training.metrics_log import METRICS_FILE, SAMPLES_FILE, read_metrics
 from omni_jax.training.objectives import make_objective
 from omni_jax.training.objectives.lora import LoRA, add_lora
 from omni_jax.training.objectives.next_token import NextToken
 from omni_jax.training.optimizer import flatten_params, split_params
-from omni_jax.training.recipe import LoRAOptions, NextTokenOptions, OptimizerConfig, Recipe
+from omni_jax.training.recipe import EvalConfig, LoRAOptions, NextTokenOptions, OptimizerConfig, Recipe
 from omni_jax.training.step import TrainState, TrainStep
 from tests.adapters import add_adapter
 from tests.training.examples import make_batch, make_examples
@@ -121,8 +121,17 @@ def test_quantised_kernels_train_as_their_values(inner: NextToken, params: dict)
 
 def test_what_a_run_saves(make_text_recipe: Callable[..., Recipe], tiny_model: Path, tmp_path: Path) -> None:
     """It trains adapters alone, keeps them alone, and goes on where it was; with the factored optimizer."""
-    recipe = make_text_recipe("thinker-lora", steps=4, lora={"base": "int8"}, optimizer={"kind": "adafactor"})
+    recipe = make_text_recipe(
+        "thinker-lora",
+        steps=4,
+        lora={"base": "int8"},
+        optimizer={"kind": "adafactor"},
+        data={"valid": make_text_recipe().data.train},
+        eval={"every": 4, "samples": 1, "max_tokens": 2},
+    )
     assert train(recipe, tmp_path / "run")
+    (sample,) = read_metrics(tmp_path / "run" / SAMPLES_FILE)
+    assert sample["answer"] and not sample["answer"].startswith("error")
     first, last = (step_folder(tmp_path / "run", step) for step in (2, 4))
     trees = [store.load(folder) for folder in (first, last)]
     changed = {
@@ -140,7 +149,8 @@ def test_what_a_run_saves(make_text_recipe: Callable[..., Recipe], tiny_model: P
     again = flatten_params(store.load(last)[LORA])
     assert all(np.array_equal(again[path], leaf) for path, leaf in flatten_params(trees[1][LORA]).items())
     # another run goes on with the adapter
-    more = dataclasses.replace(recipe, init=tmp_path / "run", steps=1)
+    more = dataclasses.replace(recipe, init=tmp_path / "run", steps=1, eval=EvalConfig())
+    more = dataclasses.replace(more, data=dataclasses.replace(more.data, valid=()))
     assert train(more, tmp_path / "more")
     assert read_metrics(tmp_path / "more" / METRICS_FILE)[0]["loss"] != expected[0]
 

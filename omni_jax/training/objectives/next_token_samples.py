@@ -12,6 +12,7 @@ from omni_jax.config import OmniConfig
 from omni_jax.data.rows import Document, read_row
 from omni_jax.generation.components import make_thinker_engines
 from omni_jax.generation.model import OmniModel
+from omni_jax.layers.quantized import QuantizedKernel
 from omni_jax.training.objective import Sample, SampleRequest
 
 
@@ -44,10 +45,14 @@ def answer_rows(params: Any, dtype: DTypeLike, config: OmniConfig, request: Samp
     if not prompts:
         return []
 
-    def cast(leaf: jax.Array) -> jax.Array:
-        return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+    def cast(leaf: Any) -> Any:
+        # whole numbers and their scales stay as they are
+        if isinstance(leaf, QuantizedKernel) or leaf.dtype == dtype:
+            return leaf
+        return leaf.astype(dtype)
 
-    engines = make_thinker_engines(config, jax.tree.map(cast, params), dtype, request.mesh)
+    cast_params = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedKernel))
+    engines = make_thinker_engines(config, cast_params, dtype, request.mesh)
     model = OmniModel(config, request.processor, engines, {})
     replies = model.generate_batch(prompts, max_tokens=request.max_tokens, temperature=0.0)
     samples = []
