@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import omni_jax
+import serve
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.export import to_hf
 from omni_jax.checkpoint.lora import LORA
@@ -137,3 +139,24 @@ def test_an_adapter_is_merged_where_it_is_exported(tiny_model: Path, adapters: d
     assert LORA not in found
     for name, tree in expected.items():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[name], tree)
+
+
+def test_lines_of_a_batch_choose(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line; a name that there is not costs its own line."""
+    lines = []
+    for number, adapter in enumerate(["one", None, "two", "three"]):
+        body = {"messages": MESSAGES[0], "adapter": adapter, "max_completion_tokens": 6}
+        line = {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body}
+        lines.append(json.dumps(line))
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines) + "\n")
+    files = ["-i", str(tmp_path / "requests.jsonl"), "-o", str(tmp_path / "results.jsonl")]
+    names = [part for name, folder in adapters.items() for part in (name, str(folder))]
+    options = ["--slots", "4", "--workers", "1", "--warmup-tokens", "0"]
+    assert serve.main(["batch", "--model", str(tiny_model), *files, *options, "--adapters", *names]) == 0
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    results.sort(key=lambda result: result["custom_id"])
+    texts = [result["response"]["body"]["choices"][0]["message"]["content"] for result in results[:3]]
+    assert len(set(texts)) == 3
+    assert results[3]["error"]["message"] == "adapter is 'three'; there are: one, two"
