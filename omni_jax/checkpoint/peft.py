@@ -186,26 +186,28 @@ def _module_names(linear_map: LinearMap) -> list[str]:
 
 def _read_peft(folder: Path, config: OmniConfig) -> Adapter:
     rank, alpha = _read_config(folder)
+    linear_maps = find_linear_maps(config)
+    modules_of_names = {}
+    for module, linear_map in linear_maps.items():
+        modules_of_names.update(dict.fromkeys(_module_names(linear_map), module))
     tensors: dict[tuple[str, str], StoredTensor] = {}
     unknown: list[str] = []
-    modules_of_names: dict[str, tuple[str, int]] = {}
-    linear_maps = find_linear_maps(config)
-    for module, linear_map in linear_maps.items():
-        for layer, name in enumerate(_module_names(linear_map)):
-            modules_of_names[name] = (module, layer)
     for name, tensor in read_header(folder / TENSORS_FILE).items():
         match = _TENSOR.fullmatch(name)
         module_name = _find_name(match.group(1), modules_of_names) if match else None
-        if match is None or module_name is None:
+        # a name may be there in two spellings, and whole numbers are no adapter's
+        if match is None or module_name is None or tensor.dtype == np.int32:
             unknown.append(name)
-            continue
-        tensors[module_name, match.group(2)] = tensor
+        elif (module_name, match.group(2)) in tensors:
+            raise CheckpointError(f"{folder / TENSORS_FILE} has {module_name}.lora_{match.group(2)} twice")
+        else:
+            tensors[module_name, match.group(2)] = tensor
     if unknown or not tensors:
         raise CheckpointError(
             f"{folder / TENSORS_FILE}: not all of it is of a linear map of the model"
             + describe_list("that is none", unknown)
         )
-    modules = tuple(sorted({modules_of_names[name][0] for name, _ in tensors}))
+    modules = tuple(sorted({modules_of_names[name] for name, _ in tensors}))
     adapter = LoRAConfig(rank, alpha, modules)
     flat = {}
     for module in modules:

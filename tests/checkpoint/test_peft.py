@@ -69,6 +69,14 @@ def unknown(tensors: dict[str, np.ndarray]) -> None:
     tensors["base_model.model.thinker.lm_head.weight"] = tensors.pop(NAME)
 
 
+def doubled(tensors: dict[str, np.ndarray]) -> None:
+    tensors[NAME.replace("thinker.", "")] = tensors[NAME]
+
+
+def whole_numbers(tensors: dict[str, np.ndarray]) -> None:
+    tensors[NAME] = np.ones(tensors[NAME].shape, np.int32)
+
+
 def none(tensors: dict[str, np.ndarray]) -> None:
     tensors.clear()
 
@@ -79,6 +87,8 @@ def none(tensors: dict[str, np.ndarray]) -> None:
         (without, "has one matrix of two of thinker.model.layers.1.self_attn.q_proj"),
         (renamed, "not all of it is of a linear map of the model\n  1 that is none:\n.*r_proj"),
         (unknown, "not all of it is of a linear map of the model\n  1 that is none:\n.*lm_head.weight"),
+        (doubled, "has thinker.model.layers.1.self_attn.q_proj.lora_A twice"),
+        (whole_numbers, "not all of it is of a linear map of the model\n  1 that is none:\n.*lora_A"),
         (none, "not all of it is of a linear map of the model"),
     ],
 )
