@@ -45,14 +45,16 @@ def pad_params(params: Any, wider: Any) -> Any:
     def pad_leaf(leaf: Any, target: jax.ShapeDtypeStruct) -> Any:
         if isinstance(leaf, LoRAKernel):
             shape_a, shape_b = adapter_shapes(target.shape, leaf.a.shape, leaf.b.shape)
-            a = _pad(leaf.a, shape_a, leaf.a.sharding)
-            b = _pad(leaf.b, shape_b, leaf.b.sharding)
+            arrays: Any = leaf
+            a = _pad(arrays.a, shape_a, arrays.a.sharding)
+            b = _pad(arrays.b, shape_b, arrays.b.sharding)
             return dataclasses.replace(leaf, kernel=pad_leaf(leaf.kernel, target), a=a, b=b)
         if isinstance(leaf, QuantizedKernel):
             num_outputs = leaf.scale.ndim - 1 - (leaf.values.ndim - target.ndim)
             # groups of inputs are whole, whatever is behind the last; outputs that are padding have any scale
             shape = (*leaf.scale.shape[:-num_outputs], *target.shape[-num_outputs:])
-            scale = _pad(leaf.scale, shape, leaf.scale.sharding)
+            scale: Any = leaf.scale
+            scale = _pad(scale, shape, scale.sharding)
             return QuantizedKernel(_pad(leaf.values, target.shape, target.sharding), scale)
         return _pad(leaf, target.shape, target.sharding)
 
