@@ -80,7 +80,8 @@ def estimate_memory(recipe: Recipe, phase: Phase) -> dict[str, int]:
     """
     mesh = recipe.mesh.abstract()
     objective = make_objective(recipe)
-    state = abstract_state(make_step(recipe, objective, phase, recipe.steps), mesh)
+    step = make_step(recipe, objective, phase, recipe.steps)
+    state = abstract_state(step, mesh)
     batch = abstract_batch(recipe.data, objective, mesh, recipe.optimizer.accumulate)
     row_parts = recipe.mesh.data * recipe.mesh.fsdp
     return {
@@ -91,7 +92,7 @@ def estimate_memory(recipe: Recipe, phase: Phase) -> dict[str, int]:
         # for the time of a step; a gradient has the shape and dtype of its parameter
         "gradients": bytes_per_device(state.trained),
         "batch": bytes_per_device(batch),
-        **objective.estimate_activations(recipe.data, row_parts, recipe.mesh.sequence, recipe.mesh.tensor),
+        **objective.estimate_activations(recipe.data, row_parts, recipe.mesh.sequence, recipe.mesh.tensor, step.scales),
     }
 
 

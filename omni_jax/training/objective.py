@@ -151,7 +151,9 @@ class Objective(Protocol):
         """
         ...
 
-    def estimate_activations(self, data: DataConfig, row_parts: int, sequence: int, tensor: int) -> dict[str, int]:
+    def estimate_activations(
+        self, data: DataConfig, row_parts: int, sequence: int, tensor: int, trained: Collection[str]
+    ) -> dict[str, int]:
         """Bytes of a device for the time of a step, by what holds them, beside gradients and the batch.
 
         Args:
@@ -159,5 +161,6 @@ class Objective(Protocol):
           row_parts: that the rows of a batch are spread over.
           sequence: that the positions of a row are spread over.
           tensor: that the vocabulary is spread over.
+          trained: paths of the parameters that train.
         """
         ...

@@ -152,7 +152,9 @@ class Ctc:
     def count_flops(self, sizes: Mapping[str, int], trained: Collection[str], counts: Mapping[str, float]) -> float:
         return 6.0 * sum(sizes[path] for path in trained) * counts["tokens"]
 
-    def estimate_activations(self, data: DataConfig, row_parts: int, sequence: int, tensor: int) -> dict[str, int]:
+    def estimate_activations(
+        self, data: DataConfig, row_parts: int, sequence: int, tensor: int, trained: Collection[str]
+    ) -> dict[str, int]:
         return {}
 
 

@@ -139,8 +139,10 @@ class LoRA:
     def sample(self, params: Params, request: SampleRequest) -> list[Sample]:
         return self.inner.sample(self._attach(params), request)
 
-    def estimate_activations(self, data: DataConfig, row_parts: int, sequence: int, tensor: int) -> dict[str, int]:
-        return self.inner.estimate_activations(data, row_parts, sequence, tensor)
+    def estimate_activations(
+        self, data: DataConfig, row_parts: int, sequence: int, tensor: int, trained: Collection[str]
+    ) -> dict[str, int]:
+        return self.inner.estimate_activations(data, row_parts, sequence, tensor, trained)
 
     def _attach(self, params: Params) -> dict[str, Any]:
         model = {name: tree for name, tree in params.items() if name != LORA}

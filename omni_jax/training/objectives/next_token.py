@@ -31,6 +31,7 @@ from omni_jax.training.recipe import NextTokenOptions, Recipe
 
 _FLOAT32_BYTES = 4
 _PREFIX = "thinker/"  # of the paths of its parameters
+_HEAD = "thinker/decoder/head/kernel"
 
 
 # compared and hashed by identity, as the step that holds it
@@ -102,7 +103,7 @@ class NextToken:
             batch.weights / denominators["weight"],
             chunk=self._chunk(batch.targets.shape[1]),
             z_loss=self.options.z_loss,
-            head_trains="thinker/decoder/head/kernel" in trained,
+            head_trains=_HEAD in trained,
         )
         # the z-loss is trained on, but not reported
         terms = {"loss": jnp.sum(sums.cross_entropy)}
@@ -132,7 +133,9 @@ class NextToken:
     def sample(self, params: Params, request: SampleRequest) -> list[Sample]:
         return answer_rows(params["thinker"], self.dtype, self.config, request)
 
-    def estimate_activations(self, data: DataConfig, row_parts: int, sequence: int, tensor: int) -> dict[str, int]:
+    def estimate_activations(
+        self, data: DataConfig, row_parts: int, sequence: int, tensor: int, trained: Collection[str]
+    ) -> dict[str, int]:
         text = self.config.thinker_config.text_config
         compute_bytes = jnp.dtype(self.dtype).itemsize
         # of one device; activations of a layer are recomputed, so only the inputs of the layers stay
@@ -142,11 +145,12 @@ class NextToken:
         vocab = text.vocab_size // tensor
         # of a device's part of each row, a chunk at a time; in float32 whatever the dtype of activations
         logits = rows * divide_chunk(length, self.options.chunk) * vocab * _FLOAT32_BYTES
+        # gathered once for all chunks in the dtype of activations; its gradient is summed in float32
+        head_bytes = compute_bytes + (_FLOAT32_BYTES if _HEAD in trained else 0)
         return {
             "inputs of the decoder's layers": text.num_hidden_layers * positions * text.hidden_size * compute_bytes,
             "logits of a chunk and their gradient": 2 * logits,
-            # gathered once for all chunks in the dtype of activations; its gradient is summed in float32
-            "head on every device, and its gradient": text.hidden_size * vocab * (compute_bytes + _FLOAT32_BYTES),
+            "head on every device, and its gradient": text.hidden_size * vocab * head_bytes,
         }
 
     def _chunk(self, num_positions: int) -> int:
