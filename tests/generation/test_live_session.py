@@ -96,17 +96,17 @@ class Counts:
         self.blocks = self.frames = self.chunks = self.tokens = 0
         encode, prefill = ThinkerEngine.encode, ThinkerEngine.prefill
 
-        def counted_encode(engine: ThinkerEngine, media: Any) -> Any:
+        def counted_encode(engine: ThinkerEngine, media: Any, *args: Any) -> Any:
             if isinstance(media, AudioBlocks):
                 self.blocks += len(media.mel)
             else:
                 self.frames += int(np.asarray(media.valid).any(axis=(1, 2)).sum())
-            return encode(engine, media)
+            return encode(engine, media, *args)
 
-        def counted_prefill(engine: ThinkerEngine, prefix: Any, chunk: PrefillChunk, features: Any) -> Any:
+        def counted_prefill(engine: ThinkerEngine, prefix: Any, chunk: PrefillChunk, *args: Any) -> Any:
             self.chunks += 1
             self.tokens += int(chunk.valid.sum())
-            return prefill(engine, prefix, chunk, features)
+            return prefill(engine, prefix, chunk, *args)
 
         patch.setattr(ThinkerEngine, "encode", counted_encode)
         patch.setattr(ThinkerEngine, "prefill", counted_prefill)

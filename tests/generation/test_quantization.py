@@ -141,7 +141,7 @@ def test_a_model_in_8_bits(tiny_model: Path) -> None:
     alone = [model.generate(message, **spoken) for message in messages]
     for one, other in zip(alone, model.generate_batch(messages, **spoken), strict=True):
         assert (one.token_ids, one.codec_ids) == (other.token_ids, other.codec_ids)
-        assert one.token_ids and len(one.codec_ids) == 8 and one.audio is not None
+        assert one.token_ids and one.codec_ids and one.audio is not None
     # the same numbers in float32
     plain = omni_jax.load(tiny_model, kv_cache_dtype="int8")
     for engine, of in ((plain.engines.thinker, model.engines.thinker), (plain.engines.talker, model.engines.talker)):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import omni_jax
 from configs import RECIPES
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.config import OmniConfig
@@ -81,7 +82,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options for held-out rows that are text alone, so that the media of their batches are made on the devices."""
     rows = tmp_path_factory.mktemp("valid") / "text.jsonl"
     rows.write_text(json.dumps({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "It"}]}))
-    return ["--data.valid", str(rows), "--eval.every", str(STEPS), "--eval.samples", "1", "--eval.max-tokens", "4"]
+    return ["--data.valid", str(rows), "--eval.every", str(STEPS)]
 
 
 @pytest.fixture(scope="module")
@@ -97,24 +98,27 @@ def test_four_devices(one_device: Path, four_devices: Path) -> None:
     assert expected[-1] < expected[0]  # and the loss falls
     (held_out,) = read_metrics(four_devices / EVALUATIONS_FILE)
     assert held_out["step"] == STEPS and np.isfinite(held_out["loss"])
-    (sample,) = read_metrics(four_devices / SAMPLES_FILE)
-    assert sample["expected"] == "It" and sample["answer"] and not sample["answer"].startswith("error")
 
 
 @pytest.mark.long
 def test_two_processes(options: list[str], held_out: list[str], four_devices: Path, tmp_path: Path) -> None:
-    """Of two devices each: each reads its own rows, and both write the checkpoints."""
+    """Of two devices each: each reads its own rows, and both write the checkpoints and answer a held-out row."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     each = [*MESH, "--workdir", str(tmp_path / "run")]
     together = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", "2"]
+    together += ["--eval.samples", "1", "--eval.max-tokens", "4"]
     runs = [start("train.py", *options, *held_out, *each, *together, "--process", str(i), devices=2) for i in range(2)]
     for process in runs:
         finish(process)
     expected = losses(four_devices)
     assert np.abs(losses(tmp_path / "run") - expected).max() < TOLERANCE * np.abs(expected).max()
-    assert read_metrics(tmp_path / "run" / SAMPLES_FILE) == read_metrics(four_devices / SAMPLES_FILE)
+    (sample,) = read_metrics(tmp_path / "run" / SAMPLES_FILE)
+    # answered as by the same parameters in one process, on one device
+    model = omni_jax.load(tmp_path / "run", dtype="float32", components=("thinker",))
+    answer = model.generate([{"role": "user", "content": "?"}], max_tokens=4, temperature=0.0).text
+    assert (sample["expected"], sample["answer"]) == ("It", answer)
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved == [f"{STEPS // 2:08d}", f"{STEPS:08d}"]
 
