@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.sharding import MeshConfig
-from omni_jax.training.recipe import CheckpointConfig, NextTokenOptions, OptimizerConfig, Phase, Recipe
+from omni_jax.training.recipe import CheckpointConfig, LoRAOptions, NextTokenOptions, OptimizerConfig, Phase, Recipe
 
 # paths of parameters; bos_eos, the audio encoder's begin and end embeddings, is read by nothing (see
 # models/audio_encoder.py) and must not decay
@@ -32,6 +33,8 @@ def recipes(
     steps: int,
     tokens: int = 8192,
     media: Mapping[str, Any] | None = None,
+    devices: Mapping[str, int] = MappingProxyType({"7b": 64, "3b": 32}),
+    lora: LoRAOptions = LoRAOptions(),  # noqa: B008, frozen
 ) -> dict[str, Recipe]:
     """A stage in every size, by name; one row of ``tokens`` a device.
 
@@ -43,13 +46,16 @@ def recipes(
       steps: of the sizes 7b and 3b.
       tokens: of a row.
       media: budgets of audio and pictures (``DataConfig``) that are not the default.
+      devices: of the sizes 7b and 3b.
+      lora: adapters.
     """
-    published = {"7b": (OmniConfig.qwen2_5_omni_7b(), 64), "3b": (OmniConfig.qwen2_5_omni_3b(), 32)}
+    published = {"7b": OmniConfig.qwen2_5_omni_7b(), "3b": OmniConfig.qwen2_5_omni_3b()}
     made = {}
-    for size, (model, devices) in published.items():
-        data = DataConfig(rows=devices, streams=devices, tokens=tokens, **(media or {}))
+    for size, model in published.items():
+        count = devices[size]
+        data = DataConfig(rows=count, streams=count, tokens=tokens, **(media or {}))
         made[f"{stage}-{size}"] = Recipe(
-            about, model, phases, data, MeshConfig(fsdp=devices), optimizer=optimizer, steps=steps
+            about, model, phases, data, MeshConfig(fsdp=count), optimizer=optimizer, steps=steps, lora=lora
         )
     made[f"{stage}-tiny"] = Recipe(
         about,
@@ -61,6 +67,7 @@ def recipes(
         steps=_TINY_STEPS,
         dtype="float32",
         objective=NextTokenOptions(chunk=64),
+        lora=lora,
         log_every=5,
     )
     return made

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jiwer
 import tyro
@@ -24,9 +24,13 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 import omni_jax
-from omni_jax.checks import printable
+from omni_jax.checks import check_int, printable
+from omni_jax.data.replies import LastReply, find_last_replies
+from omni_jax.data.sources import open_rows
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.generation.model import OmniModel
+
+_ADAPTER = "adapter"  # the name of the only one
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class Options:
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """A checkpoint, or the folder of a training run."""
     rows: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ROWS.jsonl")]
-    """Dialogues as in training, each ending in a reply; each file is counted apart."""
+    """Files of rows as in training; each is counted apart. Rows that answer nothing are passed over."""
+    media_root: Path | None = None
+    """Media must lie within this folder; without it, within that of the rows."""
     adapter: Path | None = None
     """Answer with this adapter (LoRA)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
@@ -64,47 +70,20 @@ def count_errors(expected: Sequence[str], answers: Sequence[str]) -> float:
     return float(jiwer.process_words(wanted, [normalize(text) for text in answers]).wer)
 
 
-def answer_rows(model: OmniModel, rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
-    """The model's answers; an error of one is an answer without words."""
-    adapter = None if options.adapter is None else "adapter"
+def answer(model: OmniModel, replies: Sequence[LastReply], options: Options) -> list[str]:
+    """What the model says in place of each reply; an error of one is an answer without words."""
+    adapter = None if options.adapter is None else _ADAPTER
     answers = []
-    starts = range(0, len(rows), options.batch_size)
+    starts = range(0, len(replies), options.batch_size)
     for start in track(starts, description="answering", console=Console(stderr=True)):
-        prompts = [row["messages"][:-1] for row in rows[start : start + options.batch_size]]
-        replies = model.generate_batch(
+        prompts = [reply.prompt for reply in replies[start : start + options.batch_size]]
+        for found in model.generate_batch(
             prompts, batch_size=options.batch_size, max_tokens=options.max_tokens, adapter=adapter
-        )
-        for reply in replies:
-            if reply.error is not None:
-                print(f"not answered: {printable(str(reply.error))}", file=sys.stderr)
-            answers.append(reply.text)
+        ):
+            if found.error is not None:
+                print(f"not answered: {printable(str(found.error))}", file=sys.stderr)
+            answers.append(found.text)
     return answers
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Dialogues that end in a reply.
-
-    Raises:
-      InputError: naming the line that is none.
-    """
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read {path}: {e}") from e
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            last = row["messages"][-1]
-            is_reply = last["role"] == "assistant" and isinstance(last["content"], str)
-        except (ValueError, KeyError, IndexError, TypeError):
-            is_reply = False
-        if not is_reply:
-            raise InputError(f"{path}, line {number}: there is no dialogue that ends in a reply (see docs/data.md)")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{path} has no rows")
-    return rows
 
 
 def measure(options: Options) -> dict[str, float]:
@@ -113,17 +92,23 @@ def measure(options: Options) -> dict[str, float]:
     Raises:
       CheckpointError, ConfigError, InputError: where there are none.
     """
-    files = {path: read_rows(path) for path in options.rows}
-    adapters = {} if options.adapter is None else {"adapter": options.adapter}
+    check_int("--batch-size", options.batch_size, 1)
+    media_root = None if options.media_root is None else str(options.media_root)
+    files = {}
+    for path in options.rows:
+        files[path] = find_last_replies(open_rows(str(path)), media_root=media_root)
+        if not files[path]:
+            raise InputError(f"{path}: no row is a dialogue that ends in a reply (see docs/data.md)")
+    adapters = {} if options.adapter is None else {_ADAPTER: options.adapter}
     model = omni_jax.load(options.model, components=("thinker",), adapters=adapters)
     errors = {}
     lines = []
-    for path, rows in files.items():
-        expected = [row["messages"][-1]["content"] for row in rows]
-        answers = answer_rows(model, rows, options)
-        errors[str(path)] = count_errors(expected, answers)
-        for text, answer in zip(expected, answers, strict=True):
-            lines.append(json.dumps({"file": str(path), "expected": text, "answer": answer}, ensure_ascii=False))
+    for path, replies in files.items():
+        answers = answer(model, replies, options)
+        errors[str(path)] = count_errors([reply.text for reply in replies], answers)
+        for reply, text in zip(replies, answers, strict=True):
+            line = {"row": reply.row, "expected": reply.text, "answer": text}
+            lines.append(json.dumps(line, ensure_ascii=False))
     if options.out is not None:
         options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return errors

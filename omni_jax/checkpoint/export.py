@@ -17,7 +17,6 @@ from flax.traverse_util import flatten_dict
 
 from omni_jax.checkpoint import store, voices
 from omni_jax.checkpoint.convert import Conversion, Progress, ProgressCounter
-from omni_jax.checkpoint.lora import has_adapter
 from omni_jax.checkpoint.model_files import CONSTANTS_FILE, side_files, write_thinker_config
 from omni_jax.checkpoint.name_map import (
     COMPONENTS,
@@ -77,7 +76,7 @@ def to_hf(
     # the tensors with their sizes, from which the files are cut; values are read when their turn to be written comes
     entries = make_name_table(config, components)
     counter = ProgressCounter(entries, progress)
-    adapter = read_adapter(source, config) if has_adapter(source) else None
+    adapter = read_adapter(source, config) if store.has_adapter(source) else None
     tensors = list(_make_tensors(source, entries, dtypes, counter, is_thinker_alone, adapter))
     tensors += constants
 

@@ -17,7 +17,7 @@ from omni_jax.checkpoint.name_map import COMPONENTS, Entry, make_name_table
 from omni_jax.checks import check_float, check_int, shown
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError, InputError
-from omni_jax.plain_files import has_file, read_object
+from omni_jax.plain_files import read_object
 
 LORA = "lora"  # the tree of adapters, beside those of the components
 LORA_FILE = "lora.json"
@@ -72,11 +72,6 @@ class LoRAConfig:
         ):
             raise CheckpointError(f"{path}: modules is {shown(modules)}; it must be a list of paths")
         return cls(rank, alpha, tuple(modules))
-
-
-def has_adapter(folder: Path) -> bool:
-    """Whether a checkpoint has an adapter beside its components."""
-    return has_file(folder / LORA_FILE)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Adapters in the format of peft (https://github.com/huggingface/peft), for the published model's modules.
 
 A folder has ``adapter_config.json`` and ``adapter_model.safetensors`` with two matrices for each linear map:
-``base_model.model.NAME.lora_A.weight`` [R, in] and ``base_model.model.NAME.lora_B.weight`` [out, R].
+``base_model.model.NAME.lora_A.weight`` [R, in] and ``base_model.model.NAME.lora_B.weight`` [out, R]. ``read_adapter``
+reads the adapter of a checkpoint of ours too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from omni_jax.checkpoint.lora import (
     LoRAConfig,
     adapter_shapes,
     find_linear_maps,
-    has_adapter,
 )
 from omni_jax.checkpoint.name_map import Entry, describe_differences, describe_list, published_name
 from omni_jax.checkpoint.tensor_file import NewTensor, StoredTensor, read_header, write_file
@@ -33,7 +33,7 @@ from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checks import check_float, check_int, shown
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, InputError
-from omni_jax.layers.lora import multiply_factors
+from omni_jax.layers.lora import merge_kernel
 from omni_jax.plain_files import has_file, read_object
 
 CONFIG_FILE = "adapter_config.json"
@@ -84,8 +84,7 @@ class Adapter:
         if entry.stacked:
             a = a[layer]
             b = b[layer]
-        added = self.config.scale * multiply_factors(a, b, is_stacked=False)
-        return (leaf.astype(np.float32) + added).astype(leaf.dtype)
+        return merge_kernel(leaf, a, b, self.config.scale)
 
 
 def read_adapter(folder: Path, config: OmniConfig) -> Adapter:
@@ -102,7 +101,7 @@ def read_adapter(folder: Path, config: OmniConfig) -> Adapter:
     if has_file(folder / CONFIG_FILE):
         return _read_peft(folder, config)
     checkpoint = resolve_checkpoint(folder)
-    if not has_adapter(checkpoint):
+    if not store.has_adapter(checkpoint):
         raise CheckpointError(
             f"{folder} has no adapter: neither {CONFIG_FILE}, as peft writes it, nor a checkpoint of a run with "
             "--lora.rank"

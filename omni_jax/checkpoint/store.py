@@ -278,6 +278,11 @@ def components(folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def has_adapter(folder: Path) -> bool:
+    """Whether a checkpoint has an adapter beside its components; what is no checkpoint has none."""
+    return has_file(folder / ABOUT_FILE) and LORA in components(folder)
+
+
 def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike | None = None) -> dict[str, Any]:
     """Shapes and dtypes of the parameters, without their values.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype
@@ -17,8 +16,8 @@ from omni_jax.checkpoint.peft import Adapter, read_adapter
 from omni_jax.config import OmniConfig
 from omni_jax.engine.adapters import AdapterTable
 from omni_jax.errors import CheckpointError
-from omni_jax.generation.lane_padding import adapter_shapes
-from omni_jax.layers.lora import LoRAKernel, find_adapters, multiply_factors
+from omni_jax.generation.lane_padding import widen_adapter_shapes
+from omni_jax.layers.lora import LoRAKernel, find_adapters, merge_kernel
 from omni_jax.layers.quantized import QuantizedKernel
 
 _COMPONENT = "thinker"
@@ -90,7 +89,7 @@ def _place(kernel: Any, a: np.ndarray, b: np.ndarray, is_stacked: bool) -> LoRAK
     """The two arrays beside a kernel, spread as its inputs and outputs are."""
     values: Any = kernel.values if isinstance(kernel, QuantizedKernel) else kernel
     # a kernel may have been widened with zeros
-    shape_a, shape_b = adapter_shapes(values.shape, a.shape, b.shape)
+    shape_a, shape_b = widen_adapter_shapes(values.shape, a.shape, b.shape)
     a = _pad(a, shape_a)
     b = _pad(b, shape_b)
     place_a: Sharding = values.sharding
@@ -125,9 +124,7 @@ def merge_adapter(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]
 
 def _merge_kernel(kernel: jax.Array, a: Any, b: Any, scale: float, is_stacked: bool) -> jax.Array:
     def merge(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        kernel, a, b = arrays
-        added = scale * multiply_factors(a, b, is_stacked=False)
-        return (kernel.astype(jnp.float32) + added).astype(kernel.dtype)
+        return merge_kernel(*arrays, scale)
 
     def merge_stack(*arrays: jax.Array) -> jax.Array:
         # layer by layer, so that no more than one is held in float32

@@ -13,7 +13,7 @@ from flax.typing import Dtype
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.lora import LORA, has_adapter
+from omni_jax.checkpoint.lora import LORA
 from omni_jax.checkpoint.peft import read_adapter
 from omni_jax.config import OmniConfig
 from omni_jax.engine.adapters import AdapterTable
@@ -87,7 +87,7 @@ def load_engines(
     # before the model, which takes longer
     found = read_adapters(adapters, config)
     params = store.load(folder, wanted, dtype=compute_dtype, shardings=shardings)
-    if has_adapter(folder):
+    if store.has_adapter(folder):
         params = merge_adapter(params, read_adapter(folder, config))
     if jax.default_backend() == "tpu":
         config = widen_config(config, 1 if mesh is None else mesh.shape["tensor"])

@@ -44,7 +44,7 @@ def pad_params(params: Any, wider: Any) -> Any:
 
     def pad_leaf(leaf: Any, target: jax.ShapeDtypeStruct) -> Any:
         if isinstance(leaf, LoRAKernel):
-            shape_a, shape_b = adapter_shapes(target.shape, leaf.a.shape, leaf.b.shape)
+            shape_a, shape_b = widen_adapter_shapes(target.shape, leaf.a.shape, leaf.b.shape)
             arrays: Any = leaf
             a = _pad(arrays.a, shape_a, arrays.a.sharding)
             b = _pad(arrays.b, shape_b, arrays.b.sharding)
@@ -61,7 +61,7 @@ def pad_params(params: Any, wider: Any) -> Any:
     return jax.tree.map(pad_leaf, params, wider, is_leaf=lambda leaf: isinstance(leaf, LoRAKernel | QuantizedKernel))
 
 
-def adapter_shapes(
+def widen_adapter_shapes(
     kernel: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of an adapter's two arrays beside a kernel of this shape.

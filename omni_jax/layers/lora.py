@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
@@ -75,13 +76,10 @@ def attach_adapters(params: Mapping[str, Any], adapters: Mapping[str, Any], scal
     return unflatten_dict(flat)
 
 
-def multiply_factors(a: Float[Array, "... R"], b: Float[Array, "R ..."], is_stacked: bool) -> Array:
-    """The matrix that an adapter adds to its kernel; with a leading axis of layers where ``is_stacked``.
+def merge_kernel(kernel: Float[Array, "..."], a: Float[Array, "... R"], b: Float[Array, "R ..."], scale: float) -> Any:
+    """A kernel, inputs + outputs, with what its adapter adds; in the kernel's dtype.
 
     Works on arrays of NumPy and of JAX alike.
     """
-    if is_stacked:
-        leading = a.reshape(len(a), -1, a.shape[-1]) @ b.reshape(len(b), b.shape[1], -1)  # [L, inputs, outputs]
-        return leading.reshape(*a.shape[:-1], *b.shape[2:])
-    product = a.reshape(-1, a.shape[-1]) @ b.reshape(len(b), -1)  # [inputs, outputs]
-    return product.reshape(*a.shape[:-1], *b.shape[1:])
+    added = a.reshape(-1, a.shape[-1]) @ b.reshape(len(b), -1)  # [inputs, outputs]
+    return (kernel.astype(np.float32) + scale * added.reshape(kernel.shape)).astype(kernel.dtype)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.assemble_thinker import assemble_thinker
-from omni_jax.checkpoint.lora import LORA_FILE, LoRAConfig, has_adapter
+from omni_jax.checkpoint.lora import LORA_FILE, LoRAConfig
 from omni_jax.checkpoint.train_checkpoints import (
     MODEL_FOLDER,
     TrainCheckpoint,
@@ -99,7 +99,7 @@ def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Ca
 
 def _check_adapter(init: Path, extra_files: Mapping[str, str]) -> None:
     """Raises ConfigError if a checkpoint has an adapter that a run with these files would not go on with."""
-    if not has_adapter(init):
+    if not store.has_adapter(init):
         return
     wanted = extra_files.get(LORA_FILE)
     if wanted is None or LoRAConfig.load(init).to_json() != wanted:

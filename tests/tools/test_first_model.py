@@ -14,8 +14,8 @@ import pytest
 from omni_jax.errors import InputError
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, read_metrics
 from tests.test_readme import ROOT, read_commands
-from tools.make_rows import Options, make_rows
-from tools.word_errors import count_errors, read_rows
+from tools import make_rows
+from tools.word_errors import Options, count_errors, measure
 
 SMALLER = {"train.py": ["--steps", "2", "--data.tokens", "256"], "tools/word_errors.py": ["--max-tokens", "2"]}
 
@@ -31,7 +31,7 @@ def test_the_commands_of_the_page(
     (sounds / "table.csv").write_text("\n".join(["file,text", *lines]))
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(command) for command in read_commands(ROOT / "docs" / "training.md")]
-    begin = commands.index(["pip", "install", "-e", ".[eval]"])
+    begin = commands.index(["pip", "install", "-e", ".[eval,plots]"])
     files = ["tools/make_rows.py", "train.py", "tools/word_errors.py", "serve.py"]
     assert [command[1] for command in commands[begin + 1 : begin + 5]] == files
     for _, file, *arguments in commands[begin + 1 : begin + 5]:
@@ -74,16 +74,15 @@ def test_tables_that_cannot_be_used(text: str | bytes, message: str, tmp_path: P
     table = tmp_path / "table.csv"
     table.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
-        make_rows(Options(table, tmp_path / "rows.jsonl"))
+        make_rows.make_rows(make_rows.Options(table, tmp_path / "rows.jsonl"))
     assert not (tmp_path / "rows.jsonl").exists()
 
 
-def test_rows_that_have_no_reply(tmp_path: Path) -> None:
+def test_rows_without_a_reply(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    for text in ('{"text": "a"}', "no json", '{"messages": []}', '{"messages": [{"role": "user", "content": "a"}]}'):
-        rows.write_text(text + "\n")
-        with pytest.raises(InputError, match="line 1: there is no dialogue that ends in a reply"):
-            read_rows(rows)
-    rows.write_text("")
-    with pytest.raises(InputError, match="has no rows"):
-        read_rows(rows)
+    question = {"role": "user", "content": "a"}
+    rows.write_text("\n".join(json.dumps(row) for row in ({"text": "a"}, {"messages": [question]})) + "\n")
+    with pytest.raises(InputError, match="no row is a dialogue that ends in a reply"):
+        measure(Options(tmp_path, (rows,)))
+    with pytest.raises(InputError, match="--batch-size is 0"):
+        measure(Options(tmp_path, (rows,), batch_size=0))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 
 from omni_jax.config import OmniConfig
-from omni_jax.data.rows import Document, read_row
+from omni_jax.data.replies import find_last_replies
 from omni_jax.generation.components import make_thinker_engines
 from omni_jax.generation.model import OmniModel
 from omni_jax.layers.quantized import QuantizedKernel
@@ -28,21 +27,8 @@ def answer_rows(params: Any, dtype: DTypeLike, config: OmniConfig, request: Samp
     Raises:
       InputError: if a row is not what it should be.
     """
-    names: list[str] = []
-    prompts: list[Sequence[Mapping[str, Any]]] = []
-    expected: list[str] = []
-    for row in request.rows:
-        content = read_row(row, request.data.use_audio_in_video, request.data.media_root)
-        if isinstance(content, Document):
-            continue
-        replies = [i for i, message in enumerate(content.messages) if message["role"] == "assistant"]
-        # the first message of all answers nothing
-        if not replies or replies[-1] == 0:
-            continue
-        names.append(row.name)
-        prompts.append(content.messages[: replies[-1]])
-        expected.append(_text_of(content.messages[replies[-1]]["content"]))
-    if not prompts:
+    replies = find_last_replies(request.rows, request.data.use_audio_in_video, request.data.media_root)
+    if not replies:
         return []
 
     def cast(leaf: Any) -> Any:
@@ -54,15 +40,10 @@ def answer_rows(params: Any, dtype: DTypeLike, config: OmniConfig, request: Samp
     cast_params = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedKernel))
     engines = make_thinker_engines(config, cast_params, dtype, request.mesh)
     model = OmniModel(config, request.processor, engines, {})
-    replies = model.generate_batch(prompts, max_tokens=request.max_tokens, temperature=0.0)
+    prompts = [reply.prompt for reply in replies]
+    answers = model.generate_batch(prompts, max_tokens=request.max_tokens, temperature=0.0)
     samples = []
-    for name, text, reply in zip(names, expected, replies, strict=True):
-        samples.append(Sample(name, text, reply.text if reply.error is None else f"error: {reply.error}"))
+    for reply, answer in zip(replies, answers, strict=True):
+        text = answer.text if answer.error is None else f"error: {answer.error}"
+        samples.append(Sample(reply.row, reply.text, text))
     return samples
-
-
-def _text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """Of a message's parts those that are text."""
-    if isinstance(content, str):
-        return content
-    return "".join(str(part.get("text", "")) for part in content)
