@@ -37,7 +37,9 @@ PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # (releases from 0.12 on have the newer loops alone, and end at a flag that they do not know)
 OLD_LOOPS = from importlib.metadata import version; \
 	print('--xla_cpu_use_fusion_emitters=false' if version('jaxlib').split('.') < ['0', '12'] else '')
-QUICKLY = JAX_DISABLE_MOST_OPTIMIZATIONS=true XLA_FLAGS=$$($(1)/python -c "$(OLD_LOOPS)")
+# (and a program is compiled in one piece: several would be compiled side by side, but the cores are busy anyway)
+QUICKLY = JAX_DISABLE_MOST_OPTIMIZATIONS=true \
+	XLA_FLAGS="$$($(1)/python -c "$(OLD_LOOPS)") --xla_cpu_parallel_codegen_split_count=1"
 
 .PHONY: demo train-demo train-asr test test-long fuzz audit test-aot check test-newest clean
 

@@ -1,7 +1,27 @@
 """Qwen2.5-Omni in JAX and Flax for Cloud TPU."""
 
-from omni_jax.config import OmniConfig
-from omni_jax.generation.model import OmniModel, load
-from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omni_jax.config import OmniConfig
+    from omni_jax.generation.model import OmniModel, load
+    from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 
 __all__ = ["SPEECH_SYSTEM_PROMPT", "OmniConfig", "OmniModel", "load"]
+
+_MODULES = {
+    "OmniConfig": "omni_jax.config",
+    "OmniModel": "omni_jax.generation.model",
+    "load": "omni_jax.generation.model",
+    "SPEECH_SYSTEM_PROMPT": "omni_jax.processing.chat",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # at first use: a process that decodes media imports parts of the package, and needs no model
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -73,6 +73,9 @@ class AudioBlocks:
 class VisionFrames:
     """Frames of about one size, each cut into windows; four patches in a row are one merged cell.
 
+    Each of the W entries of a frame holds a whole window, or several of those at its edges, which are smaller. A patch
+    attends to those of its window, which follows from ``row`` and ``column``.
+
     A frame here is what the encoder calls one: ``temporal_patch_size`` pictures deep. In training, where shapes are
     fixed, several small frames share the windows of one entry, a canvas; then ``valid`` numbers the frames of a canvas
     from 1, and patches of equal number attend to each other.
@@ -156,3 +159,12 @@ def bucket(n: int, smallest: int = 1) -> int:
         raise ValueError(f"a length cannot be {n}")
     units = -(-n // smallest)
     return smallest * _BUCKET_LADDER[bisect.bisect_left(_BUCKET_LADDER, units)]
+
+
+# above 16 the steps are half as large, for large pictures cost the most: 20, 24, 28, 32, 40, ...
+_WINDOW_LADDER = [n for n in _BUCKET_LADDER if n < 16] + [k << i for i in range(2, 40) for k in (4, 5, 6, 7)]
+
+
+def bucket_windows(n: int) -> int:
+    """The size that the windows of a frame are rounded up to; above 16 at most a fifth of it is padding."""
+    return _WINDOW_LADDER[bisect.bisect_left(_WINDOW_LADDER, n)]

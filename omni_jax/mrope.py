@@ -5,9 +5,9 @@ sound. The merged cells of a picture share one time and carry their row and colu
 of their frame, and a video with its sound is interleaved in chunks: two seconds of picture, then two of sound.
 
 Three terms, from the outside in. A *segment* is what a message holds: text, a picture, a video, a video with its sound
-(``Text``, ``Grid``, ``Interleaved``). A *chunk* is the picture or the sound of about two seconds of such a video. A
-*span* is a run of tokens whose ids follow one rule; ``resolve_spans`` turns segments into spans, and ``position_ids``,
-which is jitted, expands a table of spans to ids.
+(``omni_jax.segments``). A *chunk* is the picture or the sound of about two seconds of such a video. A *span* is a run
+of tokens whose ids follow one rule; ``resolve_spans`` turns segments into spans, and ``position_ids``, which is jitted,
+expands a table of spans to ids.
 
 Every quirk of the reference is kept, since the published weights were trained with them (docs/reference.md, 5):
 
@@ -24,8 +24,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,101 +32,9 @@ from jaxtyping import Int
 
 from omni_jax.batch import PADDING, Array, Spans, bucket
 from omni_jax.config import ThinkerConfig
+from omni_jax.segments import NUM_EDGE_TOKENS, Chunk, Grid, Interleaved, Segment, Text, frame_times, interleave
 
 PADDING_ID = 1  # the position id of padding, in the reference too
-
-# tokens around an interleaved video: the begin tokens of picture and sound, and their end tokens
-_NUM_EDGE_TOKENS = 2
-
-
-@dataclass(frozen=True)
-class Text:
-    """Tokens that count up one by one: text, begin and end tokens of media, sound that stands alone."""
-
-    length: int
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A picture (one frame) or a video without sound, in merged cells; its begin and end tokens are text."""
-
-    frames: int
-    height: int
-    width: int
-    seconds: float = 1.0  # from one frame to the next
-
-    @property
-    def length(self) -> int:
-        return self.frames * self.height * self.width
-
-
-@dataclass(frozen=True)
-class Interleaved:
-    """A video with its sound, and the two begin and two end tokens around them."""
-
-    grid: Grid
-    audio: int  # tokens of sound
-
-    @property
-    def length(self) -> int:
-        return self.grid.length + self.audio + 2 * _NUM_EDGE_TOKENS
-
-
-Segment: TypeAlias = Text | Grid | Interleaved
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A chunk of an interleaved video: tokens ``begin`` to ``end`` of its picture or of its sound."""
-
-    is_audio: bool
-    begin: int
-    end: int
-
-
-class _Interval(NamedTuple):
-    begin: int
-    end: int
-
-
-def _split_times(times: Sequence[int], step: int) -> list[_Interval]:
-    """Splits a rising list of times about every ``step`` ids (reference ``get_chunked_index``)."""
-    intervals = []
-    begin = 0
-    num_chunks = 1
-    for i, time in enumerate(times):
-        # only one split for each time, however far it is behind the last: the drift of the reference
-        if time >= num_chunks * step:
-            intervals.append(_Interval(begin, i))
-            begin = i
-            num_chunks += 1
-    intervals.append(_Interval(begin, len(times)))
-    return intervals
-
-
-def _frame_times(grid: Grid, ids_per_second: int) -> np.ndarray:
-    """The time id of each frame. [frames]
-
-    The reference multiplies float32 numbers from left to right and truncates; any other order moves some ids by one.
-    """
-    times = np.arange(grid.frames, dtype=np.float32) * np.float32(grid.seconds) * np.float32(ids_per_second)
-    return times.astype(np.int32)
-
-
-def interleave(segment: Interleaved, config: ThinkerConfig) -> list[Chunk]:
-    """The order of a video's picture and sound tokens; the tokens and their ids are both laid out by it."""
-    cells_per_frame = segment.grid.height * segment.grid.width
-    cell_times = np.repeat(_frame_times(segment.grid, config.position_id_per_seconds), cells_per_frame)
-    video = _split_times(cell_times.tolist(), config.chunk_ids)
-    audio = _split_times(range(segment.audio), config.chunk_ids)
-    chunks = []
-    for video_interval, audio_interval in zip_longest(video, audio):
-        if video_interval is not None:
-            chunks.append(Chunk(False, *video_interval))
-        if audio_interval is not None:
-            chunks.append(Chunk(True, *audio_interval))
-    # without sound, or without pictures, there is one chunk of them, and it is empty
-    return [chunk for chunk in chunks if chunk.end > chunk.begin]
 
 
 @dataclass(frozen=True)
@@ -178,7 +84,7 @@ def _next_id(grid: Grid, start: int, chunk: Chunk, config: ThinkerConfig) -> int
     cells = np.arange(chunk.begin, chunk.end)
     cells_per_frame = grid.height * grid.width
     row, column = np.divmod(cells % cells_per_frame, grid.width)
-    last_time = _frame_times(grid, config.position_id_per_seconds)[cells[-1] // cells_per_frame]
+    last_time = frame_times(grid, config.position_id_per_seconds)[cells[-1] // cells_per_frame]
     return start + 1 + int(max(last_time, row.max(), column.max()))
 
 
@@ -186,7 +92,7 @@ def _resolve_interleaved(segment: Interleaved, config: ThinkerConfig, begin: int
     """The spans of a video with its sound, and the id after it."""
     # both begin tokens have the same id
     spans = [Span(begin, start), Span(begin + 1, start)]
-    begin += _NUM_EDGE_TOKENS
+    begin += NUM_EDGE_TOKENS
     # pictures and sound count from one id, right behind the begin tokens
     first_id = start + 1
     next_id = first_id

@@ -15,6 +15,7 @@ from omni_jax.batch import Spans, bucket
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
 from omni_jax.processing.layout import append_segment, audio_tokens
+from omni_jax.segments import Grid, Interleaved, Segment, Text, interleave
 
 _T = TypeVar("_T")
 _position_ids = jax.jit(mrope.position_ids, static_argnames="ids_per_second")
@@ -90,7 +91,7 @@ class MediaLengths:
 
 def segments_from_tokens(
     tokens: Sequence[int], lengths: MediaLengths, config: ThinkerConfig, *, use_audio_in_video: bool = False
-) -> tuple[mrope.Segment, ...]:
+) -> tuple[Segment, ...]:
     """Reads the segments of a row whose placeholders are expanded, as the reference's ``get_rope_index`` does.
 
     Its quirk is kept: under ``use_audio_in_video`` a video without sound is not counted, and is laid out as text
@@ -106,9 +107,9 @@ def segments_from_tokens(
       InputError: if the tokens are not what the sizes make them, or there are too few sizes.
     """
     if lengths.image_grids is None and lengths.video_grids is None:
-        return (mrope.Text(len(tokens)),) if len(tokens) else ()
+        return (Text(len(tokens)),) if len(tokens) else ()
     reader = _Reader(list(map(int, tokens)), lengths, config)
-    out: list[mrope.Segment] = []
+    out: list[Segment] = []
     place = 0
     while place < len(reader.tokens):
         segment = reader.segment_at(place, use_audio_in_video)
@@ -123,7 +124,7 @@ class _Reader:
     lengths: MediaLengths
     config: ThinkerConfig
 
-    def segment_at(self, place: int, use_audio_in_video: bool) -> mrope.Segment:
+    def segment_at(self, place: int, use_audio_in_video: bool) -> Segment:
         """The segment that begins at a token; the begin mark of media is a text of its own."""
         config = self.config
         here, before = self.tokens[place], self.tokens[place - 1] if place else -1
@@ -132,36 +133,36 @@ class _Reader:
             return self._interleaved(place)
         if here == config.audio_token_index and before == config.audio_start_token_id:
             n = audio_tokens(_next(self.lengths.audio_frames, "sound", place))
-            return self._checked(place, mrope.Text(n), [here] * n, "a sound")
+            return self._checked(place, Text(n), [here] * n, "a sound")
         if before == config.vision_start_token_id and here == config.image_token_index:
             grid = self._grid(self.lengths.image_grids, "image", 1.0, place)
             return self._checked(place, grid, [here] * grid.length, "an image")
         if before == config.vision_start_token_id and here == config.video_token_index and not use_audio_in_video:
             grid = self._video_grid(place)
             return self._checked(place, grid, [here] * grid.length, "a video")
-        return mrope.Text(1)
+        return Text(1)
 
-    def _grid(self, grids: Iterator[Sequence[int]] | None, name: str, seconds: float, place: int) -> mrope.Grid:
+    def _grid(self, grids: Iterator[Sequence[int]] | None, name: str, seconds: float, place: int) -> Grid:
         t, rows, columns = map(int, _next(grids or iter(()), name, place))
         merge = self.config.vision_config.spatial_merge_size
-        return mrope.Grid(t, rows // merge, columns // merge, seconds)
+        return Grid(t, rows // merge, columns // merge, seconds)
 
-    def _video_grid(self, place: int) -> mrope.Grid:
+    def _video_grid(self, place: int) -> Grid:
         seconds = float(_next(self.lengths.seconds_per_grid, "video's seconds per grid", place))
         return self._grid(self.lengths.video_grids, "video", seconds, place)
 
-    def _interleaved(self, place: int) -> mrope.Segment:
+    def _interleaved(self, place: int) -> Segment:
         config, grid = self.config, self._video_grid(place)
         frames = _next(self.lengths.audio_frames, "sound", place)
-        segment = mrope.Interleaved(grid, audio_tokens(frames))
+        segment = Interleaved(grid, audio_tokens(frames))
         expected = [config.vision_start_token_id, config.audio_start_token_id]
-        for chunk in mrope.interleave(segment, config):
+        for chunk in interleave(segment, config):
             token = config.audio_token_index if chunk.is_audio else config.video_token_index
             expected += [token] * (chunk.end - chunk.begin)
         expected += [config.audio_end_token_id, config.vision_end_token_id]
         return self._checked(place, segment, expected, "a video with its sound")
 
-    def _checked(self, place: int, segment: mrope.Segment, expected: list[int], name: str) -> mrope.Segment:
+    def _checked(self, place: int, segment: Segment, expected: list[int], name: str) -> Segment:
         if self.tokens[place : place + len(expected)] != expected:
             raise InputError(
                 f"token {place}: {name} of this size takes {len(expected)} tokens ({segment}), but the row holds "

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from omni_jax import mrope
 from omni_jax.config import OmniConfig
+from omni_jax.segments import Grid, Interleaved, Text
 from tests.rope_index import expand, rope_index
 
 EXAMPLES = sorted((Path(__file__).parent / "data" / "rope_examples").glob("*.json"))
@@ -40,13 +41,13 @@ def test_rows_without_pictures_count_up():
 
 
 small = st.integers(1, 4)
-grids = st.builds(mrope.Grid, small, small, small, st.sampled_from([0.5, 0.7, 1.0, 3.0]))
+grids = st.builds(Grid, small, small, small, st.sampled_from([0.5, 0.7, 1.0, 3.0]))
 segment = st.one_of(
-    st.builds(mrope.Text, st.integers(1, 6)),
-    st.builds(mrope.Grid, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([0.5, 1.0, 3.0])),
+    st.builds(Text, st.integers(1, 6)),
+    st.builds(Grid, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([0.5, 1.0, 3.0])),
     st.builds(
-        mrope.Interleaved,
-        st.builds(mrope.Grid, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0.7, 2.0])),
+        Interleaved,
+        st.builds(Grid, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0.7, 2.0])),
         st.integers(1, 90),
     ),
 )
@@ -64,7 +65,7 @@ def test_ids_do_not_depend_on_the_padding(segments, pad):
 
 
 def test_a_dialogue_goes_on_from_the_next_free_id():
-    first, second = [mrope.Text(4), mrope.Grid(1, 2, 3)], [mrope.Text(3), mrope.Grid(2, 2, 2)]
-    whole = mrope.resolve_spans([*first, mrope.Text(1), *second], THINKER)
-    rest = mrope.resolve_spans([mrope.Text(1), *second], THINKER, begin=10, start=4 + 3)
+    first, second = [Text(4), Grid(1, 2, 3)], [Text(3), Grid(2, 2, 2)]
+    whole = mrope.resolve_spans([*first, Text(1), *second], THINKER)
+    rest = mrope.resolve_spans([Text(1), *second], THINKER, begin=10, start=4 + 3)
     assert whole[2:] == rest

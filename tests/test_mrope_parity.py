@@ -10,9 +10,9 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniPreTrainedModelForConditionalGeneration as Reference,
 )
 
-from omni_jax import mrope
 from omni_jax.config import OmniConfig
 from omni_jax.processing.layout import audio_tokens
+from omni_jax.segments import Grid, Interleaved, interleave
 from tests.rope_index import rope_index
 
 THINKER = OmniConfig.qwen2_5_omni_7b().thinker_config
@@ -67,8 +67,8 @@ def lay_out(part, flag, inputs):
         return [vision[0], *[THINKER.video_token_index] * (t * height * width), vision[1]]
     inputs["audio_seqlens"].append(part[3])
     out = [vision[0], audio[0]]
-    segment = mrope.Interleaved(mrope.Grid(t, height, width, part[2]), audio_tokens(part[3]))
-    for chunk in mrope.interleave(segment, THINKER):
+    segment = Interleaved(Grid(t, height, width, part[2]), audio_tokens(part[3]))
+    for chunk in interleave(segment, THINKER):
         token = THINKER.audio_token_index if chunk.is_audio else THINKER.video_token_index
         out += [token] * (chunk.end - chunk.begin)
     return [*out, audio[1], vision[1]]

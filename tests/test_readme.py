@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import tyro
 
-import serve
 from configs import RECIPES
 from omni_jax.config import OmniConfig
 from omni_jax.generation.options import Options
 from omni_jax.processing import chat
+from omni_jax.serving import command_line
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -64,7 +64,7 @@ def test_command_exists(command: str) -> None:
     file, *rest = arguments
     assert (ROOT / file).is_file()
     if file == "serve.py":
-        tyro.extras.subcommand_cli_from_dict(serve.COMMANDS, args=rest)
+        tyro.extras.subcommand_cli_from_dict(command_line.COMMANDS, args=rest)
     elif file == "train.py":
         assert rest[0] in RECIPES
     elif file == "tools/convert.py":

@@ -18,7 +18,6 @@ from omni_jax.engine.outputs import SlotUse, Timings
 from omni_jax.engine.prefill import Engines, Stopwatch
 from omni_jax.engine.request import RequestState
 from omni_jax.engine.thinker_stage import ThinkerStage, count_shared
-from omni_jax.mrope import Text
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.prefill_plan import (
     BLOCK_WIDTH,
@@ -28,6 +27,7 @@ from omni_jax.processing.prefill_plan import (
     PromptPlan,
     stack_blocks,
 )
+from omni_jax.segments import Text
 
 
 @dataclass

@@ -18,7 +18,7 @@ import numpy as np
 from jax import monitoring
 
 from omni_jax import mrope
-from omni_jax.batch import AudioBlocks, VisionFrames, bucket
+from omni_jax.batch import AudioBlocks, VisionFrames, bucket_windows
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.engine.decode_state import round_capacity
 from omni_jax.engine.detokenizer import Detokenizer
@@ -217,7 +217,7 @@ def _media_of_all_shapes(engines: Engines, windows: int) -> list[AudioBlocks | V
         media.append(AudioBlocks(mel, np.full(num_blocks, frames, np.int32)))
     window_patches = (c.vision_config.window_cells * c.vision_config.spatial_merge_size) ** 2
     # a frame's windows are rounded up to a bucket, so few sizes are left
-    for num_windows in sorted({bucket(number) for number in range(1, windows + 1)}):
+    for num_windows in sorted({bucket_windows(number) for number in range(1, windows + 1)}):
         shape = (frames_per_call(num_windows), num_windows, window_patches)
         patches = np.zeros((*shape, c.vision_config.patch_dim), np.float32)
         place = np.zeros(shape, np.int32)

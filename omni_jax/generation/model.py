@@ -53,6 +53,7 @@ from omni_jax.processing.live import LivePrompt
 from omni_jax.processing.media_workers import isolate
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
+from omni_jax.segments import Text
 
 MAX_BATCH_SIZE = 4096
 
@@ -395,7 +396,7 @@ class OmniModel:
         room = c.text_config.max_position_embeddings - len(prompt)
         text = TextRequest(prompt.tokens, options.sampling, min(options.max_tokens, room), stop_ids)
         # the two ids behind the prompt are resolved as if text followed it
-        reply_span = mrope.resolve_spans((*prompt.segments, mrope.Text(2)), c)[-1]
+        reply_span = mrope.resolve_spans((*prompt.segments, Text(2)), c)[-1]
         request = Request(
             pieces=pieces,
             text=text,

@@ -5,6 +5,7 @@ Letters: B rows of a batch, S positions of a sequence, C positions of a chunk, D
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,6 +163,12 @@ def _gather_by_rows(index: jax.Array, *features: jax.Array) -> jax.Array:
 
 def abstract_params(model: Thinker) -> Any:
     """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
+    hashable: Any = model  # Flax gives modules a hash, which type checkers do not see
+    return _trace_params(hashable)
+
+
+@functools.lru_cache(maxsize=8)  # tracing the whole takes seconds, and the start of a run asks several times
+def _trace_params(model: Thinker) -> Any:
     batch = smallest_batch(model.config)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
 

@@ -1,14 +1,15 @@
 """The vision encoder: windows in most layers, whole frames in a few (docs/reference.md, 4).
 
-The host has cut each frame into windows, so a window is an element of the batch; no patch is ever moved on the device.
+The host has cut each frame into windows, so an entry of one or several windows is an element of the batch; no patch is
+ever moved on the device.
 
-Letters: F frames, W windows of a frame, P patches of a window, D width, N heads, H width of a head, E the Thinker's
+Letters: F frames, W entries of a frame, P patches of an entry, D width, N heads, H width of a head, E the Thinker's
 width.
 """
 
 from __future__ import annotations
 
-import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,6 +29,13 @@ from omni_jax.layers.stack import Remat, call_layers, layer_stack
 from omni_jax.sharding import constrain
 
 
+class _Segments(NamedTuple):
+    """Patches of equal number see each other; 0 is padding."""
+
+    frame: Int[jax.Array, "F W P"]  # in the layers ``fullatt_block_indexes``
+    window: Int[jax.Array, "F W P"]  # in the others; told apart within an entry alone
+
+
 class VisionLayer(nn.Module):
     """One pre-norm transformer layer over windows, or over the frames they make up (``Qwen2_5OmniVisionBlock``)."""
 
@@ -37,7 +45,7 @@ class VisionLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[jax.Array, "F W P D"], index: int | jax.Array, rope: Tables, segments: Int[jax.Array, "F W P"]
+        self, x: Float[jax.Array, "F W P D"], index: int | jax.Array, rope: Tables, segments: _Segments
     ) -> tuple[jax.Array, None]:
         c = self.config
         kw = dtypes(self)
@@ -63,13 +71,18 @@ def _attend_by_layer(
     q: Float[jax.Array, "F W P N H"],
     k: Float[jax.Array, "F W P N H"],
     v: Float[jax.Array, "F W P N H"],
-    segments: Int[jax.Array, "F W P"],
+    segments: _Segments,
 ) -> Float[jax.Array, "F W P N H"]:
     """Attention within frames in the layers ``fullatt_block_indexes``, within windows in the others."""
-    frames, windows, patches = segments.shape
-    # a window or a frame is an element of the batch, so nothing is computed to be masked away
-    in_windows = functools.partial(_attend_within, "window", (frames * windows, patches))
-    in_frames = functools.partial(_attend_within, "frame", (frames, windows * patches))
+    frames, entries, patches = segments.frame.shape
+
+    # an entry or a frame is an element of the batch, so little is computed to be masked away
+    def in_windows(q: jax.Array, k: jax.Array, v: jax.Array, segments: _Segments) -> jax.Array:
+        return _attend_within("window", (frames * entries, patches), q, k, v, segments.window)
+
+    def in_frames(q: jax.Array, k: jax.Array, v: jax.Array, segments: _Segments) -> jax.Array:
+        return _attend_within("frame", (frames, entries * patches), q, k, v, segments.frame)
+
     if isinstance(index, int):
         attend = in_frames if index in config.fullatt_block_indexes else in_windows
         return attend(q, k, v, segments)
@@ -78,13 +91,23 @@ def _attend_by_layer(
     return jax.lax.cond(is_full, in_frames, in_windows, q, k, v, segments)
 
 
+def _number_windows(frames: VisionFrames, side: int) -> Int[jax.Array, "F W P"]:
+    """Of every patch the number of its window of ``side x side`` patches, from 1; 0 for padding.
+
+    An entry holds windows of one frame alone, so the number needs not to tell frames apart.
+    """
+    row, column = jnp.asarray(frames.row), jnp.asarray(frames.column)  # [F, W, P]
+    number = 1 + row // side * 2**15 + column // side  # a side of 2**15 windows has more pixels than any picture
+    return jnp.where(jnp.asarray(frames.valid) > 0, number, 0)
+
+
 def _attend_within(
     unit: str, shape: tuple[int, int], q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 ) -> jax.Array:
     """Attention over patches regrouped to [units, patches of a unit]."""
     with jax.named_scope(f"{unit}_attention"):
         split = q.shape
-        # the windows of a frame lie one behind the other, so this moves nothing
+        # the entries of a frame lie one behind the other, so this moves nothing
         q, k, v = (a.reshape(*shape, *a.shape[3:]) for a in (q, k, v))  # [units, patches, N, H]
         return attention(q, k, v, Mask(segments.reshape(shape))).reshape(split)
 
@@ -129,14 +152,15 @@ class VisionEncoder(nn.Module):
         self.merger = Merger(c, **kw)
 
     def __call__(self, frames: VisionFrames) -> Float[jax.Array, "F W cells E"]:
-        """Cells of every window, in the order of its patches; those of padding have no meaning."""
+        """Cells of every entry, in the order of its patches; those of padding have no meaning."""
         c = self.config
         with jax.named_scope("patch_embed"):
             # the reference's convolution has its kernel as stride, which makes it a product for each patch
             x = self.patch_embed(constrain(jnp.asarray(frames.patches, self.dtype), "batch", None, None, None))
         rope = picture_tables(frames.row, frames.column, c.hidden_size // c.num_heads)  # two of [F, W, P, H / 2]
         # a bool is one frame and its padding; in training it numbers the frames of a canvas
-        segments = jnp.asarray(frames.valid).astype(jnp.int32)  # [F, W, P]
+        frame_ids = jnp.asarray(frames.valid).astype(jnp.int32)  # [F, W, P]
+        segments = _Segments(frame_ids, _number_windows(frames, c.window_size // c.patch_size))
         x = call_layers(self.layers, c.depth, x, rope, segments)  # [F, W, P, D]
         with jax.named_scope("patch_merger"):
             return self.merger(x)

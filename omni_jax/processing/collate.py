@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from omni_jax import mrope
-from omni_jax.batch import NO_FEATURE, PADDING, AudioBlocks, OmniBatch, VisionFrames, bucket
+from omni_jax.batch import NO_FEATURE, PADDING, AudioBlocks, OmniBatch, VisionFrames, bucket, bucket_windows
 from omni_jax.config import OmniConfig, VisionEncoderConfig
 from omni_jax.processing.layout import AudioInput, Prompt, VisionInput
 
@@ -135,39 +135,65 @@ def _collate_audio(
 
 @dataclass(frozen=True)
 class _WindowLayout:
-    """Where the merged cells of a frame stand in its windows."""
+    """Where the merged cells of a frame stand in its entries, each as large as a whole window."""
 
-    num_windows: int
-    window: np.ndarray  # [cells], natural order: the window of a cell
-    slot: np.ndarray  # [cells]: its place in the window
+    num_entries: int
+    entry: np.ndarray  # [cells], natural order: that holds the window of a cell
+    slot: np.ndarray  # [cells]: the cell's place in the entry
     row: np.ndarray  # [cells, patches a cell]: of its patches in the frame
     column: np.ndarray
 
 
 @lru_cache(maxsize=256)
 def _lay_out_windows(height: int, width: int, side: int, merge: int) -> _WindowLayout:
-    """Windows of ``side x side`` cells row by row, the cells of a window row by row (docs/reference.md, 4).
+    """Windows of ``side x side`` cells, the cells of a window row by row (docs/reference.md, 4).
 
-    A window at the edge holds fewer cells; they take its first slots.
+    Windows at the edges hold fewer cells; as many of them share an entry as have room there.
     """
     row, column = np.divmod(np.arange(height * width), width)  # [cells]
     windows_in_a_row = -(-width // side)
     window = row // side * windows_in_a_row + column // side  # [cells]
-    # sorted by window, then by row and column; a cell's slot is how far it is behind the first of its window
+    # sorted by window, then by row and column; a cell's rank is how far it is behind the first of its window
     order = np.lexsort((column, row, window))  # [cells]
     counts = np.bincount(window)  # [windows]
     first_of_window = np.repeat(np.cumsum(counts) - counts, counts)  # [cells], in the sorted order
-    slot = np.empty_like(order)
-    slot[order] = np.arange(len(order)) - first_of_window
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order)) - first_of_window
+    entries, first_slots = _share_entries(counts, side * side)
     # the patches of a cell stand side by side, row by row
     inner_row, inner_column = np.divmod(np.arange(merge * merge), merge)
     return _WindowLayout(
-        num_windows=len(counts),
-        window=window,
-        slot=slot,
+        num_entries=int(entries.max()) + 1,
+        entry=entries[window],
+        slot=first_slots[window] + rank,
         row=row[:, None] * merge + inner_row,
         column=column[:, None] * merge + inner_column,
     )
+
+
+def _share_entries(counts: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """First fit, the largest windows first: the entry of each window, and its first slot there.
+
+    Args:
+      counts: cells of each window.
+      capacity: cells of an entry.
+    """
+    entries = np.zeros_like(counts)
+    first_slots = np.zeros_like(counts)
+    # whole windows come first and leave no room
+    num_whole = int((counts == capacity).sum())
+    used = [capacity] * num_whole
+    for number, window in enumerate(np.argsort(-counts, kind="stable")):
+        if number < num_whole:
+            entries[window] = number
+            continue
+        room = (i for i in range(num_whole, len(used)) if used[i] + counts[window] <= capacity)
+        entry = next(room, len(used))
+        if entry == len(used):
+            used.append(0)
+        entries[window], first_slots[window] = entry, used[entry]
+        used[entry] += int(counts[window])
+    return entries, first_slots
 
 
 class _LaidOutMedium(NamedTuple):
@@ -188,7 +214,7 @@ def _collate_vision(
         cells = medium.cells(sizes.spatial_merge_size)
         layout = _lay_out_windows(cells.height, cells.width, sizes.window_cells, sizes.spatial_merge_size)
         # frames of about as many windows share an array; in one for all, small frames would be mostly padding
-        groups[bucket(layout.num_windows)].append(_LaidOutMedium(key, medium, layout))
+        groups[bucket_windows(layout.num_entries)].append(_LaidOutMedium(key, medium, layout))
     vision = []
     features = {}
     for num_windows in sorted(groups):
@@ -220,13 +246,13 @@ def _collate_group(
     for key, medium, layout in group:
         t = medium.grid[0]
         # a video's frames are all of one size, so one layout deals out the cells of each: [t, cells, ...]
-        own = (slice(frame, frame + t), layout.window, layout.slot)
-        patches[own] = medium.patches.reshape(t, len(layout.window), merged, -1)
+        own = (slice(frame, frame + t), layout.entry, layout.slot)
+        patches[own] = medium.patches.reshape(t, len(layout.entry), merged, -1)
         row[own] = layout.row
         column[own] = layout.column
         valid[own] = True
-        # features stand frame by frame, in each window by window and slot by slot, empty slots included
-        within_frame = layout.window * cells + layout.slot  # [cells]
+        # features stand frame by frame, in each entry by entry and slot by slot, empty slots included
+        within_frame = layout.entry * cells + layout.slot  # [cells]
         frame_starts = np.arange(frame, frame + t) * num_windows * cells  # [t]
         places[key] = (frame_starts[:, None] + within_frame).reshape(-1)
         frame += t

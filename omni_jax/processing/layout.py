@@ -14,9 +14,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from omni_jax import mrope
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError, TooLongError
+from omni_jax.segments import Grid, Interleaved, Segment, Text, interleave
 
 FRAMES_PER_SECOND = 100  # mel frames; the 40 ms of an audio token and the ids of TMRoPE are built on it
 
@@ -93,10 +93,10 @@ class VisionInput:
     seconds_per_grid: float = 1.0
     num_bad_packets: int = 0
 
-    def cells(self, merge: int) -> mrope.Grid:
+    def cells(self, merge: int) -> Grid:
         """The grid of merged cells, each of which is a token."""
         t, rows, columns = self.grid
-        return mrope.Grid(t, rows // merge, columns // merge, self.seconds_per_grid)
+        return Grid(t, rows // merge, columns // merge, self.seconds_per_grid)
 
     @property
     def seconds(self) -> float:
@@ -147,7 +147,7 @@ class Prompt:
     """
 
     tokens: np.ndarray
-    segments: tuple[mrope.Segment, ...]
+    segments: tuple[Segment, ...]
     media: tuple[Media, ...]
     media_item: np.ndarray
     media_token: np.ndarray
@@ -206,14 +206,14 @@ def media_tokens(media: Media, config: ThinkerConfig) -> int:
     return media.cells(config.vision_config.spatial_merge_size).length
 
 
-def append_segment(segments: list[mrope.Segment], segment: mrope.Segment) -> None:
+def append_segment(segments: list[Segment], segment: Segment) -> None:
     """Adds a segment; texts that follow each other become one."""
-    if isinstance(segment, mrope.Text):
+    if isinstance(segment, Text):
         if not segment.length:
             return
         # ids count up across the seam; a span less is a smaller table
-        if segments and isinstance(segments[-1], mrope.Text):
-            segment = mrope.Text(segments.pop().length + segment.length)
+        if segments and isinstance(segments[-1], Text):
+            segment = Text(segments.pop().length + segment.length)
     segments.append(segment)
 
 
@@ -225,12 +225,12 @@ class _PromptBuilder:
     tokens: list[np.ndarray] = field(default_factory=list)
     media_item: list[np.ndarray] = field(default_factory=list)
     media_token: list[np.ndarray] = field(default_factory=list)
-    segments: list[mrope.Segment] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     media: list[Media] = field(default_factory=list)
 
     def add_text(self, ids: Sequence[int]) -> None:
         self._add_tokens(np.asarray(ids, np.int32))
-        append_segment(self.segments, mrope.Text(len(ids)))
+        append_segment(self.segments, Text(len(ids)))
 
     def add_media(self, item: Media) -> None:
         """One item that stands alone."""
@@ -239,7 +239,7 @@ class _PromptBuilder:
         if isinstance(item, AudioInput):
             # sound that stands alone has the position ids of text
             self._add_features(config.audio_token_index, item, 0, item.tokens)
-            append_segment(self.segments, mrope.Text(item.tokens))
+            append_segment(self.segments, Text(item.tokens))
             return
         grid = item.cells(config.vision_config.spatial_merge_size)
         token = config.image_token_index if item.kind == "image" else config.video_token_index
@@ -251,10 +251,10 @@ class _PromptBuilder:
         config = self.config
         self.media += [video, sound]
         grid = video.cells(config.vision_config.spatial_merge_size)
-        segment = mrope.Interleaved(grid, sound.tokens)
+        segment = Interleaved(grid, sound.tokens)
         # tokens and position ids follow the same chunks, so they cannot drift apart
         self._add_tokens(np.array([config.vision_start_token_id, config.audio_start_token_id]))
-        for chunk in mrope.interleave(segment, config):
+        for chunk in interleave(segment, config):
             if chunk.is_audio:
                 self._add_features(config.audio_token_index, sound, chunk.begin, chunk.end)
             else:

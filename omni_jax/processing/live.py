@@ -19,13 +19,13 @@ from omni_jax import mrope
 from omni_jax.checks import check_int
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
-from omni_jax.mrope import Grid, Interleaved
 from omni_jax.processing.audio import MelSettings, MelStream, Resampler
 from omni_jax.processing.chat import SAMPLING_RATES, parse_messages
 from omni_jax.processing.layout import AudioInput, Media, Prompt, Usage, VisionInput, audio_tokens, lay_out
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import LiveKind, Processor
 from omni_jax.processing.vision import PixelSettings, video_input, video_size
+from omni_jax.segments import Grid, Interleaved, Text, interleave
 
 _NO_GRID = Grid(0, 0, 0)
 _TOLERANCE = 0.1  # of the time between two pictures: by so much one may come before its time
@@ -78,7 +78,7 @@ class LivePrompt:
         before = processor.before_media(self._messages, self._kind, assume_fps=assume_fps)
         self.head = PromptPiece(before, mrope.resolve_spans(before.segments, self._thinker))
         # the position id of the begin mark
-        self._start = mrope.resolve_spans((*before.segments, mrope.Text(1)), self._thinker)[-1].start
+        self._start = mrope.resolve_spans((*before.segments, Text(1)), self._thinker)[-1].start
         # the text that was asked for last, with its ids; at first the shortest end that a prompt can have
         self._after_media: tuple[str, list[int]] = "", processor.after_media(self._messages, self._kind, "")
         self._min_tokens_after = len(self._after_media[1])
@@ -425,7 +425,7 @@ def _window_ends(pixels: PixelSettings, config: ThinkerConfig) -> list[int]:
         )
     # more grids than can ever come, each of a single cell, so that chunks end at numbers of grids
     most = pixels.max_frames // pixels.temporal_patch_size + 1
-    chunks = mrope.interleave(Interleaved(Grid(most, 1, 1, seconds), 0), config)
+    chunks = interleave(Interleaved(Grid(most, 1, 1, seconds), 0), config)
     # the last one has no end
     return [chunk.end for chunk in chunks[:-1]] + [most + 1]
 

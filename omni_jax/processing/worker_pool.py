@@ -16,7 +16,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-import jax
 from pebble import ProcessExpired, ProcessPool
 
 from omni_jax.errors import InputError
@@ -175,7 +174,7 @@ def _start_worker(set_up: bytes, gigabytes: float, seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
     _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_memory_limit(gigabytes), hard_limit))
-    jax.config.update("jax_platforms", "cpu")  # the accelerator is the model's
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerator is the model's, whatever a worker comes to import
     function, args = pickle.loads(set_up)
     if function is not None:
         function(*args)

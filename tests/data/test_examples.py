@@ -163,12 +163,12 @@ def test_an_example_travels_between_processes(prepare):
         (ask("a", "b" * 700), "tokens, over the limit of 600"),
         (ask("<audio>" * 3, audios=[WAV] * 3), "it takes 6 blocks of two seconds of sound, over the 4 of a step"),
         (
-            ask([{"type": "image", "image": PICTURE, "min_pixels": 320 * 240, "max_pixels": 336 * 448}]),
-            "it takes 9 windows in a frame, over the 8 of a canvas (data.windows)",
+            ask([{"type": "image", "image": PICTURE, "min_pixels": 336 * 420, "max_pixels": 336 * 448}]),
+            "it takes 12 windows in a frame, over the 8 of a canvas (data.windows)",
         ),
         (
             ask([{"type": "video", "video": VIDEO, "nframes": 24, "use_audio_in_video": False}]),
-            "it takes 12 frames of up to 2 windows, more than fit on 1 canvases of 8 (data.canvases, data.windows)",
+            "it takes 12 frames of up to 1 windows, more than fit on 1 canvases of 8 (data.canvases, data.windows)",
         ),
         (ask(["<image>"]), "messages[0].content[0] must be an object"),
         (ask([{"type": "image", "image": PICTURE}] * 8), "it takes 17 spans of position ids, over the 16 of a row"),

@@ -27,6 +27,7 @@ from omni_jax.models.talker import Talker
 from omni_jax.models.thinker import Thinker
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.prefill_plan import PrefillChunk, PrefillPlan, PromptPiece, plan_prefill
+from omni_jax.segments import Text
 
 CAPACITY = 512  # of the caches: one for all prompts, so that the loops compile once
 
@@ -145,7 +146,7 @@ class Parts:
         return requests
 
     def request(self, dialogue: Dialogue) -> SpeechRequest:
-        segments = (*dialogue.prompt.segments, mrope.Text(2))
+        segments = (*dialogue.prompt.segments, Text(2))
         span = mrope.resolve_spans(segments, self.config.thinker_config)[-1]
         talker = dialogue.talker
         span = dataclasses.replace(span, begin=0)

@@ -14,6 +14,7 @@ from omni_jax import mrope
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.talker import NO_CODE, abstract_params
 from omni_jax.processing.layout import AudioInput, Prompt, VisionInput, lay_out
+from omni_jax.segments import Text
 from tests.pairs import Whole, relative_error
 
 # float32 sums in another order: some 1e-6 a layer at these depths, with room for the condition of random weights
@@ -85,7 +86,7 @@ class Case:
     def ours(self, whole: Whole) -> tuple[Any, ...]:
         """The arguments of the Talker: a row with padding at its end."""
         length = self.text.shape[1]
-        segments = (*self.prompt.segments, mrope.Text(2))
+        segments = (*self.prompt.segments, Text(2))
         spans = mrope.stack_spans([mrope.resolve_spans(segments, whole.config.thinker_config)], LENGTH)
         text = np.pad(self.text, ((0, 0), (0, LENGTH - length), (0, 0)), constant_values=np.float32(3))
         codes = np.full((1, LENGTH), NO_CODE, np.int32)

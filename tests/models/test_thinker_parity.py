@@ -15,7 +15,8 @@ from tests.pairs import Pair, relative_error
 TOLERANCE = 1e-4
 
 FRAMES = (3, 57, 199, 200, 201, 403)  # mel frames: the shortest, within a block, around its edge, several blocks
-GRIDS = ((1, 4, 4), (1, 8, 8), (1, 6, 22), (3, 8, 20))  # part of a window, a full one, edges, a video
+# part of a window, a full one, edges, edges that share an entry of windows, a video
+GRIDS = ((1, 4, 4), (1, 8, 8), (1, 6, 22), (1, 10, 18), (3, 8, 20))
 
 
 def sounds(pair: Pair, rng: np.random.Generator) -> list[AudioInput]:

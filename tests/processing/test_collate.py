@@ -3,12 +3,13 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omni_jax.batch import bucket
+from omni_jax.batch import bucket, bucket_windows
 from omni_jax.config import OmniConfig
-from omni_jax.processing.collate import collate
+from omni_jax.processing.collate import _lay_out_windows, collate
 from omni_jax.processing.layout import AudioInput, VisionInput, lay_out
 from tests.processing.test_layout import TINY as THINKER
 from tests.processing.test_layout import marked
@@ -86,27 +87,55 @@ def test_shapes_are_bucketed_and_windows_hold_what_they_say(prompts):
         assert batch.audio.mel.shape == (bucket(blocks), 200, 2)
         assert batch.audio.length.sum() == sum(len(m.mel) for m in media if isinstance(m, AudioInput))
     widths = [frames.patches.shape[1] for frames in batch.vision]
-    assert widths == sorted(set(widths)) and all(w == bucket(w) for w in widths)
+    assert widths == sorted(set(widths)) and all(w == bucket_windows(w) for w in widths)
     patches = sum(len(m.patches) for m in media if isinstance(m, VisionInput))
     assert sum(int(frames.valid.sum()) for frames in batch.vision) == patches
     for frames in batch.vision:
         assert frames.patches.shape[2] == 64
         assert not frames.patches[~frames.valid].any() and not frames.row[~frames.valid].any()
-        # real slots come first in their window
+        # real slots come first in their entry
         assert (frames.valid[..., :-1] >= frames.valid[..., 1:]).all()
 
 
 def test_windows_of_a_picture():
-    """3 x 5 cells in windows of 4 x 4 (docs/reference.md, 4)."""
+    """3 x 5 cells in windows of 4 x 4, one of 12 cells and one of 3 (docs/reference.md, 4)."""
     prompt = lay_out(marked(sight(0, 1, 3, 5)), [sight(0, 1, 3, 5)], CONFIG.thinker_config)
     (frames,) = collate([prompt], CONFIG).vision
-    assert frames.patches.shape == (1, 2, 64, 1)
+    assert frames.patches.shape == (1, 1, 64, 1)
     order = [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 4, 9, 14]
     np.testing.assert_array_equal(frames.patches[frames.valid][::4, 0], order)
-    np.testing.assert_array_equal(frames.valid[0].sum(-1), [48, 12])
+    assert frames.valid.sum() == 60
     row, column = frames.row[frames.valid].reshape(15, 4), frames.column[frames.valid].reshape(15, 4)
     np.testing.assert_array_equal(row, 2 * (np.array(order) // 5)[:, None] + [0, 0, 1, 1])
     np.testing.assert_array_equal(column, 2 * (np.array(order) % 5)[:, None] + [0, 1, 0, 1])
+
+
+def test_windows_at_the_edges_share_an_entry() -> None:
+    """5 x 9 cells: two whole windows, one of 4 x 1, two of 1 x 4 and one of a single cell."""
+    prompt = lay_out(marked(sight(0, 1, 5, 9)), [sight(0, 1, 5, 9)], CONFIG.thinker_config)
+    (frames,) = collate([prompt], CONFIG).vision
+    assert frames.patches.shape == (1, 3, 64, 1)
+    np.testing.assert_array_equal(frames.valid[0].sum(-1), [64, 64, 52])
+    shared = frames.patches[0, 2, :52:4, 0]
+    np.testing.assert_array_equal(shared, [8, 17, 26, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44])
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_entries_of_many_sizes(side: int) -> None:
+    """A window lies in one entry and is whole there; few slots are empty."""
+    for height, width in ((1, 1), (3, 4), (5, 9), (17, 23), (9, 40), (2, 33), (38, 38), (51, 7)):
+        layout = _lay_out_windows(height, width, side, 2)
+        assert len(set(zip(layout.entry, layout.slot, strict=True))) == height * width  # no slot is taken twice
+        assert layout.slot.max() < side**2 and set(layout.entry) == set(range(layout.num_entries))
+        row, column = np.divmod(np.arange(height * width), width)
+        window = row // side * width + column // side
+        for number in np.unique(window):
+            own = window == number
+            assert len(set(layout.entry[own])) == 1
+            np.testing.assert_array_equal(np.diff(layout.slot[own]), 1)
+        full = height // side * (width // side)
+        # of what shares entries at least half of each is taken, but for the last
+        assert layout.num_entries <= full + 1 + 2 * (height * width - full * side**2) // side**2
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
-from omni_jax.mrope import Grid, Interleaved, Text
 from omni_jax.processing.layout import (
     AudioInput,
     VisionInput,
     lay_out,
     media_tokens,
 )
+from omni_jax.segments import Grid, Interleaved, Text
 from tests.rope_index import MediaLengths, segments_from_tokens
 
 TINY = ThinkerConfig.tiny()

@@ -19,6 +19,7 @@ from omni_jax.processing.live import LivePrompt
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.vision import video_input
+from omni_jax.segments import Text
 from tests.processing.conftest import MEDIA
 
 BEFORE = [
@@ -94,7 +95,7 @@ def check(
     c = processor.config.thinker_config
     ids = np.concatenate([ids_of(processor, p.spans, len(p.prompt)) for p in pieces], axis=1)
     np.testing.assert_array_equal(ids, ids_of(processor, mrope.resolve_spans(wanted.segments, c), len(wanted)))
-    after = [mrope.resolve_spans((*p.segments, mrope.Text(2)), c)[-1] for p in (whole, wanted)]
+    after = [mrope.resolve_spans((*p.segments, Text(2)), c)[-1] for p in (whole, wanted)]
     assert after[0] == after[1]
 
     before = len(live.head.prompt.media)

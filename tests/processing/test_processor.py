@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from omni_jax.errors import CheckpointError, ConfigError, InputError
-from omni_jax.mrope import Grid, Interleaved
 from omni_jax.processing.layout import AudioInput
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.processor_config import ProcessorConfig
 from omni_jax.processing.tokenizer_files import PREPROCESSOR
+from omni_jax.segments import Grid, Interleaved
 from tests.processing.conftest import MEDIA
 
 WAV, MP3 = str(MEDIA / "speech.wav"), str(MEDIA / "speech2.mp3")

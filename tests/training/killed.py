@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import omni_jax.training.command_line  # noqa: F401, once, before the children
 import train as command
 from omni_jax.checkpoint.train_checkpoints import CHECKPOINTS_FOLDER
 from omni_jax.training.metrics_log import METRICS_FILE

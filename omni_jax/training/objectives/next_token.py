@@ -6,7 +6,6 @@ Letters: B rows, S positions, D width, W windows of a canvas, P patches of a win
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -60,12 +59,7 @@ class NextToken:
         return self.model.dtype
 
     def abstract_params(self) -> dict[str, Any]:
-        return {"thinker": self._abstract_thinker}
-
-    @functools.cached_property
-    def _abstract_thinker(self) -> Any:
-        # the start of a run asks some five times, and each time would trace the whole model
-        return abstract_params(self.model)
+        return {"thinker": abstract_params(self.model)}
 
     def init_params(self, component: str, key: jax.Array) -> Any:
         raise ConfigError(f"the checkpoint to begin from has no {component}")
