@@ -94,7 +94,7 @@ def _attend_by_layer(
 def _number_windows(frames: VisionFrames, side: int) -> Int[jax.Array, "F W P"]:
     """Of every patch the number of its window of ``side x side`` patches, from 1; 0 for padding.
 
-    An entry holds windows of one frame alone, so the number needs not to tell frames apart.
+    An entry holds windows of one frame alone, so the number need not tell frames apart.
     """
     row, column = jnp.asarray(frames.row), jnp.asarray(frames.column)  # [F, W, P]
     number = 1 + row // side * 2**15 + column // side  # a side of 2**15 windows has more pixels than any picture

@@ -78,7 +78,7 @@ def answer_mixed(model: OmniModel, number: int, *, tokens: int, batch_size: int 
 
 def test_nothing_compiles_after_a_warm_up(tiny_model: Path) -> None:
     model = load_with_voices(tiny_model)
-    assert model.warmup(tokens=1024, windows=4, batch_size=2).count > 20
+    assert model.warmup(tokens=1024, windows=2, batch_size=2).count > 20
     assert answer_mixed(model, 12, tokens=1024, batch_size=2) == 0
 
 

@@ -71,7 +71,7 @@ def _mixed(pair: Pair, rng: np.random.Generator):
     """A prompt of text, two sounds, a picture and a silent video, and the reference's arguments for it."""
     c = pair.config.thinker_config
     audio = sounds(pair, rng)[1:5:3]
-    vision = pictures(pair, rng)[2:4]
+    vision = pictures(pair, rng)[3:]
     text = rng.integers(0, 500, 7).tolist()
     ids = [
         *(c.bos_token_id, *text[:3]),
