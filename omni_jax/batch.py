@@ -77,8 +77,8 @@ class VisionFrames:
     attends to those of its window, which follows from ``row`` and ``column``.
 
     A frame here is what the encoder calls one: ``temporal_patch_size`` pictures deep. In training, where shapes are
-    fixed, several small frames share the windows of one entry, a canvas; then ``valid`` numbers the frames of a canvas
-    from 1, and patches of equal number attend to each other.
+    fixed, several small frames share a canvas, each in entries of its own; then ``valid`` numbers the frames of a
+    canvas from 1, and patches of equal number attend to each other.
     """
 
     patches: Float[Array, "F W P C"] = struct.field(metadata=_ROWS_4D)

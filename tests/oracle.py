@@ -42,7 +42,7 @@ def _seven_queries_a_key() -> OmniConfig:
     talker = TalkerConfig.tiny(embedding_size=56, hidden_size=24, head_dim=64, rope_scaling=no_width)
     talker = dataclasses.replace(talker, num_attention_heads=7)
     dit = DiTConfig.tiny(hidden_size=24, num_attention_heads=4, head_dim=8, num_hidden_layers=4, ff_mult=3)
-    wav = Token2WavConfig.tiny(dit_config=dit, bigvgan_config=BigVGANConfig.tiny(upsample_initial_channel=24))
+    wav = Token2WavConfig.tiny(dit_config=dit, bigvgan_config=BigVGANConfig(upsample_initial_channel=128))
     thinker = ThinkerConfig.tiny(text_config=text, audio_config=audio, vision_config=vision)
     return OmniConfig.tiny(thinker_config=thinker, talker_config=talker, token2wav_config=wav)
 

@@ -58,7 +58,8 @@ class DataConfig:
     canvases: int = 8
     """Canvases that frames of pictures and videos are put on; 0: no pictures at all."""
     windows: int = 64
-    """Windows of 112 x 112 pixels on a canvas, and so in the largest frame."""
+    """Windows of 112 x 112 pixels on a canvas, and so in the largest frame; smaller ones at its edges that fit into one
+    together count as one."""
     lookahead: int = 16
     """Examples that may wait for a place while smaller ones fill the batch."""
     too_long: TooLong = "split"

@@ -52,7 +52,7 @@ def replies_of(scheduler: Scheduler) -> dict[RequestState, Reply]:
 
 
 def answer_alone(model: OmniModel, messages: Any, options: dict[str, Any]) -> Reply:
-    scheduler = model.scheduler(SLOTS)
+    scheduler = model.scheduler(SchedulerConfig(1, 1, SLOTS.block_sizes))
     submit(model, scheduler, messages, options)
     (reply,) = replies_of(scheduler).values()
     return reply
@@ -79,7 +79,7 @@ def test_many_mixed_requests(model: OmniModel) -> None:
         if event.reply is not None:
             replies[state] = event.reply
     assert len(replies) == REQUESTS and not scheduler.busy
-    # alone in a scheduler of its own, with the same programs
+    # alone in a scheduler of its own, which rounds sound to the same sizes
     for state, (messages, options) in list(zip(states, asked, strict=True))[::2]:
         alone = answer_alone(model, messages, options)
         assert replies[state] == alone, options  # ids of text and codes, and why it ended

@@ -24,7 +24,7 @@ from tests.streaming import Case, check_contract
 TOLERANCE = 1e-4
 
 CONFIG = OmniConfig.tiny().token2wav_config.dit_config
-LENGTHS = (26, 1, 13)  # codes: three blocks, the last of them partial; less than a block; two blocks
+LENGTHS = (38, 1, 13)  # codes: four blocks, the last of them partial; less than a block; two blocks
 
 
 @pytest.fixture(scope="module")
