@@ -52,7 +52,7 @@ else
 	$(BIN)/python tools/make_checkpoint.py out/demo/published --size small
 	$(BIN)/python tools/convert.py to-jax out/demo/published out/demo/model
 	$(BIN)/python serve.py chat --model out/demo/model --max-tokens 48 --temperature 1 $(MEDIA) $(QUESTION) \
-		--out out/demo/reply.wav --talker.max-tokens 150 --talker.seed 18
+		--out out/demo/reply.wav --talker.max-tokens 150 --talker.seed 3
 	$(BIN)/python tools/spectrogram.py out/demo/reply.wav out/demo/reply.png
 	@echo
 	@echo "The spoken reply is in out/demo/reply.wav, a picture of it in out/demo/reply.png."
