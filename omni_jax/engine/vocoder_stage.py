@@ -16,6 +16,7 @@ from omni_jax.engine.token2wav_lists import longest_list, round_num_blocks
 from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.models.token2wav import SAMPLE_RATE
 
+MAX_PADDING = 1 / 8  # of the blocks of a list, where fewer replies fill a shorter one better
 _NEW_STREAM_SECONDS = 0.5  # a stream with less sound ahead of its listener than this goes before new streams
 
 
@@ -238,9 +239,19 @@ class VocoderStage:
                 fits = True
             if fits:
                 taken.append(state)
+        taken = self._trim_padding(taken)
         for state in taken:
             self.remove(state)
         return taken
+
+    def _trim_padding(self, states: list[RequestState]) -> list[RequestState]:
+        """As many of the first replies as leave at most ``MAX_PADDING`` of their list empty; all, if no number does."""
+        for count in range(len(states), 0, -1):
+            first = states[:count]
+            num_blocks = self._round_list(first) * self._num_lists
+            if num_blocks - sum(self._count_blocks(first)) <= MAX_PADDING * num_blocks:
+                return first
+        return states
 
     def _has_listeners(self) -> bool:
         """Whether the sound of some live request is not complete."""

@@ -110,7 +110,7 @@ class RowEnds:
 
     def upsample(self, rate: int) -> RowEnds:
         """The same at ``rate`` times the rate."""
-        return RowEnds(self.length * rate, jnp.repeat(self.inside, rate, axis=1))
+        return make_row_ends(self.inside.shape[1] * rate, jnp.asarray(self.length) * rate)
 
 
 def make_row_ends(num_frames: int, length: Int[Array, " B"]) -> RowEnds:
@@ -452,11 +452,11 @@ def pad_edges(x: Array, first: Array, last: Array, ends: RowEnds) -> jax.Array:
       last: a row's last frame in it stands after the row's end.
       ends: of the rows.
     """
-    last_place = jnp.maximum(ends.length - 1, 0)[:, None, None]  # [B, 1, 1]
-    last_frame = jnp.take_along_axis(jnp.asarray(last), last_place, axis=1)  # [B, 1, C]
-    x = jnp.where(ends.inside[..., None], x, last_frame)
+    # three times the same: looked up once, a compiler for CPUs looks it up again for every sample of a single row
+    last_place = jnp.broadcast_to(jnp.maximum(ends.length - 1, 0)[:, None, None], (x.shape[0], _REACH, 1))
+    behind = jnp.take_along_axis(jnp.asarray(last), last_place, axis=1)  # [B, 3, C]
     front = jnp.repeat(jnp.asarray(first)[:, :1], _REACH, axis=1)  # [B, 3, C]
-    behind = jnp.repeat(last_frame, _REACH, axis=1)
+    x = jnp.where(ends.inside[..., None], x, behind[:, :1])
     return jnp.concatenate([front, x, behind], axis=1)
 
 
