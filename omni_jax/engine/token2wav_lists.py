@@ -27,6 +27,7 @@ from omni_jax.models.flow_matching import draw_noise, solve
 from omni_jax.sharding import map_over_batch, replicate
 
 MIN_LIST = 4  # blocks
+SHORT_LIST = 32  # blocks
 
 Noise = Float[np.ndarray, "frames mel"]
 
@@ -61,14 +62,16 @@ class ListRequest:
 
 
 def round_num_blocks(num_blocks: int, block_sizes: Sequence[int] = ()) -> int:
-    """The length of a list: the first of ``block_sizes`` that suffices, else a power of two or one and a half of one.
+    """The length of a list: the first of ``block_sizes`` that suffices, else the next with few significant bits.
 
-    Few lengths, for each is a program; and few more blocks than there are, for each costs as much as a real one.
+    Few lengths, for each is a program; and few more blocks than there are, for each costs as much as a real one. A list
+    of less than eight seconds, which somebody may be waiting for, has three significant bits, and a longer one two.
     """
     for size in block_sizes:
         if size >= num_blocks:
             return size
-    step = 1 << max(0, (num_blocks - 1).bit_length() - 2)
+    num_bits = 3 if num_blocks <= SHORT_LIST else 2
+    step = max(2, 1 << max(0, (num_blocks - 1).bit_length() - num_bits))
     return max(MIN_LIST, -(-num_blocks // step) * step)
 
 
