@@ -27,8 +27,8 @@ from tests.bucket import gs  # noqa: F401, a fixture
 from tools.make_checkpoint import write_checkpoint
 
 # windows of the usual length take a second each with the compiler's cheap passes, and no length changes what comes out
-# (engine/test_token2wav_engine.py); the processes that tests start have the usual one
-token2wav_engine.WINDOW_NEW_FRAMES = 32
+# (engine/test_token2wav_engine.py); the processes that tests start have the usual ones
+token2wav_engine.WINDOW_NEW_FRAMES = (32,)
 
 # files that take minutes go first, so that no worker is left with one of them at the end
 SLOW_FILES = """

@@ -274,8 +274,17 @@ def _vocoder_chunk(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> tuple[Stre
 
 def vocoder_windows(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """The samples of windows of whole replies, one on each chip."""
+    return _vocoder_windows(config, mesh, WINDOW_NEW_FRAMES[-1])
+
+
+def vocoder_short_windows(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+    """The same of short replies, and of what windows of the usual length have left."""
+    return _vocoder_windows(config, mesh, WINDOW_NEW_FRAMES[0])
+
+
+def _vocoder_windows(config: OmniConfig, mesh: Mesh, num_new_frames: int) -> Program:
     bigvgan, weights = _abstract_vocoder(config, mesh)
-    frames = WINDOW_NEW_FRAMES + sum(reach(bigvgan.config))
+    frames = num_new_frames + sum(reach(bigvgan.config))
     mel = np.zeros((mesh.size, frames, config.token2wav_config.dit_config.mel_dim), np.float32)
     everywhere = NamedSharding(mesh, PartitionSpec())
     rest = []
@@ -300,6 +309,7 @@ PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
     "vocoder-block": vocoder_block,
     "vocoder-first": vocoder_first,
     "vocoder-windows": vocoder_windows,
+    "vocoder-short-windows": vocoder_short_windows,
 }
 
 

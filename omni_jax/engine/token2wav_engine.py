@@ -45,9 +45,9 @@ from omni_jax.models.dit_streaming import Speaker
 from omni_jax.models.token2wav import Token2Wav, parts
 from omni_jax.sharding import batch_shards, replicate
 
-# of a window of the vocoder, beside what their samples depend on to either side; longer ones compute less twice, but
-# compilers for TPUs take longer than a minute for them
-WINDOW_NEW_FRAMES = 128
+# of the vocoder's windows, beside what their samples depend on to either side. Longer ones compute less twice, but
+# compilers for TPUs take longer for them; the short one is for short replies, and for what is left of longer ones
+WINDOW_NEW_FRAMES = (64, 192)
 MIN_CLIP_FRAMES = 512  # that a voice's clip is padded to, and then to a bucket of as many: few programs for all clips
 MIN_VOICES = 4  # that a call has room for at least, so that their number makes no programs of its own
 
@@ -61,7 +61,7 @@ class Token2WavEngine:
       dit: the network.
       dit_params: of the DiT.
       vocoder_weights: of the vocoder.
-      window_frames: mel frames that the vocoder gets at once, for whole replies.
+      window_frames: mel frames that the vocoder gets at once, for whole replies: a program each, in rising order.
       num_lists: that the blocks of a call are dealt to, one for each shard of the batch.
       streams: both networks as parts that stream.
       pace: how long pieces of streams and lists have taken.
@@ -77,7 +77,8 @@ class Token2WavEngine:
         with on_mesh(mesh):
             self.vocoder_weights = make_vocoder_weights(bigvgan, params["bigvgan"])
         self._vocoder_reach = reach(model.config.bigvgan_config)
-        self.window_frames = WINDOW_NEW_FRAMES + sum(self._vocoder_reach)  # 196 at the published size
+        overlap = sum(self._vocoder_reach)
+        self.window_frames = [count + overlap for count in WINDOW_NEW_FRAMES]  # 132 and 260 at the published size
         self.streams = StreamEngine(self.dit, self.dit_params, bigvgan.config, self.vocoder_weights, mesh)
         self.pace = Pace()
         self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
@@ -154,30 +155,41 @@ class Token2WavEngine:
             return np.asarray(solve_blocks(self.dit, self.dit_params, speech, speakers, cond))
 
     def vocode(self, mels: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Float[np.ndarray, " samples"]]:
-        """The second half of ``synthesize``, window by window: one program, however long a spectrogram is."""
+        """The second half of ``synthesize``, window by window: few programs, however long a spectrogram is."""
         windows: list[_Window] = []
         for i, mel in enumerate(mels):
             windows += _cut_windows(i, len(mel), self.window_frames, self._vocoder_reach)
-        num_rows = 1 if self.mesh is None else self.mesh.size
         calls = []
-        for first in range(0, len(windows), num_rows):
-            group = windows[first : first + num_rows]
-            rows = np.zeros((num_rows, self.window_frames, self.config.dit_config.mel_dim), np.float32)
-            length = np.zeros(num_rows, np.int32)
-            for row, window in enumerate(group):
-                frames = mels[window.mel][window.start : window.start + self.window_frames]
-                rows[row, : len(frames)] = frames
-                length[row] = len(frames)
-            with on_mesh(self.mesh):
-                samples = vocode_windows(self.config.bigvgan_config, self.vocoder_weights, rows, length)
-            calls.append((group, samples))
-        pieces: list[list[np.ndarray]] = [[] for _ in mels]
+        for size in self.window_frames:
+            of_size = [window for window in windows if window.size == size]
+            for first in range(0, len(of_size), self._windows_per_call):
+                group = of_size[first : first + self._windows_per_call]
+                calls.append((group, self._vocode_windows(mels, group, size)))
+        pieces: dict[_Window, np.ndarray] = {}
         # the device has all calls before the host waits for the first
         for group, samples in calls:
-            frames = np.asarray(samples).reshape(num_rows, self.window_frames, -1)
+            frames = np.asarray(samples).reshape(self._windows_per_call, group[0].size, -1)
             for row, window in zip(frames, group, strict=False):
-                pieces[window.mel].append(row[window.first : window.last].reshape(-1))
-        return [np.concatenate(piece) if piece else np.zeros(0, np.float32) for piece in pieces]
+                pieces[window] = row[window.first : window.last].reshape(-1)
+        audio: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] for _ in mels]
+        for window in windows:
+            audio[window.mel].append(pieces[window])
+        return [np.concatenate(of_mel) for of_mel in audio]
+
+    @property
+    def _windows_per_call(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+    def _vocode_windows(self, mels: Sequence[np.ndarray], windows: Sequence[_Window], size: int) -> jax.Array:
+        """Dispatches a call for windows of one size, at most as many as a call takes."""
+        rows = np.zeros((self._windows_per_call, size, self.config.dit_config.mel_dim), np.float32)
+        length = np.zeros(self._windows_per_call, np.int32)
+        for row, window in enumerate(windows):
+            frames = mels[window.mel][window.start : window.start + size]
+            rows[row, : len(frames)] = frames
+            length[row] = len(frames)
+        with on_mesh(self.mesh):
+            return vocode_windows(self.config.bigvgan_config, self.vocoder_weights, rows, length)
 
     def count_blocks(self, num_codes: int) -> int:
         """Blocks that so many codes of one request take in a list."""
@@ -277,8 +289,9 @@ class Token2WavEngine:
         self._solve(empty_lists(c, self.num_lists, num_blocks), speakers, cond)
 
     def warm_up_vocoder(self) -> None:
-        """Compiles ``vocode``: one window goes through the vocoder."""
-        self.vocode([np.zeros((1, self.config.dit_config.mel_dim), np.float32)])
+        """Compiles ``vocode``: a window of each size goes through the vocoder."""
+        for size in self.window_frames:
+            self.vocode([np.zeros((size, self.config.dit_config.mel_dim), np.float32)])
 
     def _encode_speaker(self, voice: Voice) -> Float[np.ndarray, "2 enc_dim"]:
         """What the speaker encoder makes of a voice, once for all of its requests."""
@@ -301,28 +314,46 @@ class _Window(NamedTuple):
 
     Attributes:
       mel: which spectrogram.
+      size: frames that it has room for.
       start: its first frame.
       first, last: of its frames, those whose samples are kept: the others lack what they depend on.
     """
 
     mel: int
+    size: int
     start: int
     first: int
     last: int
 
 
-def _cut_windows(mel: int, num_frames: int, window_frames: int, sides: Sides) -> list[_Window]:
-    """Windows that overlap by what a sample depends on, so that together they give the samples of the whole."""
+def _cut_windows(mel: int, num_frames: int, sizes: Sequence[int], sides: Sides) -> list[_Window]:
+    """Windows that overlap by what a sample depends on, so that together they give the samples of the whole.
+
+    Args:
+      mel: which spectrogram.
+      num_frames: of it.
+      sizes: that a window may have, in rising order.
+      sides: what a frame's samples depend on.
+    """
     windows = []
     kept = 0  # frames whose samples are there
     while kept < num_frames:
         start = max(kept - sides.behind, 0)
-        end = min(start + window_frames, num_frames)
+        size = _choose_size(num_frames - start, sizes)
+        end = min(start + size, num_frames)
         # the last window has the true end, which needs nothing behind it
         last = end if end == num_frames else end - sides.ahead
-        windows.append(_Window(mel, start, kept - start, last - start))
+        windows.append(_Window(mel, size, start, kept - start, last - start))
         kept = last
     return windows
+
+
+def _choose_size(num_frames: int, sizes: Sequence[int]) -> int:
+    """The smallest of ``sizes`` that holds so many frames, else the largest."""
+    for size in sizes:
+        if size >= num_frames:
+            return size
+    return sizes[-1]
 
 
 def _number_voices(voices: Sequence[Voice]) -> tuple[list[Voice], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import OmniConfig
-from omni_jax.engine.token2wav_engine import Token2WavEngine, vocode_windows
+from omni_jax.engine.token2wav_engine import Token2WavEngine, _cut_windows, vocode_windows
 from omni_jax.engine.token2wav_lists import assign_lists, list_lengths, round_num_blocks, solve_blocks
 from omni_jax.errors import InputError
 from omni_jax.models.bigvgan import synthesize
+from omni_jax.models.bigvgan_streaming import Sides
 from omni_jax.models.flow_matching import draw_noise
 from omni_jax.models.token2wav import Token2Wav
 
@@ -91,19 +93,37 @@ def test_synthesize_is_both_halves(engine: Token2WavEngine) -> None:
     assert engine.synthesize([], [], [], []) == []
 
 
-@pytest.mark.parametrize(("windows", "more"), [(1, -1), (1, 0), (3, 0)])
-def test_windows_of_the_vocoder_leave_no_seam(engine: Token2WavEngine, windows: int, more: int) -> None:
-    num_frames = windows * engine.window_frames + more
+# in windows of 30 and 46 frames: a short one, a long one, one of each, and several
+@pytest.mark.parametrize("num_frames", [20, 46, 60, 148])
+def test_windows_of_the_vocoder_leave_no_seam(engine: Token2WavEngine, num_frames: int) -> None:
+    engine = copy.copy(engine)
+    (size,) = engine.window_frames
+    engine.window_frames = [size - 16, size]
+    engine.warm_up_vocoder()
+    compiled = vocode_windows._cache_size()
     mel = np.random.default_rng(0).standard_normal((num_frames, DIT.mel_dim)).astype(np.float32)
     short = mel[:7]
-    compiled = vocode_windows._cache_size()
     samples, of_short = engine.vocode([mel, short])
+    assert vocode_windows._cache_size() == compiled
     config, weights = engine.config.bigvgan_config, engine.vocoder_weights
     for ours, of_mel in ((samples, mel), (of_short, short)):
         (whole,) = np.asarray(synthesize(config, weights, of_mel[None], np.array([len(of_mel)])))
         np.testing.assert_allclose(ours, whole, rtol=0, atol=TOLERANCE)
     assert np.abs(samples).max() > 0.01
-    assert vocode_windows._cache_size() <= max(compiled, 1)
+
+
+def test_the_smallest_windows_that_suffice() -> None:
+    sizes, sides = [132, 260], Sides(34, 34)
+    cases = {1: [132], 132: [132], 133: [260], 260: [260], 300: [260, 132], 1028: [260] * 5, 1029: [260] * 5 + [132]}
+    for num_frames, expected in cases.items():
+        windows = _cut_windows(0, num_frames, sizes, sides)
+        assert [window.size for window in windows] == expected
+        kept = [frame for w in windows for frame in range(w.start + w.first, w.start + w.last)]
+        assert kept == list(range(num_frames))
+        # each has what its frames depend on, or an end of the row
+        for w in windows:
+            assert w.start == 0 or w.first >= sides.behind
+            assert w.start + w.size >= min(num_frames, w.start + w.last + sides.ahead)
 
 
 def test_lengths_of_one_bucket_share_a_program(engine: Token2WavEngine) -> None:

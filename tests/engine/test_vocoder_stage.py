@@ -70,4 +70,4 @@ def test_each_reply_is_voiced_once(num_lists: int) -> None:
     for _ in range(50):
         num_blocks = rng.integers(1, 20, rng.integers(1, 12)).tolist()
         calls = voice_all(num_blocks, (16, 32, 64, 128), num_lists)
-        assert sorted(sum(calls, [])) == list(range(len(num_blocks)))
+        assert sorted(number for call in calls for number in call) == list(range(len(num_blocks)))
