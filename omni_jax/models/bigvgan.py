@@ -454,10 +454,11 @@ def pad_edges(x: Array, first: Array, last: Array, ends: RowEnds) -> jax.Array:
     """
     # three equal places and not one: of one place of a single row a compiler for CPUs makes a slice, which it computes
     # again for every sample that reads it, and that takes ten times as long
-    last_place = jnp.broadcast_to(jnp.maximum(ends.length - 1, 0)[:, None, None], (x.shape[0], _REACH, 1))
+    last_place = jnp.maximum(ends.length - 1, 0)[:, None, None]  # [B, 1, 1]
+    last_place = jnp.broadcast_to(last_place, (x.shape[0], _REACH, 1))  # [B, 3, 1]
     behind = jnp.take_along_axis(jnp.asarray(last), last_place, axis=1)  # [B, 3, C]
     front = jnp.repeat(jnp.asarray(first)[:, :1], _REACH, axis=1)  # [B, 3, C]
-    x = jnp.where(ends.inside[..., None], x, behind[:, :1])
+    x = jnp.where(ends.inside[..., None], x, behind[:, :1])  # [B, T, C]
     return jnp.concatenate([front, x, behind], axis=1)
 
 
