@@ -148,8 +148,9 @@ class StreamPlan:
         solved_codes = [chunks[0] - self.block_codes, *chunks[1:]]
         # the vocoder computes what it looks back and ahead at anew with every chunk
         window = self.vocoder_look_back + self.vocoder_look_ahead
-        if self.first_look_ahead is not None and len(chunks) == 1:
-            window = 0  # the frames of the chunk alone
+        # but a first chunk that gives samples is computed alone
+        if len(chunks) == 1:
+            window = 0
         return {
             Part.INPUT: 1,
             Part.ENCODERS: prompt.audio_blocks,

@@ -256,9 +256,13 @@ def vocoder_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 
 
 def vocoder_first(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
-    """The samples of the first mel of every row, with a shorter look-ahead."""
+    """The samples of the first mel of every row; where it is too short for any, with a shorter look-ahead."""
     part, arguments = _vocoder_chunk(config, mesh, shapes)
-    return Program(vocode_first_chunk, arguments, (part, EARLY_LOOK_AHEAD))
+    num_frames = shapes.blocks * config.token2wav_config.dit_config.block_size
+    look_ahead = part.streaming.look_ahead
+    if num_frames <= look_ahead:
+        look_ahead = EARLY_LOOK_AHEAD
+    return Program(vocode_first_chunk, arguments, (part, look_ahead))
 
 
 def _vocoder_chunk(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> tuple[StreamedBigVGAN, tuple[Any, ...]]:

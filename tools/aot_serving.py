@@ -62,7 +62,7 @@ SERVING = (
     ServingProgram("DiT, chunk of 2 blocks, 1 row", "dit-block", _ONE),
     ServingProgram("DiT, list of 64 blocks", "dit-list", dataclasses.replace(_ONE, blocks=64)),
     ServingProgram("DiT, chunk of 2 blocks, 32 rows", "dit-block", _MANY, by_rows=True),
-    ServingProgram("vocoder, first chunk of 1 block, 1 row", "vocoder-first", dataclasses.replace(_ONE, blocks=1)),
+    ServingProgram("vocoder, first chunk of 2 blocks, 1 row", "vocoder-first", _ONE),
     ServingProgram("vocoder, chunk of 2 blocks, 1 row", "vocoder-block", _ONE),
     ServingProgram("vocoder, window of 64 frames", "vocoder-short-windows", _ONE),
     ServingProgram("vocoder, window of 192 frames", "vocoder-windows", _ONE),

@@ -92,7 +92,6 @@ def make_lines(sizes: ChunkSizes, num_codes_a_block: int, one: Shapes) -> list[L
         later_tokens += sizes.tokens
     first_blocks = sizes.first_chunk_codes // num_codes_a_block
     later_blocks = sizes.chunk_codes // num_codes_a_block
-    vocoder = "vocoder-block" if sizes.first_look_ahead is None else "vocoder-first"
     first_frames = dataclasses.replace(one, blocks=first_blocks - 1)
     return [
         Line("audio encoder, the last block", "audio-encoder", one, 1, 0),
@@ -102,7 +101,7 @@ def make_lines(sizes: ChunkSizes, num_codes_a_block: int, one: Shapes) -> list[L
         Line("Talker, a code", "talker-decode", one, sizes.first_chunk_codes, sizes.chunk_codes),
         Line("DiT, the first chunk", "dit-first", dataclasses.replace(one, blocks=first_blocks), 1, 0),
         Line("DiT, a later chunk", "dit-block", dataclasses.replace(one, blocks=later_blocks), 0, 1),
-        Line("vocoder, the first chunk", vocoder, first_frames, 1, 0),
+        Line("vocoder, the first chunk", "vocoder-first", first_frames, 1, 0),
         Line("vocoder, a later chunk", "vocoder-block", dataclasses.replace(one, blocks=later_blocks), 0, 1),
     ]
 

@@ -262,8 +262,8 @@ class Token2WavEngine:
     ) -> None:
         """Compiles what a stream needs, by speaking some codes.
 
-        The DiT has a program for the first chunk and one for later ones; the vocoder has one where the mel of both is
-        equally long, as by default. Others make a state.
+        Each network has a program for the first chunk and one for later ones. The vocoder has a third where the mel of
+        the two is not equally long, for a reply that ends with its first chunk. Others make a state.
 
         Args:
           voice: any.
@@ -280,6 +280,10 @@ class Token2WavEngine:
         for num_blocks in (*stream.chunk_blocks, 0):
             codes = np.zeros(num_blocks * self.codes_per_block, np.int32)
             stream.push([codes], [num_blocks == 0])
+        # a reply that ends with its first chunk, whose mel the vocoder then gets as it gets that of later ones
+        first_frames = (stream.chunk_blocks[0] - 1) * self.config.dit_config.block_size
+        _, vocoder_state = self.streams.init_state(1)
+        self.streams.vocode(vocoder_state, self.streams.make_padding(1, first_frames), np.zeros(1, bool))
 
     def warm_up_list(self, num_blocks: int) -> None:
         """Compiles ``synthesize`` for lists of so many blocks. They have none, so that nothing is solved."""

@@ -27,7 +27,8 @@ from omni_jax.models.flow_matching import draw_noise, solve
 from omni_jax.sharding import map_over_batch, replicate
 
 MIN_LIST = 4  # blocks
-SHORT_LIST = 32  # blocks
+SHORT_LIST = 16  # blocks
+MEDIUM_LIST = 32  # blocks
 
 Noise = Float[np.ndarray, "frames mel"]
 
@@ -65,14 +66,17 @@ def round_num_blocks(num_blocks: int, block_sizes: Sequence[int] = ()) -> int:
     """The length of a list: the first of ``block_sizes`` that suffices, else the next with few significant bits.
 
     Few lengths, for each is a program; and few more blocks than there are, for each costs as much as a real one. A list
-    of less than eight seconds, which somebody may be waiting for, has three significant bits, and a longer one two.
+    of less than four seconds of sound has any length from ``MIN_LIST``, for somebody may be waiting for it. One of less
+    than eight has three significant bits, and a longer one two.
     """
     for size in block_sizes:
         if size >= num_blocks:
             return size
-    num_bits = 3 if num_blocks <= SHORT_LIST else 2
-    step = max(2, 1 << max(0, (num_blocks - 1).bit_length() - num_bits))
-    return max(MIN_LIST, -(-num_blocks // step) * step)
+    if num_blocks <= SHORT_LIST:
+        return max(MIN_LIST, num_blocks)
+    num_bits = 3 if num_blocks <= MEDIUM_LIST else 2
+    step = 1 << ((num_blocks - 1).bit_length() - num_bits)
+    return -(-num_blocks // step) * step
 
 
 def list_lengths(max_blocks: int, block_sizes: Sequence[int] = ()) -> list[int]:

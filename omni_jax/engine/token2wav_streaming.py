@@ -5,7 +5,7 @@ to the vocoder (``models/bigvgan_streaming.py``). Both look ahead, so the sample
 that went in: of n blocks of codes the DiT has made n - 1 of mel, and the vocoder has made the samples of all of their
 frames but its look-ahead.
 
-Every array has a fixed shape: a stream runs one program for each size of chunk in either network, and nothing else.
+Every array has a fixed shape: in either network a stream runs one program for its first chunk and one for later ones.
 
 Letters: B rows (streams), T codes of a chunk, F frames of them.
 """
@@ -91,7 +91,7 @@ class StreamEngine:
     def vocode_first(
         self, state: Any, mel: Block, active: Bool[np.ndarray, " B"], look_ahead: int
     ) -> tuple[Block, Any]:
-        """The samples of rows' first frames, all but the last ``look_ahead``; the state is used up."""
+        """``vocode`` of rows that begin, without the frames before them: all samples but the last ``look_ahead``'s."""
         with on_mesh(self._mesh):
             return vocode_first_chunk(self.vocoder, look_ahead, self._vocoder_weights, state, mel, active)
 
@@ -236,10 +236,14 @@ class Token2WavStream:
         is_first = not self._rows[next(iter(due))].num_blocks
         chunk = self._make_chunk(due, active)
         mel, self._dit_state = self._engine.solve(self._dit_state, chunk, self._speaker, is_first=is_first)
-        # where a row has all of its codes, the exact samples come as soon
+        look_ahead = self._first_look_ahead
+        if look_ahead is None:
+            look_ahead = self._engine.vocoder.streaming.look_ahead
+        gives_samples = mel.valid.shape[1] > look_ahead
+        # where a row has all of its codes, the samples of all of its frames are due at once
         has_more = not any(self._rows[i].is_last for i in due)
-        if is_first and has_more and self._first_look_ahead is not None:
-            self._vocode_first(mel, active, pieces, self._first_look_ahead)
+        if is_first and has_more and gives_samples:
+            self._vocode_first(mel, active, pieces, look_ahead)
         else:
             self._vocode(mel, active, pieces)
 
@@ -378,7 +382,8 @@ def vocode_first_chunk(
 ) -> tuple[Block, Any]:
     """The samples of rows' first frames, all but the last ``look_ahead``, and the state after all of them.
 
-    They are made as if the rows ended here, so the last of them lack what the vocoder needs to be exact.
+    They are made as if the rows ended here. With all of the vocoder's look-ahead they are exact; with less the last of
+    them lack some of what they depend on.
     """
 
     def vocode_rows(shared: VocoderWeights, rows: tuple[Any, Block, Array]) -> tuple[Block, Any]:

@@ -113,6 +113,22 @@ def test_when_sound_comes(tiny_model: Path) -> None:
     assert len(stream.push([row[:0]], [True])[0]) == 0
 
 
+def test_the_first_packet_needs_no_window(engine: Token2WavEngine) -> None:
+    """The first frames alone, before which there is nothing, give to the bit what a window of the usual step gives."""
+    row = codes(36)
+    (first,) = engine.stream([voice(0)], [0]).push([row], [False])
+    streams = engine.streams
+    stream = engine.stream([voice(0)], [0])
+    stream._take_codes([row], [False])
+    active = np.ones(1, bool)
+    chunk = stream._make_chunk({0: 3}, active)
+    mel, _ = streams.solve(stream._dit_state, chunk, stream._speaker, is_first=True)
+    block, _ = streams.vocode(stream._vocoder_state, mel, active)
+    usual = np.asarray(block.values)[np.asarray(block.valid)]
+    assert len(first) == 240 * (48 - streams.vocoder.streaming.look_ahead)
+    np.testing.assert_array_equal(first, usual)
+
+
 def test_a_first_packet_that_looks_ahead_less(engine: Token2WavEngine) -> None:
     """It comes after two blocks; all but its end is exact, and so is all behind it."""
     rows, given = [codes(n) for n in (40, 24)], [noise(n) for n in (40, 24)]
@@ -155,13 +171,24 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(note)
 
 
-def test_nothing_compiles_after_warming_up(engine: Token2WavEngine, compiled: list[str]) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(first_chunk_codes=36, chunk_codes=24, first_look_ahead=None),
+        # the mel of the first chunk is shorter than that of later ones
+        dict(first_chunk_codes=24, chunk_codes=24, first_look_ahead=3),
+    ],
+)
+def test_nothing_compiles_after_warming_up(
+    engine: Token2WavEngine, compiled: list[str], sizes: dict[str, int | None]
+) -> None:
     engine.encode_voices([voice(0), voice(1, 25)])
-    engine.warm_up_streams(voice(0), 36, 24, None)
+    engine.warm_up_streams(voice(0), **sizes)
     compiled.clear()
+    # the first of them ends within its first chunk
     for seed, (a, b) in enumerate([(5, 0), (36, 37), (40, 70)]):
-        pushed(engine.stream([voice(3, 25)], [seed]), [codes(a)], seed)
-        pushed(engine.stream([voice(2)], [seed], [noise(b)]), [codes(b)], seed)
+        pushed(engine.stream([voice(3, 25)], [seed], **sizes), [codes(a)], seed)
+        pushed(engine.stream([voice(2)], [seed], [noise(b)], **sizes), [codes(b)], seed)
     assert compiled == []
 
 

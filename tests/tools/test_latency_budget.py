@@ -33,7 +33,7 @@ def test_the_first_chunk_has_its_own_programs() -> None:
         line.label: line for line in make_lines(ChunkSizes(first_chunk_codes=24, first_look_ahead=10), BLOCK_CODES, ONE)
     }
     first = "vocoder, the first chunk"
-    assert (usual[first].program, usual[first].shapes.blocks) == ("vocoder-block", 2)
+    assert (usual[first].program, usual[first].shapes.blocks) == ("vocoder-first", 2)
     assert (short[first].program, short[first].shapes.blocks) == ("vocoder-first", 1)
     assert usual["DiT, the first chunk"].shapes.blocks == 3
 
