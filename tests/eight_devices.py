@@ -125,7 +125,8 @@ def count_collectives(engine: Token2WavEngine) -> dict[str, int]:
     speech, _ = fill_lists(config, requests, engine.num_lists, lambda blocks: blocks)
     cond = np.zeros((1, config.enc_emb_dim), np.float32)
     with on_mesh(engine.mesh):
-        lowered = solve_blocks.lower(engine.dit, engine.dit_params, speech, np.zeros((1, 2, config.enc_dim)), cond)
+        speakers = np.zeros((1, 2, config.enc_dim))
+        lowered = solve_blocks.lower(engine.dit, engine.solver, engine.dit_params, speech, speakers, cond)
     groups = re.findall(
         r" (?:all|collective|reduce)-[a-z-]+\(.*(?:replica_groups|pairs)=(\S+),", lowered.compile().as_text()
     )

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from omni_jax.models.dit import NO_BLOCK, Blocks, DiT
-from omni_jax.models.flow_matching import evaluation_times, sway_grid
+from omni_jax.models.dit import DiT
+from omni_jax.models.dit_blocks import NO_BLOCK, Blocks
+from omni_jax.models.ode_solver import Solver, sway_grid
 
 
 def cut(frames: np.ndarray, count: int, size: int) -> np.ndarray:
@@ -59,8 +60,9 @@ def _solve(dit: DiT, params: Any, codes: Any, noise: Any, speaker: Any, blocks: 
     rows, cond = (np.repeat(a[None], len(codes), axis=0) for a in speaker)  # each block has the same voice
     conditions = _conditions(dit)(params, codes, rows, cond)
     y = np.where(blocks.valid[..., None], noise, 0).astype(np.float32)
-    grid = sway_grid()
-    for begin, end, times in zip(grid[:-1], grid[1:], evaluation_times(grid), strict=True):
+    grid = sway_grid(9)
+    # the reference's times to the last bit, for the network reads them in thousandths
+    for begin, end, times in zip(grid[:-1], grid[1:], Solver().table.times, strict=True):
         h = end - begin
 
         def slope(value: np.ndarray, time: np.float32) -> np.ndarray:

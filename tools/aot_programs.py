@@ -48,6 +48,7 @@ from omni_jax.models.bigvgan_streaming import StreamedBigVGAN, reach
 from omni_jax.models.decoder import KVCache
 from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import CarriedDiT, Speaker
+from omni_jax.models.ode_solver import Solver
 from omni_jax.processing.prefill_plan import AUDIO_BLOCKS, BLOCK_WIDTH, CALL_BLOCKS, VISION_WINDOWS, WIDE_CHUNK
 from omni_jax.sharding import RULES, batch_shards, param_shardings
 
@@ -216,7 +217,7 @@ def dit_list(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     speech, _ = fill_lists(c, requests, num_lists, lambda blocks: blocks)
     speakers = np.zeros((MIN_VOICES, 2, c.enc_dim), np.float32)
     cond = np.zeros((MIN_VOICES, c.enc_emb_dim), np.float32)
-    return Program(solve_blocks, (params, *_place_abstract((speech, speakers, cond), mesh)), (dit,))
+    return Program(solve_blocks, (params, *_place_abstract((speech, speakers, cond), mesh)), (dit, Solver()))
 
 
 def dit_first(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:

@@ -33,6 +33,7 @@ from omni_jax.engine.token2wav_lists import ListRequest, fill_lists, solve_block
 from omni_jax.layers.precision import Precision
 from omni_jax.models import token2wav
 from omni_jax.models.bigvgan import synthesize
+from omni_jax.models.ode_solver import Solver
 from omni_jax.models.token2wav import Token2Wav
 
 # of each number of passes, which pieces of the two numbers are multiplied: 0 is the largest
@@ -113,7 +114,7 @@ def make_sound(config: Token2WavConfig, params: Any, options: Options, precision
     speech, _ = fill_lists(c, [ListRequest(codes, 0, None, 0)], 1, lambda blocks: blocks)
     speakers = rng.standard_normal((1, 2, c.enc_dim)).astype(np.float32)
     cond = rng.standard_normal((1, c.enc_emb_dim)).astype(np.float32)
-    mel = np.asarray(solve_blocks(dit, params["dit"], speech, speakers, cond))
+    mel = np.asarray(solve_blocks(dit, Solver(), params["dit"], speech, speakers, cond))
     weights = make_vocoder_weights(bigvgan, params["bigvgan"])
     # of the usual range of log-mel, in which the vocoder does not clip everything
     noise = rng.normal(-5.0, 2.0, (1, options.blocks * c.block_size, c.mel_dim)).astype(np.float32)

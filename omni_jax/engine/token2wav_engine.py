@@ -41,7 +41,8 @@ from omni_jax.errors import InputError
 from omni_jax.models.bigvgan import BigVGAN, VocoderWeights, synthesize
 from omni_jax.models.bigvgan_streaming import Sides, reach
 from omni_jax.models.dit import DiT
-from omni_jax.models.dit_streaming import Speaker
+from omni_jax.models.dit_streaming import CarriedDiT, Speaker
+from omni_jax.models.ode_solver import Solver
 from omni_jax.models.token2wav import Token2Wav, parts
 from omni_jax.sharding import batch_shards, replicate
 
@@ -59,6 +60,7 @@ class Token2WavEngine:
       config: of Token2Wav.
       mesh: over which the parameters are sharded; None for one device.
       dit: the network.
+      solver: of its flow.
       dit_params: of the DiT.
       vocoder_weights: of the vocoder.
       window_frames: mel frames that the vocoder gets at once, for whole replies: a program each, in rising order.
@@ -67,9 +69,16 @@ class Token2WavEngine:
       pace: how long pieces of streams and lists have taken.
     """
 
-    def __init__(self, model: Token2Wav, params: Any, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        model: Token2Wav,
+        params: Any,
+        mesh: Mesh | None = None,
+        solver: Solver = Solver(),  # noqa: B008, frozen
+    ):
         """``params`` has those of both networks; the vocoder's are copied to the layout that its programs read."""
         self.config = model.config
+        self.solver = solver
         self.dit_params = params["dit"]
         self.mesh = mesh
         self.num_lists = 1 if mesh is None else batch_shards(mesh)
@@ -79,7 +88,9 @@ class Token2WavEngine:
         self._vocoder_reach = reach(model.config.bigvgan_config)
         overlap = sum(self._vocoder_reach)
         self.window_frames = [count + overlap for count in WINDOW_NEW_FRAMES]  # 132 and 260 at the published size
-        self.streams = StreamEngine(self.dit, self.dit_params, bigvgan.config, self.vocoder_weights, mesh)
+        self.streams = StreamEngine(
+            CarriedDiT(self.dit, solver), self.dit_params, bigvgan.config, self.vocoder_weights, mesh
+        )
         self.pace = Pace()
         self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
 
@@ -152,7 +163,7 @@ class Token2WavEngine:
         self, speech: SpeechBlocks, speakers: Float[np.ndarray, "V 2 enc_dim"], cond: Float[np.ndarray, "V enc_emb_dim"]
     ) -> Float[np.ndarray, "N F mel"]:
         with on_mesh(self.mesh):
-            return np.asarray(solve_blocks(self.dit, self.dit_params, speech, speakers, cond))
+            return np.asarray(solve_blocks(self.dit, self.solver, self.dit_params, speech, speakers, cond))
 
     def vocode(self, mels: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Float[np.ndarray, " samples"]]:
         """The second half of ``synthesize``, window by window: few programs, however long a spectrogram is."""

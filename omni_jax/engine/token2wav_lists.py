@@ -22,8 +22,10 @@ from jaxtyping import Bool, Float, Int, UInt32
 from omni_jax.batch import Array
 from omni_jax.config import DiTConfig
 from omni_jax.engine.decode_state import apply_method
-from omni_jax.models.dit import Blocks, DiT, pack
+from omni_jax.models.dit import DiT
+from omni_jax.models.dit_blocks import Blocks, pack
 from omni_jax.models.flow_matching import draw_noise, solve
+from omni_jax.models.ode_solver import Solver
 from omni_jax.sharding import map_over_batch, replicate
 
 MIN_LIST = 4  # blocks
@@ -164,9 +166,10 @@ def _without_requests(config: DiTConfig, blocks: Blocks) -> SpeechBlocks:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def solve_blocks(
     dit: DiT,
+    solver: Solver,
     params: Any,
     speech: SpeechBlocks,
     speakers: Float[Array, "V 2 enc_dim"],
@@ -176,22 +179,25 @@ def solve_blocks(
 
     Args:
       dit, params: the DiT.
+      solver: of the flow.
       speech: the blocks of all requests.
       speakers: of each voice.
       cond: likewise.
     """
-    mel = map_over_batch(functools.partial(_solve_list, dit), (params, speakers, cond), speech)
+    mel = map_over_batch(functools.partial(_solve_list, dit, solver), (params, speakers, cond), speech)
     return replicate(mel)
 
 
-def _solve_list(dit: DiT, shared: tuple[Any, Array, Array], speech: SpeechBlocks) -> Float[jax.Array, "N F mel"]:
+def _solve_list(
+    dit: DiT, solver: Solver, shared: tuple[Any, Array, Array], speech: SpeechBlocks
+) -> Float[jax.Array, "N F mel"]:
     def solve_requests() -> jax.Array:
-        return _solve_requests(dit, shared, speech)
+        return _solve_requests(dit, solver, shared, speech)
 
     return jax.lax.cond(jnp.any(speech.blocks.valid), solve_requests, lambda: jnp.zeros(speech.noise.shape))
 
 
-def _solve_requests(dit: DiT, shared: tuple[Any, Array, Array], speech: SpeechBlocks) -> jax.Array:
+def _solve_requests(dit: DiT, solver: Solver, shared: tuple[Any, Array, Array], speech: SpeechBlocks) -> jax.Array:
     params, speakers, cond = shared
     # drawn even where noise is given, so that both are one program
     drawn = draw_noise(speech.seed, speech.blocks.index, speech.noise.shape[1:])  # [N, F, mel]
@@ -199,5 +205,5 @@ def _solve_requests(dit: DiT, shared: tuple[Any, Array, Array], speech: SpeechBl
     voice = jnp.asarray(speech.voice)
     inputs = (speech.codes, jnp.asarray(speakers)[voice], jnp.asarray(cond)[voice])
     conditions = apply_method(dit, "conditions", params, *inputs)
-    mel, _ = solve(dit, params, noise, conditions, speech.blocks)
+    mel, _ = solve(dit, params, noise, conditions, speech.blocks, solver=solver)
     return mel

@@ -32,7 +32,6 @@ from omni_jax.errors import InputError
 from omni_jax.layers.streaming import Block, StreamingPart
 from omni_jax.models.bigvgan import VocoderWeights, synthesize
 from omni_jax.models.bigvgan_streaming import StreamedBigVGAN
-from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker
 from omni_jax.models.flow_matching import draw_noise
 from omni_jax.sharding import batch_sharding, host_sharding, map_over_batch, replicate
@@ -61,10 +60,15 @@ class StreamEngine:
     """
 
     def __init__(
-        self, dit: DiT, dit_params: Any, vocoder: BigVGANConfig, vocoder_weights: VocoderWeights, mesh: Mesh | None
+        self,
+        dit: CarriedDiT,
+        dit_params: Any,
+        vocoder: BigVGANConfig,
+        vocoder_weights: VocoderWeights,
+        mesh: Mesh | None,
     ):
-        self.config = dit.config
-        self._dit = CarriedDiT(dit)
+        self.config = dit.dit.config
+        self._dit = dit
         self.vocoder = StreamedBigVGAN(vocoder)
         self._dit_params = dit_params
         self._vocoder_weights = vocoder_weights

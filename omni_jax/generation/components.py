@@ -28,6 +28,7 @@ from omni_jax.generation.lane_padding import pad_params, widen_config
 from omni_jax.generation.quantization import NumberFormat, quantize_params
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker, thinker, token2wav
+from omni_jax.models.ode_solver import Solver
 from omni_jax.sharding import batch_shards, param_shardings
 
 
@@ -53,6 +54,7 @@ def load_engines(
     number_format: NumberFormat,
     mesh: Mesh | None,
     chunk_sizes: ChunkSizes,
+    solver: Solver,
     adapters: Mapping[str, Path],
 ) -> Engines:
     """Reads the parameters of components.
@@ -64,6 +66,7 @@ def load_engines(
       number_format: of Thinker and Talker.
       mesh: to shard the parameters over.
       chunk_sizes: how much a call computes.
+      solver: of Token2Wav's flow.
       adapters: folders of adapters that requests may choose, by name.
 
     Raises:
@@ -104,7 +107,7 @@ def load_engines(
         params = unstack_layers(params)
     cache_dtype = None if number_format.kv_cache_dtype is None else jnp.dtype(number_format.kv_cache_dtype)
     models = {name: _make_model(config, name, compute_dtype, scan_layers, cache_dtype) for name in wanted}
-    return make_engines(config, models, params, mesh, chunk_sizes, make_table(found))
+    return make_engines(config, models, params, mesh, chunk_sizes, solver, make_table(found))
 
 
 def make_thinker_engines(config: OmniConfig, params: Any, dtype: Dtype, mesh: Mesh) -> Engines:
@@ -140,6 +143,7 @@ def make_engines(
     params: Mapping[str, Any],
     mesh: Mesh | None,
     chunk_sizes: ChunkSizes,
+    solver: Solver = Solver(),  # noqa: B008, frozen
     adapters: AdapterTable = AdapterTable(),  # noqa: B008, frozen
 ) -> Engines:
     """The engines of a model's components.
@@ -150,6 +154,7 @@ def make_engines(
       params: of each.
       mesh: over which the parameters are sharded.
       chunk_sizes: how much a call computes.
+      solver: of Token2Wav's flow.
       adapters: that the Thinker's parameters have beside its kernels.
     """
     speaks = "talker" in models
@@ -176,7 +181,7 @@ def make_engines(
         )
     token2wav_engine = None
     if "token2wav" in models:
-        token2wav_engine = Token2WavEngine(models["token2wav"], params["token2wav"], mesh)
+        token2wav_engine = Token2WavEngine(models["token2wav"], params["token2wav"], mesh, solver)
     # slots are sharded over these two axes, which must divide them
     slot_multiple = 1 if mesh is None else batch_shards(mesh)
     return Engines(config, chunk_sizes, thinker_engine, talker_engine, token2wav_engine, slot_multiple)

@@ -47,6 +47,7 @@ from omni_jax.generation.components import choose_components, load_engines
 from omni_jax.generation.live_session import LiveSession
 from omni_jax.generation.options import Messages, Options, warn_untrained
 from omni_jax.generation.quantization import CacheDtype, NumberFormat, Quantization
+from omni_jax.models.ode_solver import Solver
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.live import LivePrompt
@@ -70,6 +71,7 @@ def load(
     allow_buckets: Sequence[str] = (),
     isolate_media: bool = False,
     chunk_sizes: ChunkSizes | None = None,
+    token2wav: Mapping[str, Any] = MappingProxyType({}),
     quantization: Quantization | None = None,
     kv_cache_dtype: CacheDtype | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
@@ -91,6 +93,8 @@ def load(
         made to do harm costs its request alone (``processing.media_workers``). A script that asks for it needs
         ``if __name__ == "__main__":``, as always where Python starts processes.
       chunk_sizes: how much is computed at a time while a reply is streamed; the defaults if None.
+      token2wav: {"solver": "midpoint", "steps": 9}, how its flow is integrated (``models.ode_solver.Solver``): with
+        fewer evaluations of the network than the published 36 sound is made sooner, and is another.
       quantization: "int8" or "int4", to keep the linear maps of Thinker and Talker in so many bits
         (``generation.quantization``); without a mesh, the host holds the parameters before that.
       kv_cache_dtype: "int8", to keep keys and values of the decoders in 8 bits, with a scale for each position and
@@ -101,9 +105,10 @@ def load(
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
       ConfigError: if its config.json does not describe the model, or the mesh does not divide a parameter.
-      InputError: if what is allowed is no host, or no place in a bucket; for another quantization.
+      InputError: if what is allowed is no host, or no place in a bucket; for another quantization or solver.
     """
     number_format = NumberFormat(dtype, quantization, kv_cache_dtype)
+    solver = Solver.create(token2wav)
     folder = resolve_checkpoint(Path(folder))
     access = RemoteAccess(allow_web, allow_buckets)
     wanted = choose_components(folder, components)
@@ -112,7 +117,7 @@ def load(
     config = OmniConfig.load(folder)
     processor = Processor.load(folder, access=access)
     folders = {name: Path(adapter) for name, adapter in adapters.items()}
-    engines = load_engines(folder, config, wanted, number_format, mesh, chunk_sizes or ChunkSizes(), folders)
+    engines = load_engines(folder, config, wanted, number_format, mesh, chunk_sizes or ChunkSizes(), solver, folders)
     voices: Mapping[str, Voice] = {}
     if "talker" in wanted:
         voices = load_voices(folder)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.typing import Dtype
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.config import DiTConfig
@@ -37,48 +37,23 @@ from omni_jax.layers.mlp import GeluMLP
 from omni_jax.layers.params import dtypes, param
 from omni_jax.layers.precision import Precision, own_precision
 from omni_jax.layers.rotary import Tables
-from omni_jax.layers.stack import call_layers, layer_stack, map_layers
+from omni_jax.layers.stack import Remat, call_layers, layer_stack, map_layers
+from omni_jax.models.dit_blocks import Blocks, KeyBlocks, block_attention, take_blocks
 from omni_jax.models.dit_rotary import rotary_tables, rotate_first_head
 from omni_jax.models.speaker_encoder import SpeakerEncoder
 from omni_jax.sharding import constrain, replicate
 
-NO_BLOCK = -1  # in place of a neighbour
-
-_MASKED = -1e30  # finite: a block of padding sees nothing and must still give a number
 _TIME_FREQUENCIES = 256  # width of the sinusoid of time, in no file
 _TIME_SCALE = 1000.0  # the network reads times in thousandths
 _NORM_EPS = 1e-6
-_NULL_CODE = 0  # a real code, and the model was trained to take it for "no code" as well
-
-
-@struct.dataclass
-class CachedBlocks:
-    """What a list of blocks hands on to the next call: of R streams the last block, to be looked back at.
-
-    Their keys and values are a ``DiTCache``. In ``Blocks.before`` they count as if they stood behind the list: stream r
-    at N + r.
-    """
-
-    valid: Bool[Array, "R F"]
-    next: Int[Array, " R"]  # the block that the next call looks back at; N + r where stream r is not active
-
-
-@struct.dataclass
-class Blocks:
-    """Which frames the blocks of a list hold, and which of them are neighbours."""
-
-    index: Int[Array, " N"]  # of the block in its request; 0 for a block of padding
-    valid: Bool[Array, "N F"]  # False for frames after a request's end
-    before: Int[Array, " N"]  # where the block before stands in the list, or in the cache; NO_BLOCK if nowhere
-    after: Int[Array, " N"]
-    cached: CachedBlocks | None = None
+NULL_CODE = 0  # a real code, and the model was trained to take it for "no code" as well
 
 
 @struct.dataclass
 class DiTCache:
     """Keys and values of one block of R streams in the S layers that look back, for both halves.
 
-    Those of all evaluations of a solve have a second axis of ``EVALUATIONS``.
+    Those of all evaluations of a solve have a second axis, of the evaluations.
     """
 
     keys: Float[Array, "R *evaluations S 2 F heads H"]
@@ -97,15 +72,15 @@ class Conditions:
 class Modulations:
     """Shift, scale and gate of each layer's attention, then of its MLP; last a scale and a shift."""
 
-    layers: Float[Array, "*times L 6 D"]
-    final: Float[Array, "*times 2 D"]
+    layers: Float[Array, "*times L 6 *blocks D"]
+    final: Float[Array, "*times 2 *blocks D"]
 
 
 @struct.dataclass
 class LayerInputs:
     """What all layers of one evaluation share."""
 
-    modulation: Float[Array, "L 6 D"]
+    modulation: Float[Array, "L 6 *blocks D"]
     blocks: Blocks
     rotary: Tables
 
@@ -113,7 +88,7 @@ class LayerInputs:
 class _Carry(NamedTuple):
     """What goes from layer to layer."""
 
-    x: Float[jax.Array, "2 N F D"]
+    x: Float[jax.Array, "halves N F D"]
     cache: DiTCache | None
 
 
@@ -123,6 +98,7 @@ class DiT(nn.Module):
     config: DiTConfig
     scan_layers: bool = True
     precision: Precision = "highest"  # of all but the speaker encoder, which runs once for a voice
+    remat: Remat = "none"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -135,7 +111,8 @@ class DiT(nn.Module):
         self.speaker_encoder = SpeakerEncoder(c, **kw)
         self.input_proj = InputProjection(c.mel_dim, c.enc_dim + c.emb_dim + c.enc_emb_dim, width, **kw)
         methods = ("__call__", "modulate")
-        self.layers = layer_stack(DiTLayer, dict(config=c, **kw), c.num_hidden_layers, self.scan_layers, 1, methods)
+        layer = dict(config=c, **kw)
+        self.layers = layer_stack(DiTLayer, layer, c.num_hidden_layers, self.scan_layers, 1, methods, self.remat)
         self.modulation = Linear((width,), (2 * width,), ("embed", "mlp"), **kw)
         self.proj = Linear((width,), (c.mel_dim,), ("embed", "channels"), **kw)
 
@@ -146,10 +123,14 @@ class DiT(nn.Module):
           ref_mel: the clip, and behind it anything.
           length: frames of the clip.
         """
+        clip = jnp.asarray(ref_mel, self.dtype)
+        clips = jnp.concatenate([clip, jnp.zeros_like(clip)])  # [2, T, M]
+        return self.encode_clips(clips, jnp.repeat(jnp.asarray(length), 2))
+
+    def encode_clips(self, mel: Float[Array, "C T M"], length: Int[Array, " C"]) -> Float[jax.Array, "C enc_dim"]:
+        """Speaker embeddings of clips of any voices, of which the first ``length`` frames are real."""
         with jax.named_scope("speaker_encoder"):
-            clip = jnp.asarray(ref_mel, self.dtype)
-            clips = jnp.concatenate([clip, jnp.zeros_like(clip)])  # [2, T, M]
-            return self.speaker_encoder(clips, jnp.repeat(jnp.asarray(length), 2))
+            return self.speaker_encoder(jnp.asarray(mel, self.dtype), length)
 
     @own_precision
     def conditions(
@@ -167,7 +148,7 @@ class DiT(nn.Module):
         """
         with jax.named_scope("dit_conditions"):
             embeds = self.codec_embed(codes)  # [N, F, emb_dim]
-            null_embeds = self.codec_embed(jnp.full((len(codes), 1), _NULL_CODE))  # [N, 1, emb_dim]
+            null_embeds = self.codec_embed(jnp.full((len(codes), 1), NULL_CODE))  # [N, 1, emb_dim]
             return Conditions(
                 cond=self._project_conditions(speakers[:, :1], embeds, cond[:, None]),
                 uncond=self._project_conditions(speakers[:, 1:], null_embeds, jnp.zeros_like(cond)[:, None]),
@@ -212,20 +193,61 @@ class DiT(nn.Module):
           The conditional velocity, the unconditional one, and the cache for the next call. Padding gives anything
           finite.
         """
-        c = self.config
         with jax.named_scope("dit_input"):
-            mel = jnp.where(blocks.valid[..., None], jnp.asarray(mel, self.dtype), 0)  # [N, F, M]
-            x = self.input_proj.project_mel(mel)  # [N, F, D]
+            x = self._project_mel(mel, blocks)  # [N, F, D]
             x = jnp.stack([x + conditions.cond, x + conditions.uncond])  # [2, N, F, D]
-            x = constrain(x, None, "batch", None, None)
+        (cond, uncond), cache = self._apply_layers(x, modulations, blocks, cache)  # two of [N, F, M]
+        return cond, uncond, cache
+
+    @own_precision
+    def conditioned_velocity(
+        self,
+        mel: Float[Array, "N F M"],
+        codes: Int[Array, "N F"],
+        speakers: Float[Array, "N enc_dim"],
+        cond: Float[Array, "N enc_emb_dim"],
+        times: Float[Array, " N"],
+        blocks: Blocks,
+    ) -> Float[jax.Array, "N F M"]:
+        """One velocity of blocks that have conditions and a time of their own each: what training needs.
+
+        Args:
+          mel: noisy log-mel.
+          codes: the code of each frame.
+          speakers: of each block's voice, from ``encode_clips``.
+          cond: the vector that each block's voice has beside its clip.
+          times: of each block.
+          blocks: the list.
+        """
+        with jax.named_scope("dit_input"):
+            conditions = self._project_conditions(speakers[:, None], self.codec_embed(codes), cond[:, None])
+            x = self._project_mel(mel, blocks) + conditions  # [N, F, D]
+        modulations = self.modulations(times)
+        by_block = Modulations(
+            # where a time's vectors were, those of all blocks, to be broadcast over their frames
+            jnp.moveaxis(modulations.layers, 0, 2)[..., None, :],  # [L, 6, N, 1, D]
+            jnp.moveaxis(modulations.final, 0, 1)[..., None, :],  # [2, N, 1, D]
+        )
+        (velocity,), _ = self._apply_layers(x[None], by_block, blocks, None)
+        return velocity
+
+    def _project_mel(self, mel: Float[Array, "N F M"], blocks: Blocks) -> Float[jax.Array, "N F D"]:
+        mel = jnp.where(blocks.valid[..., None], jnp.asarray(mel, self.dtype), 0)
+        return self.input_proj.project_mel(mel)
+
+    def _apply_layers(
+        self, x: Float[jax.Array, "halves N F D"], modulations: Modulations, blocks: Blocks, cache: DiTCache | None
+    ) -> tuple[Float[jax.Array, "halves N F M"], DiTCache | None]:
+        """From the input's projection to velocities."""
+        c = self.config
+        x = constrain(x, None, "batch", None, None)
         rotary = rotary_tables(blocks.index, c.block_size, c.head_dim, c.rope_theta)
         inputs = LayerInputs(modulations.layers, blocks, rotary)
         x, cache = call_layers(self.layers, c.num_hidden_layers, _Carry(x, cache), inputs)
         with jax.named_scope("dit_output"):
             # scale, then shift: the other order than in the layers, as published
             scale, shift = modulations.final
-            cond, uncond = self.proj(_modulated_norm(x, scale, shift))  # two of [N, F, M]
-        return cond, uncond, cache
+            return self.proj(_modulated_norm(x, scale, shift)), cache
 
     def __call__(
         self,
@@ -268,7 +290,7 @@ class DiTLayer(nn.Module):
 
     def __call__(self, carry: _Carry, index: int | jax.Array, inputs: LayerInputs) -> tuple[_Carry, None]:
         x, cache = carry
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = inputs.modulation[index]  # six of [D]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = inputs.modulation[index]  # six of [D], or of [N, 1, D]
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, DiTCache | None]:
             # before the cache: a block that is looked back at keeps the angles of its own place
@@ -367,7 +389,7 @@ def _attend_to_neighbours(
 
     def update_cached(cached: Array, array: jax.Array) -> jax.Array:
         assert blocks.cached is not None
-        new = jnp.moveaxis(_take_blocks(array, blocks.cached.next), 0, 1)  # [R, 2, F, heads, H]
+        new = jnp.moveaxis(take_blocks(array, blocks.cached.next), 0, 1)  # [R, 2, F, heads, H]
         return jnp.asarray(cached).at[:, cache_index].set(new)
 
     # the cached blocks stand behind the list, where ``blocks.before`` points to them
@@ -376,60 +398,6 @@ def _attend_to_neighbours(
     source = KeyBlocks(keys, values, jnp.concatenate([blocks.valid, blocks.cached.valid]))
     out = block_attention(q, k, v, blocks, behind=behind, ahead=ahead, source=source)
     return out, DiTCache(update_cached(cache.keys, keys), update_cached(cache.values, values))
-
-
-class KeyBlocks(NamedTuple):
-    """Blocks that may be looked at; ``valid`` says which of their frames are real."""
-
-    keys: Float[Array, "*halves N F heads H"]
-    values: Float[Array, "*halves N F heads H"]
-    valid: Bool[Array, "N F"]
-
-
-def block_attention(
-    q: Float[Array, "*halves N F heads H"],
-    k: Float[Array, "*halves N F heads H"],
-    v: Float[Array, "*halves N F heads H"],
-    blocks: Blocks,
-    *,
-    behind: bool,
-    ahead: bool,
-    source: KeyBlocks | None = None,
-) -> Float[jax.Array, "*halves N F heads H"]:
-    """Attention of each block to itself, and to the block before or after it, where there is one.
-
-    Args:
-      q, k, v: of the list.
-      blocks: which of them are neighbours.
-      behind, ahead: whether the block before, and after, is seen.
-      source: what ``blocks.before`` points into; the list if None.
-    """
-    own = KeyBlocks(k, v, jnp.asarray(blocks.valid))
-    seen = [own]
-    if behind:
-        seen.insert(0, _take_neighbours(source or own, blocks.before))
-    if ahead:
-        seen.append(_take_neighbours(own, blocks.after))
-    keys = jnp.concatenate([s.keys for s in seen], axis=-3)  # [*halves, N, F or 2F, heads, H]
-    values = jnp.concatenate([s.values for s in seen], axis=-3)
-    visible = jnp.concatenate([s.valid for s in seen], axis=1)  # [N, F or 2F]
-    logits = jnp.einsum("...nqhd,...nkhd->...nhqk", q, keys) * q.shape[-1] ** -0.5  # [..., N, heads, F, F or 2F]
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, _MASKED), axis=-1)
-    return jnp.einsum("...nhqk,...nkhd->...nqhd", weights, values)
-
-
-def _take_neighbours(source: KeyBlocks, places: Array) -> KeyBlocks:
-    """The blocks in ``places``; of ``NO_BLOCK`` no frame is valid."""
-    exists = jnp.asarray(places) != NO_BLOCK  # [N]
-    valid = jnp.take(source.valid, places, axis=0, mode="clip") & exists[:, None]  # [N, F]
-    # a masked key has no weight, but zero times NaN would still carry one request's NaN over to another
-    values = jnp.where(exists[:, None, None, None], _take_blocks(source.values, places), 0)
-    return KeyBlocks(_take_blocks(source.keys, places), values, valid)
-
-
-def _take_blocks(x: Array, places: Array) -> jax.Array:
-    """Blocks of a list [*halves, N, F, heads, H]; any block for one that is not there."""
-    return jnp.take(x, places, axis=-4, mode="clip")
 
 
 def sinusoidal_times(times: Float[Array, " E"]) -> Float[jax.Array, "E 256"]:
@@ -448,32 +416,3 @@ def _modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Arr
     y = x - jnp.mean(x, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _NORM_EPS)
     return y * (1 + scale) + shift
-
-
-def pack(lengths: list[int], block_size: int, num_blocks: int) -> tuple[Blocks, list[slice]]:
-    """The blocks of several requests, one after the other.
-
-    Args:
-      lengths: frames of each request.
-      block_size: frames a block.
-      num_blocks: length of the list; what the requests leave is padding.
-
-    Returns:
-      The list, and each request's part of it.
-    """
-    parts = []
-    start = 0
-    index = np.zeros(num_blocks, np.int32)
-    valid = np.zeros((num_blocks, block_size), bool)
-    before = np.full(num_blocks, NO_BLOCK, np.int32)
-    after = np.full(num_blocks, NO_BLOCK, np.int32)
-    for length in lengths:
-        end = start + -(-length // block_size)
-        parts.append(slice(start, end))
-        index[start:end] = np.arange(end - start)
-        valid[start:end].reshape(-1)[:length] = True
-        # the first block has none before it, and the last one none after it
-        before[start + 1 : end] = np.arange(start, end - 1)
-        after[start : end - 1] = np.arange(start + 1, end)
-        start = end
-    return Blocks(index, valid, before, after), parts

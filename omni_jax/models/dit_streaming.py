@@ -1,6 +1,6 @@
 """Codes to mel by blocks, as they come: the flow of ``models/flow_matching.py``, solved block after block.
 
-The offline solve cannot be streamed: with each of its 36 evaluations a frame depends on one more block ahead. The paper
+The offline solve cannot be streamed: with each of its evaluations a frame depends on one more block ahead. The paper
 (section 2.4) lets a block see two blocks back and one ahead, and no further. Here each block is solved once for good,
 and once before that as the look-ahead of the block before it. Where it looks back, it looks at the keys and values that
 the block before it had in the same evaluation, when that one was solved for good. So all that came before has its part
@@ -25,8 +25,10 @@ from jaxtyping import Bool, Float, Int
 from omni_jax.batch import Array
 from omni_jax.config import DiTConfig
 from omni_jax.layers.streaming import Block, Streaming, keep_rows
-from omni_jax.models.dit import NO_BLOCK, Blocks, CachedBlocks, DiT, DiTCache
-from omni_jax.models.flow_matching import EVALUATIONS, solve
+from omni_jax.models.dit import DiT, DiTCache
+from omni_jax.models.dit_blocks import NO_BLOCK, Blocks, CachedBlocks
+from omni_jax.models.flow_matching import solve
+from omni_jax.models.ode_solver import Solver
 
 CODE_SECONDS = 0.02
 
@@ -71,6 +73,7 @@ class CarriedDiT:
     """The flow as a part that streams: from ``NoisyCodes`` and ``Speaker`` to mel [B, T * repeats, M]."""
 
     dit: DiT
+    solver: Solver = Solver()  # noqa: RUF009, frozen
 
     @property
     def streaming(self) -> Streaming:
@@ -100,7 +103,7 @@ class CarriedDiT:
         c = self.dit.config
         # a small configuration may have fewer layers than these indices name
         layers = len({i for i in c.look_backward_layers if i < c.num_hidden_layers})
-        cache = (batch, EVALUATIONS, layers, 2, c.block_size, c.num_attention_heads, c.head_dim)
+        cache = (batch, self.solver.num_evaluations, layers, 2, c.block_size, c.num_attention_heads, c.head_dim)
         frames = (batch, 1, c.block_size)
         return CarriedState(
             index=jnp.zeros(batch, jnp.int32),
@@ -153,7 +156,7 @@ class CarriedDiT:
         frames = jax.tree.map(lambda a: a[:, shown], known)
         cached = CachedBlocks(state.solved_valid, _next_cached(len(first_index), count, active))
         blocks = _list_blocks(frames, first_index[:, None] + shown, cached)
-        mel, cache = _solve_frames(self.dit, params, frames, blocks, speaker, state.cache)
+        mel, cache = _solve_frames(self, params, frames, blocks, speaker, state.cache)
         assert cache is not None
         # the newest block is pending now
         # the cache of rows that are not active has been kept in place already, or a second one would be made here
@@ -209,7 +212,7 @@ def _list_blocks(frames: FrameBlocks, index: Int[Array, "B N"], cached: CachedBl
 
 
 def _solve_frames(
-    dit: DiT, params: Any, frames: FrameBlocks, blocks: Blocks, speaker: Speaker, cache: DiTCache
+    part: CarriedDiT, params: Any, frames: FrameBlocks, blocks: Blocks, speaker: Speaker, cache: DiTCache
 ) -> tuple[Float[jax.Array, "B N F M"], DiTCache | None]:
     batch, count, size = frames.valid.shape
     codes = frames.codes.reshape(-1, size)  # [B * N, F]
@@ -217,8 +220,8 @@ def _solve_frames(
     # a voice for each block of a row
     speakers = jnp.repeat(speaker.rows, count, axis=0)
     cond = jnp.repeat(speaker.cond, count, axis=0)
-    conditions: Any = dit.apply({"params": params}, codes, speakers, cond, method="conditions")
-    mel, new_cache = solve(dit, params, noise, conditions, blocks, cache)
+    conditions: Any = part.dit.apply({"params": params}, codes, speakers, cond, method="conditions")
+    mel, new_cache = solve(part.dit, params, noise, conditions, blocks, cache, part.solver)
     return mel.reshape(batch, count, size, -1), new_cache
 
 

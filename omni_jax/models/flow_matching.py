@@ -1,8 +1,7 @@
 """The flow of Token2Wav: from noise to mel along the velocity of the DiT (docs/reference.md, 8.5 and 8.8).
 
-The time grid, the guidance scale and the rule of the solver are the reference's constants; no file holds them.
-
-Letters: N blocks, F frames of a block, M mel bins, R streams with a cache, S layers that look back.
+Letters: N blocks, F frames of a block, M mel bins, R streams with a cache, E evaluations; T steps of the solver with S
+stages each and K slopes that it keeps.
 """
 
 from __future__ import annotations
@@ -12,41 +11,18 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, Int, UInt32
 
 from omni_jax.batch import Array
-from omni_jax.models.dit import Blocks, Conditions, DiT, DiTCache, Modulations
+from omni_jax.models.dit import Conditions, DiT, DiTCache, Modulations
+from omni_jax.models.dit_blocks import Blocks
+from omni_jax.models.ode_solver import Solver, SolverTable
 
 Carry = TypeVar("Carry")
 Moment = TypeVar("Moment")
 
-POINTS = 10  # of the grid: nine steps between them
-EVALUATIONS = 4 * (POINTS - 1)
-GUIDANCE_SCALE = 0.5
 
-# Runge and Kutta's fourth order, the 3/8 rule: the time of each stage within its step, its coefficients of the slopes
-# before it, and its weight in the sum
-# float32, so that numpy computes the times of evaluations in float32 too
-_STAGE_TIMES = np.array([0, 1 / 3, 2 / 3, 1], np.float32)
-_STAGE_COEFFICIENTS = np.array([[0, 0, 0, 0], [1 / 3, 0, 0, 0], [-1 / 3, 1, 0, 0], [1, -1, 1, 0]], np.float32)
-_STAGE_WEIGHTS = np.array([1, 3, 3, 1], np.float32) / np.float32(8)
-_STAGES = len(_STAGE_TIMES)
-
-
-def sway_grid(points: int = POINTS) -> np.ndarray:
-    """Times from 0 to 1, close together at the beginning: 1 - cos(pi u / 2) of even ones. float32 [points]"""
-    u = np.linspace(0, 1, points, dtype=np.float32)
-    # in the reference's order of operations, so that the times are its times to the last bit
-    return u - (np.cos(np.float32(np.pi / 2) * u) - 1 + u)
-
-
-def evaluation_times(grid: np.ndarray) -> np.ndarray:
-    """The times at which the velocity is evaluated: four in each step. float32 [steps, 4]"""
-    times = grid[:-1, None] + np.diff(grid)[:, None] * _STAGE_TIMES
-    # exactly the grid's, and not a rounding beside it
-    times[:, -1] = grid[1:]
-    return times.astype(np.float32)
+GUIDANCE_SCALE = 0.5  # the reference's; no file holds it
 
 
 def guided_velocity(cond: jax.Array, uncond: jax.Array) -> jax.Array:
@@ -57,46 +33,50 @@ def guided_velocity(cond: jax.Array, uncond: jax.Array) -> jax.Array:
 def integrate(
     velocity: Callable[[jax.Array, Moment, Carry], tuple[jax.Array, Carry]],
     start: Float[Array, "*shape"],
-    grid: np.ndarray,
+    table: SolverTable,
     moments: Moment,
     carry: Carry,
 ) -> tuple[Float[jax.Array, "*shape"], Carry]:
-    """Integrates ``velocity`` from ``start`` through ``grid``.
+    """Integrates ``velocity`` from ``start`` through all steps of a rule.
 
     Args:
       velocity: (value, moment, carry) to the derivative of the value, and the carry for the next evaluation.
-      start: the value at the grid's first time.
-      grid: times, float32 [steps + 1].
-      moments: what ``velocity`` needs to know of the time: a tree of arrays [steps, 4, ...], in the order of
-        ``evaluation_times``.
+      start: the value at time 0.
+      table: the rule.
+      moments: what ``velocity`` needs to know of the time: a tree of arrays [T, S, ...], in the order of
+        ``table.times``.
       carry: a tree of arrays that goes from each evaluation to the next.
     """
 
-    def evaluate_stage(state: Any, inputs: Any) -> tuple[Any, None]:
-        value, size, slopes, carry = state
-        number, coefficients, moment = inputs
-        # slopes of the stages to come are zeros, and so are their coefficients
-        slope, carry = velocity(value + size * _combine_slopes(coefficients, slopes), moment, carry)
-        return (value, size, slopes.at[number].set(slope), carry), None
+    def take_step(state: Any, inputs: Any) -> tuple[Any, None]:
+        value, slopes, carry = state
+        size, stages, weights = inputs
 
-    def take_step(state: tuple[jax.Array, Carry], inputs: Any) -> tuple[tuple[jax.Array, Carry], None]:
-        value, carry = state
-        size, moments = inputs
-        slopes = jnp.zeros((_STAGES, *value.shape), value.dtype)  # [4, *shape]
-        # scans within scans: the network is compiled once, and not for each of 36 evaluations
-        stages = (jnp.arange(_STAGES), jnp.asarray(_STAGE_COEFFICIENTS), moments)
-        (_, _, slopes, carry), _ = jax.lax.scan(evaluate_stage, (value, size, slopes, carry), stages)
-        return (value + size * _combine_slopes(jnp.asarray(_STAGE_WEIGHTS), slopes), carry), None
+        def evaluate_stage(state: Any, stage: Any) -> tuple[Any, None]:
+            slopes, carry = state
+            slot, coefficients, moment = stage
+            # slopes of the stages to come have coefficients of 0
+            slope, carry = velocity(value + size * _combine_slopes(coefficients, slopes), moment, carry)
+            return (slopes.at[slot].set(slope), carry), None
 
-    sizes = jnp.asarray(np.diff(grid))
-    return jax.lax.scan(take_step, (jnp.asarray(start), carry), (sizes, moments))[0]
+        # scans within scans: the network is compiled once, and not for each evaluation
+        (slopes, carry), _ = jax.lax.scan(evaluate_stage, (slopes, carry), stages)
+        return (value + size * _combine_slopes(weights, slopes), slopes, carry), None
+
+    start = jnp.asarray(start)
+    slopes = jnp.zeros((table.weights.shape[1], *start.shape), start.dtype)  # [K, *shape]
+    stages = (jnp.asarray(table.slots), jnp.asarray(table.coefficients), moments)
+    inputs = (jnp.asarray(table.sizes), stages, jnp.asarray(table.weights))
+    (end, _, carry), _ = jax.lax.scan(take_step, (start, slopes, carry), inputs)
+    return end, carry
 
 
-def _combine_slopes(weights: jax.Array, slopes: jax.Array) -> jax.Array:
+def _combine_slopes(weights: Float[jax.Array, " K"], slopes: jax.Array) -> jax.Array:
+    """The weighted sum of slopes [K, *shape]. [*shape]"""
     # a sum and no matrix product, which a TPU would compute in bfloat16 passes
     total = weights[0] * slopes[0]
-    for stage in range(1, _STAGES):
-        total += weights[stage] * slopes[stage]
+    for number in range(1, len(slopes)):
+        total += weights[number] * slopes[number]
     return total
 
 
@@ -107,6 +87,7 @@ def solve(
     conditions: Conditions,
     blocks: Blocks,
     cache: DiTCache | None = None,
+    solver: Solver = Solver(),  # noqa: B008, frozen
 ) -> tuple[Float[jax.Array, "N F M"], DiTCache | None]:
     """The mel of a list of blocks.
 
@@ -117,16 +98,16 @@ def solve(
       conditions: of each block.
       blocks: which of them are neighbours.
       cache: of the call before, if ``blocks`` has cached ones: keys and values of every evaluation,
-        [R, ``EVALUATIONS``, S, 2, F, heads, H].
+        [R, E, layers, 2, F, heads, H].
+      solver: how the flow is integrated; its number of evaluations is E.
 
     Returns:
       Log-mel, anything finite where there is padding, and the cache for the next call.
     """
-    grid = sway_grid()
-    times = evaluation_times(grid)
+    times = solver.table.times
     # for all times at once, so that each layer's weights are read once
     modulations: Any = dit.apply({"params": params}, times.reshape(-1), method="modulations")
-    modulations = jax.tree.map(lambda a: a.reshape(*times.shape, *a.shape[1:]), modulations)  # [steps, 4, ...]
+    modulations = jax.tree.map(lambda a: a.reshape(*times.shape, *a.shape[1:]), modulations)  # [T, S, ...]
     # the number of each evaluation, which selects its part of the cache
     numbers = jnp.arange(times.size).reshape(times.shape)
 
@@ -134,7 +115,7 @@ def solve(
         mel: jax.Array, moment: tuple[jax.Array, Modulations], cache: DiTCache | None
     ) -> tuple[jax.Array, DiTCache | None]:
         number, modulation = moment
-        evaluation = jax.tree.map(lambda a: a[:, number], cache)  # [R, S, 2, F, heads, H]
+        evaluation = jax.tree.map(lambda a: a[:, number], cache)  # [R, layers, 2, F, heads, H]
         arguments = (mel, conditions, modulation, blocks, evaluation)
         outputs: Any = dit.apply({"params": params}, *arguments, method="velocity")
         cond, uncond, new = outputs
@@ -144,7 +125,7 @@ def solve(
 
     with jax.named_scope("flow_matching"):
         noise = jnp.where(blocks.valid[..., None], noise, 0)  # [N, F, M]
-        return integrate(guided_evaluation, noise, grid, (numbers, modulations), cache)
+        return integrate(guided_evaluation, noise, solver.table, (numbers, modulations), cache)
 
 
 def draw_noise(seed: UInt32[Array, " N"], index: Int[Array, " N"], shape: tuple[int, ...]) -> Float[jax.Array, "N F M"]:

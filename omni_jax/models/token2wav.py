@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,8 +14,10 @@ from flax.typing import Dtype
 from omni_jax.config import Token2WavConfig
 from omni_jax.layers.params import dtypes
 from omni_jax.layers.precision import Precision
+from omni_jax.layers.stack import Remat
 from omni_jax.models.bigvgan import BigVGAN
-from omni_jax.models.dit import DiT, pack
+from omni_jax.models.dit import DiT
+from omni_jax.models.dit_blocks import pack
 from omni_jax.models.speaker_encoder import shortest_clip
 
 SAMPLE_RATE = 24_000  # samples a second; no file holds it
@@ -26,6 +29,7 @@ class Token2Wav(nn.Module):
     config: Token2WavConfig
     scan_layers: bool = True
     precision: Precision = "highest"
+    remat: Remat = "none"  # of the DiT's layers
     # float32 even where the rest of the model is bfloat16: errors add up over 36 evaluations
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -47,15 +51,20 @@ def device_precision() -> Precision:
 
 def parts(model: Token2Wav) -> tuple[DiT, BigVGAN]:
     """The two networks, each to be called alone with its own part of the parameters: ``dit`` and ``bigvgan``."""
-    kw = dtypes(model)
-    dit = DiT(model.config.dit_config, scan_layers=model.scan_layers, precision=model.precision, **kw)
+    kw: dict[str, Any] = dict(precision=model.precision, **dtypes(model))
+    dit = DiT(model.config.dit_config, scan_layers=model.scan_layers, remat=model.remat, **kw)
     # layers are scanned where compiling is what takes long, and loops over taps are for the same places
     single_convs = not model.scan_layers
-    return dit, BigVGAN(model.config.bigvgan_config, precision=model.precision, single_convs=single_convs, **kw)
+    return dit, BigVGAN(model.config.bigvgan_config, single_convs=single_convs, **kw)
 
 
 def abstract_params(model: Token2Wav) -> Any:
     """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
+def init_params(model: Token2Wav, key: jax.Array) -> Any:
+    """Fresh parameters, in their boxes."""
     c = model.config.dit_config
     # one block, and the shortest clip whose edges can be mirrored
     blocks, _ = pack([c.block_size], c.block_size, 1)
@@ -64,6 +73,4 @@ def abstract_params(model: Token2Wav) -> Any:
     clip = np.zeros((1, shortest_clip(c), c.mel_dim))
     length = np.array([clip.shape[1]])
     cond = np.zeros((1, c.enc_emb_dim))
-    return jax.eval_shape(model.init, jax.random.key(0), mel, codes, clip, length, cond, np.float32(0), blocks)[
-        "params"
-    ]
+    return model.init(key, mel, codes, clip, length, cond, np.float32(0), blocks)["params"]

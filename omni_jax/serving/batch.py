@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +120,7 @@ def make_spec(command: BatchCommand) -> WorkerSpec:
         locations=FileLocations(base_dir, command.media_root or base_dir, command.audio_dir),
         scheduler=SchedulerConfig(command.slots, command.slots, BLOCK_SIZES),
         number_format=NumberFormat(command.dtype, command.quantization, command.kv_cache_dtype),
+        token2wav=dataclasses.asdict(command.token2wav),
         adapters=command.adapters,
         mesh=command.mesh,
         media_processes=command.workers,

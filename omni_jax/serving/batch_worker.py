@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.engine.request import SchedulerConfig
@@ -32,6 +33,7 @@ class WorkerSpec:
       locations: of the files that requests name and of those that are written.
       scheduler: how many requests are worked on at once.
       number_format: what numbers are kept in.
+      token2wav: how codes become sound, as ``load`` takes it.
       adapters: folders of those that requests may choose, by name.
       mesh: devices that the model is spread over; of one device, no mesh is made.
       media_processes: that decode media.
@@ -46,6 +48,7 @@ class WorkerSpec:
     locations: FileLocations
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     number_format: NumberFormat = field(default_factory=NumberFormat)
+    token2wav: Mapping[str, Any] = field(default_factory=dict)
     adapters: Mapping[str, Path] = field(default_factory=dict)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     media_processes: int = 1
@@ -112,4 +115,5 @@ def _load_model(spec: WorkerSpec) -> OmniModel:
     keep_compiled_programs(spec.compile_cache)
     # a mesh of one device would only make every program a sharded one
     mesh = spec.mesh.make() if spec.mesh.num_devices > 1 else None
-    return load(spec.model, mesh=mesh, adapters=spec.adapters, **dataclasses.asdict(spec.number_format))
+    number_format = dataclasses.asdict(spec.number_format)
+    return load(spec.model, mesh=mesh, token2wav=spec.token2wav, adapters=spec.adapters, **number_format)

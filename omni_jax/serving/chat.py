@@ -57,6 +57,7 @@ def run_chat(command: ChatCommand) -> None:
             allow_web=command.allow_web,
             allow_buckets=command.allow_buckets,
             isolate_media=command.isolate_media,
+            token2wav=dataclasses.asdict(command.token2wav),
             quantization=command.quantization,
             kv_cache_dtype=command.kv_cache_dtype,
             adapters={} if command.adapter is None else {_ADAPTER: command.adapter},

@@ -12,6 +12,7 @@ import tyro
 from omni_jax.engine.request import TalkerParams
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.generation.options import Options
+from omni_jax.models.ode_solver import Method, Solver
 from omni_jax.processing.worker_pool import MediaLimits
 from omni_jax.serving.batch_ray import RayOptions
 from omni_jax.sharding import MeshConfig
@@ -31,6 +32,16 @@ class TalkerOptions:
     """How codes are drawn; without a seed, with the text's."""
     max_tokens: int = TalkerParams.max_tokens
     """Codes, 50 a second, at most."""
+
+
+@dataclass(frozen=True)
+class Token2WavOptions:
+    """How codes become sound."""
+
+    solver: Method = Solver.method
+    """How the flow is integrated: rk4 evaluates its network four times a step, midpoint twice, euler and adams once."""
+    steps: int = Solver.steps
+    """Of the flow. With fewer evaluations than the published 36 sound is made sooner, and is another."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class ChatCommand:
     voice: str | None = None
     """Who speaks; without it, Chelsie, or the checkpoint's first voice."""
     talker: TalkerOptions = field(default_factory=TalkerOptions)
+    token2wav: Token2WavOptions = field(default_factory=Token2WavOptions)
     adapter: Annotated[Path | None, _DIR] = None
     """Answer with this adapter (LoRA): a folder as peft writes it, or that of a training run. (A run's folder as
     --model has its adapter merged.)"""
@@ -136,6 +148,7 @@ class BatchCommand:
     """Keep the linear maps of the language models in 8 bits, or those of the Thinker's layers in 4."""
     kv_cache_dtype: Literal["int8"] | None = None
     """Keep what the language models remember of a dialogue, their keys and values, in 8 bits."""
+    token2wav: Token2WavOptions = field(default_factory=Token2WavOptions)
     adapters: Annotated[dict[str, Path], tyro.conf.arg(metavar="NAME DIR ...")] = field(default_factory=dict)
     """Adapters of the Thinker (LoRA) that a request may choose as its "adapter": folders as peft writes them, or of
     training runs. One that chooses none is answered by the model itself."""

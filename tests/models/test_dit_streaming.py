@@ -14,9 +14,10 @@ from omni_jax.checkpoint import store
 from omni_jax.config import DiTConfig, OmniConfig
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.layers.streaming import Block
-from omni_jax.models.dit import DiT, pack
+from omni_jax.models.dit import DiT
+from omni_jax.models.dit_blocks import pack
 from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker
-from omni_jax.models.flow_matching import EVALUATIONS, solve
+from omni_jax.models.flow_matching import solve
 from tests.plain_flow import cut, plainly_carried
 from tests.streaming import Case, check_contract
 
@@ -127,7 +128,7 @@ def test_a_step_keeps_one_state(params: Any) -> None:
     part = CarriedDiT(DiT(CONFIG))
     state = part.init_state(2)
     cache_bytes = sum(a.nbytes for a in jax.tree.leaves(state.cache))
-    assert state.cache.keys.shape == (2, EVALUATIONS, 2, 2, 24, 2, 16)
+    assert state.cache.keys.shape == (2, 36, 2, 2, 24, 2, 16)
     block = random_request(CONFIG, (12, 12))
     step = jax.jit(part.step, donate_argnums=1).lower(params, state, block, np.ones(2, bool)).compile()
     analysis = step.memory_analysis()

@@ -19,8 +19,8 @@ from jax.extend.core import jaxprs_in_params
 from omni_jax.checkpoint.name_map import make_name_table
 from omni_jax.config import BigVGANConfig, OmniConfig
 from omni_jax.models import bigvgan
-from omni_jax.models.dit import Blocks, Conditions, Modulations, block_attention, pack
-from omni_jax.models.flow_matching import EVALUATIONS, POINTS, evaluation_times, integrate, sway_grid
+from omni_jax.models.dit import Conditions, Modulations
+from omni_jax.models.dit_blocks import Blocks, block_attention, pack
 from omni_jax.models.token2wav import Token2Wav, abstract_params
 from omni_jax.sharding import RULES
 
@@ -121,36 +121,6 @@ def test_a_request_sees_nothing_of_its_neighbours_or_of_padding() -> None:
             alone, _ = pack([length], 24, part.stop - part.start)
             single = np.asarray(attend(q[part], k[part], v[part], alone))
             np.testing.assert_allclose(single[alone.valid], out[part][alone.valid], rtol=1e-6, atol=1e-6)
-
-
-def test_sway_grid() -> None:
-    """The numbers of docs/reference.md, 8.8."""
-    expected = [0, 0.015192, 0.060307, 0.133975, 0.233956, 0.357212, 0.5, 0.657980, 0.826352, 1]
-    np.testing.assert_allclose(sway_grid(), expected, atol=1e-6)
-    times = evaluation_times(sway_grid())
-    assert times.shape == (POINTS - 1, 4)
-    np.testing.assert_array_equal(times[1:, 0], times[:-1, -1])
-
-
-@pytest.mark.parametrize("power", [0, 1, 2, 3])
-def test_the_solver_is_of_fourth_order(power: int) -> None:
-    """A cubic in time is followed exactly."""
-    grid = sway_grid()
-    moments = jnp.asarray(evaluation_times(grid))
-
-    def velocity(value: jax.Array, time: jax.Array, calls: int) -> tuple[jax.Array, int]:
-        return jnp.ones_like(value) * (power + 1) * time**power, calls + 1
-
-    end, calls = integrate(velocity, jnp.zeros(3), grid, moments, 0)
-    assert calls == EVALUATIONS
-    np.testing.assert_allclose(end, np.ones(3), rtol=1e-6)
-
-
-def test_the_solver_uses_each_stage() -> None:
-    """dy/dt = y over one step of size h: the fourth-order polynomial, exact for any rule of this order."""
-    grid = np.array([0, 0.5], np.float32)
-    end, _ = integrate(lambda value, *_: (value, ()), jnp.ones(2), grid, jnp.zeros((1, 4)), ())
-    np.testing.assert_allclose(end, 1 + 0.5 + 0.5**2 / 2 + 0.5**3 / 6 + 0.5**4 / 24, rtol=1e-6)
 
 
 def test_low_pass_filter() -> None:
