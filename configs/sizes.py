@@ -8,7 +8,15 @@ from typing import Any
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.sharding import MeshConfig
-from omni_jax.training.recipe import CheckpointConfig, LoRAOptions, NextTokenOptions, OptimizerConfig, Phase, Recipe
+from omni_jax.training.recipe import (
+    CheckpointConfig,
+    FlowMatchingOptions,
+    LoRAOptions,
+    NextTokenOptions,
+    OptimizerConfig,
+    Phase,
+    Recipe,
+)
 
 # paths of parameters; bos_eos, the audio encoder's begin and end embeddings, is read by nothing (see
 # models/audio_encoder.py) and must not decay
@@ -35,6 +43,8 @@ def recipes(
     media: Mapping[str, Any] | None = None,
     devices: Mapping[str, int] = MappingProxyType({"7b": 64, "3b": 32}),
     lora: LoRAOptions = LoRAOptions(),  # noqa: B008, frozen
+    objective: NextTokenOptions | FlowMatchingOptions = NextTokenOptions(),  # noqa: B008, frozen
+    tiny_objective: NextTokenOptions | FlowMatchingOptions = NextTokenOptions(chunk=64),  # noqa: B008, frozen
 ) -> dict[str, Recipe]:
     """A stage in every size, by name; one row of ``tokens`` a device.
 
@@ -48,6 +58,8 @@ def recipes(
       media: budgets of audio and pictures (``DataConfig``) that are not the default.
       devices: of the sizes 7b and 3b.
       lora: adapters.
+      objective: of the sizes 7b and 3b.
+      tiny_objective: of the tiny size.
     """
     published = {"7b": OmniConfig.qwen2_5_omni_7b(), "3b": OmniConfig.qwen2_5_omni_3b()}
     made = {}
@@ -55,7 +67,15 @@ def recipes(
         count = devices[size]
         data = DataConfig(rows=count, streams=count, tokens=tokens, **(media or {}))
         made[f"{stage}-{size}"] = Recipe(
-            about, model, phases, data, MeshConfig(fsdp=count), optimizer=optimizer, steps=steps, lora=lora
+            about,
+            model,
+            phases,
+            data,
+            MeshConfig(fsdp=count),
+            optimizer=optimizer,
+            steps=steps,
+            objective=objective,
+            lora=lora,
         )
     made[f"{stage}-tiny"] = Recipe(
         about,
@@ -66,7 +86,7 @@ def recipes(
         checkpoint=CheckpointConfig(every=10),
         steps=_TINY_STEPS,
         dtype="float32",
-        objective=NextTokenOptions(chunk=64),
+        objective=tiny_objective,
         lora=lora,
         log_every=5,
     )

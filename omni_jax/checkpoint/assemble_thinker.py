@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,9 @@ class _FoundTensor:
         return values if self.third is None else np.split(values, 3)[self.third]
 
 
-def assemble_thinker(files: Path, target: Path, models: Mapping[str, Path], seed: int = 0) -> list[str]:
+def assemble_thinker(
+    files: Path, target: Path, models: Mapping[str, Path], seed: int = 0, components: Sequence[str] = ("thinker",)
+) -> list[str]:
     """Writes a checkpoint with a Thinker alone. All is checked before the first tensor is read.
 
     Args:
@@ -86,6 +88,7 @@ def assemble_thinker(files: Path, target: Path, models: Mapping[str, Path], seed
       target: a path where nothing is yet.
       models: Hugging Face folders of "llm", "vision" and "audio"; the tensors of one that is missing begin at random.
       seed: of the tensors that begin at random.
+      components: () for a checkpoint of the small files alone.
 
     Returns:
       The published names of the tensors that begin at random.
@@ -96,7 +99,7 @@ def assemble_thinker(files: Path, target: Path, models: Mapping[str, Path], seed
     """
     # Look up every tensor of the Thinker; headers alone are read. One whose model is given must be there. One whose
     # model is not given, or that no model has, begins at random.
-    entries = make_name_table(OmniConfig.load(files), ["thinker"])
+    entries = make_name_table(OmniConfig.load(files), components)
     headers = {model: read_headers(folder) for model, folder in models.items()}
     found: dict[str, _FoundTensor] = {}
     expected: dict[str, tuple[int, ...]] = {}

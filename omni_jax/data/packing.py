@@ -10,6 +10,7 @@ P patches of a window.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -282,6 +283,9 @@ class OmniPacking:
 
     def assemble(self, parts: Sequence[Part], *, first: int, streams: int) -> TrainBatch:
         return assemble(parts, self.budget, self.config, first=first, streams=streams, media_dtype=self.media_dtype)
+
+    def measure_fill(self, batch: TrainBatch) -> dict[str, float]:
+        return dataclasses.asdict(fill(batch))
 
 
 @dataclass(frozen=True)

@@ -62,3 +62,7 @@ class Packing(Protocol):
           streams: of all processes.
         """
         ...
+
+    def measure_fill(self, batch: Any) -> dict[str, float]:
+        """How full a batch is, by what it has: numbers of examples, and shares of what there is room for."""
+        ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
-from omni_jax.data.packing import fill
 from omni_jax.data.pipeline import batches
 from omni_jax.layers.quantized import QuantizedKernel
 from omni_jax.processing.processor import Processor
@@ -162,7 +161,7 @@ def _print_batches(console: Console, recipe: Recipe) -> None:
 
 
 def measure_fill(recipe: Recipe) -> dict[str, float]:
-    """How full the first batches are: means of ``omni_jax.data.packing.Fill``, by name.
+    """How full the first batches are: means of what the objective's packing measures, by name.
 
     Raises:
       InputError: if the rows cannot be read.
@@ -174,7 +173,7 @@ def measure_fill(recipe: Recipe) -> dict[str, float]:
     values: dict[str, list[float]] = defaultdict(list)
     try:
         for batch in itertools.islice(data, _NUM_BATCHES):
-            for name, value in asdict(fill(batch)).items():
+            for name, value in packing.measure_fill(batch).items():
                 values[name].append(value)
     finally:
         data.close()

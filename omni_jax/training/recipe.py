@@ -81,6 +81,22 @@ class NextTokenOptions:
 
 
 @dataclass(frozen=True)
+class FlowMatchingOptions:
+    """The velocity of Token2Wav's flow from noise to the mel of codes."""
+
+    utterances: int = 16
+    """In a row of the batch, at most."""
+    clip_frames: int = 512
+    """Mel frames, 100 a second, of a clip of a voice, at most."""
+    max_clip: float = 0.3
+    """Share of an utterance that stands for its voice's clip, at most; the loss leaves it out."""
+    drop_sound: float = 0.3
+    """Share of the utterances that have codes, and neither a clip nor the vector of a voice."""
+    drop_all: float = 0.2
+    """Share of the utterances that have no codes either, which is what guidance subtracts."""
+
+
+@dataclass(frozen=True)
 class LoRAOptions:
     """Low-rank adapters of linear maps (LoRA), which train in place of the model's own parameters."""
 
@@ -169,7 +185,9 @@ class Recipe:
     remat: Remat = "full"
     """What is recomputed of a layer in the backward pass: nothing (none), all but its input (full), or all but the
     products with its weights (dots)."""
-    objective: NextTokenOptions = field(default_factory=NextTokenOptions)
+    objective: tyro.conf.AvoidSubcommands[NextTokenOptions | FlowMatchingOptions] = field(
+        default_factory=NextTokenOptions
+    )
     """What is minimised."""
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     """Adapters, to train in the memory of a small machine."""
@@ -197,7 +215,6 @@ class Recipe:
 
     def _check_numbers(self) -> None:
         check_int("steps", self.steps, 1)
-        check_int("objective.chunk", self.objective.chunk, 1)
         check_int("log_every", self.log_every, 1)
         check_int("max_skipped", self.max_skipped, 0)
         if self.profile is not None:
@@ -206,7 +223,7 @@ class Recipe:
             check_int("profile, the last step", last, first)
         check_int("lora.rank", self.lora.rank, 0, MAX_RANK)
         check_float("lora.alpha", self.lora.alpha, 0, MAX_ALPHA, above=True)
-        check_float("objective.z_loss", self.objective.z_loss, 0, _FLOAT_MAX)
+        self._check_objective()
         check_int("checkpoint.every", self.checkpoint.every, 1)
         check_int("checkpoint.keep", self.checkpoint.keep, 1)
         check_int("eval.every", self.eval.every, 1)
@@ -225,6 +242,19 @@ class Recipe:
         check_float("optimizer.eps", optimizer.eps, 0, _FLOAT_MAX, above=True)
         check_float("optimizer.weight_decay", optimizer.weight_decay, 0, _FLOAT_MAX)
         check_float("optimizer.clip", optimizer.clip, 0, _FLOAT_MAX, hint="0: never")
+
+    def _check_objective(self) -> None:
+        objective = self.objective
+        if isinstance(objective, NextTokenOptions):
+            check_int("objective.chunk", objective.chunk, 1)
+            check_float("objective.z_loss", objective.z_loss, 0, _FLOAT_MAX)
+            return
+        check_int("objective.utterances", objective.utterances, 1)
+        check_int("objective.clip_frames", objective.clip_frames, 16)
+        # more than half could leave a short utterance without any frame that has a loss
+        check_float("objective.max_clip", objective.max_clip, 0, 0.5)
+        check_float("objective.drop_sound", objective.drop_sound, 0, 1)
+        check_float("objective.drop_all", objective.drop_all, 0, 1)
 
     def _check_mesh(self) -> None:
         row_parts = self.mesh.data * self.mesh.fsdp  # that rows are sharded into

@@ -88,8 +88,11 @@ def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Ca
         # there already if the run was killed between this and ``prepare_model``
         if not init.exists():
             files = _find_files(recipe, workdir) if recipe.is_random else resolve_checkpoint(recipe.init)
-            random = assemble_thinker(files, init, recipe.parts.folders, recipe.seed)
-            log(f"{len(random)} tensors begin at random, like {random[0]}")
+            # what no checkpoint has the objective makes, on the devices
+            wanted = [name for name in objective.components if name == "thinker"]
+            random = assemble_thinker(files, init, recipe.parts.folders, recipe.seed, wanted)
+            if random:
+                log(f"{len(random)} tensors begin at random, like {random[0]}")
     else:
         init = resolve_checkpoint(recipe.init)
     extra_files = objective.extra_files()

@@ -7,10 +7,11 @@ import flax.linen as nn
 from omni_jax.checkpoint.lora import LORA
 from omni_jax.errors import ConfigError
 from omni_jax.training.objective import Objective
+from omni_jax.training.objectives.flow_matching import make_flow_matching
 from omni_jax.training.objectives.lora import LoRA, add_lora
 from omni_jax.training.objectives.next_token import make_next_token
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales
-from omni_jax.training.recipe import Recipe
+from omni_jax.training.recipe import FlowMatchingOptions, Recipe
 
 
 def make_objective(recipe: Recipe) -> Objective:
@@ -20,6 +21,10 @@ def make_objective(recipe: Recipe) -> Objective:
       ConfigError: if its fields do not go together.
     """
     recipe.check()
+    if isinstance(recipe.objective, FlowMatchingOptions):
+        if recipe.lora.rank:
+            raise ConfigError("lora.rank: there are no adapters for this objective; leave it out")
+        return make_flow_matching(recipe)
     objective = make_next_token(recipe)
     if not recipe.lora.rank:
         return objective

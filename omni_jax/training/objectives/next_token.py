@@ -164,6 +164,7 @@ def make_next_token(recipe: Recipe) -> NextToken:
     dtype = jnp.dtype(recipe.dtype)
     model = Thinker(recipe.model.thinker_config, remat=recipe.remat, media_by_rows=True, dtype=dtype)
     num_sources = max(1, len(recipe.data.train), len(recipe.data.valid))
+    assert isinstance(recipe.objective, NextTokenOptions)
     return NextToken(model, recipe.model, recipe.objective, num_sources)
 
 

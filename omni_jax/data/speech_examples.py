@@ -1,0 +1,152 @@
+"""Rows of speech to examples: codes, the log-mel of their sound, and whose voice it is.
+
+A row is ``{"codec_ids": [...], "audio": ...}``, with 50 codes for each second of the sound, and may have
+
+* ``speaker``: the vector of the voice, numbers (``cond`` of a voice of a checkpoint); zeros where there is none;
+* ``ref_audio``: another clip of the voice. Without it a part of the sound itself is the clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from omni_jax.checks import check_int, redact, shown
+from omni_jax.config import DiTConfig
+from omni_jax.data.examples import Reject
+from omni_jax.data.rows import row_values
+from omni_jax.data.sources import Row
+from omni_jax.errors import InputError
+from omni_jax.processing.audio import MelSettings
+from omni_jax.processing.fetch import RemoteAccess, fetch_source
+from omni_jax.processing.files import folder_of
+from omni_jax.processing.media import read_audio
+from omni_jax.processing.sources import confine_source, describe_source
+from omni_jax.processing.speech_mel import RATE, speech_log_mel
+
+_KEYS = ("codec_ids", "audio", "speaker", "ref_audio")
+_MAX_DIFFERENCE = 10  # frames, 0.1 s, that sound and codes may differ by: codecs round up to their own blocks
+
+
+@dataclass(frozen=True)
+class SpeechExample:
+    """What one row is trained on.
+
+    Attributes:
+      codes: one for each ``repeats`` frames.
+      mel: natural-log mel (``processing.speech_mel``).
+      speaker: the vector of the voice.
+      clip: log-mel of another clip of the voice; of no frames where there is none.
+      name: of the row.
+    """
+
+    codes: Int[np.ndarray, " K"]
+    mel: Float[np.ndarray, "frames M"]
+    speaker: Float[np.ndarray, " enc_emb_dim"]
+    clip: Float[np.ndarray, "T M"]
+    name: str
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.codes)
+
+
+@dataclass(frozen=True)
+class PrepareSpeech:
+    """Reads a row and its sound.
+
+    Attributes:
+      config: of the DiT.
+      max_frames: of an example, which a row of the batch must hold.
+      shortest_clip: frames that a clip has at least.
+      longest_clip: that it has at most.
+      access: from where sound may be fetched.
+      media_root: the folder that it must lie within; None: that of the row's file.
+    """
+
+    config: DiTConfig
+    max_frames: int
+    shortest_clip: int
+    longest_clip: int
+    access: RemoteAccess
+    media_root: str | None = None
+
+    def __call__(self, row: Row) -> list[SpeechExample] | Reject:
+        """The row's example; or, if anything is wrong with it, why it cannot be used."""
+        try:
+            return [self.example(row)]
+        except InputError as e:
+            return Reject(row.file, row.number, redact(str(e)))
+        except Exception as e:
+            # a file may be broken in ways that no decoder foresees; the share of rejects is bounded
+            return Reject(row.file, row.number, redact(f"{type(e).__name__}: {e}"))
+
+    def example(self, row: Row) -> SpeechExample:
+        """Of a row.
+
+        Raises:
+          InputError: if it is not what it should be.
+        """
+        values = row_values(row)
+        unknown = sorted(set(values) - set(_KEYS))
+        if unknown:
+            raise InputError(f"unknown keys {', '.join(map(shown, unknown))}; a row of speech has {', '.join(_KEYS)}")
+        codes = self._read_codes(values)
+        mel = self._read_mel(row, values, "audio")
+        codes, mel = self._align(codes, mel)
+        clip = np.zeros((0, self.config.mel_dim), np.float32)
+        if "ref_audio" in values:
+            clip = self._read_mel(row, values, "ref_audio")
+            check_int("the number of frames of ref_audio", len(clip), self.shortest_clip, self.longest_clip)
+        return SpeechExample(codes, mel, self._read_speaker(values), clip, row.name)
+
+    def _read_codes(self, values: Mapping[str, Any]) -> Int[np.ndarray, " K"]:
+        codes = values.get("codec_ids")
+        if not isinstance(codes, list) or not codes:
+            raise InputError(f"codec_ids is {shown(codes)}; it must be a list of codes, 50 a second")
+        # num_embeds is a code too: the table has one row more
+        checked = [check_int("a code of codec_ids", code, 0, self.config.num_embeds) for code in codes]
+        return np.array(checked, np.int32)
+
+    def _read_mel(self, row: Row, values: Mapping[str, Any], key: str) -> Float[np.ndarray, "frames M"]:
+        folder = folder_of(row.file)
+        source = values.get(key)
+        # rows are published by strangers, and must not name what only this machine's user may read
+        option = "data.media_root (--data.media-root)"
+        try:
+            confined = confine_source(source, folder, self.media_root or folder, option)
+            return speech_log_mel(read_audio(fetch_source(confined, self.access), MelSettings(sampling_rate=RATE)))
+        except InputError as e:
+            raise InputError(f"{key} {describe_source(source)}: {e}") from e
+
+    def _read_speaker(self, values: Mapping[str, Any]) -> Float[np.ndarray, " enc_emb_dim"]:
+        size = self.config.enc_emb_dim
+        if "speaker" not in values:
+            return np.zeros(size, np.float32)
+        try:
+            speaker = np.array(values["speaker"], np.float32)
+        except (TypeError, ValueError) as e:
+            raise InputError(f"speaker is {shown(values['speaker'])}; it must be a list of {size} numbers") from e
+        if speaker.shape != (size,) or not np.isfinite(speaker).all():
+            raise InputError(f"speaker has the shape {list(speaker.shape)}; it must be a list of {size} finite numbers")
+        return speaker
+
+    def _align(self, codes: np.ndarray, mel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and mel of one length."""
+        repeats = self.config.repeats
+        if abs(len(mel) - len(codes) * repeats) > _MAX_DIFFERENCE:
+            raise InputError(
+                f"its sound has {len(mel)} frames, and its {len(codes)} codes stand for {len(codes) * repeats}; they "
+                f"may differ by {_MAX_DIFFERENCE}"
+            )
+        num_codes = min(len(codes), len(mel) // repeats)
+        num_frames = num_codes * repeats
+        # a clip is cut out of the sound, of which something must be left
+        least = 2 * self.shortest_clip
+        hint = f"data.tokens x {repeats} at most"
+        check_int("the number of frames of its sound", num_frames, least, self.max_frames, hint)
+        return codes[:num_codes], mel[:num_frames]
