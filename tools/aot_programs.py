@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -277,17 +278,8 @@ def _vocoder_chunk(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> tuple[Stre
     return part, (weights, *_place_abstract(rest, mesh))
 
 
-def vocoder_windows(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
+def vocoder_windows(num_new_frames: int, config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """The samples of windows of whole replies, one on each chip."""
-    return _vocoder_windows(config, mesh, WINDOW_NEW_FRAMES[-1])
-
-
-def vocoder_short_windows(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
-    """The same of short replies, and of what windows of the usual length have left."""
-    return _vocoder_windows(config, mesh, WINDOW_NEW_FRAMES[0])
-
-
-def _vocoder_windows(config: OmniConfig, mesh: Mesh, num_new_frames: int) -> Program:
     bigvgan, weights = _abstract_vocoder(config, mesh)
     frames = num_new_frames + sum(reach(bigvgan.config))
     mel = np.zeros((mesh.size, frames, config.token2wav_config.dit_config.mel_dim), np.float32)
@@ -313,8 +305,7 @@ PROGRAMS: dict[str, Callable[[OmniConfig, Mesh, Shapes], Program]] = {
     "dit-block": dit_block,
     "vocoder-block": vocoder_block,
     "vocoder-first": vocoder_first,
-    "vocoder-windows": vocoder_windows,
-    "vocoder-short-windows": vocoder_short_windows,
+    **{f"vocoder-window-{frames}": functools.partial(vocoder_windows, frames) for frames in WINDOW_NEW_FRAMES},
 }
 
 

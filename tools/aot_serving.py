@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omni_jax.config import OmniConfig
+from omni_jax.engine.token2wav_engine import WINDOW_NEW_FRAMES
 from omni_jax.sharding import MeshConfig
 from tools.aot_programs import PROGRAMS, Program, Shapes
 
@@ -64,8 +65,10 @@ SERVING = (
     ServingProgram("DiT, chunk of 2 blocks, 32 rows", "dit-block", _MANY, by_rows=True),
     ServingProgram("vocoder, first chunk of 2 blocks, 1 row", "vocoder-first", _ONE),
     ServingProgram("vocoder, chunk of 2 blocks, 1 row", "vocoder-block", _ONE),
-    ServingProgram("vocoder, window of 64 frames", "vocoder-short-windows", _ONE),
-    ServingProgram("vocoder, window of 192 frames", "vocoder-windows", _ONE),
+    *(
+        ServingProgram(f"vocoder, window of {frames} frames", f"vocoder-window-{frames}", _ONE)
+        for frames in WINDOW_NEW_FRAMES
+    ),
 )
 
 

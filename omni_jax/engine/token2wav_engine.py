@@ -47,8 +47,8 @@ from omni_jax.models.token2wav import Token2Wav, parts
 from omni_jax.sharding import batch_shards, replicate
 
 # of the vocoder's windows, beside what their samples depend on to either side. Longer ones compute less twice, but
-# compilers for TPUs take longer for them; the short one is for short replies, and for what is left of longer ones
-WINDOW_NEW_FRAMES = (64, 192)
+# compilers for TPUs take longer for them; the shorter ones are for short replies, and for what is left of longer ones
+WINDOW_NEW_FRAMES = (64, 132, 192)
 MIN_CLIP_FRAMES = 512  # that a voice's clip is padded to, and then to a bucket of as many: few programs for all clips
 MIN_VOICES = 4  # that a call has room for at least, so that their number makes no programs of its own
 
@@ -87,7 +87,7 @@ class Token2WavEngine:
             self.vocoder_weights = make_vocoder_weights(bigvgan, params["bigvgan"])
         self._vocoder_reach = reach(model.config.bigvgan_config)
         overlap = sum(self._vocoder_reach)
-        self.window_frames = [count + overlap for count in WINDOW_NEW_FRAMES]  # 132 and 260 at the published size
+        self.window_frames = [count + overlap for count in WINDOW_NEW_FRAMES]  # 132, 200 and 260 at the published size
         self.streams = StreamEngine(
             CarriedDiT(self.dit, solver), self.dit_params, bigvgan.config, self.vocoder_weights, mesh
         )
