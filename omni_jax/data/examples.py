@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 from flax import struct
@@ -25,6 +25,7 @@ from omni_jax.processing.layout import Prompt, lay_out
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.worker_pool import WorkerStartError
 
+T = TypeVar("T")
 TooLong: TypeAlias = Literal["split", "skip", "error"]
 MAX_DOCUMENT_TOKENS = 2**24  # of a document that is split
 
@@ -138,6 +139,30 @@ def _features_per_unit(media: CollatedMedia, config: OmniConfig) -> list[int]:
     return sizes
 
 
+def examples_or_reject(read: Callable[[Row], list[T]], row: Row, too_long: TooLong) -> list[T] | Reject:
+    """What ``read`` makes of a row; or, if anything is wrong with it, why it cannot be used.
+
+    Args:
+      read: raises InputError for a row that is not what it should be, TooLongError for one that no batch holds.
+      row: it.
+      too_long: whether the latter ends the run.
+
+    Raises:
+      WorkerStartError: if the processes that read its media cannot be started.
+    """
+    try:
+        return read(row)
+    except WorkerStartError:
+        raise
+    except TooLongError as e:
+        return Reject(row.file, row.number, redact(str(e)), is_fatal=too_long == "error")
+    except InputError as e:
+        return Reject(row.file, row.number, redact(str(e)))
+    except Exception as e:
+        # A file may be broken in ways that no decoder foresees; the share of rejects is bounded.
+        return Reject(row.file, row.number, redact(f"{type(e).__name__}: {e}"))
+
+
 @dataclass(frozen=True)
 class Prepare:
     """Reads a row and its media through the processor that inference uses."""
@@ -155,17 +180,7 @@ class Prepare:
         Raises:
           WorkerStartError: if the processes that read its media cannot be started.
         """
-        try:
-            return self.examples(row)
-        except WorkerStartError:
-            raise
-        except TooLongError as e:
-            return Reject(row.file, row.number, redact(str(e)), is_fatal=self.too_long == "error")
-        except InputError as e:
-            return Reject(row.file, row.number, redact(str(e)))
-        except Exception as e:
-            # A file may be broken in ways that no decoder foresees; the share of rejects is bounded.
-            return Reject(row.file, row.number, redact(f"{type(e).__name__}: {e}"))
+        return examples_or_reject(self.examples, row, self.too_long)
 
     def examples(self, row: Row) -> list[Example]:
         """Of a document that is longer than a row of the batch several, of everything else one.

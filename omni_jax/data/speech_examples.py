@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from omni_jax.checks import check_int, redact, shown
+from omni_jax.checks import check_int, shown
 from omni_jax.config import DiTConfig
-from omni_jax.data.examples import Reject
+from omni_jax.data.examples import Reject, TooLong, examples_or_reject
 from omni_jax.data.rows import row_values
 from omni_jax.data.sources import Row
-from omni_jax.errors import InputError
+from omni_jax.errors import InputError, TooLongError
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.fetch import RemoteAccess, fetch_source
 from omni_jax.processing.files import folder_of
@@ -66,6 +66,7 @@ class PrepareSpeech:
       longest_clip: that it has at most.
       access: from where sound may be fetched.
       media_root: the folder that it must lie within; None: that of the row's file.
+      too_long: whether a row that is too long ends the run ("error"). There is no splitting: it cannot be used.
     """
 
     config: DiTConfig
@@ -74,22 +75,18 @@ class PrepareSpeech:
     longest_clip: int
     access: RemoteAccess
     media_root: str | None = None
+    too_long: TooLong = "skip"
 
     def __call__(self, row: Row) -> list[SpeechExample] | Reject:
         """The row's example; or, if anything is wrong with it, why it cannot be used."""
-        try:
-            return [self.example(row)]
-        except InputError as e:
-            return Reject(row.file, row.number, redact(str(e)))
-        except Exception as e:
-            # a file may be broken in ways that no decoder foresees; the share of rejects is bounded
-            return Reject(row.file, row.number, redact(f"{type(e).__name__}: {e}"))
+        return examples_or_reject(lambda row: [self.example(row)], row, self.too_long)
 
     def example(self, row: Row) -> SpeechExample:
         """Of a row.
 
         Raises:
           InputError: if it is not what it should be.
+          TooLongError: if it is longer than a row of the batch.
         """
         values = row_values(row)
         unknown = sorted(set(values) - set(_KEYS))
@@ -145,8 +142,10 @@ class PrepareSpeech:
             )
         num_codes = min(len(codes), len(mel) // repeats)
         num_frames = num_codes * repeats
+        if num_frames > self.max_frames:
+            raise TooLongError(
+                f"it has {num_codes} codes, over the {self.max_frames // repeats} of a row (data.tokens); cut it"
+            )
         # a clip is cut out of the sound, of which something must be left
-        least = 2 * self.shortest_clip
-        hint = f"data.tokens x {repeats} at most"
-        check_int("the number of frames of its sound", num_frames, least, self.max_frames, hint)
+        check_int("the number of frames of its sound", num_frames, 2 * self.shortest_clip, self.max_frames)
         return codes[:num_codes], mel[:num_frames]

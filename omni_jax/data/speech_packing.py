@@ -78,8 +78,10 @@ class SpeechPart:
 
     @property
     def full(self) -> bool:
-        blocks_left = self._budget.blocks - min(self._blocks)
-        return blocks_left == 0 or min(self._utterances) == self._budget.utterances
+        for blocks, utterances in zip(self._blocks, self._utterances, strict=True):
+            if blocks < self._budget.blocks and utterances < self._budget.utterances:
+                return False
+        return True
 
     @property
     def names(self) -> list[str]:

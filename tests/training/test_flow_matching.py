@@ -221,7 +221,7 @@ def speech_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare(folder: Path, row: Mapping[str, Any]) -> list[SpeechExample] | Reject:
-    reader = PrepareSpeech(CONFIG, 100, shortest_clip(CONFIG), 60, NO_ACCESS)
+    reader = PrepareSpeech(CONFIG, 90, shortest_clip(CONFIG), 60, NO_ACCESS)
     return reader(Row(str(folder / "rows.jsonl"), 1, json.dumps(row).encode()))
 
 
@@ -248,7 +248,14 @@ def test_a_row_is_read(speech_rows: Path) -> None:
         ({"audio": 3}, "audio int: expected a path or a URL, got 3"),
         ({"audio": "https://example.com/a.wav"}, "audio .*allow-web"),
         ({"ref_audio": "long.wav"}, "the number of frames of ref_audio is 100; it must be from 5 to 60"),
-        ({"audio": "long.wav", "codec_ids": [1] * 60}, "frames of its sound is 100|differ by 10"),
+        (
+            {"audio": "long.wav", "codec_ids": [1] * 54},
+            r"it has 50 codes, over the 45 of a row \(data.tokens\); cut it",
+        ),
+        (
+            {"audio": "short.wav", "codec_ids": [1] * 4},
+            "the number of frames of its sound is 8; it must be from 10 to 90",
+        ),
         ({"speaker": [1.0]}, r"speaker has the shape \[1\]; it must be a list of 12 finite numbers"),
         ({"speaker": "x"}, "speaker is 'x'; it must be a list of 12 numbers"),
         ({"speaker": [float("nan")] * 12}, "finite numbers"),
@@ -257,6 +264,7 @@ def test_a_row_is_read(speech_rows: Path) -> None:
 )
 def test_what_is_wrong_with_a_row(speech_rows: Path, changes: dict[str, Any], reason: str) -> None:
     write_sound(speech_rows.parent / "long.wav", RATE)
+    write_sound(speech_rows.parent / "short.wav", RATE // 12)
     row = {**json.loads(speech_rows.read_text().splitlines()[0]), **changes}
     found = prepare(speech_rows.parent, row)
     assert isinstance(found, Reject) and not found.is_fatal
@@ -327,6 +335,7 @@ def test_four_devices_have_the_losses_of_one(recipe: Recipe, tmp_path: Path) -> 
         (dict(objective={"max_clip": 0.6}), "objective.max_clip is 0.6"),
         (dict(objective={"clip_frames": 8}), "objective.clip_frames is 8"),
         (dict(eval={"samples": 2}), "eval.samples asks for answers, which the flow of Token2Wav does not give"),
+        (dict(parts={"llm": Path("x")}), "--parts are of the Thinker, which this recipe does not train"),
         (dict(lora={"rank": 2}), "lora.rank: there are no adapters for this objective"),
         (dict(data={"tokens": 11}), "data.tokens is 11; a row must hold a block of 12 codes"),
         (dict(data={"isolate_media": True}), "data.isolate_media is not there for rows of speech"),

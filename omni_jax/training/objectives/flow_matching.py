@@ -26,7 +26,7 @@ from flax import struct
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
-from omni_jax.config import DiTConfig, Token2WavConfig
+from omni_jax.config import DiTConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.speech_examples import PrepareSpeech
 from omni_jax.data.speech_packing import NO_UTTERANCE, SpeechBatch, SpeechBudget, SpeechPacking, make_empty_batch
@@ -122,6 +122,7 @@ class FlowMatching:
             longest_clip=budget.clip_frames,
             access=data.access,
             media_root=data.media_root,
+            too_long=data.too_long,
         )
         return SpeechPacking(prepare, budget, c)
 
@@ -241,9 +242,9 @@ def make_flow_matching(recipe: Recipe) -> FlowMatching:
       ConfigError: if the recipe asks for what this objective has not.
     """
     assert isinstance(recipe.objective, FlowMatchingOptions)
-    config: Token2WavConfig | None = recipe.model.token2wav_config
-    if config is None:
-        raise ConfigError("the model has no Token2Wav to train")
+    config = recipe.model.token2wav_config
+    if recipe.parts.folders:
+        raise ConfigError("--parts are of the Thinker, which this recipe does not train; leave them out")
     if recipe.eval.samples:
         raise ConfigError("eval.samples asks for answers, which the flow of Token2Wav does not give")
     return FlowMatching(Token2Wav(config, remat=recipe.remat, precision="high"), recipe.objective)
@@ -251,19 +252,14 @@ def make_flow_matching(recipe: Recipe) -> FlowMatching:
 
 def valid_frames(batch: SpeechBatch) -> Bool[jax.Array, "B N F"]:
     """Which frames are real."""
-    num_blocks, block_size = batch.codes.shape[-2:]
-    first = _of_blocks(batch.begin, batch.utterance)  # [B, N]
-    frame = ((jnp.arange(num_blocks) - first) * block_size)[..., None] + jnp.arange(block_size)  # of its utterance
-    is_inside = frame < _of_blocks(batch.length, batch.utterance)[..., None]  # [B, N, F]
+    is_inside = _frame_numbers(batch) < _of_blocks(batch.length, batch.utterance)[..., None]  # [B, N, F]
     return (jnp.asarray(batch.utterance) != NO_UTTERANCE)[..., None] & is_inside
 
 
 def frame_weights(batch: SpeechBatch, draws: Draws) -> Float[jax.Array, "B N F"]:
     """Of the loss of each frame: of an utterance they add up to its frames, and those of its clip have none."""
-    num_blocks, block_size = batch.codes.shape[-2:]
     utterance = batch.utterance
-    frame = ((jnp.arange(num_blocks) - _of_blocks(batch.begin, utterance)) * block_size)[..., None]
-    frame = frame + jnp.arange(block_size)  # [B, N, F]: of its utterance
+    frame = _frame_numbers(batch)  # [B, N, F]
     clip_begin = _of_blocks(draws.clip_begin, utterance)[..., None]  # [B, N, 1]
     clip_end = clip_begin + _of_blocks(draws.clip_length, utterance)[..., None]
     is_clip = (frame >= clip_begin) & (frame < clip_end)
@@ -271,6 +267,13 @@ def frame_weights(batch: SpeechBatch, draws: Draws) -> Float[jax.Array, "B N F"]
     weight = length / jnp.maximum(length - draws.clip_length, 1)  # [B, U]
     counts = valid_frames(batch) & ~is_clip
     return jnp.where(counts, _of_blocks(weight, utterance)[..., None], 0)
+
+
+def _frame_numbers(batch: SpeechBatch) -> Int[jax.Array, "B N F"]:
+    """Of each frame the number that it has in its utterance; of padding anything."""
+    num_blocks, block_size = batch.codes.shape[-2:]
+    block = jnp.arange(num_blocks) - _of_blocks(batch.begin, batch.utterance)  # [B, N]
+    return (block * block_size)[..., None] + jnp.arange(block_size)
 
 
 def _of_blocks(values: Array, utterance: Array) -> jax.Array:
