@@ -8,11 +8,10 @@ from typing import Any
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.sharding import MeshConfig
+from omni_jax.training.options import NextTokenOptions, ObjectiveOptions
 from omni_jax.training.recipe import (
     CheckpointConfig,
-    FlowMatchingOptions,
     LoRAOptions,
-    NextTokenOptions,
     OptimizerConfig,
     Phase,
     Recipe,
@@ -43,8 +42,8 @@ def recipes(
     media: Mapping[str, Any] | None = None,
     devices: Mapping[str, int] = MappingProxyType({"7b": 64, "3b": 32}),
     lora: LoRAOptions = LoRAOptions(),  # noqa: B008, frozen
-    objective: NextTokenOptions | FlowMatchingOptions = NextTokenOptions(),  # noqa: B008, frozen
-    tiny_objective: NextTokenOptions | FlowMatchingOptions = NextTokenOptions(chunk=64),  # noqa: B008, frozen
+    objective: ObjectiveOptions = NextTokenOptions(),  # noqa: B008, frozen
+    tiny_objective: ObjectiveOptions = NextTokenOptions(chunk=64),  # noqa: B008, frozen
 ) -> dict[str, Recipe]:
     """A stage in every size, by name; one row of ``tokens`` a device.
 

@@ -6,7 +6,8 @@ A row is ``{"codec_ids": [...], "audio": "x.wav"}`` (docs/data.md). ``--init ran
 """
 
 from configs.sizes import recipes
-from omni_jax.training.recipe import FlowMatchingOptions, OptimizerConfig, ParameterGroup, Phase
+from omni_jax.training.options import FlowMatchingOptions
+from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase
 
 RECIPES = recipes(
     "token2wav-dit",

@@ -5,6 +5,7 @@
     FOLDER/omni_jax.json            the version of this layout, and which components are here, in which dtypes
     FOLDER/params/thinker/          one Orbax checkpoint (a pytree) for each component
     FOLDER/params/lora/             another one and lora.json, where there is an adapter (checkpoint/lora.py)
+    FOLDER/params/speech_tokenizer/ others, of what was trained beside the published model (``UNPUBLISHED``)
     FOLDER/config.json, tokenizer.json, preprocessor_config.json, chat_template.json, ...   as they came
     FOLDER/voices.npz               the voices (checkpoint/voices.py), where Talker or Token2Wav are here
     FOLDER/constants.safetensors    tensors of the published files that are no parameters, kept for the way back
@@ -49,6 +50,9 @@ from omni_jax.plain_files import has_file, read_object, unfinished_name
 ABOUT_FILE = "omni_jax.json"
 FORMAT = 1  # of the folder's layout; another one is refused and not guessed at
 
+# what training makes beside the published model; no config.json describes their shapes
+UNPUBLISHED = ("speech_tokenizer", "discriminators", "speaker_verifier")
+_KNOWN = (*COMPONENTS, LORA, *UNPUBLISHED)
 _DTYPES = ("bfloat16", "float16", "float32")  # that parameters may have
 # what is written at a time: few chunks, and these so large that the C library returns their memory at once
 _CHUNK_BYTES = 64 * 2**20
@@ -269,8 +273,8 @@ def components(folder: Path) -> dict[str, list[str]]:
         raise CheckpointError(f"{folder} is of format {shown(version)}; this release reads {FORMAT}; convert it again")
     for name, dtypes in found.items():
         # names become paths, so they are ours alone
-        if name not in (*COMPONENTS, LORA):
-            raise CheckpointError(f"{path}: unknown component {shown(name)}; known: {', '.join(COMPONENTS)}, {LORA}")
+        if name not in _KNOWN:
+            raise CheckpointError(f"{path}: unknown component {shown(name)}; known: {', '.join(_KNOWN)}")
         if not isinstance(dtypes, list) or not dtypes or not all(dtype in _DTYPES for dtype in dtypes):
             raise CheckpointError(
                 f"{path}: the dtypes of {name} are {shown(dtypes)}; they must be a list of {', '.join(_DTYPES)}"
@@ -313,8 +317,11 @@ def abstract(folder: Path, wanted: Sequence[str] | None = None, dtype: DTypeLike
 
 def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
     path = folder / "params" / component
-    expected: dict[str, tuple[int, ...]] = {}
-    if component == LORA:
+    expected: dict[str, Any] = {}
+    if component in UNPUBLISHED:
+        # whoever loads it knows its shapes; here they are those of the files
+        expected = dict(check_arrays(path, folder))
+    elif component == LORA:
         expected = adapter_shapes(config, LoRAConfig.load(folder))
     else:
         for entry in make_name_table(config, [component]):
@@ -329,7 +336,7 @@ def _abstract_component(folder: Path, config: OmniConfig, component: str, dtype:
         trouble = describe_differences(expected, found)
         if trouble:
             raise CheckpointError(f"{path} does not hold the {component} that config.json describes:{trouble}")
-    keeps_dtype = component == "token2wav" or dtype is None
+    keeps_dtype = component not in ("thinker", "talker", LORA) or dtype is None
     leaves = {}
     for name, leaf in found.items():
         leaves[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps_dtype else dtype)

@@ -58,9 +58,8 @@ RUN_FILE = "run.json"
 FILES_FILE = "files.json"
 # two folders deep: a folder right below a step Orbax takes for a checkpointable, and not for a checkpoint to load
 _MOMENTS = Path("optimizer") / "moments"
-_TREE = "state"  # what Orbax calls the tree of a checkpoint that holds one tree; ``store`` reads that
-# another name for the moments: several processes wait for each other at barriers that Orbax names after the last part
-# of a tree's path, and two trees of one name would wait at one barrier
+# Several processes wait for each other at barriers that Orbax names after the last part of a tree's path, and two trees
+# of one name would wait at one barrier. So each component's tree has its name; ``store`` reads a single tree of any.
 _MOMENTS_TREE = "moments"
 _STEP_DIGITS = 8
 # Orbax writes these when it commits, after ``files.json``
@@ -145,7 +144,9 @@ def prepare_model(
     for name in trained:
         components.pop(name, None)
     files = side_files(init)
-    for name in (CONSTANTS_FILE, voices.VOICES_FILE, voices.PUBLISHED_FILE):
+    # of what was trained beside the published model, NAME.json says what it is like
+    descriptions = [f"{name}.json" for name in store.UNPUBLISHED]
+    for name in (CONSTANTS_FILE, voices.VOICES_FILE, voices.PUBLISHED_FILE, *descriptions):
         if has_file(init / name):
             files.append(init / name)
     with store.new_folder(workdir / MODEL_FOLDER) as unfinished:
@@ -242,7 +243,7 @@ class TrainCheckpoints:
         self._saving = state
         trees = {f"{_MOMENTS}/{_MOMENTS_TREE}": state.moments}
         for name, params in state.params.items():
-            trees[f"params/{name}/{_TREE}"] = params
+            trees[f"params/{name}/{name}"] = params
         try:
             # ``force`` ignores Orbax's own policy of when to save; it does not write over a step that is there
             self._checkpointer.save_checkpointables_async(state.step, trees, force=True)
@@ -342,8 +343,9 @@ class TrainCheckpoints:
         saved_moments = store.tree_shapes(folder / _MOMENTS, _MOMENTS_TREE)
         if set(saved_moments) != set(target.moments):
             raise ConfigError(
-                f"{folder} is of a run with another optimizer (--optimizer.kind): it has {', '.join(saved_moments)}, "
-                f"and {', '.join(target.moments)} are needed; go on with the same one, or begin a new run from it"
+                f"{folder} is of a run with another optimizer (--optimizer.kind, --optimizer.ema): it has "
+                f"{', '.join(saved_moments)}, and {', '.join(target.moments)} are needed; go on with the same one, or "
+                "begin a new run from it"
             )
         # each of the trees has the paths of what trains
         first = next(name for name in target.moments if name != "count")

@@ -13,7 +13,7 @@ from flax.typing import Dtype
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.lora import LORA
+from omni_jax.checkpoint.name_map import COMPONENTS
 from omni_jax.checkpoint.peft import read_adapter
 from omni_jax.config import OmniConfig
 from omni_jax.engine.adapters import AdapterTable
@@ -38,7 +38,7 @@ def choose_components(folder: Path, components: Sequence[str] | None) -> tuple[s
     Raises:
       CheckpointError: if the Thinker is not among them.
     """
-    stored = [name for name in store.components(folder) if name != LORA]
+    stored = [name for name in store.components(folder) if name in COMPONENTS]
     wanted = tuple(stored if components is None else components)
     if "thinker" not in wanted or "thinker" not in stored:
         raise CheckpointError(

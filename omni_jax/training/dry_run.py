@@ -88,6 +88,7 @@ def estimate_memory(recipe: Recipe, phase: Phase) -> dict[str, int]:
         "parameters that train": bytes_per_device(state.trained),
         "frozen parameters": bytes_per_device(state.frozen),
         "moments of the optimizer": bytes_per_device(state.moments._replace(count=())),
+        "averages of parameters": 0 if state.average is None else bytes_per_device(state.average),
         # for the time of a step; a gradient has the shape and dtype of its parameter
         "gradients": bytes_per_device(state.trained),
         "batch": bytes_per_device(batch),

@@ -80,19 +80,22 @@ class Evaluation:
         self._denominators: Metrics | None = None  # of all batches together
 
     def run(self, state: TrainState) -> dict[str, Any]:
-        """The loss of a state, and that of each file of rows if there are several."""
+        """The loss of a state and what its objective reports beside it; of several files of rows that of each too."""
         if self._denominators is None:
             for batch in self._batches:
                 own = _denominators(self._objective, self._to_devices(batch))
                 self._denominators = own if self._denominators is None else _add(self._denominators, own)
+        params = state.averaged_params
         sums: Metrics | None = None
         for number, batch in enumerate(self._batches):
             arrays = self._to_devices(batch)
-            terms = _batch_loss(self._objective, state.params, arrays, self._denominators, np.int32(number))
+            terms = _batch_loss(self._objective, params, arrays, self._denominators, np.int32(number))
             sums = terms if sums is None else _add(sums, terms)
         found: Mapping[str, np.ndarray] = jax.device_get(sums)
-        losses = {"loss": float(found["loss"])}
-        named: dict[str, Any] = dict(losses)
+        named: dict[str, Any] = {}
+        for name, value in found.items():
+            if not np.ndim(value):
+                named[name] = float(value)
         if "loss_by_source" in found and len(self._sources) > 1:
             by_source = found["loss_by_source"]
             named["sources"] = {name: float(by_source[i]) for i, name in enumerate(self._sources)}

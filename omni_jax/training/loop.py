@@ -324,7 +324,10 @@ class _TrainLoop:
         # one copy to the host for all of them, which waits for the step
         metrics: dict[str, float] = {}
         by_source: dict[str, np.ndarray] = {}
-        for name, value in jax.device_get(step.metrics).items():
+        found: dict[str, Any] = jax.device_get(step.metrics)
+        # JSON has no number that is not finite
+        own_terms = {name: float(term) if math.isfinite(term) else None for name, term in found.pop("terms").items()}
+        for name, value in found.items():
             if np.ndim(value):
                 by_source[name] = np.asarray(value)
             else:
@@ -345,7 +348,6 @@ class _TrainLoop:
         # docs/training.md, "Metrics", explains the fields
         line = {
             "step": step.number,
-            # JSON has no number that is not finite
             "loss": metrics["loss"] if is_finite else None,
             "grad_norm": metrics["grad_norm"] if is_finite else None,
             "skipped": int(not is_finite),
@@ -357,6 +359,7 @@ class _TrainLoop:
             "device_hours": seconds * self._mesh.size / 3600,
             "learning_rate": metrics["learning_rate"],
             "epochs": [round(epochs, 4) for epochs in step.epochs],
+            **own_terms,
         }
         if by_source:
             line["sources"] = self._name_sources(by_source)
@@ -410,7 +413,7 @@ class _TrainLoop:
         found = self._evaluation.run(self._state)
         samples: list[Sample] = []
         if self._sample_request is not None:
-            samples = self._objective.sample(self._state.params, self._sample_request)
+            samples = self._objective.sample(self._state.averaged_params, self._sample_request)
         # of the steps, not of this
         self._last_report += time.perf_counter() - started
         loss = found["loss"]

@@ -29,11 +29,13 @@ class Loss(NamedTuple):
     Attributes:
       total: float32 []; it is differentiated.
       terms: what is reported, by name, "loss" among them. Terms of accumulated batches are added up, so each is a sum
-        over the batch divided by a denominator of the whole step.
+        over the batch divided by a denominator of the whole step. Scalars among them are logged under their names.
+      statistics: sums over the batch that ``Objective.apply_statistics`` takes, and that no gradient passes.
     """
 
     total: jax.Array
     terms: Metrics
+    statistics: Metrics | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ class Sample(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss over some components of a checkpoint, and how rows become its batches."""
+    """A loss over some components of a checkpoint, and how rows become its batches.
+
+    An objective is a subclass; what it does not define does nothing.
+    """
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -96,11 +101,11 @@ class Objective(Protocol):
 
     def convert_frozen(self, frozen: Params) -> Params:
         """What a run keeps of the parameters that never train, abstract ones or arrays, once they are read."""
-        ...
+        return frozen
 
     def extra_files(self) -> dict[str, str]:
         """Small files that each checkpoint of a run needs beside the model's: their texts, by name."""
-        ...
+        return {}
 
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> Packing:
         """How rows become batches; ``num_streams`` is how many this process reads."""
@@ -128,6 +133,30 @@ class Objective(Protocol):
         """
         ...
 
+    def optimizer_groups(self, paths: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """Parameters that train, in groups that a step updates one after the other.
+
+        Each group has a loss of its own (``loss`` with its paths as ``trained``), of the parameters that the groups
+        before it have just been given, and gradients that are clipped on their own: the networks of a GAN. Of a group that
+        is empty nothing is computed.
+
+        Args:
+          paths: of all that trains.
+        """
+        return (tuple(paths),)
+
+    def apply_statistics(self, params: Params, statistics: Metrics, key: jax.Array) -> dict[str, jax.Array]:
+        """New values of parameters that no gradient changes, by path; called once a step, after the gradients.
+
+        Such parameters are in no group of a phase. What trains is not to be among them.
+
+        Args:
+          params: of each component, before the step.
+          statistics: of ``Loss``, summed over the batches of the step.
+          key: of random numbers, another for each step of a run.
+        """
+        return {}
+
     def count_work(self, batch: Batch) -> Metrics:
         """What was in a batch and is no padding; "tokens" and "target_tokens" among it. Scalars, or one per source."""
         ...
@@ -149,7 +178,7 @@ class Objective(Protocol):
           params: of each component.
           request: what to answer, and over which mesh the parameters are sharded.
         """
-        ...
+        return []
 
     def estimate_activations(
         self, data: DataConfig, row_parts: int, sequence: int, tensor: int, trained: Collection[str]

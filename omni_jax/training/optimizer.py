@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -133,6 +133,28 @@ def make_optimizer(
         ("groups", optax.stateless(scale_by_group)),
         (SCHEDULE, optax.scale_by_learning_rate(lambda count: learning_rate(config, count, num_steps))),
     )
+
+
+def select_moments(moments: Moments, paths: Collection[str]) -> Moments:
+    """Those of some of the parameters that train."""
+    trees = {}
+    for name, tree in moments._asdict().items():
+        if name != "count":
+            trees[name], _ = split_params(tree, paths)
+    return moments._replace(**trees)
+
+
+def merge_moments(parts: Sequence[Moments]) -> Moments:
+    """Those of groups of parameters, each with as many updates, as those of all."""
+    first = parts[0]
+    trees: dict[str, Any] = {}
+    for name in first._fields:
+        if name == "count":
+            continue
+        trees[name] = {}
+        for part in parts:
+            trees[name] = merge_params(trees[name], getattr(part, name))
+    return first._replace(**trees)
 
 
 def with_moments(state: OptimizerState, moments: Moments, count: Any) -> OptimizerState:

@@ -15,10 +15,10 @@ from omni_jax.data.config import DataConfig
 from omni_jax.errors import ConfigError, InputError
 from omni_jax.layers.stack import Remat
 from omni_jax.sharding import MeshConfig
+from omni_jax.training.options import FLOAT_MAX, NextTokenOptions, ObjectiveOptions
 from omni_jax.training.tpu import COMPILER_OPTIONS
 
 RANDOM = Path("random")  # as ``init``: from nothing
-_FLOAT_MAX = 3e38  # of float32
 _BELOW_ONE = 0.9999999  # moments that forget nothing would never move
 
 
@@ -66,34 +66,11 @@ class OptimizerConfig:
     """Regular expression of the paths of parameters that do not decay."""
     clip: float = 1.0
     """Gradients of a larger norm, over all that trains, are scaled down to it; 0: never."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of what trains, which a checkpoint's parameters then are, and which is
+    evaluated; 0: there is none. After n steps of a phase it is at most (1 + n) / (10 + n)."""
     accumulate: int = 1
     """Batches of a step; their gradients are added up, so that it is one step over all of their tokens."""
-
-
-@dataclass(frozen=True)
-class NextTokenOptions:
-    """Cross-entropy of the next token."""
-
-    chunk: int = 1024
-    """Positions of a row whose logits exist at a time."""
-    z_loss: float = 0.0
-    """Factor of log(sum(exp(logits)))^2, which is added to the loss."""
-
-
-@dataclass(frozen=True)
-class FlowMatchingOptions:
-    """The velocity of Token2Wav's flow from noise to the mel of codes."""
-
-    utterances: int = 16
-    """In a row of the batch, at most."""
-    clip_frames: int = 512
-    """Mel frames, 100 a second, of a clip of a voice, at most."""
-    max_clip: float = 0.3
-    """Share of an utterance that stands for its voice's clip, at most; the loss leaves it out."""
-    drop_sound: float = 0.3
-    """Share of the utterances that have codes, and neither a clip nor the vector of a voice."""
-    drop_all: float = 0.2
-    """Share of the utterances that have no codes either, which is what guidance subtracts."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +162,7 @@ class Recipe:
     remat: Remat = "full"
     """What is recomputed of a layer in the backward pass: nothing (none), all but its input (full), or all but the
     products with its weights (dots)."""
-    objective: tyro.conf.AvoidSubcommands[NextTokenOptions | FlowMatchingOptions] = field(
-        default_factory=NextTokenOptions
-    )
+    objective: tyro.conf.AvoidSubcommands[ObjectiveOptions] = field(default_factory=NextTokenOptions)
     """What is minimised."""
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     """Adapters, to train in the memory of a small machine."""
@@ -223,7 +198,7 @@ class Recipe:
             check_int("profile, the last step", last, first)
         check_int("lora.rank", self.lora.rank, 0, MAX_RANK)
         check_float("lora.alpha", self.lora.alpha, 0, MAX_ALPHA, above=True)
-        self._check_objective()
+        self.objective.check()
         check_int("checkpoint.every", self.checkpoint.every, 1)
         check_int("checkpoint.keep", self.checkpoint.keep, 1)
         check_int("eval.every", self.eval.every, 1)
@@ -235,26 +210,14 @@ class Recipe:
         optimizer = self.optimizer
         check_int("optimizer.accumulate", optimizer.accumulate, 1)
         check_int("optimizer.warmup", optimizer.warmup, 0)
-        check_float("optimizer.learning_rate", optimizer.learning_rate, 0, _FLOAT_MAX)
+        check_float("optimizer.learning_rate", optimizer.learning_rate, 0, FLOAT_MAX)
         check_float("optimizer.final_fraction", optimizer.final_fraction, 0, 1)
         check_float("optimizer.b1", optimizer.b1, 0, _BELOW_ONE)
         check_float("optimizer.b2", optimizer.b2, 0, _BELOW_ONE)
-        check_float("optimizer.eps", optimizer.eps, 0, _FLOAT_MAX, above=True)
-        check_float("optimizer.weight_decay", optimizer.weight_decay, 0, _FLOAT_MAX)
-        check_float("optimizer.clip", optimizer.clip, 0, _FLOAT_MAX, hint="0: never")
-
-    def _check_objective(self) -> None:
-        objective = self.objective
-        if isinstance(objective, NextTokenOptions):
-            check_int("objective.chunk", objective.chunk, 1)
-            check_float("objective.z_loss", objective.z_loss, 0, _FLOAT_MAX)
-            return
-        check_int("objective.utterances", objective.utterances, 1)
-        check_int("objective.clip_frames", objective.clip_frames, 16)
-        # more than half could leave a short utterance without any frame that has a loss
-        check_float("objective.max_clip", objective.max_clip, 0, 0.5)
-        check_float("objective.drop_sound", objective.drop_sound, 0, 1)
-        check_float("objective.drop_all", objective.drop_all, 0, 1)
+        check_float("optimizer.eps", optimizer.eps, 0, FLOAT_MAX, above=True)
+        check_float("optimizer.weight_decay", optimizer.weight_decay, 0, FLOAT_MAX)
+        check_float("optimizer.ema", optimizer.ema, 0, _BELOW_ONE, hint="0: there is none")
+        check_float("optimizer.clip", optimizer.clip, 0, FLOAT_MAX, hint="0: never")
 
     def _check_mesh(self) -> None:
         row_parts = self.mesh.data * self.mesh.fsdp  # that rows are sharded into

@@ -35,6 +35,7 @@ from omni_jax.training.step import TrainState, TrainStep, abstract_params, abstr
 
 _INITIAL_FOLDER = "initial"  # in the run's folder: the checkpoint that is made of parts, or of random numbers
 _FILES_FOLDER = "files"  # in the run's folder: what it is made of, where there is no folder to take it from
+_TRAINED = "trained"  # beside the moments of a checkpoint: what trains, where the parameters are its average
 _SIZES = {
     "7b": OmniConfig.qwen2_5_omni_7b,
     "3b": OmniConfig.qwen2_5_omni_3b,
@@ -161,12 +162,15 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
             shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
             init = functools.partial(step.objective.init_params, name)
             params[name] = jax.jit(init, out_shardings=shardings)(jax.random.key(recipe.seed))
-    return _assemble(step, abstract_state(step, mesh), 0, params)
+    trained, frozen = split_params(params, step.scales)
+    return _fill_state(step, abstract_state(step, mesh), 0, trained, step.objective.convert_frozen(frozen))
 
 
 def begin_phase(state: TrainState, step: TrainStep, mesh: Mesh) -> TrainState:
     """The same parameters at the beginning of another phase; what was trained and is frozen now stays in float32."""
-    trained, frozen = split_params(state.params, step.scales)
+    trained, _ = split_params(state.params, step.scales)
+    # what does not train any more stays what it is used as
+    _, frozen = split_params(state.averaged_params, step.scales)
     # an array that has the dtype already is passed on as it is
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
     return _fill_state(step, abstract_state(step, mesh), int(state.step), trained, frozen)
@@ -174,8 +178,12 @@ def begin_phase(state: TrainState, step: TrainStep, mesh: Mesh) -> TrainState:
 
 def to_checkpoint(state: TrainState, step: int, data: Mapping[str, Any], components: Sequence[str]) -> TrainCheckpoint:
     """What a checkpoint holds of a state: of its parameters those of ``components``."""
-    params = state.params
-    return TrainCheckpoint(step, {name: params[name] for name in components}, state.moments._asdict(), data)
+    params = state.averaged_params
+    moments = state.moments._asdict()
+    if state.average is not None:
+        # the parameters of the checkpoint are the average, from which the run could not go on
+        moments[_TRAINED] = state.trained
+    return TrainCheckpoint(step, {name: params[name] for name in components}, moments, data)
 
 
 def restore_state(
@@ -198,8 +206,10 @@ def restore_state(
     def make_target(number: int, dtypes: Mapping[str, np.dtype]) -> TrainCheckpoint:
         # also what does not train is read from the checkpoint, which has links to it
         params = abstract_params(step_at(number), mesh, dtypes)
-        moments = abstract_state(step_at(number), mesh).moments
-        return TrainCheckpoint(number, {name: params[name] for name in components}, moments._asdict(), {})
+        state = abstract_state(step_at(number), mesh)
+        return dataclasses.replace(
+            to_checkpoint(state, number, {}, ()), params={name: params[name] for name in components}
+        )
 
     # the step of the checkpoint says in which phase it was saved, and so what has moments
     saved = checkpoints.restore(make_target, log)
@@ -207,15 +217,15 @@ def restore_state(
         return None
     step = step_at(saved.step)
     target = abstract_state(step, mesh)
-    return _assemble(step, target, saved.step, saved.params, type(target.moments)(**saved.moments)), saved.data
-
-
-def _assemble(
-    step: TrainStep, target: TrainState, number: int, params: Any, moments: Moments | None = None
-) -> TrainState:
-    """A state after ``number`` steps, of parameters as checkpoints have them, and fresh moments unless given."""
-    trained, frozen = split_params(params, step.scales)
-    return _fill_state(step, target, number, trained, step.objective.convert_frozen(frozen), moments)
+    fields = dict(saved.moments)
+    average = None
+    trained, frozen = split_params(saved.params, step.scales)
+    if _TRAINED in fields:
+        average = trained
+        trained = fields.pop(_TRAINED)
+    frozen = step.objective.convert_frozen(frozen)
+    moments = type(target.moments)(**fields)
+    return _fill_state(step, target, saved.step, trained, frozen, moments, average), saved.data
 
 
 def _fill_state(
@@ -225,7 +235,9 @@ def _fill_state(
     trained: Any,
     frozen: Any,
     moments: Moments | None = None,
+    average: Any = None,
 ) -> TrainState:
+    """A state after ``number`` steps; moments are fresh unless given, and an average begins with what trains."""
     if moments is None:
         # made on the devices, each with its own part: no host holds moments of the whole model
         shardings = jax.tree.map(lambda x: x.sharding, target.optimizer)
@@ -235,7 +247,10 @@ def _fill_state(
         stored_count: Any = moments.count
         count = jax.device_put(jnp.int32(int(stored_count)), target.step.sharding)
         optimizer = with_moments(target.optimizer, moments, count)
-    return TrainState(jax.device_put(jnp.int32(number), target.step.sharding), trained, frozen, optimizer)
+    if step.optimizer.ema and average is None:
+        # buffers of its own, as above
+        average = jax.tree.map(jnp.copy, trained)
+    return TrainState(jax.device_put(jnp.int32(number), target.step.sharding), trained, frozen, optimizer, average)
 
 
 def bytes_per_device(tree: Any) -> int:

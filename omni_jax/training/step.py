@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -20,13 +20,16 @@ from omni_jax.sharding import logical_sharding, param_shardings
 from omni_jax.training.objective import Batch, Metrics, Objective
 from omni_jax.training.optimizer import (
     MOMENTS,
+    SCHEDULE,
     Moments,
     OptimizerState,
     flatten_params,
     learning_rate,
     learning_rate_scales,
     make_optimizer,
+    merge_moments,
     merge_params,
+    select_moments,
     split_params,
     with_moments,
 )
@@ -43,15 +46,35 @@ class TrainState:
     trained: Any  # parameters that train, float32
     frozen: Any  # the others, in the dtype of the checkpoint that they came from
     optimizer: OptimizerState  # the second moment is float32, as ``trained`` is; it counts the steps of the phase
+    average: Any = None  # moving average of ``trained``, a tree like it; None where the recipe wants none
 
     @property
     def params(self) -> dict[str, Any]:
-        """The trees of all parameters, by component."""
+        """The trees of all parameters, by component: those that the next step takes."""
         return merge_params(self.trained, self.frozen)
+
+    @property
+    def averaged_params(self) -> dict[str, Any]:
+        """The same with the average of what trains, where there is one: what is evaluated, and used afterwards."""
+        return merge_params(self.trained if self.average is None else self.average, self.frozen)
 
     @property
     def moments(self) -> Moments:
         return self.optimizer[MOMENTS]
+
+
+class Gradients(NamedTuple):
+    """Of a group of parameters.
+
+    Attributes:
+      terms: of the group's loss, by name.
+      statistics: of ``Loss``; empty if the loss has none.
+      gradients: a tree of the group's parameters, float32.
+    """
+
+    terms: Metrics
+    statistics: Metrics
+    gradients: Any
 
 
 # compared and hashed by identity: a dictionary has no hash, and jit keeps the program of each object
@@ -72,56 +95,125 @@ class TrainStep:
         The leaves of ``batch`` have a leading axis of several batches where the optimizer accumulates them; the loss is
         then that of all of them together.
         """
-        terms, grads = self.loss_and_gradients(state, batch)
-        with jax.named_scope("optimizer"):
-            # moments and parameters keep the shardings of the state, so that nothing is gathered here
-            updates, optimizer = self.transformation.update(grads, state.optimizer, state.trained)
-            trained = optax.apply_updates(state.trained, updates)
-        grad_norm = optax.tree.norm(grads)  # before the clip
+        terms: Metrics = {}
+        statistics: Metrics = {}
+        squared_norm = jnp.float32(0)
+        trained = state.trained
+        moments = []
+        for group in self.groups:
+            # of the parameters that the groups before have just been given
+            found = self.loss_and_gradients(state.replace(trained=trained), batch, group)  # type: ignore[attr-defined]
+            terms.update(found.terms)
+            statistics.update(found.statistics)
+            squared_norm += jnp.square(optax.tree.norm(found.gradients))  # before the clip
+            with jax.named_scope("optimizer"):
+                trained, group_moments = self._update(trained, state.optimizer, found.gradients, group)
+            moments.append(group_moments)
+        loss = terms.pop("loss")
+        grad_norm = jnp.sqrt(squared_norm)
+
+        optimizer = with_moments(state.optimizer, merge_moments(moments), state.optimizer[SCHEDULE].count + 1)
+        average = self._update_average(state, trained)
+        changed = self._apply_statistics(state, statistics)
         if self.skips_nonfinite:
-            is_finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
-            trained, optimizer = jax.tree.map(
-                lambda new, old: jnp.where(is_finite, new, old), (trained, optimizer), (state.trained, state.optimizer)
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            flat = flatten_params(state.frozen)
+            old = (state.trained, state.optimizer, state.average, {path: flat[path] for path in changed})
+            trained, optimizer, average, changed = jax.tree.map(
+                lambda new, old: jnp.where(is_finite, new, old), (trained, optimizer, average, changed), old
             )
+        frozen = unflatten_dict(flatten_params(state.frozen) | changed, sep="/")
+
+        by_source = {name: term for name, term in terms.items() if jnp.ndim(term)}
         metrics = {
-            **terms,
+            "loss": loss,
+            **by_source,
+            # scalars that the objective reports beside the loss
+            "terms": {name: term for name, term in terms.items() if name not in by_source},
             "grad_norm": grad_norm,
             # of the update that was just made: the moments have counted those of the phase before it
             "learning_rate": learning_rate(self.optimizer, state.moments.count, self.num_steps),
             **self.objective.count_work(batch),
         }
-        return TrainState(state.step + 1, trained, state.frozen, optimizer), metrics  # type: ignore[arg-type]
+        return TrainState(state.step + 1, trained, frozen, optimizer, average), metrics  # type: ignore[arg-type]
 
     @property
     def transformation(self) -> optax.GradientTransformation:
         return make_optimizer(self.optimizer, self.scales, self.num_steps)
 
-    def loss_and_gradients(self, state: TrainState, batch: Batch) -> tuple[Metrics, Any]:
-        """The terms of the loss, and the gradient of what trains, in float32."""
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of what trains, in groups that are updated one after the other."""
+        groups = self.objective.optimizer_groups(tuple(self.scales))
+        return tuple(group for group in groups if group)
+
+    def loss_and_gradients(self, state: TrainState, batch: Batch, group: Collection[str] = ()) -> Gradients:
+        """The loss of a group of parameters, and its gradient.
+
+        Args:
+          state: with the parameters.
+          batch: as a step takes it.
+          group: paths of its parameters; of all that train if empty.
+        """
+        group = group or self.scales
         # of all accumulated batches together, so that each contributes as much as it has
         denominators = self.objective.denominators(batch)
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        own, others = split_params(state.trained, group)
+        fixed = merge_params(others, state.frozen)
 
         # differentiated by what trains alone: no gradient of a frozen parameter is ever made
-        def loss(trained: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            params = merge_params(trained, state.frozen)
-            return self.objective.loss(params, batch, denominators, key, self.scales)
+        def loss(trained: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
+            found = self.objective.loss(merge_params(trained, fixed), batch, denominators, key, group)
+            return found.total, (found.terms, found.statistics or {})
 
         gradient = jax.grad(loss, has_aux=True)
+        key = self._key(state)
         # without accumulation the leaves have no axis to scan over
         if self.optimizer.accumulate == 1:
-            grads, terms = gradient(state.trained, batch, key)
-            return terms, grads
+            grads, (terms, statistics) = gradient(own, batch, key)
+            return Gradients(terms, statistics, grads)
 
-        def add_batch(grads_sum: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
-            grads, terms = gradient(state.trained, *part)
-            return jax.tree.map(jnp.add, grads_sum, grads), terms
+        def add_batch(grads_sum: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, tuple[Metrics, Metrics]]:
+            grads, sums = gradient(own, *part)
+            return jax.tree.map(jnp.add, grads_sum, grads), sums
 
         # one program for all batches: gradients are summed in place, and only one batch's activations exist
-        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        zeros = jax.tree.map(jnp.zeros_like, own)
         keys = jax.random.split(key, self.optimizer.accumulate)
-        grads, terms = jax.lax.scan(add_batch, zeros, (batch, keys))
-        return jax.tree.map(lambda term: jnp.sum(term, axis=0), terms), grads
+        grads, sums = jax.lax.scan(add_batch, zeros, (batch, keys))
+        terms, statistics = jax.tree.map(lambda term: jnp.sum(term, axis=0), sums)
+        return Gradients(terms, statistics, grads)
+
+    def _key(self, state: TrainState) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.seed), state.step)
+
+    def _update(
+        self, trained: Any, optimizer: OptimizerState, grads: Any, group: Collection[str]
+    ) -> tuple[Any, Moments]:
+        """What trains with a group of it updated, and the moments of the group."""
+        own, others = split_params(trained, group)
+        moments = select_moments(optimizer[MOMENTS], group)
+        # moments and parameters keep the shardings of the state, so that nothing is gathered here
+        before = with_moments(optimizer, moments, optimizer[SCHEDULE].count)
+        updates, after = self.transformation.update(grads, before, own)
+        return merge_params(optax.apply_updates(own, updates), others), after[MOMENTS]  # type: ignore[arg-type]
+
+    def _update_average(self, state: TrainState, trained: Any) -> Any:
+        """The average after a step, or None if there is none."""
+        if not self.optimizer.ema:
+            return None
+        # early steps would be remembered for as long as the decay lasts
+        count = jnp.asarray(state.moments.count, jnp.float32)
+        decay = jnp.minimum(self.optimizer.ema, (1 + count) / (10 + count))
+        return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, trained)
+
+    def _apply_statistics(self, state: TrainState, statistics: Metrics) -> dict[str, jax.Array]:
+        """New values of frozen parameters, by path."""
+        if not statistics:
+            return {}
+        # another key than that of the loss
+        key = jax.random.fold_in(self._key(state), 1)
+        return self.objective.apply_statistics(state.params, statistics, key)
 
 
 def make_step(recipe: Recipe, objective: Objective, phase: Phase, num_steps: int) -> TrainStep:
@@ -185,7 +277,8 @@ def abstract_state(step: TrainStep, mesh: AnyMesh) -> TrainState:
     moments = optimizer[MOMENTS]
     trees = {name: jax.tree.map(place, tree, trained) for name, tree in moments._asdict().items() if name != "count"}
     moments = moments._replace(count=scalar, **trees)
-    return TrainState(scalar, trained, frozen, with_moments(optimizer, moments, scalar))  # type: ignore[arg-type]
+    average = trained if step.optimizer.ema else None
+    return TrainState(scalar, trained, frozen, with_moments(optimizer, moments, scalar), average)  # type: ignore[arg-type]
 
 
 def abstract_batch(data: DataConfig, objective: Objective, mesh: AnyMesh, accumulate: int = 1) -> Batch:

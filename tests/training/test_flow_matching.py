@@ -33,7 +33,8 @@ from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_m
 from omni_jax.training.objectives import make_objective
 from omni_jax.training.objectives.flow_matching import Draws, FlowMatching, frame_weights, valid_frames
 from omni_jax.training.optimizer import flatten_params
-from omni_jax.training.recipe import RANDOM, FlowMatchingOptions, Recipe
+from omni_jax.training.options import FlowMatchingOptions
+from omni_jax.training.recipe import RANDOM, Recipe
 from tests.processes import finish, start
 
 MODEL = OmniConfig.tiny()

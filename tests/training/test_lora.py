@@ -30,7 +30,8 @@ from omni_jax.training.objectives import make_objective
 from omni_jax.training.objectives.lora import LoRA, add_lora
 from omni_jax.training.objectives.next_token import NextToken
 from omni_jax.training.optimizer import flatten_params, split_params
-from omni_jax.training.recipe import EvalConfig, LoRAOptions, NextTokenOptions, OptimizerConfig, Recipe
+from omni_jax.training.options import NextTokenOptions
+from omni_jax.training.recipe import EvalConfig, LoRAOptions, OptimizerConfig, Recipe
 from omni_jax.training.step import TrainState, TrainStep
 from tests.adapters import add_adapter
 from tests.training.examples import make_batch, make_examples
@@ -54,7 +55,9 @@ def loss_and_gradients(objective: LoRA, params: dict, batch):
     step = TrainStep(objective, OptimizerConfig(), scales, num_steps=10)
     trained, frozen = split_params(params, scales)
     state = TrainState(jnp.int32(0), trained, objective.convert_frozen(frozen), None)
-    terms, gradients = jax.jit(step.loss_and_gradients)(state, batch)
+    found = jax.jit(step.loss_and_gradients)(state, batch)
+    terms = found.terms
+    gradients = found.gradients
     return float(terms["loss"]), flatten_params(gradients)
 
 
@@ -82,9 +85,9 @@ def test_gradients_are_those_of_the_merged_kernels(inner: NextToken, params: dic
         merged[f"{module}/kernel"] = merged[f"{module}/kernel"] + 2.0 * np.einsum(products[module][0], a, b)
     full = TrainStep(inner, OptimizerConfig(), dict.fromkeys(merged, 1.0), num_steps=10)
     trained = unflatten_dict(merged, sep="/")
-    terms, gradients = jax.jit(full.loss_and_gradients)(TrainState(jnp.int32(0), trained, {}, None), batch)
-    assert float(terms["loss"]) == pytest.approx(loss, rel=1e-5)
-    of_kernels = flatten_params(gradients)
+    result = jax.jit(full.loss_and_gradients)(TrainState(jnp.int32(0), trained, {}, None), batch)
+    assert float(result.terms["loss"]) == pytest.approx(loss, rel=1e-5)
+    of_kernels = flatten_params(result.gradients)
     for module, (a, b) in pairs.items():
         _, (inputs, outputs) = products[module]
         kernel = 2.0 * np.asarray(of_kernels[f"{module}/kernel"])

@@ -26,7 +26,7 @@ from omni_jax.data.sources import Row
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
-from omni_jax.training.objective import Loss, Metrics
+from omni_jax.training.objective import Loss, Metrics, Objective
 from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.recipe import ParameterGroup, Phase, Recipe
 
@@ -102,7 +102,7 @@ class CtcPacking:
 
 
 @dataclass(frozen=True, eq=False)
-class Ctc:
+class Ctc(Objective):
     """The audio encoder learns to name what it hears, through the frozen head of the language model."""
 
     model: Thinker
@@ -115,12 +115,6 @@ class Ctc:
 
     def init_params(self, component: str, key: jax.Array) -> Any:
         raise AssertionError(component)
-
-    def convert_frozen(self, frozen: Mapping[str, Any]) -> Mapping[str, Any]:
-        return frozen
-
-    def extra_files(self) -> dict[str, str]:
-        return {}
 
     def make_packing(self, data: DataConfig, processor: Any, num_streams: int) -> CtcPacking:
         return CtcPacking()

@@ -16,7 +16,8 @@ from omni_jax.sharding import MeshConfig
 from omni_jax.training.objectives import make_objective
 from omni_jax.training.objectives.next_token import NextToken, count_work
 from omni_jax.training.optimizer import flatten_params, merge_params, split_params
-from omni_jax.training.recipe import NextTokenOptions, OptimizerConfig
+from omni_jax.training.options import NextTokenOptions
+from omni_jax.training.recipe import OptimizerConfig
 from omni_jax.training.step import TrainState, TrainStep, abstract_batch, abstract_program, abstract_state
 from tests.training.examples import BUDGET, KINDS, make_batch, make_examples
 
@@ -43,7 +44,9 @@ def gradients(params):
 
 
 def loss_and_gradients(step, params, batch):
-    terms, gradients = step.loss_and_gradients(TrainState(0, params, {}, None), batch)
+    found = step.loss_and_gradients(TrainState(0, params, {}, None), batch)
+    terms = found.terms
+    gradients = found.gradients
     return terms["loss"], gradients
 
 

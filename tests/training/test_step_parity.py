@@ -11,7 +11,8 @@ from omni_jax.data.examples import make_example
 from omni_jax.models.thinker import Thinker
 from omni_jax.training.objectives.next_token import NextToken
 from omni_jax.training.optimizer import flatten_params
-from omni_jax.training.recipe import NextTokenOptions, OptimizerConfig
+from omni_jax.training.options import NextTokenOptions
+from omni_jax.training.recipe import OptimizerConfig
 from omni_jax.training.step import TrainState, TrainStep
 from tests.conftest import MODELS
 from tests.pairs import Pair

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 
 from omni_jax.checkpoint.lora import LORA
@@ -11,7 +13,14 @@ from omni_jax.training.objectives.flow_matching import make_flow_matching
 from omni_jax.training.objectives.lora import LoRA, add_lora
 from omni_jax.training.objectives.next_token import make_next_token
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales
-from omni_jax.training.recipe import FlowMatchingOptions, Recipe
+from omni_jax.training.options import FlowMatchingOptions, NextTokenOptions
+from omni_jax.training.recipe import Recipe
+
+# the objective of a recipe whose options are of this class
+_MAKERS: dict[type, Callable[[Recipe], Objective]] = {
+    NextTokenOptions: make_next_token,
+    FlowMatchingOptions: make_flow_matching,
+}
 
 
 def make_objective(recipe: Recipe) -> Objective:
@@ -21,13 +30,11 @@ def make_objective(recipe: Recipe) -> Objective:
       ConfigError: if its fields do not go together.
     """
     recipe.check()
-    if isinstance(recipe.objective, FlowMatchingOptions):
-        if recipe.lora.rank:
-            raise ConfigError("lora.rank: there are no adapters for this objective; leave it out")
-        return make_flow_matching(recipe)
-    objective = make_next_token(recipe)
+    objective = _MAKERS[type(recipe.objective)](recipe)
     if not recipe.lora.rank:
         return objective
+    if not isinstance(recipe.objective, NextTokenOptions):
+        raise ConfigError("lora.rank: there are no adapters for this objective; leave it out")
     adapted = add_lora(objective, recipe.model, recipe.lora)
     _check_phases(recipe, adapted)
     return adapted

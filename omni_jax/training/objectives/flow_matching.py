@@ -38,8 +38,9 @@ from omni_jax.models.speaker_encoder import shortest_clip
 from omni_jax.models.token2wav import Token2Wav
 from omni_jax.processing.processor import Processor
 from omni_jax.sharding import map_over_batch
-from omni_jax.training.objective import Loss, Metrics, Params, Sample, SampleRequest
-from omni_jax.training.recipe import FlowMatchingOptions, Recipe
+from omni_jax.training.objective import Loss, Metrics, Objective, Params
+from omni_jax.training.options import FlowMatchingOptions
+from omni_jax.training.recipe import Recipe
 
 _FLOAT32_BYTES = 4
 # what each frame is multiplied with, by the beginnings of paths
@@ -75,7 +76,7 @@ class _Inputs:
 
 # compared and hashed by identity, as the step that holds it
 @dataclass(frozen=True, eq=False)
-class FlowMatching:
+class FlowMatching(Objective):
     """The mean squared error of the velocity; see ``Objective`` for its methods.
 
     Attributes:
@@ -103,12 +104,6 @@ class FlowMatching:
 
     def init_params(self, component: str, key: jax.Array) -> Any:
         return nn.unbox(token2wav.init_params(self.model, key))
-
-    def convert_frozen(self, frozen: Params) -> Params:
-        return frozen
-
-    def extra_files(self) -> dict[str, str]:
-        return {}
 
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> SpeechPacking:
         if data.isolate_media:
@@ -223,9 +218,6 @@ class FlowMatching:
             if path.startswith(_FRAME_KERNELS):
                 total += 2.0 * size * num_frames * (2 + (path in trained))
         return total
-
-    def sample(self, params: Params, request: SampleRequest) -> list[Sample]:
-        return []
 
     def estimate_activations(
         self, data: DataConfig, row_parts: int, sequence: int, tensor: int, trained: Collection[str]

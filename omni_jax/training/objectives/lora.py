@@ -42,7 +42,7 @@ _UNADAPTED = "thinker/decoder/head"
 
 # compared and hashed by identity, as the step that holds it
 @dataclass(frozen=True, eq=False)
-class LoRA:
+class LoRA(Objective):
     """Another objective, with adapters; see ``Objective`` for its methods.
 
     Attributes:

@@ -23,10 +23,11 @@ from omni_jax.errors import ConfigError
 from omni_jax.models.thinker import Thinker, abstract_params
 from omni_jax.processing.processor import Processor
 from omni_jax.training.losses import next_token_loss
-from omni_jax.training.objective import Loss, Metrics, Params, Sample, SampleRequest
+from omni_jax.training.objective import Loss, Metrics, Objective, Params, Sample, SampleRequest
 from omni_jax.training.objectives.next_token_flops import count_step_flops
 from omni_jax.training.objectives.next_token_samples import answer_rows
-from omni_jax.training.recipe import NextTokenOptions, Recipe
+from omni_jax.training.options import NextTokenOptions
+from omni_jax.training.recipe import Recipe
 
 _FLOAT32_BYTES = 4
 _PREFIX = "thinker/"  # of the paths of its parameters
@@ -35,7 +36,7 @@ _HEAD = "thinker/decoder/head/kernel"
 
 # compared and hashed by identity, as the step that holds it
 @dataclass(frozen=True, eq=False)
-class NextToken:
+class NextToken(Objective):
     """The loss of a Thinker's next token (docs/reference.md, 6); see ``Objective`` for its methods.
 
     Attributes:
@@ -63,12 +64,6 @@ class NextToken:
 
     def init_params(self, component: str, key: jax.Array) -> Any:
         raise ConfigError(f"the checkpoint to begin from has no {component}")
-
-    def convert_frozen(self, frozen: Params) -> Params:
-        return frozen
-
-    def extra_files(self) -> dict[str, str]:
-        return {}
 
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> OmniPacking:
         return OmniPacking.create(data, processor, num_streams, self.dtype)
