@@ -137,8 +137,8 @@ class Objective(Protocol):
         """Parameters that train, in groups that a step updates one after the other.
 
         Each group has a loss of its own (``loss`` with its paths as ``trained``), of the parameters that the groups
-        before it have just been given, and gradients that are clipped on their own: the networks of a GAN. Of a group that
-        is empty nothing is computed.
+        before it have just been given, and gradients that are clipped on their own: the networks of a GAN. A group
+        that is empty is passed over.
 
         Args:
           paths: of all that trains.
