@@ -464,19 +464,6 @@ class OmniConfig(ConfigSection):
         return cls(**{**parts, "token2wav_config": Token2WavConfig.tiny(), **changes})  # type: ignore[arg-type]
 
     @classmethod
-    def mini(cls) -> OmniConfig:
-        """A model that learns something small in minutes on a CPU; its Thinker has 1.2 million parameters."""
-        width = 128
-        rope = RopeScaling(mrope_section=(4, 6, 6))
-        text = TextConfig.tiny(
-            hidden_size=width, intermediate_size=384, num_hidden_layers=3, head_dim=32, rope_scaling=rope
-        )
-        audio = AudioEncoderConfig.tiny(d_model=width, encoder_layers=3, encoder_ffn_dim=256, output_dim=width)
-        vision = VisionEncoderConfig.tiny(out_hidden_size=width)
-        thinker = ThinkerConfig.tiny(text_config=text, audio_config=audio, vision_config=vision)
-        return cls.tiny(thinker_config=thinker, talker_config=TalkerConfig.tiny(embedding_size=width))
-
-    @classmethod
     def qwen2_5_omni_7b(cls) -> OmniConfig:
         """The published 7B."""
         # hidden size, MLP, layers, query heads, key heads, vocabulary

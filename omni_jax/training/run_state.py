@@ -27,6 +27,7 @@ from omni_jax.checkpoint.train_checkpoints import (
 )
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
+from omni_jax.mini_config import mini_config
 from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.training.objective import Objective
 from omni_jax.training.optimizer import Moments, flatten_params, learning_rate_scales, split_params, with_moments
@@ -39,7 +40,7 @@ _TRAINED = "trained"  # beside the moments of a checkpoint: what trains, where t
 _SIZES = {
     "7b": OmniConfig.qwen2_5_omni_7b,
     "3b": OmniConfig.qwen2_5_omni_3b,
-    "mini": OmniConfig.mini,
+    "mini": mini_config,
     "tiny": OmniConfig.tiny,
 }
 

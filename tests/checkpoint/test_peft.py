@@ -16,6 +16,7 @@ from omni_jax.checkpoint.lora import LORA_FILE, LoRAConfig
 from omni_jax.checkpoint.peft import CONFIG_FILE, TENSORS_FILE, read_adapter, write_adapter
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
+from omni_jax.mini_config import mini_config
 from tests.adapters import add_adapter
 
 CONFIG = OmniConfig.tiny()
@@ -102,9 +103,9 @@ def test_tensors_that_are_refused(folder: Path, change: Callable[[dict[str, np.n
 
 def test_an_adapter_of_another_model(folder: Path, ours: Path) -> None:
     with pytest.raises(CheckpointError, match="for this model and rank 2 it must be"):
-        read_adapter(folder, OmniConfig.mini())
+        read_adapter(folder, mini_config())
     with pytest.raises(CheckpointError, match="is an adapter of another model"):
-        read_adapter(ours, OmniConfig.mini())
+        read_adapter(ours, mini_config())
 
 
 def test_layers_without_an_adapter_have_zeros(folder: Path) -> None:

@@ -1,0 +1,66 @@
+"""The size of a model that learns something small in minutes, or to speak in an hour and a half, on two cores."""
+
+from __future__ import annotations
+
+from omni_jax.config import (
+    AudioEncoderConfig,
+    BigVGANConfig,
+    DiTConfig,
+    OmniConfig,
+    RopeScaling,
+    TalkerConfig,
+    TextConfig,
+    ThinkerConfig,
+    Token2WavConfig,
+    VisionEncoderConfig,
+)
+
+WIDTH = 128  # of the Thinker
+NUM_CODES = 1024
+
+
+def mini_config() -> OmniConfig:
+    """Every part at its size: a Thinker of 1.2 million parameters, speech of 1,024 codes.
+
+    The ids of the Talker that are no codes lie behind those, as in the published model.
+    """
+    rope = RopeScaling(mrope_section=(4, 6, 6))
+    text = TextConfig.tiny(
+        hidden_size=WIDTH, intermediate_size=384, num_hidden_layers=3, head_dim=32, rope_scaling=rope
+    )
+    audio = AudioEncoderConfig.tiny(d_model=WIDTH, encoder_layers=3, encoder_ffn_dim=256, output_dim=WIDTH)
+    vision = VisionEncoderConfig.tiny(out_hidden_size=WIDTH)
+    talker = TalkerConfig.tiny(
+        hidden_size=WIDTH,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        rope_scaling=rope,
+        embedding_size=WIDTH,
+        vocab_size=NUM_CODES + 32,
+        tts_codec_pad_token_id=NUM_CODES + 16,
+        tts_codec_start_token_id=NUM_CODES + 17,
+        tts_codec_end_token_id=NUM_CODES + 18,
+        tts_codec_mask_token_id=NUM_CODES + 20,
+    )
+    dit = DiTConfig(
+        hidden_size=192,
+        num_hidden_layers=8,
+        num_attention_heads=3,
+        emb_dim=128,
+        num_embeds=NUM_CODES + 1,
+        look_ahead_layers=(4,),
+        look_backward_layers=(0, 6),
+        enc_dim=64,
+        enc_channels=(64, 64, 64, 64, 192),
+        enc_attention_channels=32,
+        enc_se_channels=32,
+    )
+    vocoder = BigVGANConfig(upsample_initial_channel=128)
+    return OmniConfig(
+        ThinkerConfig.tiny(text_config=text, audio_config=audio, vision_config=vision),
+        talker,
+        Token2WavConfig(dit_config=dit, bigvgan_config=vocoder),
+    )
