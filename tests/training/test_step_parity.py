@@ -41,7 +41,9 @@ def test_loss_and_gradients(pair: Pair, gradients, kind: str) -> None:
     prompt = make_prompt(kind, pair.config, rng)
     weights = weights_of(prompt, rng)
     example = make_example(prompt, weights, kind, pair.config)
-    terms, grads = gradients(make_batch([example], pair.config))
+    found = gradients(make_batch([example], pair.config))
+    terms = found.terms
+    grads = found.gradients
 
     pair.torch.zero_grad()
     out = pair.torch(**torch_arguments(prompt, weights))
@@ -53,8 +55,8 @@ def test_loss_and_gradients(pair: Pair, gradients, kind: str) -> None:
     seen = 0
     for entry in make_name_table(pair.config, ["thinker"]):
         layers = [theirs[name] for name in entry.names]
-        found = [np.zeros(entry.shape) if g is None else g.numpy() for g in layers]
-        leaves = [entry.to_jax(g) for g in found]
+        arrays = [np.zeros(entry.shape) if g is None else g.numpy() for g in layers]
+        leaves = [entry.to_jax(g) for g in arrays]
         expected = np.stack(leaves) if entry.stacked else leaves[0]
         scale = max(np.abs(expected).max(), FLOOR * largest)
         path = "/".join(entry.path)
