@@ -52,6 +52,7 @@ from omni_jax.engine.talker_programs import (
 from omni_jax.engine.thinker_programs import resize_rows
 from omni_jax.errors import CheckpointError
 from omni_jax.models.talker import Talker
+from omni_jax.models.talker_conditioning import special_tokens
 from omni_jax.mrope import Span
 from omni_jax.processing.prefill_plan import PrefillChunk
 from omni_jax.sharding import host_sharding
@@ -306,7 +307,6 @@ class TalkerEngine:
         return make_sampling_state(params, [prompt] * len(params), c.vocab_size)
 
     def _special_embeds(self, voice_tokens: Int[np.ndarray, " B"]) -> Float[jax.Array, "B 3 E"]:
-        c = self._config.talker_config
         vocab_size = self._config.thinker_config.text_config.vocab_size
         # checked on the host: on the device an id out of range raises no error
         unknown = voice_tokens[(voice_tokens < 0) | (voice_tokens >= vocab_size)]
@@ -314,9 +314,4 @@ class TalkerEngine:
             raise CheckpointError(
                 f"the voice begins with the text id {unknown[0]}, but the Thinker has {vocab_size} ids"
             )
-        # in the order of ``TalkerState.special_embeds``
-        ids = np.empty((len(voice_tokens), 3), np.int32)
-        ids[:, 0] = voice_tokens
-        ids[:, 1] = c.tts_text_end_token_id
-        ids[:, 2] = c.tts_text_pad_token_id
-        return self._embed_tokens(ids)
+        return self._embed_tokens(special_tokens(self._config.talker_config, voice_tokens))

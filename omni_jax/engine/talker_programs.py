@@ -32,6 +32,14 @@ from omni_jax.engine.decode_state import (
 )
 from omni_jax.engine.sampling import SamplingState, sample, select_slots
 from omni_jax.models.talker import NO_CODE, Talker
+from omni_jax.models.talker_conditioning import (
+    NUM_SPECIAL,
+    TEXT_VOICE,
+    begin_codes,
+    num_text_rows,
+    select_text,
+    text_part,
+)
 from omni_jax.mrope import position_ids
 from omni_jax.sharding import constrain, replicate
 
@@ -48,7 +56,7 @@ class TalkerState:
     context: Context
     sampling: SamplingState
     remaining: Int[Array, " B"]  # codes each slot may still decode; 0: it has not begun, or has finished
-    special_embeds: Float[Array, "B 3 E"]  # of the voice, of the end of the text, and of what follows it
+    special_embeds: Float[Array, "B 3 E"]  # of ``talker_conditioning.special_tokens``
     reply_embeds: Float[Array, "B N E"]  # of the reply: hidden state and token embedding, added up; N is the capacity
     num_reply_embeds: Int[Array, " B"]  # tokens of the reply that are in it
 
@@ -82,7 +90,7 @@ def end_codes(config: TalkerConfig) -> Int[np.ndarray, " 2"]:
 def init_embeds(model: Talker, num_slots: int, capacity: int) -> tuple[jax.Array, jax.Array]:
     """``special_embeds`` and ``reply_embeds`` that hold nothing."""
     width = model.config.embedding_size
-    special_embeds = jnp.zeros((num_slots, 3, width), model.dtype)
+    special_embeds = jnp.zeros((num_slots, NUM_SPECIAL, width), model.dtype)
     reply_embeds = jnp.zeros((num_slots, capacity, width), model.dtype)
     return constrain(special_embeds, "batch", None, "width"), constrain(reply_embeds, "batch", None, "width")
 
@@ -188,14 +196,12 @@ def begin_speech(
     sampling: SamplingState,
     remaining: Int[Array, " B"],
 ) -> TalkerState:
-    c = model.config
     is_new = jnp.asarray(is_new)
     special_embeds = jnp.where(is_new[:, None, None], special_embeds, state.special_embeds)
     # two positions: the voice, then the reply's first token
-    text = jnp.concatenate([special_embeds[:, :1], state.reply_embeds[:, :1]], axis=1)  # [B, 2, E]
-    # the voice goes with the padding code and the reply's first token with the begin mark, as the reference has them
-    codes = jnp.array([c.tts_codec_pad_token_id, c.tts_codec_start_token_id])
-    codes = jnp.broadcast_to(codes, (len(is_new), 2))  # [B, 2]
+    voice = special_embeds[:, TEXT_VOICE : TEXT_VOICE + 1]  # [B, 1, E]
+    text = jnp.concatenate([voice, state.reply_embeds[:, :1]], axis=1)  # [B, 2, E]
+    codes = jnp.broadcast_to(begin_codes(model.config), (len(is_new), 2))  # [B, 2]
     # slots that do not begin read nothing, which leaves their context as it is
     valid = jnp.broadcast_to(is_new[:, None], codes.shape)  # [B, 2]
     return dataclasses.replace(
@@ -256,9 +262,9 @@ def decode_codes(
     allowed = jnp.where(finished, _UNKNOWN, jnp.maximum(num_tokens - 2, 0))  # [B]
     # each code takes a row of its own, and ``step`` of the rows have been taken
     ready = jnp.minimum(allowed - state.sampling.step, codes_per_call)  # [B]
-    # the last token is never read: the end of the text stands in its place (docs/reference.md, 7.2)
     # rows for the whole call are gathered here, and not one by one in the loop
-    text = next_text_inputs(state, codes_per_call, jnp.where(finished, num_tokens - 1, _UNKNOWN))  # [B, K, E]
+    num_rows = jnp.where(finished, num_text_rows(num_tokens), _UNKNOWN)  # [B]
+    text = next_text_inputs(state, codes_per_call, num_rows)  # [B, K, E]
     tokens = jnp.full((len(ready), codes_per_call), PAD_TOKEN, jnp.int32)  # [B, K]
 
     def goes_on(loop: tuple[jax.Array, jax.Array, TalkerState]) -> Bool[jax.Array, ""]:
@@ -283,16 +289,12 @@ def decode_codes(
     return state, pack_result(tokens, state.remaining)
 
 
-def next_text_inputs(state: TalkerState, count: int, last: Int[Array, " B"]) -> Float[jax.Array, "B K E"]:
-    """What goes with the next codes: the reply's tokens from r_1 on before ``last``, the end mark, then padding."""
+def next_text_inputs(state: TalkerState, count: int, num_rows: Int[Array, " B"]) -> Float[jax.Array, "B K E"]:
+    """What goes with the next codes: rows of the reply from r_1 on, of which there are so many, and what follows."""
     # the first token was read with the voice, so code m goes with token m + 1
     token = jnp.asarray(state.sampling.step)[:, None] + 1 + jnp.arange(count)  # [B, K]
     rows = gather_rows(state.reply_embeds, token)  # [B, K, E]
-    token = token[..., None]
-    last = jnp.asarray(last)[:, None, None]
-    end_embed = state.special_embeds[:, 1:2]  # [B, 1, E]
-    pad_embed = state.special_embeds[:, 2:]
-    return jnp.where(token < last, rows, jnp.where(token == last, end_embed, pad_embed))
+    return select_text(rows, text_part(token, jnp.asarray(num_rows)[:, None]), state.special_embeds)
 
 
 def _decode_code(

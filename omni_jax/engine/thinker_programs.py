@@ -32,6 +32,7 @@ from omni_jax.engine.decode_state import (
 )
 from omni_jax.engine.sampling import SamplingState, sample
 from omni_jax.models.decoder import KVCache
+from omni_jax.models.talker_conditioning import talker_rows
 from omni_jax.models.thinker import Thinker
 from omni_jax.mrope import position_ids
 from omni_jax.processing.prefill_plan import NO_FEATURE
@@ -134,7 +135,7 @@ def prefill_chunk(
     hidden, cache = apply_method(model, "extend", params, x, ids, valid, before.cache)  # [R, C, D]
     talker_inputs = prefix.talker_inputs
     if talker_inputs is not None:
-        rows = _talker_rows(hidden, x, is_media)  # [R, C, D]
+        rows = talker_rows(hidden, x, is_media)  # [R, C, D]
         slots = jnp.arange(len(rows))
         talker_inputs = _write_rows(talker_inputs, rows, slots, before.cache.lengths, valid)
     return ThinkerPrefix(advance_context(before, hidden, valid, delta, cache), talker_inputs)
@@ -182,7 +183,7 @@ def prefill_blocks(
     last_hidden = jnp.asarray(context.hidden).at[jnp.where(is_last, slot, num_slots)].set(last, mode="drop")  # [B, D]
     talker_inputs = state.talker_inputs
     if talker_inputs is not None:
-        rows = _talker_rows(hidden, x, is_media)  # [R, C, D]
+        rows = talker_rows(hidden, x, is_media)  # [R, C, D]
         talker_inputs = _write_rows(talker_inputs, rows, slot, places.start, valid)
     context = Context(last_hidden, replicate(position), cache)
     return dataclasses.replace(state, context=context, talker_inputs=talker_inputs)
@@ -296,7 +297,7 @@ def _decode_token(model: Thinker, params: Any, state: ThinkerState) -> tuple[Thi
     if talker_inputs is not None:
         # at the index where the cache has written the token: its length before this step
         slots = jnp.arange(len(active))
-        talker_inputs = _write_rows(talker_inputs, hidden + x, slots, before.cache.lengths, valid)
+        talker_inputs = _write_rows(talker_inputs, talker_rows(hidden, x), slots, before.cache.lengths, valid)
     after = dataclasses.replace(
         state,
         context=step_context(before, hidden, active, cache),
@@ -327,13 +328,6 @@ def _extend_by_one(
         valid = jnp.pad(valid, ((0, 0), (0, num_padding)))  # [1, 2]
     hidden, cache = apply_method(model, "extend", params, x, ids, valid, cache)
     return hidden[:, :1], cache
-
-
-def _talker_rows(
-    hidden: Float[Array, "R C D"], x: Float[Array, "R C D"], is_media: Bool[Array, "R C"]
-) -> Float[jax.Array, "R C D"]:
-    """What the Talker is given of positions: features of media count in the hidden state alone."""
-    return jnp.asarray(hidden) + jnp.where(jnp.asarray(is_media)[..., None], 0, x)
 
 
 def _write_rows(
