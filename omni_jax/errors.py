@@ -9,6 +9,10 @@ class TooLongError(InputError):
     """A request with more tokens than there is room for."""
 
 
+class WrongCodecError(InputError):
+    """Codes of speech that another codec made than the one they are for."""
+
+
 class ConfigError(ValueError):
     """A configuration that the model cannot be built from: an unknown key, sizes that do not divide."""
 

@@ -149,14 +149,22 @@ class Part:
         """Of the rows whose examples were placed."""
         return [placed.example.name for placed in self.placed]
 
-    def place(self, example: Example) -> bool:
-        """Puts an example into the fullest row that it fits in; False if it fits in none, or its media do not."""
+    def place(self, example: Example, row: int | None = None) -> bool:
+        """Puts an example into a row; False if it does not fit, or its media do not.
+
+        Args:
+          example: it.
+          row: which; None: the fullest that it fits in, for the emptier ones are left to longer examples.
+        """
         # a copy, so that an example that does not fit leaves nothing behind
         windows = self._windows.copy()
         frames = _place_frames(example.windows, windows, self._budget.windows)
-        row = self._find_row(example)
-        if row is None or frames is None or self._blocks + example.num_blocks > self._budget.blocks:
+        rows = self.rows_with_room([example])
+        if row is None:
+            row = next(iter(rows), None)
+        if row not in rows or frames is None or self._blocks + example.num_blocks > self._budget.blocks:
             return False
+        assert row is not None
 
         # segments of a row count from 1; 0 is padding
         self._segments[row] += 1
@@ -177,14 +185,15 @@ class Part:
         self._windows = windows
         return True
 
-    def _find_row(self, example: Example) -> int | None:
-        """The fullest row with room for an example's tokens and spans: the emptier ones are left to longer examples."""
+    def rows_with_room(self, examples: Sequence[Example]) -> list[int]:
+        """The rows with room for the tokens and spans of some examples together, the fullest first."""
+        num_tokens = sum(len(example.tokens) for example in examples)
+        num_spans = sum(example.num_spans for example in examples)
         fitting = []
         for row, (tokens, spans) in enumerate(zip(self._tokens, self._spans, strict=True)):
-            fits_tokens = tokens + len(example.tokens) <= self._budget.tokens
-            if fits_tokens and spans + example.num_spans <= self._budget.spans:
+            if tokens + num_tokens <= self._budget.tokens and spans + num_spans <= self._budget.spans:
                 fitting.append(row)
-        return max(fitting, key=lambda row: self._tokens[row], default=None)
+        return sorted(fitting, key=lambda row: -self._tokens[row])
 
 
 def assemble(
@@ -328,17 +337,7 @@ class _TextArrays:
     def create(cls, shape: tuple[int, int], num_spans: int, config: OmniConfig) -> _TextArrays:
         """Padding alone."""
         num_rows, length = shape
-        table = (num_rows, num_spans)
         pad_token = config.thinker_config.pad_token_id
-        # a span that is not used begins after the last position, so that no position is in it
-        spans = Spans(
-            begin=np.full(table, length, np.int32),
-            start=np.zeros(table, np.int32),
-            height=np.zeros(table, np.int32),
-            width=np.zeros(table, np.int32),
-            skip=np.zeros(table, np.int32),
-            seconds=np.zeros(table, np.float32),
-        )
         return cls(
             tokens=np.full(shape, pad_token, np.int32),
             segment_ids=np.full(shape, PADDING, np.int32),
@@ -346,7 +345,7 @@ class _TextArrays:
             targets=np.full(shape, pad_token, np.int32),
             weights=np.zeros(shape, np.float32),
             source=np.zeros(shape, np.int32),
-            spans=spans,
+            spans=empty_spans(num_rows, num_spans, length),
         )
 
     def write(self, placed: PlacedExample, row: int, unit_starts: np.ndarray) -> None:
@@ -366,11 +365,39 @@ class _TextArrays:
         self.targets[predicting] = example.tokens[1:]
         self.weights[predicting] = example.weights[1:]
 
-        # position ids count from the example's first token, so only the place of a span moves
-        table = (row, slice(placed.span, placed.span + example.num_spans))
-        for name in ("start", "height", "width", "skip", "seconds"):
-            getattr(self.spans, name)[table] = getattr(example.spans, name)[0]
-        np.asarray(self.spans.begin)[table] = example.spans.begin[0] + placed.begin
+        copy_spans(self.spans, row, placed.span, example.spans, example.num_spans, placed.begin)
+
+
+def empty_spans(num_rows: int, num_spans: int, length: int) -> Spans:
+    """A table of spans, to be written, of rows of so many positions."""
+    table = (num_rows, num_spans)
+    return Spans(
+        # a span that is not used begins after the last position, so that no position is in it
+        begin=np.full(table, length, np.int32),
+        start=np.zeros(table, np.int32),
+        height=np.zeros(table, np.int32),
+        width=np.zeros(table, np.int32),
+        skip=np.zeros(table, np.int32),
+        seconds=np.zeros(table, np.float32),
+    )
+
+
+def copy_spans(target: Spans, row: int, first: int, spans: Spans, count: int, begin: int) -> None:
+    """Writes the first ``count`` spans of one row into the table of a batch.
+
+    Args:
+      target: the table.
+      row: of it.
+      first: column of it.
+      spans: of a row alone, which begins at 0.
+      count: how many of them.
+      begin: position in ``row`` that they begin at instead.
+    """
+    own = (row, slice(first, first + count))
+    # position ids count from the first token, so only the place of a span moves
+    for name in ("start", "height", "width", "skip", "seconds"):
+        getattr(target, name)[own] = getattr(spans, name)[0, :count]
+    np.asarray(target.begin)[own] = spans.begin[0, :count] + begin
 
 
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike, is_written: bool) -> np.ndarray:

@@ -142,7 +142,7 @@ class Rejects:
         self._file.add(reject)
         self._reasons.append(str(reject))
         if reject.is_fatal:
-            raise InputError(f"{reject}. data.too_long is error: split or skip such rows, or raise data.tokens")
+            raise InputError(str(reject))
         if self._checks_share:
             self.check(self.counts)
 

@@ -10,6 +10,7 @@ V the number of codes.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ from omni_jax.config import TalkerConfig
 from omni_jax.layers.attention import Mask
 from omni_jax.layers.linear import Linear
 from omni_jax.layers.params import dtypes
+from omni_jax.layers.stack import Remat
 from omni_jax.models.decoder import Decoder, KVCache
 from omni_jax.mrope import position_ids
 
@@ -39,6 +41,7 @@ class Talker(nn.Module):
 
     config: TalkerConfig
     scan_layers: bool = True
+    remat: Remat = "none"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     cache_dtype: Dtype | None = None  # of keys and values while decoding, such as int8; None: as ``dtype``
@@ -48,7 +51,7 @@ class Talker(nn.Module):
         kw = dtypes(self)
         self.proj = Linear((c.embedding_size,), (c.hidden_size,), ("mlp", "embed"), **kw)
         # codes are added to the Thinker's rows before the projection, so their table has the Thinker's width
-        self.decoder = Decoder(c, c.embedding_size, scan_layers=self.scan_layers, **kw)
+        self.decoder = Decoder(c, c.embedding_size, scan_layers=self.scan_layers, remat=self.remat, **kw)
 
     def __call__(
         self, text: Float[Array, "B S E"], codes: Int[Array, "B S"], spans: Spans, segment_ids: Int[Array, "B S"]
@@ -59,11 +62,17 @@ class Talker(nn.Module):
           text: the Thinker's part of each position.
           codes: the code of each position, or ``NO_CODE``.
           spans: of the position ids.
-          segment_ids: 0 where there is padding.
+          segment_ids: 0 where there is padding; positions of equal id attend to each other.
         """
+        return self.logits(self.hidden(text, codes, spans, segment_ids))
+
+    def hidden(
+        self, text: Float[Array, "B S E"], codes: Int[Array, "B S"], spans: Spans, segment_ids: Int[Array, "B S"]
+    ) -> Float[jax.Array, "B S D"]:
+        """Hidden states after the last norm, of which the logits are a product; see ``__call__``."""
         ids, _ = position_ids(spans, segment_ids, self.config.position_id_per_seconds)  # [3, B, S]
         mask = Mask(jnp.asarray(segment_ids), causal=True)
-        return self.logits(self.decoder(self._embed_inputs(text, codes), ids, mask))
+        return self.decoder(self._embed_inputs(text, codes), ids, mask)
 
     def extend(
         self,
@@ -91,8 +100,13 @@ class Talker(nn.Module):
 
 def abstract_params(model: Talker) -> Any:
     """Shapes, dtypes and logical axes of every parameter, in their boxes; nothing is computed."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
+def init_params(model: Talker, key: jax.Array) -> Any:
+    """Fresh parameters, in their boxes."""
     # one position is enough for every parameter to be made
     one = np.zeros((1, 1), np.int32)
     spans = Spans(one, one, one, one, one, one.astype(np.float32))
     text = np.zeros((1, 1, model.config.embedding_size), np.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), text, one, spans, one + 1)["params"]
+    return model.init(key, text, one, spans, one + 1)["params"]

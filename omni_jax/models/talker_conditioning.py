@@ -80,17 +80,17 @@ def text_part(index: Int[Array, "*shape"], num_rows: Int[Array, "*rows"]) -> Int
 
 
 def select_text(
-    rows: Float[Array, "B P E"], part: Int[Array, "B P"], special_embeds: Float[Array, "B 3 E"]
+    rows: Float[Array, "B P E"], part: Int[Array, "B P"], special_embeds: Float[Array, "B M E"]
 ) -> Float[jax.Array, "B P E"]:
     """The text's part of positions.
 
     Args:
       rows: the Thinker's, at each position; anything where another part stands.
-      part: see ``text_part``.
-      special_embeds: of ``special_tokens``.
+      part: ``TEXT_ROW``, or which of ``special_embeds``.
+      special_embeds: of ``special_tokens``, of one voice or of several one after the other.
     """
     special = jnp.take_along_axis(jnp.asarray(special_embeds), jnp.maximum(part, 0)[..., None], axis=1)  # [B, P, E]
-    return jnp.where((part == TEXT_ROW)[..., None], rows, special)
+    return jnp.where((jnp.asarray(part) == TEXT_ROW)[..., None], rows, special)
 
 
 def begin_codes(config: TalkerConfig) -> Int[np.ndarray, " 2"]:

@@ -58,6 +58,10 @@ class Thinker(nn.Module):
 
     def hidden(self, batch: OmniBatch) -> Float[jax.Array, "B S D"]:
         """Hidden states after the last norm, of which the logits are a product."""
+        return self.hidden_and_embeds(batch)[0]
+
+    def hidden_and_embeds(self, batch: OmniBatch) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B S D"]]:
+        """The same, and what was read at each position: embeddings, with the features of media in their places."""
         # in the order that ``media_index`` counts in: sound, then each group of frames
         features = []
         if batch.audio is not None:
@@ -67,7 +71,7 @@ class Thinker(nn.Module):
         x = self.embed(batch.tokens, batch.media_index, features)  # [B, S, D]
         ids, _ = position_ids(batch.spans, batch.segment_ids, self.config.position_id_per_seconds)  # [3, B, S]
         mask = Mask(jnp.asarray(batch.segment_ids), causal=True)
-        return self.decoder(x, ids, mask)
+        return self.decoder(x, ids, mask), x
 
     def encode_audio(self, audio: AudioBlocks) -> Float[jax.Array, "features D"]:
         """One feature for each 40 ms of every block, padding included."""

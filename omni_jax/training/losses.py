@@ -1,4 +1,4 @@
-"""The next-token loss, without the logits of all positions ever existing at once.
+"""Losses of the next token, without the logits of all positions ever existing at once.
 
 Letters: B rows, S positions, D width, V vocabulary, n chunks of c positions, s parts of a row (mesh axis ``sequence``).
 """
@@ -145,3 +145,48 @@ def _chunk_loss(head: jax.Array, chunk: _Chunk, z_loss: float) -> tuple[NextToke
     probabilities = jnp.exp(logits - log_normalizer)  # [B, s, c, V]
     gradient = weights * ((1 + 2 * z_loss * log_normalizer) * probabilities - is_target)  # [B, s, c, V]
     return NextTokenLoss(total, cross_entropy[..., 0]), gradient
+
+
+class TokenLogProbs(NamedTuple):
+    """Of the next tokens, in float32."""
+
+    log_probs: Float[jax.Array, "B S"]  # of each token
+    is_top: Float[jax.Array, "B S"]  # 1 where no other token is more likely
+
+
+def token_log_probs(
+    head: Float[Array, "D V"], hidden: Float[Array, "B S D"], targets: Int[Array, "B S"], *, chunk: int
+) -> TokenLogProbs:
+    """Log-probabilities of the next tokens, each of which may be differentiated by itself.
+
+    Logits are computed again for the gradient, chunk by chunk, so this is for vocabularies as small as the Talker's;
+    ``next_token_loss`` is for the Thinker's.
+
+    Args:
+      head: the last layer; it is cast to the dtype of ``hidden`` and gathered on every device once.
+      hidden: the decoder's output, which the head multiplies.
+      targets: the next token of each position.
+      chunk: c, which divides each part of a row.
+    """
+    gathered = constrain(jnp.asarray(head, hidden.dtype), None, "vocab")  # [D, V]
+
+    @jax.checkpoint
+    def of_chunk(head: jax.Array, hidden: jax.Array, targets: jax.Array) -> TokenLogProbs:
+        logits = jnp.einsum("bscd,dv->bscv", hidden, head, preferred_element_type=jnp.float32)  # [B, s, c, V]
+        # a comparison instead of a look-up, because the vocabulary may be spread over devices
+        is_target = jnp.arange(head.shape[1]) == targets[..., None]  # [B, s, c, V]
+        target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)  # [B, s, c]
+        is_top = target_logit >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        return TokenLogProbs(target_logit - jax.nn.logsumexp(logits, axis=-1), is_top.astype(jnp.float32))
+
+    def take_chunk(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, TokenLogProbs]:
+        return None, of_chunk(gathered, *chunk)
+
+    with jax.named_scope("token_log_probs"):
+        _, found = jax.lax.scan(take_chunk, None, (_split(hidden, chunk), _split(targets, chunk)))
+
+    def join(values: jax.Array) -> jax.Array:
+        # back to the order of positions
+        return jnp.moveaxis(values, 0, 2).reshape(targets.shape)  # [n, B, s, c] to [B, S]
+
+    return TokenLogProbs(join(found.log_probs), join(found.is_top))

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from omni_jax.batch import PADDING, Array, TrainBatch
 from omni_jax.config import OmniConfig
@@ -85,12 +85,23 @@ class NextToken(Objective):
     ) -> Loss:
         thinker = params["thinker"]
         hidden = self.model.apply({"params": thinker}, batch.inputs, method=Thinker.hidden)  # [B, S, D]
+        return self.loss_of_hidden(thinker, jnp.asarray(hidden), batch, denominators, trained)
+
+    def loss_of_hidden(
+        self,
+        thinker: Any,
+        hidden: Float[Array, "B S D"],
+        batch: TrainBatch,
+        denominators: Metrics,
+        trained: Collection[str],
+    ) -> Loss:
+        """The same, of the hidden states that the Thinker has for the batch."""
         sums = next_token_loss(
             thinker["decoder"]["head"]["kernel"],
-            jnp.asarray(hidden),
+            hidden,
             batch.targets,
             batch.weights / denominators["weight"],
-            chunk=self._chunk(batch.targets.shape[1]),
+            chunk=chunk_of_mesh(batch.targets.shape[1], self.options.chunk),
             z_loss=self.options.z_loss,
             head_trains=_HEAD in trained,
         )
@@ -142,16 +153,18 @@ class NextToken(Objective):
             "head on every device, and its gradient": text.hidden_size * vocab * head_bytes,
         }
 
-    def _chunk(self, num_positions: int) -> int:
-        mesh = jax.sharding.get_abstract_mesh()
-        parts = 1 if mesh.empty else mesh.shape["sequence"]
-        return divide_chunk(num_positions // parts, self.options.chunk)
-
 
 def divide_chunk(num_positions: int, chunk: int) -> int:
     """Positions whose logits exist at a time: at most ``chunk``, and a divisor of a device's part of a row."""
     # where it does not divide the part, their greatest common divisor divides both
     return math.gcd(num_positions, chunk) if num_positions % chunk else chunk
+
+
+def chunk_of_mesh(num_positions: int, chunk: int) -> int:
+    """The same for a row of ``num_positions``, under the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["sequence"]
+    return divide_chunk(num_positions // parts, chunk)
 
 
 def make_next_token(recipe: Recipe) -> NextToken:
