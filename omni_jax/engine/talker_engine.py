@@ -41,9 +41,9 @@ from omni_jax.engine.talker_programs import (
     append_rows,
     begin_speech,
     decode_codes,
-    gather_rows,
     init_embeds,
     insert_prefix,
+    jit_gather_rows,
     plan_append,
     prefill_chunk,
     suppressed_codes,
@@ -194,7 +194,7 @@ class TalkerEngine:
         # places behind the prompt give any row: ``valid`` masks it
         places = np.broadcast_to(start + np.arange(width, dtype=np.int32), chunk.tokens.shape)
         with on_mesh(self._mesh):
-            text = gather_rows(talker_inputs, places)  # [R, C, E]
+            text = jit_gather_rows(talker_inputs, places)  # [R, C, E]
             return prefill_chunk(self._model, self.params, prefix, text, chunk.spans, chunk.valid)
 
     def insert(self, state: TalkerState, slot: int, prefix: Context) -> TalkerState:
@@ -231,7 +231,7 @@ class TalkerEngine:
         with on_mesh(self._mesh):
             # rows are gathered where the Thinker's slots lie; only these few go to the Talker's slots
             plan = plan_append(self.append_width, state.num_reply_embeds, num_tokens, thinker_slot, prompt_length)
-            rows = gather_rows(talker_inputs, plan.places)  # [T, width, E]
+            rows = jit_gather_rows(talker_inputs, plan.places)  # [T, width, E]
             return append_rows(state, rows, plan.count, thinker_slot)
 
     def take_slot(

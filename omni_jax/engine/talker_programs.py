@@ -36,6 +36,7 @@ from omni_jax.models.talker_conditioning import (
     NUM_SPECIAL,
     TEXT_VOICE,
     begin_codes,
+    gather_rows,
     num_text_rows,
     select_text,
     text_part,
@@ -95,10 +96,7 @@ def init_embeds(model: Talker, num_slots: int, capacity: int) -> tuple[jax.Array
     return constrain(special_embeds, "batch", None, "width"), constrain(reply_embeds, "batch", None, "width")
 
 
-@jax.jit
-def gather_rows(rows: Float[Array, "B N E"], places: Int[Array, "B C"]) -> Float[jax.Array, "B C E"]:
-    """The rows at these places of each slot; places behind the end give the last row."""
-    return jnp.take_along_axis(jnp.asarray(rows), jnp.asarray(places)[..., None], axis=1, mode="clip")
+jit_gather_rows = jax.jit(gather_rows)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -93,6 +93,11 @@ def select_text(
     return jnp.where((jnp.asarray(part) == TEXT_ROW)[..., None], rows, special)
 
 
+def gather_rows(rows: Float[Array, "B S E"], places: Int[Array, "B P"]) -> Float[jax.Array, "B P E"]:
+    """The rows at these places of each slot; places behind the end give the last row."""
+    return jnp.take_along_axis(jnp.asarray(rows), jnp.asarray(places)[..., None], axis=1, mode="clip")
+
+
 def begin_codes(config: TalkerConfig) -> Int[np.ndarray, " 2"]:
     """The codes that stand with the voice and with the first row of the text."""
     return np.array([config.tts_codec_pad_token_id, config.tts_codec_start_token_id], np.int32)
@@ -157,7 +162,7 @@ def lay_out_stream(
     # a row of the text for each code but the padding code, which stands with the voice
     index = np.arange(length - voice - 1)  # [P - L - 1]
     stream.part[voice] = TEXT_VOICE
-    stream.part[voice + 1 :] = text_part(index, np.int32(len(text_rows)))
+    stream.part[voice + 1 :] = text_part(index, np.array(len(text_rows)))
     stream.row[:voice] = prompt_rows
     has_row = index < len(text_rows)
     stream.row[voice + 1 :][has_row] = text_rows[index[has_row]]

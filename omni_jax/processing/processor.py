@@ -69,6 +69,7 @@ class Processor:
 
     Attributes:
       stop_ids: tokens that end a reply.
+      folder: of the files that it was loaded from, if it was.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Processor:
         self._template = template
         self._access = access
         self._media_reader: MediaReader | None = None
+        self.folder: Path | None = None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, access: RemoteAccess = NO_ACCESS) -> Self:
@@ -110,7 +112,9 @@ class Processor:
         template = ChatTemplate.load(path)
         settings = ProcessorConfig.load(path)
         stop_ids = _load_stop_ids(path, config)
-        return cls(config, tokenizer, template, settings, stop_ids=stop_ids, access=access)
+        processor = cls(config, tokenizer, template, settings, stop_ids=stop_ids, access=access)
+        processor.folder = path
+        return processor
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from omni_jax.checks import check_float, check_int
@@ -50,4 +50,36 @@ class FlowMatchingOptions:
         check_float("objective.drop_all", self.drop_all, 0, 1)
 
 
-ObjectiveOptions: TypeAlias = NextTokenOptions | FlowMatchingOptions
+@dataclass(frozen=True)
+class TalkerOptions:
+    """Cross-entropy of the Talker's next code, and of the Thinker's next token beside it."""
+
+    positions: int = 8192
+    """Of a row of the Talker: of each utterance the tokens of the prompt, two more, and a code each 20 ms."""
+    utterances: int = 32
+    """In a row of the Talker, at most."""
+    chunk: int = 1024
+    """Positions of a row whose logits exist at a time."""
+    code_weight: float = 1.0
+    """Factor of the loss of the codes."""
+    text_weight: float = 0.0
+    """Factor of the loss of the text, which is the Thinker's of the same rows; 0: it is not computed. It changes
+    nothing but what trains of the Thinker."""
+    codec: str | None = None
+    """Fingerprint of the codec that the codes of all rows must be of; without it they may be of any."""
+    voices: dict[str, int] = field(default_factory=dict)
+    """New voices: names that rows have, and the token of the Thinker's vocabulary that speech in each begins with. The
+    embeddings of these tokens train where a phase has thinker/decoder/embed/embedding."""
+
+    def check(self) -> None:
+        """Raises InputError if a field is out of its range."""
+        check_int("objective.positions", self.positions, 4)
+        check_int("objective.utterances", self.utterances, 1)
+        check_int("objective.chunk", self.chunk, 1)
+        check_float("objective.code_weight", self.code_weight, 0, FLOAT_MAX)
+        check_float("objective.text_weight", self.text_weight, 0, FLOAT_MAX)
+        for name, token in self.voices.items():
+            check_int(f"objective.voices, the token of {name!r}", token, 0)
+
+
+ObjectiveOptions: TypeAlias = NextTokenOptions | FlowMatchingOptions | TalkerOptions

@@ -179,24 +179,8 @@ def make_next_token(recipe: Recipe) -> NextToken:
 def count_work(batch: TrainBatch) -> Metrics:
     """How much of a batch is not padding: what the model's FLOPs are counted from (docs/training.md)."""
     inputs = batch.inputs
-    # rows of accumulated batches are counted as rows of one
-    segments = jnp.asarray(inputs.segment_ids).reshape(-1, inputs.segment_ids.shape[-1])  # [B, S]
-    position = jnp.arange(segments.shape[1])  # [S]
-
-    # the start of the example that a position belongs to: the last place up to it at which the segment id changes
-    changes = segments[:, 1:] != segments[:, :-1]  # [B, S - 1]
-    is_first = jnp.concatenate([jnp.full_like(segments[:, :1], True), changes], axis=1)  # [B, S]
-    segment_start = jax.lax.cummax(jnp.where(is_first, position, 0), axis=1)  # [B, S]
-
-    # causal attention: a position sees those of its example up to itself
-    is_token = segments != PADDING  # [B, S]
-    attended = jnp.where(is_token, position - segment_start + 1, 0)  # [B, S]
-    # int32 holds the tokens of any batch, but not the pairs of a long row
-    counts = {
-        "tokens": jnp.sum(is_token),
-        "target_tokens": jnp.sum(batch.weights > 0),
-        "pairs": jnp.sum(attended, dtype=jnp.float32),
-    }
+    num_tokens, num_pairs = count_pairs(inputs.segment_ids)
+    counts = {"tokens": num_tokens, "target_tokens": jnp.sum(batch.weights > 0), "pairs": num_pairs}
     if inputs.audio is not None:
         counts["blocks"] = jnp.sum(inputs.audio.length > 0)
     for frames in inputs.vision:
@@ -205,6 +189,26 @@ def count_work(batch: TrainBatch) -> Metrics:
         counts["patches"] = counts.get("patches", 0) + jnp.sum(sizes)
         counts["frame_pairs"] = counts.get("frame_pairs", 0.0) + jnp.sum(sizes.astype(jnp.float32) ** 2)
     return counts
+
+
+def count_pairs(segment_ids: Int[Array, "*batch S"]) -> tuple[jax.Array, jax.Array]:
+    """Positions that are no padding, and the pairs of those that see each other; each [].
+
+    Causal attention: a position sees those of its segment up to itself.
+    """
+    # rows of accumulated batches are counted as rows of one
+    segments = jnp.asarray(segment_ids).reshape(-1, segment_ids.shape[-1])  # [B, S]
+    position = jnp.arange(segments.shape[1])  # [S]
+
+    # the start of the example that a position belongs to: the last place up to it at which the segment id changes
+    changes = segments[:, 1:] != segments[:, :-1]  # [B, S - 1]
+    is_first = jnp.concatenate([jnp.full_like(segments[:, :1], True), changes], axis=1)  # [B, S]
+    segment_start = jax.lax.cummax(jnp.where(is_first, position, 0), axis=1)  # [B, S]
+
+    is_token = segments != PADDING  # [B, S]
+    attended = jnp.where(is_token, position - segment_start + 1, 0)  # [B, S]
+    # int32 holds the tokens of any batch, but not the pairs of a long row
+    return jnp.sum(is_token), jnp.sum(attended, dtype=jnp.float32)
 
 
 def _frame_sizes(valid: Int[Array, "*canvases W P"]) -> Int[jax.Array, "canvases W"]:

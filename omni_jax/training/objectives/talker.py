@@ -1,0 +1,80 @@
+"""The Talker's first objective: the next code, and the Thinker's next token beside it.
+
+Of the paper's first stage (section 4.3, in-context continuation) and of the tuning of voices. The stream is that of
+inference (``models.talker_conditioning``). The end of the speech is a target; prompts, clips and padding are none. Text
+is supervised as it is where the Thinker trains alone: the Talker has no head for text.
+
+Letters: B rows, P positions of the Talker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+
+from omni_jax.data.spoken_packing import SpokenBatch
+from omni_jax.errors import ConfigError
+from omni_jax.models.talker import Talker
+from omni_jax.models.thinker import Thinker
+from omni_jax.training.objective import Loss, Metrics, Params
+from omni_jax.training.objectives.next_token import NextToken
+from omni_jax.training.objectives.talker_base import TalkerObjective
+from omni_jax.training.options import NextTokenOptions, TalkerOptions
+from omni_jax.training.recipe import Recipe
+
+
+class NextCode(TalkerObjective):
+    """Cross-entropy of the next code, over all codes of a step alike."""
+
+    def denominators(self, batch: SpokenBatch) -> Metrics:
+        text = self.thinker.denominators(batch.dialogues)
+        # a batch of padding alone has no weight
+        return {"codes": jnp.maximum(jnp.sum(batch.weights), 1e-6), **text}
+
+    def loss(
+        self, params: Params, batch: SpokenBatch, denominators: Metrics, key: jax.Array, trained: Collection[str]
+    ) -> Loss:
+        options = self.options
+        streams = self.run_models(params, batch, trained)
+        found = self.code_log_probs(params, streams, batch)
+        weights = batch.weights / denominators["codes"]  # [B, P]
+        code_loss = -jnp.sum(weights * found.log_probs)
+        total = options.code_weight * code_loss
+        loss = total
+        terms = {"code_loss": code_loss, "code_accuracy": jnp.sum(weights * found.is_top)}
+        if options.text_weight:
+            text = self.thinker.loss_of_hidden(
+                params["thinker"], streams.thinker, batch.dialogues, denominators, trained
+            )
+            terms["text_loss"] = text.terms["loss"]
+            total += options.text_weight * text.total
+            loss += options.text_weight * text.terms["loss"]
+        return Loss(total, {"loss": loss, **terms})
+
+
+def make_models(recipe: Recipe, options: TalkerOptions) -> tuple[NextToken, Talker]:
+    """The recipe's Thinker, with its own objective, and its Talker; both have scanned layers.
+
+    Raises:
+      ConfigError: if the mesh does not divide the Talker's positions.
+    """
+    if options.positions % recipe.mesh.sequence:
+        raise ConfigError(
+            f"mesh.sequence {recipe.mesh.sequence} does not divide objective.positions {options.positions}"
+        )
+    dtype = jnp.dtype(recipe.dtype)
+    thinker = Thinker(recipe.model.thinker_config, remat=recipe.remat, media_by_rows=True, dtype=dtype)
+    talker = Talker(recipe.model.talker_config, remat=recipe.remat, dtype=dtype)
+    return NextToken(thinker, recipe.model, NextTokenOptions(chunk=options.chunk)), talker
+
+
+def make_next_code(recipe: Recipe) -> NextCode:
+    """The recipe's objective.
+
+    Raises:
+      ConfigError: if the mesh does not divide the Talker's positions.
+    """
+    assert isinstance(recipe.objective, TalkerOptions)
+    return NextCode(*make_models(recipe, recipe.objective), recipe.model, recipe.objective)
