@@ -20,6 +20,8 @@ from omni_jax.plain_files import copy_file, has_file, read_object, resolve_file
 # tensors of the source that are no parameters (name_map.optional_constants); without them PyTorch misses something
 CONSTANTS_FILE = "constants.safetensors"
 
+CONSENT_FILE = "voices.consent.json"
+
 # transformers 4 keeps the preprocessors in the first two files, version 5 in sections of the third
 _PREPROCESSOR_FILE = "preprocessor_config.json"
 _VIDEO_PREPROCESSOR_FILE = "video_preprocessor_config.json"
@@ -41,6 +43,8 @@ OTHER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
+    # what the people have agreed to whose voices were added (checkpoint/voice_edits.py)
+    CONSENT_FILE,
     "LICENSE",
     "README.md",
 )

@@ -110,9 +110,14 @@ def read_spk_dict(path: Path) -> dict[str, Voice]:
     return {name: _parse_voice(path, name, entry) for name, entry in found.items()}
 
 
+def is_voice_name(name: str) -> bool:
+    """Whether a voice may be called so."""
+    return 0 < len(name) <= _LONGEST_NAME and name.isprintable()
+
+
 def _parse_voice(path: Path, name: str, entry: Any) -> Voice:
     # messages quote no more than the start of a name or a key, which may be as long as the file
-    if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+    if not is_voice_name(name):
         start = f"{name[:_LONGEST_NAME]!r}{'...' if len(name) > _LONGEST_NAME else ''}"
         raise CheckpointError(f"{path} has a voice named {start}; a name has 1 to {_LONGEST_NAME} printable characters")
     if not isinstance(entry, dict) or set(entry) != _KEYS:
@@ -171,6 +176,11 @@ def write_spk_dict(path: Path, voices: Mapping[str, Voice]) -> None:
 
 def save_voices(folder: Path, voices: Mapping[str, Voice]) -> None:
     """Writes the voices beside a checkpoint of ours, over those that are there."""
+    (folder / VOICES_FILE).write_bytes(make_archive(voices))
+
+
+def make_archive(voices: Mapping[str, Voice]) -> bytes:
+    """The contents of the file that ``load_voices`` reads."""
     # Keys are file names within the archive, and not every voice's name can be one. So voices are numbered, and their
     # names are an array.
     arrays: dict[str, Any] = {"names": np.array(list(voices))}
@@ -178,7 +188,9 @@ def save_voices(folder: Path, voices: Mapping[str, Voice]) -> None:
     for i, voice in enumerate(voices.values()):
         arrays[f"cond.{i}"] = voice.cond
         arrays[f"ref_mel.{i}"] = voice.ref_mel
-    np.savez(folder / VOICES_FILE, **arrays)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
 
 
 def load_voices(folder: Path) -> dict[str, Voice]:

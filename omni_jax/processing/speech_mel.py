@@ -7,6 +7,7 @@ No file of a checkpoint describes it; the numbers are those of the 25 Hz codec o
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 from jaxtyping import Float
@@ -23,6 +24,9 @@ _EDGE = (_FFT - HOP) // 2  # samples that are mirrored at either end, so that ea
 _LEAST_POWER = 1e-9  # added under the root
 _LEAST_MAGNITUDE = 1e-5  # of a bin; its logarithm is -11.5
 _FRAMES_PER_FFT = 1024  # whose spectra are taken at a time
+
+LOG_FLOOR = math.log(_LEAST_MAGNITUDE)  # the least value that a bin can have
+FRAME_RATE = RATE // HOP  # Hz
 
 
 def speech_log_mel(samples: Float[np.ndarray, " n"]) -> Float[np.ndarray, "frames 80"]:
@@ -49,6 +53,13 @@ def speech_log_mel(samples: Float[np.ndarray, " n"]) -> Float[np.ndarray, "frame
         magnitude = np.sqrt(spectrum.real**2 + spectrum.imag**2 + _LEAST_POWER)
         out[part] = np.log(np.maximum(magnitude @ filters, _LEAST_MAGNITUDE))
     return out
+
+
+@functools.cache
+def log_ceiling() -> float:
+    """What no bin exceeds, for sound from -1 to 1: all of the window in the bin with the largest weights."""
+    largest = mel_filters(NUM_BINS, _FFT, RATE).sum(axis=0).max()
+    return math.log(_window().sum() * largest)
 
 
 @functools.cache

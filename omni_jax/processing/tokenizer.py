@@ -58,6 +58,10 @@ class TextTokenizer:
         """The id of an added token; None if there is none of this name."""
         return self._special.get(name)
 
+    def has_name(self, token: int) -> bool:
+        """Whether a token stands for anything; vocabularies of models have ids to spare."""
+        return token in self._names or self._plain.id_to_token(token) is not None
+
     def encode(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
         """Token ids of a text made of pieces.
 
