@@ -27,6 +27,10 @@ QUESTION = --text "What do you see and hear?"
 TORCHVISION = test -d $(VENV)/torchvision || \
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/torchvision torchvision==0.28.0
 
+# the oracle of the speech tokenizer; apart, for what else it brings would not go with the other oracle (tests/codec_oracle.py)
+QWEN_TTS = test -d $(VENV)/qwen_tts || \
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/qwen_tts qwen-tts==0.1.1 einops==0.8.1
+
 # the compiler for TPUs; apart, for wherever it is installed JAX looks for a TPU and complains that there is none
 LIBTPU = test -d $(VENV)/libtpu || \
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/libtpu libtpu==0.0.42.1
@@ -108,12 +112,14 @@ $(VENV)/installed-run: setup.cfg pyproject.toml | $(BIN)/python
 $(VENV)/installed-test: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .[plots,test]
 	$(TORCHVISION)
+	$(QWEN_TTS)
 	$(LIBTPU)
 	touch $@ $(VENV)/installed-run
 
 $(VENV)/installed-check: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .[plots,test,check]
 	$(TORCHVISION)
+	$(QWEN_TTS)
 	$(LIBTPU)
 	touch $@ $(VENV)/installed-test $(VENV)/installed-run
 
