@@ -1,6 +1,6 @@
 """Recipes by name. Each module makes those of one stage, for every size."""
 
-from configs import pretrain1, pretrain2, pretrain3, thinker_lora, thinker_sft, token2wav_dit
+from configs import pretrain1, pretrain2, pretrain3, speech_tokenizer, thinker_lora, thinker_sft, token2wav_dit
 
 RECIPES = {
     **pretrain1.RECIPES,
@@ -8,5 +8,6 @@ RECIPES = {
     **pretrain3.RECIPES,
     **thinker_sft.RECIPES,
     **thinker_lora.RECIPES,
+    **speech_tokenizer.RECIPES,
     **token2wav_dit.RECIPES,
 }

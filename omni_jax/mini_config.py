@@ -14,9 +14,18 @@ from omni_jax.config import (
     Token2WavConfig,
     VisionEncoderConfig,
 )
+from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
 WIDTH = 128  # of the Thinker
 NUM_CODES = 1024
+
+
+def mini_speech_tokenizer() -> SpeechTokenizerConfig:
+    """A tokenizer of 2 million parameters with blocks of a second."""
+    audio = AudioEncoderConfig.tiny(
+        d_model=160, encoder_layers=5, encoder_attention_heads=4, encoder_ffn_dim=480, n_window=50, output_dim=WIDTH
+    )
+    return SpeechTokenizerConfig(audio, quantizer_layer=3, codebook_size=NUM_CODES, mel_channels=160)
 
 
 def mini_config() -> OmniConfig:

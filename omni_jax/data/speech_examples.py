@@ -19,13 +19,10 @@ from omni_jax.checks import check_int, shown
 from omni_jax.config import DiTConfig
 from omni_jax.data.examples import Reject, TooLong, examples_or_reject
 from omni_jax.data.rows import row_values
+from omni_jax.data.sounds import read_sound
 from omni_jax.data.sources import Row
 from omni_jax.errors import InputError, TooLongError
-from omni_jax.processing.audio import MelSettings
-from omni_jax.processing.fetch import RemoteAccess, fetch_source
-from omni_jax.processing.files import folder_of
-from omni_jax.processing.media import read_audio
-from omni_jax.processing.sources import confine_source, describe_source
+from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.speech_mel import RATE, speech_log_mel
 
 _KEYS = ("codec_ids", "audio", "speaker", "ref_audio")
@@ -110,15 +107,7 @@ class PrepareSpeech:
         return np.array(checked, np.int32)
 
     def _read_mel(self, row: Row, values: Mapping[str, Any], key: str) -> Float[np.ndarray, "frames M"]:
-        folder = folder_of(row.file)
-        source = values.get(key)
-        # rows are published by strangers, and must not name what only this machine's user may read
-        option = "data.media_root (--data.media-root)"
-        try:
-            confined = confine_source(source, folder, self.media_root or folder, option)
-            return speech_log_mel(read_audio(fetch_source(confined, self.access), MelSettings(sampling_rate=RATE)))
-        except InputError as e:
-            raise InputError(f"{key} {describe_source(source)}: {e}") from e
+        return speech_log_mel(read_sound(row, values, key, RATE, self.access, self.media_root))
 
     def _read_speaker(self, values: Mapping[str, Any]) -> Float[np.ndarray, " enc_emb_dim"]:
         size = self.config.enc_emb_dim

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flax import struct
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.config import DiTConfig
-from omni_jax.data.speech_examples import PrepareSpeech, SpeechExample
+from omni_jax.data.speech_examples import PrepareSpeech
 
 NO_UTTERANCE = -1  # of a block of padding
 
@@ -59,7 +60,7 @@ class SpeechBudget:
 class PlacedSpeech:
     """An example, and where it stands in its stream's part of a batch."""
 
-    example: SpeechExample
+    example: Any  # a ``SpeechExample``, or another with ``mel`` and ``name``
     row: int
     begin: int  # block of the row
     number: int  # utterance of the row
@@ -88,7 +89,7 @@ class SpeechPart:
         """Of the rows whose examples were placed."""
         return [placed.example.name for placed in self.placed]
 
-    def place(self, example: SpeechExample) -> bool:
+    def place(self, example: Any) -> bool:
         """Puts an example into the fullest row that it fits in; False if it fits in none."""
         num_blocks = -(-len(example.mel) // self._block_size)
         best = None

@@ -142,20 +142,21 @@ class SpeechTokenizer(nn.Module):
 
     def hidden(self, x: Float[Array, "A S D"], valid: Bool[Array, "A S"]) -> Float[jax.Array, "A S D"]:
         """Behind the last layer, before the norm."""
-        return self.back(x, valid)
+        return self.back(jnp.asarray(x), jnp.asarray(valid))
 
     def output(self, hidden: Float[Array, "A S D"]) -> Float[jax.Array, "A S/2 E"]:
         """Tokens of 40 ms in the width of a Thinker, as those of the audio encoder are."""
+        hidden = jnp.asarray(hidden)
         pairs = hidden.reshape(hidden.shape[0], -1, 2, hidden.shape[-1]).mean(axis=2)  # [A, S / 2, D]
         return self.proj(self.norm(pairs))
 
     def content_logits(self, hidden: Float[Array, "A S D"]) -> Float[jax.Array, "A S L"]:
         """Of the label at each position, in float32."""
-        return jnp.asarray(self.content(self.norm(hidden)), jnp.float32)
+        return jnp.asarray(self.content(self.norm(jnp.asarray(hidden))), jnp.float32)
 
     def decode_mel(self, x: Float[Array, "A S D"], valid: Bool[Array, "A S"]) -> Float[jax.Array, "A S*2 M"]:
         """The log-mel of Token2Wav (``processing.speech_mel``); ``x`` is from ``project``."""
-        return self.mel_decoder(x, valid)
+        return self.mel_decoder(jnp.asarray(x), jnp.asarray(valid))
 
 
 def valid_positions(audio: AudioBlocks) -> Bool[jax.Array, "A S"]:

@@ -70,6 +70,7 @@ class VectorQuantizer(nn.Module):
         """The vectors of the nearest codes, with the gradient passed straight through, and the codes."""
         codes = self.encode(jax.lax.stop_gradient(x))  # [*shape]
         vectors = self.decode(codes)  # [*shape, D]
+        x = jnp.asarray(x)
         return x + jax.lax.stop_gradient(vectors - x), codes
 
 

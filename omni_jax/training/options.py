@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
+
+import tyro
 
 from omni_jax.checks import check_float, check_int
+from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
 FLOAT_MAX = 3e38  # of float32
 
@@ -82,4 +85,33 @@ class TalkerOptions:
             check_int(f"objective.voices, the token of {name!r}", token, 0)
 
 
-ObjectiveOptions: TypeAlias = NextTokenOptions | FlowMatchingOptions | TalkerOptions
+@dataclass(frozen=True)
+class SpeechTokenizerOptions:
+    """Codes that keep what is said and how it sounds."""
+
+    model: Annotated[SpeechTokenizerConfig, tyro.conf.Suppress] = field(default_factory=SpeechTokenizerConfig)
+    """Its shape."""
+    utterances: int = 16
+    """In a row of the batch, at most."""
+    max_codes: int = 1500
+    """Of an utterance, 50 a second, at most."""
+    max_labels: int = 512
+    """Bytes of an utterance's text, at most."""
+    content_weight: float = 1.0
+    """Factor of the loss of the text."""
+    mel_weight: float = 1.0
+    """Factor of the loss of the mel, in phases in which its decoder trains."""
+    commitment_weight: float = 1.0
+    """Factor of the distance of vectors from their codes."""
+
+    def check(self) -> None:
+        """Raises InputError if a field is out of its range."""
+        check_int("objective.utterances", self.utterances, 1)
+        check_int("objective.max_codes", self.max_codes, 1)
+        check_int("objective.max_labels", self.max_labels, 1)
+        check_float("objective.content_weight", self.content_weight, 0, FLOAT_MAX)
+        check_float("objective.mel_weight", self.mel_weight, 0, FLOAT_MAX)
+        check_float("objective.commitment_weight", self.commitment_weight, 0, FLOAT_MAX)
+
+
+ObjectiveOptions: TypeAlias = NextTokenOptions | FlowMatchingOptions | TalkerOptions | SpeechTokenizerOptions

@@ -12,9 +12,10 @@ from omni_jax.training.objective import Objective
 from omni_jax.training.objectives.flow_matching import make_flow_matching
 from omni_jax.training.objectives.lora import LoRA, add_lora
 from omni_jax.training.objectives.next_token import make_next_token
+from omni_jax.training.objectives.speech_tokenizer import make_speech_tokenizer
 from omni_jax.training.objectives.talker import make_next_code
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales
-from omni_jax.training.options import FlowMatchingOptions, NextTokenOptions, TalkerOptions
+from omni_jax.training.options import FlowMatchingOptions, NextTokenOptions, SpeechTokenizerOptions, TalkerOptions
 from omni_jax.training.recipe import Recipe
 
 # the objective of a recipe whose options are of this class
@@ -22,6 +23,7 @@ _MAKERS: dict[type, Callable[[Recipe], Objective]] = {
     NextTokenOptions: make_next_token,
     FlowMatchingOptions: make_flow_matching,
     TalkerOptions: make_next_code,
+    SpeechTokenizerOptions: make_speech_tokenizer,
 }
 
 

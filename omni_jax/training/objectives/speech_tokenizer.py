@@ -1,0 +1,224 @@
+"""The speech tokenizer, from nothing: codes that keep what is said, and then how it sounds.
+
+Three losses. Content: the text of an utterance by CTC over what the layers behind the quantizer make of its codes
+(Graves et al. 2006, doi.org/10.1145/1143844.1143891). Sound: the mean absolute error of the log-mel of Token2Wav that a
+small decoder makes of the quantized vectors. Commitment: vectors are to stay near the codes that they become. The
+codebook has no gradient: it is an average over steps (``models.vector_quantizer``).
+
+Letters: B rows, N blocks of a row, A = B N blocks, T mel frames of a block, S positions of a block, D width, U
+utterances of a row, P positions of an utterance at most, L labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Float
+
+from omni_jax.data.config import DataConfig
+from omni_jax.data.speech_packing import SpeechBudget
+from omni_jax.data.transcribed_examples import NO_LABEL, PrepareTranscribed
+from omni_jax.data.transcribed_packing import TranscribedBatch, TranscribedPacking, make_empty_batch
+from omni_jax.errors import ConfigError
+from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params, init_params, valid_positions
+from omni_jax.models.vector_quantizer import CodeSums, perplexity, sum_codes, update_codebook
+from omni_jax.processing.processor import Processor
+from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER, SPEECH_TOKENIZER_FILE, SpeechTokenizerConfig
+from omni_jax.training.objective import Loss, Metrics, Objective, Params
+from omni_jax.training.options import SpeechTokenizerOptions
+from omni_jax.training.recipe import Recipe
+
+_QUANTIZER = f"{SPEECH_TOKENIZER}/quantizer"
+_MEL_DECODER = f"{SPEECH_TOKENIZER}/mel_decoder/"
+_FLOAT32_BYTES = 4
+
+
+# compared and hashed by identity, as the step that holds it
+@dataclass(frozen=True, eq=False)
+class TokenizeSpeech(Objective):
+    """Losses of content, sound and commitment; see ``Objective`` for its methods.
+
+    Attributes:
+      model: the tokenizer as it is trained.
+      options: of the losses.
+    """
+
+    model: SpeechTokenizer
+    options: SpeechTokenizerOptions = dataclasses.field(default_factory=SpeechTokenizerOptions)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (SPEECH_TOKENIZER,)
+
+    @property
+    def dtype(self) -> Any:
+        # of the codebook, which no gradient changes
+        return jnp.float32
+
+    @property
+    def _config(self) -> SpeechTokenizerConfig:
+        return self.model.config
+
+    def abstract_params(self) -> dict[str, Any]:
+        return {SPEECH_TOKENIZER: abstract_params(self.model)}
+
+    def init_params(self, component: str, key: jax.Array) -> Any:
+        return nn.unbox(init_params(self.model, key))
+
+    def extra_files(self) -> dict[str, str]:
+        return {SPEECH_TOKENIZER_FILE: self._config.to_json()}
+
+    def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> TranscribedPacking:
+        if data.isolate_media:
+            raise ConfigError("data.isolate_media is not there for rows of speech; decode files that you trust")
+        bins = self._config.audio_config.num_mel_bins
+        settings = processor.settings.mel
+        if settings.feature_size != bins:
+            raise ConfigError(f"the tokenizer takes {bins} mel bins; the preprocessor makes {settings.feature_size}")
+        budget = self._budget(data)
+        prepare = PrepareTranscribed(
+            settings,
+            min(self.options.max_codes, budget.blocks * self._config.block_codes),
+            self.options.max_labels,
+            access=data.access,
+            media_root=data.media_root,
+            too_long=data.too_long,
+        )
+        return TranscribedPacking(prepare, budget, self._config)
+
+    def abstract_row(self, data: DataConfig) -> TranscribedBatch:
+        return make_empty_batch(self._config, self._budget(data), 1, self.options.max_labels)
+
+    def _budget(self, data: DataConfig) -> SpeechBudget:
+        blocks = data.tokens // self._config.block_codes
+        if not blocks:
+            size = self._config.block_codes
+            raise ConfigError(f"data.tokens is {data.tokens}; a row must hold a block of {size} codes")
+        return SpeechBudget(data.rows // data.streams, blocks, self.options.utterances, clip_frames=0)
+
+    def denominators(self, batch: TranscribedBatch) -> Metrics:
+        length = jnp.asarray(batch.length)
+        return {
+            "labels": jnp.maximum(jnp.sum(batch.labels != NO_LABEL), 1).astype(jnp.float32),
+            "frames": jnp.maximum(jnp.sum(length), 1).astype(jnp.float32),
+            "codes": jnp.maximum(jnp.sum((length + 1) // 2), 1).astype(jnp.float32),
+        }
+
+    def loss(
+        self, params: Params, batch: TranscribedBatch, denominators: Metrics, key: jax.Array, trained: Collection[str]
+    ) -> Loss:
+        options = self.options
+        model = self.model.bind({"params": params[SPEECH_TOKENIZER]})
+        valid = valid_positions(batch.audio)  # [A, S]
+        features = model.features(batch.audio)  # [A, S, D]
+        vectors, codes = model.quantize(features)  # [A, S, D], [A, S]
+        away = jnp.mean(jnp.square(features - jax.lax.stop_gradient(vectors)), axis=-1)  # [A, S]
+        commitment = jnp.sum(jnp.where(valid, away, 0)) / denominators["codes"]
+        total = options.commitment_weight * commitment
+        inputs = model.project(vectors)  # [A, S, D]
+        terms = {"commitment": commitment}
+
+        with jax.named_scope("content"):
+            logits = model.content_logits(model.hidden(inputs, valid))  # [A, S, labels]
+            content = self._content_loss(logits, batch) / denominators["labels"]
+        terms["content"] = content
+        total += options.content_weight * content
+        # of a phase without the decoder it would say nothing
+        if not trained or any(path.startswith(_MEL_DECODER) for path in trained):
+            with jax.named_scope("sound"):
+                mel = model.decode_mel(inputs, valid)  # [A, T, mel]
+                sound = self._mel_loss(mel, batch) / denominators["frames"]
+            terms["mel"] = sound
+            total += options.mel_weight * sound
+
+        flat = features.reshape(-1, features.shape[-1])  # [A S, D]
+        found = sum_codes(flat, codes.reshape(-1), valid.reshape(-1), self._config.codebook_size, key)
+        # of the batches of a step the mean, which for one is the value
+        share = jnp.sum(found.counts) / denominators["codes"]
+        terms |= self._describe_codes(params, found, share)
+        return Loss(total, {"loss": total, **terms}, found._asdict())
+
+    def _content_loss(self, logits: Float[jax.Array, "A S labels"], batch: TranscribedBatch) -> Float[jax.Array, ""]:
+        """The CTC loss of all utterances, in nats."""
+        rows = len(batch.begin)
+        positions = logits.reshape(rows, -1, logits.shape[-1])  # [B, N S, labels]
+        length = (jnp.asarray(batch.length) + 1) // 2  # [B, U]
+        place = jnp.arange(min(self.options.max_codes, positions.shape[1]))  # [P]
+        first = jnp.asarray(batch.begin) * self._config.block_codes  # [B, U]
+        index = jnp.minimum(first[..., None] + place, positions.shape[1] - 1)  # [B, U, P]
+        own = jnp.take_along_axis(positions, index.reshape(rows, -1)[..., None], axis=1)
+        own = own.reshape(-1, len(place), logits.shape[-1])  # [B U, P, labels]
+        is_padding = place >= length.reshape(-1, 1)  # [B U, P]
+        labels = jnp.asarray(batch.labels).reshape(len(own), -1)  # [B U, L]
+        losses = optax.ctc_loss(own, is_padding.astype(jnp.float32), labels, (labels == NO_LABEL).astype(jnp.float32))
+        return jnp.sum(jnp.where(length.reshape(-1) > 0, losses, 0))
+
+    def _mel_loss(self, mel: Float[jax.Array, "A T mel"], batch: TranscribedBatch) -> Float[jax.Array, ""]:
+        """The absolute error of all frames, each the mean over its bins."""
+        target = jnp.asarray(batch.target_mel).reshape(mel.shape)
+        is_sound = jnp.arange(mel.shape[1]) < jnp.asarray(batch.audio.length)[:, None]  # [A, T]
+        return jnp.sum(jnp.where(is_sound, jnp.mean(jnp.abs(mel - target), axis=-1), 0))
+
+    def _describe_codes(self, params: Params, found: CodeSums, share: Float[jax.Array, ""]) -> Metrics:
+        """How the codebook is used: in the batch, and over the steps before it."""
+        average = jnp.asarray(params[SPEECH_TOKENIZER]["quantizer"]["counts"])  # [N]
+        # a code that is drawn as often as one in a hundred of an even share
+        in_use = average > 0.01 * jnp.sum(average) / len(average)
+        return {
+            "codebook_use": share * jnp.mean(in_use.astype(jnp.float32)),
+            "perplexity": share * perplexity(found.counts),
+        }
+
+    def apply_statistics(self, params: Params, statistics: Metrics, key: jax.Array) -> dict[str, jax.Array]:
+        new = update_codebook(params[SPEECH_TOKENIZER]["quantizer"], CodeSums(**statistics))
+        return {f"{_QUANTIZER}/{name}": value for name, value in new.items()}
+
+    def count_work(self, batch: TranscribedBatch) -> Metrics:
+        codes = jnp.sum((jnp.asarray(batch.length) + 1) // 2)
+        return {"tokens": codes, "target_tokens": jnp.sum(batch.labels != NO_LABEL)}
+
+    def count_flops(self, sizes: Mapping[str, int], trained: Collection[str], counts: Mapping[str, float]) -> float:
+        total = 0.0
+        for path, size in sizes.items():
+            if path.endswith("/kernel"):
+                # the first convolution is over frames, of which there are two a code
+                positions = counts["tokens"] * (2 if "/conv1/" in path else 1)
+                total += 2.0 * size * positions * (2 + (path in trained))
+        # of the nearest code, forward alone
+        return total + 2.0 * sizes[f"{_QUANTIZER}/codebook"] * counts["tokens"]
+
+    def estimate_activations(
+        self, data: DataConfig, row_parts: int, sequence: int, tensor: int, trained: Collection[str]
+    ) -> dict[str, int]:
+        audio = self._config.audio_config
+        codes = data.rows // row_parts * data.tokens
+        return {
+            "inputs of the layers": audio.encoder_layers * codes * audio.d_model * jnp.dtype(self.model.dtype).itemsize,
+            "distances to codes": codes * self._config.codebook_size * _FLOAT32_BYTES,
+        }
+
+
+def make_speech_tokenizer(recipe: Recipe) -> TokenizeSpeech:
+    """The recipe's tokenizer, computing in its dtype; distances to codes are float32.
+
+    Raises:
+      ConfigError: if the recipe asks for what this objective has not.
+    """
+    assert isinstance(recipe.objective, SpeechTokenizerOptions)
+    if recipe.optimizer.accumulate > 1:
+        raise ConfigError(
+            "optimizer.accumulate: codes that are not used are replaced by vectors of one batch; give larger data.rows"
+        )
+    if recipe.parts.folders:
+        raise ConfigError("--parts are of the Thinker, which this recipe does not train; leave them out")
+    if recipe.eval.samples:
+        raise ConfigError("eval.samples asks for answers, which a speech tokenizer does not give")
+    model = SpeechTokenizer(recipe.objective.model, remat=recipe.remat, dtype=jnp.dtype(recipe.dtype))
+    return TokenizeSpeech(model, recipe.objective)
