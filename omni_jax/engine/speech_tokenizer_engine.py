@@ -1,0 +1,128 @@
+"""The speech tokenizer at work: sounds to codes, in calls of one fixed shape.
+
+Letters: A blocks of a call, S codes of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import Float, Int
+
+from omni_jax.batch import AudioBlocks
+from omni_jax.checkpoint import store
+from omni_jax.checkpoint.name_map import describe_differences
+from omni_jax.errors import CheckpointError
+from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params
+from omni_jax.processing.audio import MelSettings, log_mel
+from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER, SpeechTokenizerConfig
+
+RATE = 16_000  # Hz, of the sounds
+_BLOCKS_PER_CALL = 16
+# what codes follow from; what is trained behind the quantizer does not change them
+_CODE_PARTS = ("conv1", "conv2", "front", "quantizer/codebook")
+
+
+class SpeechTokenizerEngine:
+    """A speech tokenizer and its parameters.
+
+    Attributes:
+      config: of the tokenizer.
+      fingerprint: of what codes follow from, like ``"1f0c5d2e9a7b3c48"``: rows carry it beside their codes.
+    """
+
+    def __init__(self, config: SpeechTokenizerConfig, params: Any, blocks_per_call: int = _BLOCKS_PER_CALL) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          config: of the tokenizer.
+          params: of it, float32.
+          blocks_per_call: that are encoded together; a call with fewer is filled with silence.
+        """
+        self.config = config
+        self.fingerprint = make_fingerprint(config, params)
+        self._model = SpeechTokenizer(config)
+        self._params = params
+        self._blocks_per_call = blocks_per_call
+        self._mel = MelSettings(feature_size=config.audio_config.num_mel_bins)
+
+    @classmethod
+    def load(cls, folder: Path) -> SpeechTokenizerEngine:
+        """Of a checkpoint, on the first device.
+
+        Raises:
+          CheckpointError: if it has no speech tokenizer, or another than its ``speech_tokenizer.json`` says.
+          ConfigError: if that file describes none.
+        """
+        config = SpeechTokenizerConfig.load(folder)
+        params = store.load(folder, [SPEECH_TOKENIZER])[SPEECH_TOKENIZER]
+        shapes: dict[str, Any] = flatten_dict(nn.unbox(abstract_params(SpeechTokenizer(config))), sep="/")
+        found: dict[str, Any] = flatten_dict(params, sep="/")
+        trouble = describe_differences({path: leaf.shape for path, leaf in shapes.items()}, found)
+        if trouble:
+            raise CheckpointError(f"{folder} does not hold the speech tokenizer that its file describes:{trouble}")
+        return cls(config, params)
+
+    def encode(self, sounds: Sequence[Float[np.ndarray, " n"]]) -> list[Int[np.ndarray, " codes"]]:
+        """The codes of each sound, 50 a second and rounded up.
+
+        Args:
+          sounds: mono, from -1 to 1, at ``RATE``; none of them empty.
+        """
+        size = self.config.audio_config.block_frames
+        blocks: list[np.ndarray] = []
+        num_frames = []
+        for sound in sounds:
+            mel = log_mel(sound, self._mel)  # [frames, mel]
+            num_frames.append(len(mel))
+            for begin in range(0, len(mel), size):
+                blocks.append(mel[begin : begin + size])
+        codes: list[np.ndarray] = []
+        for begin in range(0, len(blocks), self._blocks_per_call):
+            codes += self._encode_blocks(blocks[begin : begin + self._blocks_per_call])
+
+        found = []
+        first = 0
+        for frames in num_frames:
+            last = first - (-frames // size)
+            found.append(np.concatenate(codes[first:last]))
+            first = last
+        return found
+
+    def _encode_blocks(self, blocks: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Int[np.ndarray, " codes"]]:
+        """The codes of at most so many blocks as a call has."""
+        audio = self.config.audio_config
+        mel = np.zeros((self._blocks_per_call, audio.block_frames, audio.num_mel_bins), np.float32)
+        length = np.zeros(self._blocks_per_call, np.int32)
+        for number, block in enumerate(blocks):
+            mel[number, : len(block)] = block
+            length[number] = len(block)
+        codes = np.asarray(_encode(self._model, self._params, AudioBlocks(mel, length)))  # [A, S]
+        # of an odd number of frames the last has a code of its own
+        return [codes[number, : (len(block) + 1) // 2] for number, block in enumerate(blocks)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: SpeechTokenizer, params: Any, audio: AudioBlocks) -> Int[jax.Array, "A S"]:
+    found: Any = model.apply({"params": params}, audio, method=SpeechTokenizer.encode)
+    return jnp.asarray(found)
+
+
+def make_fingerprint(config: SpeechTokenizerConfig, params: Any) -> str:
+    """What tells codes of one tokenizer from those of another: 16 hexadecimal digits."""
+    digest = hashlib.sha256(config.to_json().encode())
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
+    for path, leaf in sorted(leaves.items()):
+        if path.startswith(_CODE_PARTS):
+            digest.update(path.encode())
+            digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()[:16]

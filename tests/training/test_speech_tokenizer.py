@@ -1,0 +1,334 @@
+"""The speech tokenizer is trained: its quantizer, its losses, its rows, whole runs, and codes of what was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import wave
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import RECIPES
+from omni_jax.checkpoint import store
+from omni_jax.checkpoint.train_checkpoints import step_folder
+from omni_jax.data.examples import Reject
+from omni_jax.data.sources import Row
+from omni_jax.data.transcribed_examples import (
+    PrepareTranscribed,
+    TranscribedExample,
+    labels_text,
+    text_labels,
+)
+from omni_jax.data.transcribed_packing import TranscribedBatch, TranscribedPacking
+from omni_jax.engine.speech_tokenizer_engine import SpeechTokenizerEngine
+from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.models.vector_quantizer import DECAY, CodeSums, perplexity, sum_codes, update_codebook
+from omni_jax.processing.audio import MelSettings
+from omni_jax.processing.fetch import NO_ACCESS
+from omni_jax.training.loop import train
+from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
+from omni_jax.training.objectives import make_objective
+from omni_jax.training.recipe import RANDOM, CheckpointConfig, EvalConfig, Recipe
+from tests.processes import run
+from tools.make_codes import Options, make_codes
+
+RATE = 16_000
+RECIPE = RECIPES["speech-tokenizer-tiny"]
+CONFIG = RECIPE.objective.model
+TOLERANCE = 1e-6  # float32 sums of a few numbers of about 1, in another order
+WORDS = {"low": 200.0, "high": 1500.0, "top": 4000.0}  # a word is a tone
+
+
+def write_sound(path: Path, words: str, rate: int = RATE) -> Path:
+    pieces = [np.zeros(rate // 20)]
+    for word in words.split():
+        times = np.arange(rate // 5) / rate
+        pieces += [0.4 * np.sin(2 * np.pi * WORDS[word] * times), np.zeros(rate // 20)]
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((32767 * np.concatenate(pieces)).astype("<i2").tobytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transcribed")
+    lines = []
+    for number, text in enumerate(["low high", "top", "high low top", "top top", "low", "high top"]):
+        write_sound(folder / f"{number}.wav", text)
+        lines.append(json.dumps({"audio": f"{number}.wav", "text": text, "voice": "tones"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"
+
+
+def make_recipe(rows: Path, **changes: Any) -> Recipe:
+    data = dataclasses.replace(RECIPE.data, train=(str(rows),), valid=(str(rows),), rows=2, streams=2, tokens=120)
+    recipe = dataclasses.replace(
+        RECIPE,
+        data=data,
+        init=RANDOM,
+        files="tiny",
+        steps=12,
+        phases=(dataclasses.replace(RECIPE.phases[0], steps=6), RECIPE.phases[1]),
+        optimizer=dataclasses.replace(RECIPE.optimizer, learning_rate=3e-3, warmup=0, ema=0.9),
+        checkpoint=CheckpointConfig(every=6),
+        eval=EvalConfig(every=6),
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+# the quantizer
+
+
+def draw(seed: int, count: int = 40, num_codes: int = 8, width: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, width)).astype(np.float32), rng.integers(0, num_codes, count).astype(np.int32)
+
+
+def test_sums_of_two_replicas_are_those_of_one() -> None:
+    x, codes = draw(0)
+    valid = np.arange(len(x)) % 5 != 0
+    key = jax.random.key(0)
+    whole = sum_codes(x, codes, valid, 8, key)
+    halves = [sum_codes(x[part], codes[part], valid[part], 8, key) for part in (slice(0, 20), slice(20, 40))]
+    np.testing.assert_allclose(halves[0].counts + halves[1].counts, whole.counts, atol=TOLERANCE)
+    np.testing.assert_allclose(halves[0].sums + halves[1].sums, whole.sums, atol=TOLERANCE)
+    assert float(jnp.sum(whole.counts)) == valid.sum()
+    # candidates are vectors of the batch, and none of its padding
+    for candidate in np.asarray(whole.candidates):
+        assert (candidate == x[valid]).all(axis=1).any()
+
+
+@pytest.mark.long
+def test_two_devices_have_the_codebook_of_one(rows: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(rows, steps=3)
+    assert train(recipe, tmp_path / "one")
+    data = recipe.data
+    options = ["--init", "random", "--model", "tiny", "--data.train", data.train[0], "--data.rows", "2", "--steps", "3"]
+    options += ["--data.streams", "2", "--data.tokens", "120", "--phases.0.steps", "6", "--mesh.data", "2"]
+    options += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup", "0", "--optimizer.ema", "0.9"]
+    done = run("train.py", "speech-tokenizer-tiny", *options, "--workdir", tmp_path / "two", devices=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (store.load(step_folder(tmp_path / name, 3), ["speech_tokenizer"]) for name in ("one", "two"))
+    for name, value in one["speech_tokenizer"]["quantizer"].items():
+        np.testing.assert_allclose(two["speech_tokenizer"]["quantizer"][name], value, atol=1e-4)
+
+
+def test_the_codebook_is_an_average() -> None:
+    """Against the formulas of the paper, one code at a time; one code is not used any more."""
+    x, codes = draw(1)
+    codes[codes == 3] = 4
+    rng = np.random.default_rng(2)
+    counts = rng.uniform(4, 6, 8).astype(np.float32)
+    sums = rng.standard_normal((8, 3)).astype(np.float32)
+    params = {"codebook": sums / counts[:, None], "counts": counts, "sums": sums}
+    found = sum_codes(x, codes, np.ones(len(x), bool), 8, jax.random.key(1))
+    new = update_codebook(params, found)
+    total = sum(DECAY * counts[code] + (1 - DECAY) * np.sum(codes == code) for code in range(8))
+    for code in range(8):
+        count = DECAY * counts[code] + (1 - DECAY) * np.sum(codes == code)
+        mean = DECAY * sums[code] + (1 - DECAY) * x[codes == code].sum(axis=0)
+        smoothed = (count + 1e-5) / (total + 8e-5) * total
+        np.testing.assert_allclose(new["counts"][code], count, rtol=1e-5)
+        np.testing.assert_allclose(new["codebook"][code], mean / smoothed, atol=TOLERANCE)
+
+
+def test_codes_that_are_dead_are_replaced() -> None:
+    x, codes = draw(3)
+    params = {"codebook": np.zeros((8, 3), np.float32), "counts": np.full(8, 5, np.float32)}
+    params["counts"][[2, 6]] = 0.01
+    params["sums"] = np.zeros((8, 3), np.float32)
+    codes[(codes == 2) | (codes == 6)] = 0
+    found = sum_codes(x, codes, np.ones(len(x), bool), 8, jax.random.key(4))
+    new = update_codebook(params, found)
+    for code in (2, 6):
+        np.testing.assert_array_equal(new["codebook"][code], found.candidates[code])
+        # it lives on: the next batch that nothing is near to does not change it
+        empty = CodeSums(found.counts.at[code].set(0), found.sums.at[code].set(0), found.candidates + 1)
+        again = update_codebook(new, empty)
+        np.testing.assert_allclose(again["codebook"][code], found.candidates[code], atol=1e-4)
+    # padding alone says nothing
+    nothing = sum_codes(x, codes, np.zeros(len(x), bool), 8, jax.random.key(4))
+    for name, value in update_codebook(params, nothing).items():
+        np.testing.assert_array_equal(value, params[name])
+
+
+def test_perplexity() -> None:
+    assert float(perplexity(jnp.array([2.0, 2.0, 2.0, 2.0, 0.0]))) == pytest.approx(4)
+    assert float(perplexity(jnp.array([9.0, 0.0]))) == pytest.approx(1)
+
+
+# rows and batches
+
+
+def test_labels() -> None:
+    assert labels_text(text_labels("  It's 5 o'clock -- NOW, ok?")) == "it's 5 o'clock now ok"
+    assert labels_text(text_labels("Größe 語言")) == "grösse 語言"
+    assert len(text_labels("...")) == 0
+
+
+def prepare(folder: Path, row: Mapping[str, Any]) -> list[TranscribedExample] | Reject:
+    reader = PrepareTranscribed(MelSettings(), max_codes=39, max_labels=12, access=NO_ACCESS)
+    return reader(Row(str(folder / "rows.jsonl"), 1, json.dumps(row).encode()))
+
+
+def test_a_row_is_read(rows: Path) -> None:
+    found = prepare(rows.parent, {"audio": "1.wav", "text": "Top!"})
+    assert isinstance(found, list)
+    assert found[0].mel.shape == (30, 128) and found[0].target_mel.shape == (30, 80) and found[0].num_tokens == 15
+    assert labels_text(found[0].labels) == "top"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"audio": "1.wav"}, "text is None; it must be what is said"),
+        ({"audio": "1.wav", "text": "?!"}, r"text is '\?!', which has no letters"),
+        ({"text": "top"}, "audio NoneType: expected a path or a URL"),
+        ({"audio": "9.wav", "text": "top"}, "audio '9.wav': no such file"),
+        ({"audio": "../9.wav", "text": "top"}, "data.media_root"),
+        ({"audio": "2.wav", "text": "high low top"}, r"it has 40 codes, over 39 \(objective.max_codes\)"),
+        ({"audio": "1.wav", "text": "top top top top"}, r"its text has 15 labels, over 12 \(objective.max_labels\)"),
+        ({"audio": "1.wav", "text": "aabbccddee"}, "its text has 10 labels and its sound 15 codes|has no"),
+    ],
+)
+def test_what_is_wrong_with_a_row(rows: Path, row: dict[str, Any], reason: str) -> None:
+    found = prepare(rows.parent, row)
+    if row.get("text") == "aabbccddee":
+        # ten labels and five pairs of equal ones take all of the fifteen codes; one label more takes too many
+        assert isinstance(found, list)
+        found = prepare(rows.parent, {**row, "text": "aabbccddeef"})
+        reason = "its text has 11 labels and its sound 15 codes, too few to say it"
+    assert isinstance(found, Reject)
+    assert re.search(reason, found.reason), found.reason
+
+
+@pytest.fixture(scope="module")
+def batch(rows: Path) -> TranscribedBatch:
+    objective = make_objective(make_recipe(rows))
+    budget = objective._budget(make_recipe(rows).data)
+    reader = PrepareTranscribed(MelSettings(), max_codes=80, max_labels=48, access=NO_ACCESS)
+    packing = TranscribedPacking(reader, dataclasses.replace(budget, rows=1), CONFIG)
+    parts = [packing.new_part(), packing.new_part()]
+    for number, line in enumerate(rows.read_text().splitlines()):
+        found = reader(Row(str(rows), number, line.encode()))
+        assert isinstance(found, list)
+        assert parts[number % 2].place(found[0])
+    return packing.assemble(parts, first=0, streams=2)
+
+
+def test_content_loss_is_that_of_each_utterance(rows: Path, batch: TranscribedBatch) -> None:
+    """Packed in rows, by PyTorch's CTC loss of the positions of each."""
+    torch = pytest.importorskip("torch")
+    objective = make_objective(make_recipe(rows))
+    rng = np.random.default_rng(5)
+    size = CONFIG.block_codes
+    logits = rng.standard_normal((batch.audio.mel.shape[0], size, CONFIG.num_labels)).astype(np.float32)
+    found = objective._content_loss(jnp.asarray(logits), batch)
+    row_blocks = len(logits) // len(batch.begin)
+    expected = 0.0
+    for row, number in np.argwhere(batch.length > 0):
+        first = (row * row_blocks + batch.begin[row, number]) * size
+        count = (batch.length[row, number] + 1) // 2
+        own = torch.tensor(logits.reshape(-1, CONFIG.num_labels)[first : first + count])
+        labels = batch.labels[row, number]
+        labels = torch.tensor(labels[labels > 0])
+        loss = torch.nn.functional.ctc_loss(
+            own.log_softmax(-1)[:, None], labels[None], [int(count)], [len(labels)], reduction="sum"
+        )
+        expected += float(loss)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+# runs
+
+
+@pytest.fixture(scope="module")
+def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("tokenizer") / "run"
+    assert train(make_recipe(rows), workdir)
+    return workdir
+
+
+def test_a_run(rows: Path, trained: Path, tmp_path: Path) -> None:
+    """Losses fall, that of the mel where it trains; the codebook moves; a run goes on with the same numbers."""
+    lines = read_metrics(trained / METRICS_FILE)
+    assert lines[-1]["content"] < lines[0]["content"]
+    assert "mel" not in lines[5] and lines[-1]["mel"] < lines[6]["mel"]
+    assert 1 <= lines[-1]["perplexity"] <= CONFIG.codebook_size and 0 < lines[-1]["codebook_use"] <= 1
+    held_out = read_metrics(trained / EVALUATIONS_FILE)
+    assert held_out[1]["loss"] < held_out[0]["loss"]
+    early, late = (store.load(step_folder(trained, step), ["speech_tokenizer"]) for step in (6, 12))
+    assert not np.array_equal(
+        early["speech_tokenizer"]["quantizer"]["codebook"], late["speech_tokenizer"]["quantizer"]["codebook"]
+    )
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(step_folder(tmp_path / "run", 12))
+    assert train(make_recipe(rows), tmp_path / "run")
+    again = read_metrics(tmp_path / "run" / METRICS_FILE)
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+
+
+def test_batches_cannot_be_accumulated(rows: Path) -> None:
+    recipe = make_recipe(rows, optimizer=dataclasses.replace(RECIPE.optimizer, accumulate=2))
+    with pytest.raises(ConfigError, match=r"optimizer\.accumulate"):
+        make_objective(recipe)
+
+
+# codes of what was trained
+
+
+def test_sounds_are_encoded_together_as_alone(trained: Path) -> None:
+    engine = SpeechTokenizerEngine.load(step_folder(trained, 12))
+    rng = np.random.default_rng(6)
+    sounds = [rng.uniform(-0.3, 0.3, count).astype(np.float32) for count in (16_000, 400, 9_999, 6_400)]
+    together = engine.encode(sounds)
+    assert [len(codes) for codes in together] == [50, 2, 32, 20]
+    for sound, codes in zip(sounds, together, strict=True):
+        np.testing.assert_array_equal(engine.encode([sound])[0], codes)
+        assert codes.min() >= 0 and codes.max() < CONFIG.codebook_size
+
+
+def test_the_fingerprint_is_of_what_codes_follow_from(trained: Path) -> None:
+    early, late = (SpeechTokenizerEngine.load(step_folder(trained, step)) for step in (6, 12))
+    assert early.fingerprint != late.fingerprint
+    assert SpeechTokenizerEngine.load(step_folder(trained, 12)).fingerprint == late.fingerprint
+
+
+def test_rows_with_codes(rows: Path, trained: Path) -> None:
+    out = rows.with_name("codes.jsonl")
+    assert make_codes(Options(str(rows), out, trained)) == 0
+    engine = SpeechTokenizerEngine.load(step_folder(trained, 12))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 6
+    for line, before in zip(lines, rows.read_text().splitlines(), strict=True):
+        assert line["codec"] == engine.fingerprint
+        assert {key: line[key] for key in ("audio", "text", "voice")} == json.loads(before)
+    # a command that was cut short in its third row goes on
+    again = rows.with_name("again.jsonl")
+    numbered = [json.dumps({**line, "row": number}) for number, line in enumerate(lines)]
+    again.with_name("again.jsonl.partial").write_text("\n".join(numbered[:2]) + "\n" + numbered[2][:20])
+    assert make_codes(Options(str(rows), again, trained)) == 0
+    assert again.read_text() == out.read_text()
+    assert not again.with_name("again.jsonl.partial").exists()
+
+
+def test_what_cannot_be_encoded(rows: Path, trained: Path, tiny_model: Path, capsys: Any) -> None:
+    bad = rows.with_name("bad.jsonl")
+    bad.write_text('{"audio": "none.wav"}\n{"audio": "1.wav"}\n')
+    arguments = ("tools/make_codes.py", bad, rows.with_name("out.jsonl"), "--model")
+    done = run(*arguments, trained)
+    assert done.returncode == 1 and re.search(r"error: .*bad.jsonl.*none.wav.*no such file", done.stderr)
+    done = run(*arguments, trained, "--skip-bad")
+    assert done.returncode == 0 and "1 rows could not be read" in done.stderr
+    assert len(rows.with_name("out.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(CheckpointError, match=r"has no speech_tokenizer\.json"):
+        SpeechTokenizerEngine.load(tiny_model)
