@@ -1,6 +1,15 @@
 """Recipes by name. Each module makes those of one stage, for every size."""
 
-from configs import pretrain1, pretrain2, pretrain3, speech_tokenizer, thinker_lora, thinker_sft, token2wav_dit
+from configs import (
+    pretrain1,
+    pretrain2,
+    pretrain3,
+    speech_tokenizer,
+    talker,
+    thinker_lora,
+    thinker_sft,
+    token2wav_dit,
+)
 
 RECIPES = {
     **pretrain1.RECIPES,
@@ -9,5 +18,6 @@ RECIPES = {
     **thinker_sft.RECIPES,
     **thinker_lora.RECIPES,
     **speech_tokenizer.RECIPES,
+    **talker.RECIPES,
     **token2wav_dit.RECIPES,
 }
