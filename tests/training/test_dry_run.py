@@ -24,8 +24,9 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
     for phase in recipe.phases:
         rows = summarize_parameters(recipe, phase)
         of_model = [row for row in rows if not row.path.startswith("lora/")]
-        component = "token2wav" if name.startswith("token2wav") else "thinker"
-        assert sum(row.size for row in of_model) == parameter_count(recipe.model, (component,))
+        components = {"token2wav": ["token2wav"], "talker": ["thinker", "talker"]}.get(name.split("-")[0], ["thinker"])
+        size = sum(parameter_count(recipe.model, (component,)) for component in components)
+        assert sum(row.size for row in of_model) == size
         assert len({row.path for row in rows}) == len(rows)
         rate = {row.path: row.learning_rate for row in rows}
         if name.startswith("thinker-lora"):
@@ -38,6 +39,12 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
             assert {path for path, value in rate.items() if value is None} == {
                 path for path in rate if path.startswith("token2wav/bigvgan/")
             }
+            continue
+        if name.startswith("talker"):
+            trained = {path for path, value in rate.items() if value}
+            own = {path for path in rate if path.startswith("talker/")}
+            new_voices = {"thinker/decoder/embed/embedding"} if "voices" in name else set()
+            assert trained == own | new_voices
             continue
         assert rate["thinker/audio_encoder/bos_eos/embedding"] is None
         assert rate["thinker/vision_encoder/merger/up/kernel"] is not None
