@@ -6,6 +6,7 @@ from configs import (
     pretrain3,
     speech_tokenizer,
     talker,
+    talker_dpo,
     thinker_lora,
     thinker_sft,
     token2wav_dit,
@@ -19,5 +20,6 @@ RECIPES = {
     **thinker_lora.RECIPES,
     **speech_tokenizer.RECIPES,
     **talker.RECIPES,
+    **talker_dpo.RECIPES,
     **token2wav_dit.RECIPES,
 }

@@ -13,6 +13,10 @@ class WrongCodecError(InputError):
     """Codes of speech that another codec made than the one they are for."""
 
 
+class WrongReferenceError(InputError):
+    """Log-probabilities of another model than the one that a run is measured against."""
+
+
 class ConfigError(ValueError):
     """A configuration that the model cannot be built from: an unknown key, sizes that do not divide."""
 

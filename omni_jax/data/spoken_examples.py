@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from flax import struct
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from omni_jax.config import OmniConfig
 from omni_jax.data.examples import Example, Reject, TooLong, examples_or_reject, make_example
 from omni_jax.data.rows import Document, VideoSound, read_row, row_values
 from omni_jax.data.sources import Row
-from omni_jax.data.spoken_rows import Clip, read_speech
+from omni_jax.data.spoken_rows import Clip, Speech, SpeechReader
 from omni_jax.errors import InputError
 from omni_jax.models.talker_conditioning import stream_length
 from omni_jax.processing.clip_text import read_clip_text
@@ -32,6 +32,7 @@ class SpokenExample:
     clip: Example | None  # what the Thinker reads of a clip's text, which ends with the last token of the text
     answers: tuple[Int[np.ndarray, " K"], ...]  # codes that the reply may be spoken with, without an end
     clip_codes: Int[np.ndarray, " J"]  # of the clip; none without one
+    reference: Float[np.ndarray, " answers"]  # log-probability that each has by a reference; 0 where there is none
     prompt_length: int = struct.field(pytree_node=False)  # L, tokens of the dialogue before the reply
     num_reply_rows: int = struct.field(pytree_node=False)  # of the text: tokens of the reply but its last
     num_clip_rows: int = struct.field(pytree_node=False)  # of the text: the last so many tokens of the clip's dialogue
@@ -104,16 +105,21 @@ class PrepareSpoken:
           TooLongError: if it is longer than a row of the batch.
           WrongCodecError: if its codes are another codec's.
         """
-        values = row_values(row)
-        # every code that Token2Wav has a row for
-        last_code = self._config.token2wav_config.dit_config.num_embeds
         # before the media are opened
-        speech = read_speech(values, last_code, self.codec)
+        return self._make(row, self._reader.read(row_values(row)))
+
+    @property
+    def _reader(self) -> SpeechReader:
+        # every code that Token2Wav has a row for
+        return SpeechReader(self._config.token2wav_config.dit_config.num_embeds, self.codec)
+
+    def _make(self, row: Row, speech: Speech) -> SpokenExample:
         voice_token = self._find_voice(speech.voice)
         content = read_row(row, self.use_audio_in_video, self.media_root)
-        if isinstance(content, Document) or content.messages[-1]["role"] != "assistant":
+        messages = () if isinstance(content, Document) else content.messages
+        if isinstance(content, Document) or not messages or messages[-1]["role"] != "assistant":
             raise InputError("speech is of the last message, which must be the assistant's")
-        prompt, replies = self.processor.dialogue(content.messages, max_length=self.max_length)
+        prompt, replies = self.processor.dialogue(messages, max_length=self.max_length)
         # the weights of its text, as when the Thinker is trained on the row
         weights = np.array([*content.weights, 0.0], np.float32)[replies]
         first, num_rows = _find_last_reply(prompt, replies)
@@ -121,8 +127,9 @@ class PrepareSpoken:
         example = SpokenExample(
             make_example(prompt, weights, row.name, self._config, row.source),
             clip,
-            (speech.codes,),
+            speech.answers,
             np.zeros(0, np.int32) if speech.clip is None else speech.clip.codes,
+            np.zeros(len(speech.answers), np.float32),
             prompt_length=first,
             num_reply_rows=num_rows,
             num_clip_rows=num_clip_rows,

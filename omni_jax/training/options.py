@@ -81,8 +81,49 @@ class TalkerOptions:
         check_int("objective.chunk", self.chunk, 1)
         check_float("objective.code_weight", self.code_weight, 0, FLOAT_MAX)
         check_float("objective.text_weight", self.text_weight, 0, FLOAT_MAX)
-        for name, token in self.voices.items():
-            check_int(f"objective.voices, the token of {name!r}", token, 0)
+        check_voices(self.voices)
+
+
+@dataclass(frozen=True)
+class TalkerDPOOptions:
+    """Preferences between two spoken answers (DPO)."""
+
+    beta: float = 0.1
+    """What the difference of the log-ratios is multiplied by: the larger, the nearer the reference."""
+    max_length_gap: float = 0.5
+    """How many more codes the longer answer of a pair may have, as a share of the shorter one's; else it is no pair."""
+    anchor_weight: float = 0.0
+    """Factor of the cross-entropy of the better answers' codes, which is added to the loss."""
+    positions: int = 8192
+    """Of a row of the Talker: of each answer the tokens of the prompt, two more, and a code each 20 ms."""
+    pairs: int = 8
+    """In a row of the Talker, at most."""
+    chunk: int = 1024
+    """Positions of a row whose logits exist at a time."""
+    codec: str | None = None
+    """Fingerprint of the codec that the codes of all rows must be of; without it they may be of any."""
+    voices: dict[str, int] = field(default_factory=dict)
+    """Voices that rows have and the checkpoint has not: names, and the token that speech in each begins with."""
+
+    @property
+    def utterances(self) -> int:
+        return 2 * self.pairs
+
+    def check(self) -> None:
+        """Raises InputError if a field is out of its range."""
+        check_float("objective.beta", self.beta, 0, FLOAT_MAX, above=True)
+        check_float("objective.max_length_gap", self.max_length_gap, 0, FLOAT_MAX)
+        check_float("objective.anchor_weight", self.anchor_weight, 0, FLOAT_MAX)
+        check_int("objective.positions", self.positions, 4)
+        check_int("objective.pairs", self.pairs, 1)
+        check_int("objective.chunk", self.chunk, 1)
+        check_voices(self.voices)
+
+
+def check_voices(voices: dict[str, int]) -> None:
+    """Raises InputError for a token that is none."""
+    for name, token in voices.items():
+        check_int(f"objective.voices, the token of {name!r}", token, 0)
 
 
 @dataclass(frozen=True)
@@ -114,4 +155,6 @@ class SpeechTokenizerOptions:
         check_float("objective.commitment_weight", self.commitment_weight, 0, FLOAT_MAX)
 
 
-ObjectiveOptions: TypeAlias = NextTokenOptions | FlowMatchingOptions | TalkerOptions | SpeechTokenizerOptions
+ObjectiveOptions: TypeAlias = (
+    NextTokenOptions | FlowMatchingOptions | TalkerOptions | TalkerDPOOptions | SpeechTokenizerOptions
+)

@@ -176,6 +176,7 @@ def make_spoken(
         of_clip,
         (codes,),
         clip_codes,
+        np.zeros(1, np.float32),
         prompt_length=len(prompt),
         num_reply_rows=len(reply) - 1,
         num_clip_rows=0 if clip is None else clip.num_rows,

@@ -14,8 +14,15 @@ from omni_jax.training.objectives.lora import LoRA, add_lora
 from omni_jax.training.objectives.next_token import make_next_token
 from omni_jax.training.objectives.speech_tokenizer import make_speech_tokenizer
 from omni_jax.training.objectives.talker import make_next_code
+from omni_jax.training.objectives.talker_dpo import make_talker_dpo
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales
-from omni_jax.training.options import FlowMatchingOptions, NextTokenOptions, SpeechTokenizerOptions, TalkerOptions
+from omni_jax.training.options import (
+    FlowMatchingOptions,
+    NextTokenOptions,
+    SpeechTokenizerOptions,
+    TalkerDPOOptions,
+    TalkerOptions,
+)
 from omni_jax.training.recipe import Recipe
 
 # the objective of a recipe whose options are of this class
@@ -24,6 +31,7 @@ _MAKERS: dict[type, Callable[[Recipe], Objective]] = {
     FlowMatchingOptions: make_flow_matching,
     TalkerOptions: make_next_code,
     SpeechTokenizerOptions: make_speech_tokenizer,
+    TalkerDPOOptions: make_talker_dpo,
 }
 
 

@@ -21,12 +21,16 @@ from omni_jax.models.thinker import Thinker
 from omni_jax.training.objective import Loss, Metrics, Params
 from omni_jax.training.objectives.next_token import NextToken
 from omni_jax.training.objectives.talker_base import TalkerObjective
-from omni_jax.training.options import NextTokenOptions, TalkerOptions
+from omni_jax.training.options import NextTokenOptions, TalkerDPOOptions, TalkerOptions
 from omni_jax.training.recipe import Recipe
 
 
 class NextCode(TalkerObjective):
     """Cross-entropy of the next code, over all codes of a step alike."""
+
+    @property
+    def has_text_loss(self) -> bool:
+        return self.options.text_weight > 0
 
     def denominators(self, batch: SpokenBatch) -> Metrics:
         text = self.thinker.denominators(batch.dialogues)
@@ -44,7 +48,7 @@ class NextCode(TalkerObjective):
         total = options.code_weight * code_loss
         loss = total
         terms = {"code_loss": code_loss, "code_accuracy": jnp.sum(weights * found.is_top)}
-        if options.text_weight:
+        if self.has_text_loss:
             text = self.thinker.loss_of_hidden(
                 params["thinker"], streams.thinker, batch.dialogues, denominators, trained
             )
@@ -54,7 +58,7 @@ class NextCode(TalkerObjective):
         return Loss(total, {"loss": loss, **terms})
 
 
-def make_models(recipe: Recipe, options: TalkerOptions) -> tuple[NextToken, Talker]:
+def make_models(recipe: Recipe, options: TalkerOptions | TalkerDPOOptions) -> tuple[NextToken, Talker]:
     """The recipe's Thinker, with its own objective, and its Talker; both have scanned layers.
 
     Raises:

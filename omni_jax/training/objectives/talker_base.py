@@ -68,7 +68,12 @@ class TalkerObjective(Objective):
     thinker: NextToken
     model: Talker
     config: OmniConfig
-    options: TalkerOptions = dataclasses.field(default_factory=TalkerOptions)
+    options: Any = dataclasses.field(default_factory=TalkerOptions)  # or ``TalkerDPOOptions``
+
+    @property
+    def has_text_loss(self) -> bool:
+        """Whether the Thinker's own loss is taken too."""
+        return False
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -87,20 +92,21 @@ class TalkerObjective(Objective):
         return self.thinker.init_params(component, key)
 
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> SpokenPacking:
-        voices = self._find_voices(processor)
-        budget = self._budget(data)
-        processor = processor_of_rows(data, processor, max(data.workers, 1) * num_streams)
-        prepare = PrepareSpoken(
-            processor,
-            data.tokens,
-            budget.check,
-            voices,
+        prepare = PrepareSpoken(**self.prepare_arguments(data, processor, num_streams))
+        return SpokenPacking(prepare, self.budget(data), processor.config, self.dtype)
+
+    def prepare_arguments(self, data: DataConfig, processor: Processor, num_streams: int) -> dict[str, Any]:
+        """The fields of ``PrepareSpoken``, by name; see ``make_packing``."""
+        return dict(
+            processor=processor_of_rows(data, processor, max(data.workers, 1) * num_streams),
+            max_length=data.tokens,
+            check=self.budget(data).check,
+            voices=self._find_voices(processor),
             codec=self.options.codec,
             use_audio_in_video=data.use_audio_in_video,
             media_root=data.media_root,
             too_long=data.too_long,
         )
-        return SpokenPacking(prepare, budget, processor.config, self.dtype)
 
     def _find_voices(self, processor: Processor) -> dict[str, int]:
         """The voices of the checkpoint that a run has begun from, and those of its options.
@@ -125,12 +131,13 @@ class TalkerObjective(Objective):
             voices[name] = token
         return voices
 
-    def abstract_row(self, data: DataConfig) -> SpokenBatch:
+    def abstract_row(self, data: DataConfig) -> Any:
         # an empty batch of one row, made by the code that makes all others, so that the two cannot differ
-        budget = self._budget(dataclasses.replace(data, rows=1, streams=1))
+        budget = self.budget(dataclasses.replace(data, rows=1, streams=1))
         return assemble_spoken([SpokenPart(budget)], budget, self.config, first=0, streams=1, media_dtype=self.dtype)
 
-    def _budget(self, data: DataConfig) -> SpokenBudget:
+    def budget(self, data: DataConfig) -> SpokenBudget:
+        """What a stream may put into a step."""
         return SpokenBudget(Budget.of(data), self.options.positions, self.options.utterances)
 
     def trains_thinker(self, trained: Collection[str]) -> bool:
@@ -171,7 +178,11 @@ class TalkerObjective(Objective):
         chunk = chunk_of_mesh(batch.targets.shape[1], self.options.chunk)
         return token_log_probs(head, streams.talker, batch.targets, chunk=chunk)
 
-    def count_work(self, batch: SpokenBatch) -> Metrics:
+    def count_work(self, batch: Any) -> Metrics:
+        return self.count_spoken(batch)
+
+    def count_spoken(self, batch: SpokenBatch) -> Metrics:
+        """How much of a batch is no padding; see ``Objective.count_work``."""
         counts = self.thinker.count_work(batch.dialogues)
         positions, pairs = count_pairs(batch.segment_ids)
         # what is trained on are codes; the Talker's positions are what its FLOPs are counted from
@@ -195,10 +206,9 @@ class TalkerObjective(Objective):
         return total + 3 * 4.0 * c.num_hidden_layers * width * counts["talker_pairs"]
 
     def _thinker_flops(self, sizes: Mapping[str, int], trained: Collection[str], counts: Mapping[str, float]) -> float:
-        has_text_loss = self.options.text_weight > 0
         own_sizes = {}
         for path, size in sizes.items():
-            if path.startswith(_THINKER) and (has_text_loss or "/head/" not in path):
+            if path.startswith(_THINKER) and (self.has_text_loss or "/head/" not in path):
                 own_sizes[path] = size
         own_trained = trained if self.trains_thinker(trained) else ()
         return self.thinker.count_flops(own_sizes, own_trained, {**counts, "tokens": counts["text_tokens"]})
