@@ -1,0 +1,89 @@
+"""Tools that make rows of speech: sentences of a grammar, and rows for the Talker."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run
+from tools.make_speech import VOICES, Options, make_rows, plan_utterances
+from tools.make_spoken_rows import Options as SpokenOptions
+from tools.make_spoken_rows import make_rows as make_spoken_rows
+
+
+def test_sentences_are_held_out() -> None:
+    planned = plan_utterances(Options(Path("out"), sentences=50, held_out=5))
+    texts = {part: [utterance.text for utterance in own] for part, own in planned.items()}
+    assert len(texts["train"]) == 50 * len(VOICES) and len(texts["test"]) == 5 * len(VOICES)
+    everything = [text for own in texts.values() for text in own]
+    assert len(set(everything)) == len(everything)
+    # the same seed gives the same sentences, another one others
+    assert plan_utterances(Options(Path("out"), sentences=50, held_out=5)) == planned
+    assert plan_utterances(Options(Path("out"), sentences=50, held_out=5, seed=1)) != planned
+
+
+def test_the_words_of_held_out_sentences_are_in_others() -> None:
+    planned = plan_utterances(Options(Path("out"), sentences=400, held_out=24))
+    words = {}
+    for part, own in planned.items():
+        text = " ".join(utterance.text for utterance in own)
+        words[part] = set(re.findall(r"[a-z]+", text.lower()))
+    assert words["test"] <= words["train"]
+
+
+def test_clips_are_of_the_same_voice() -> None:
+    planned = plan_utterances(Options(Path("out"), sentences=3, held_out=1))
+    for row in make_rows(planned["train"]):
+        assert Path(row["ref_audio"]).name.startswith(row["voice"]) and row["ref_audio"] != row["audio"]
+
+
+def utterances(count: int) -> list[dict]:
+    return [
+        {"text": f"Text {n}.", "codec_ids": [n], "codec": "0f", "voice": "ab"[n % 2], "audio": f"{n}.wav"}
+        for n in range(count)
+    ]
+
+
+def test_rows_for_the_talker() -> None:
+    rows = make_spoken_rows(utterances(400), SpokenOptions("rows", Path("out"), clips=0.5))
+    assert rows[0]["messages"][0]["content"] == "Read this aloud: Text 0."
+    with_clip = 0
+    without_name = 0
+    for number, row in enumerate(rows):
+        assert row["messages"][1] == {"role": "assistant", "content": f"Text {number}."}
+        speech = row["speech"]
+        assert speech["codec_ids"] == [number] and speech["codec"] == "0f"
+        if "ref" in speech:
+            with_clip += 1
+            (clip,) = speech["ref"]["codec_ids"]
+            assert clip % 2 == number % 2 and clip != number and speech["ref"]["text"] == f"Text {clip}."
+        assert "voice" in speech or "ref" in speech
+        without_name += "voice" not in speech
+    # of 400 draws with a chance of a half and a quarter, more than four deviations around the mean
+    assert 160 < with_clip < 240 and 65 < without_name < 135
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"text": "a"}', "rows.jsonl:1: it has no codec_ids; tools/make_codes.py adds them"),
+        ('{"codec_ids": [1]}', "text is None; it must be what is said"),
+    ],
+)
+def test_rows_that_cannot_be_spoken(tmp_path: Path, row: str, reason: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(row + "\n")
+    done = run("tools/make_spoken_rows.py", tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    assert done.returncode == 1 and reason in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_rows_as_a_command(tmp_path: Path) -> None:
+    lines = [json.dumps(values) for values in utterances(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    done = run("tools/make_spoken_rows.py", tmp_path / "rows.jsonl", tmp_path / "out.jsonl", "--question", "Say {text}")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["messages"][0]["content"] for row in found] == ["Say Text 0.", "Say Text 1.", "Say Text 2."]
