@@ -13,6 +13,7 @@ import serve
 from omni_jax.checks import printable
 from omni_jax.engine.outputs import Reply, Timings
 from omni_jax.errors import InputError
+from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Usage
 from omni_jax.serving.chat import describe_reply, make_messages, make_options
 from omni_jax.serving.commands import ChatCommand
@@ -121,6 +122,14 @@ def test_the_system_prompt_and_the_options_of_a_video() -> None:
     assert system == {"role": "system", "content": "Be brief."}
     assert user["content"] == [{"type": "video", "video": "v", "use_audio_in_video": False, "fps": 1.0}]
     assert make_messages(chat("--video", "v"))[0]["content"][0]["use_audio_in_video"] == "auto"
+
+
+def test_a_text_that_is_to_be_spoken() -> None:
+    command = chat("--reply-text", "Good morning.", "--out", "a.wav")
+    assert make_options(command)["reply_text"] == "Good morning."
+    assert make_messages(command) == [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}]
+    assert len(make_messages(chat("--reply-text", "a", "--text", "b", "--speak"))) == 2
+    assert "reply_text" not in make_options(chat("--text", "b"))
 
 
 def test_nothing_to_answer() -> None:

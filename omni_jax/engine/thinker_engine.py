@@ -48,6 +48,7 @@ from omni_jax.engine.thinker_programs import (
     prefill_blocks,
     prefill_chunk,
     resize_rows,
+    resize_tokens,
     widen_stop_ids,
 )
 from omni_jax.models.thinker import Thinker
@@ -66,12 +67,19 @@ class TextRequest:
       sampling: how tokens are drawn.
       max_tokens: of the reply.
       stop_ids: ids that end the reply.
+      given_tokens: that the reply begins with, whatever the model would draw in their place.
     """
 
     prompt: Int[np.ndarray, " S"]
     sampling: SamplingParams
     max_tokens: int
     stop_ids: tuple[int, ...]
+    given_tokens: tuple[int, ...] = ()
+
+    @property
+    def given_length(self) -> int:
+        """Positions of the prompt and of the tokens that are given."""
+        return len(self.prompt) + len(self.given_tokens)
 
 
 class ThinkerEngine:
@@ -159,15 +167,20 @@ class ThinkerEngine:
         # nothing remains to be decoded, which is what makes a slot free
         none = np.zeros(num_slots, np.int32)
         stop_ids = np.full((num_slots, MIN_STOP_IDS), PAD_TOKEN, np.int32)
+        given = np.full((num_slots, prefix.context.capacity), PAD_TOKEN, np.int32)
         # one transfer, and to where results of programs lie: else each program is compiled twice
-        host = (init_sampling_state(num_slots, self._config.vocab_size), none, none, stop_ids)
-        sampling, remaining, num_tokens, stop_ids = jax.device_put(host, self._placement)
-        return ThinkerState(prefix.context, prefix.talker_inputs, sampling, remaining, num_tokens, stop_ids)
+        host = (init_sampling_state(num_slots, self._config.vocab_size), none, none, stop_ids, given)
+        counters = jax.device_put(host, self._placement)
+        return ThinkerState(prefix.context, prefix.talker_inputs, *counters)
 
     def resize(self, state: ThinkerState, capacity: int) -> ThinkerState:
         """The same with room for so many tokens of each slot."""
         context, talker_inputs = self._resize(state.context, state.talker_inputs, capacity)
-        return dataclasses.replace(state, context=context, talker_inputs=talker_inputs)
+        given = state.given_tokens
+        while given.shape[1] < context.capacity:
+            with on_mesh(self._mesh):
+                given = resize_tokens(given, 2 * given.shape[1])
+        return dataclasses.replace(state, context=context, talker_inputs=talker_inputs, given_tokens=given)
 
     def resize_prefix(self, prefix: ThinkerPrefix, capacity: int) -> ThinkerPrefix:
         """The same with room for so many tokens of each dialogue."""
@@ -222,7 +235,7 @@ class ThinkerEngine:
 
     def begin(self, state: ThinkerState, slot: int, request: TextRequest) -> ThinkerState:
         """Has a slot answer whose prompt has been prefilled into it; the state is used up."""
-        state, reply = self._make_reply_start(state, request)
+        state, reply = self._make_reply_start(self.resize(state, request.given_length), request)
         with on_mesh(self._mesh):
             return begin_reply(state, np.int32(slot), reply)
 
@@ -236,7 +249,7 @@ class ThinkerEngine:
           request: how to answer.
         """
         # both must have one capacity: a copy between caches of equal shape is one program for each capacity
-        state = self.resize(state, prefix.context.capacity)
+        state = self.resize(state, max(prefix.context.capacity, request.given_length))
         prefix = self.resize_prefix(prefix, state.context.capacity)
         state, reply = self._make_reply_start(state, request)
         with on_mesh(self._mesh):
@@ -287,15 +300,17 @@ class ThinkerEngine:
         return context, talker_inputs
 
     def _make_reply_start(self, state: ThinkerState, request: TextRequest) -> tuple[ThinkerState, ReplyStart]:
-        """What a slot needs to answer, and the state with room for its stop ids."""
+        """What a slot needs to answer, and the state with room for its stop ids; for given tokens it has room."""
         # it never shrinks: the width is part of a shape, and each shape is a program
         width = bucket(len(request.stop_ids), state.stop_ids.shape[1])
         stop_ids = np.full((1, width), PAD_TOKEN, np.int32)
         stop_ids[0, : len(request.stop_ids)] = request.stop_ids
+        given = np.full((1, state.context.capacity), PAD_TOKEN, np.int32)
+        given[0, len(request.prompt) : request.given_length] = request.given_tokens
         sampling = make_sampling_state([request.sampling], [request.prompt], self._config.vocab_size)
         if width > state.stop_ids.shape[1]:
             with on_mesh(self._mesh):
                 state = widen_stop_ids(state, width)
         # one transfer for all, and committed to where the state lies: else the program is compiled twice
-        host = ReplyStart(sampling, np.array([request.max_tokens], np.int32), stop_ids)
+        host = ReplyStart(sampling, np.array([request.max_tokens], np.int32), stop_ids, given)
         return state, jax.device_put(host, self._placement)

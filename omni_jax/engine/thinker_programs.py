@@ -61,6 +61,7 @@ class ThinkerState:
     remaining: Int[Array, " B"]  # tokens each slot may still decode; 0: it has finished
     num_tokens: Int[Array, " B"]  # of the reply so far
     stop_ids: Int[Array, "B stops"]  # ids that end a slot's reply, padded with PAD_TOKEN
+    given_tokens: Int[Array, "B capacity"]  # of a reply that is given, by position; PAD_TOKEN: the model's is taken
 
 
 @struct.dataclass
@@ -78,6 +79,7 @@ class ReplyStart:
     sampling: SamplingState
     remaining: Int[Array, "1"]
     stop_ids: Int[Array, "1 stops"]
+    given_tokens: Int[Array, "1 capacity"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -107,6 +109,12 @@ def overlay_features(
 def widen_stop_ids(state: ThinkerState, width: int) -> ThinkerState:
     spare = width - state.stop_ids.shape[1]
     return dataclasses.replace(state, stop_ids=jnp.pad(state.stop_ids, ((0, 0), (0, spare)), constant_values=PAD_TOKEN))
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def resize_tokens(tokens: Int[Array, "B N"], capacity: int) -> Int[jax.Array, "B capacity"]:
+    """The same with ``PAD_TOKEN`` behind, up to ``capacity``."""
+    return replicate(jnp.pad(tokens, ((0, 0), (0, capacity - tokens.shape[1])), constant_values=PAD_TOKEN))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="prefix")
@@ -232,6 +240,7 @@ def _begin_reply(state: ThinkerState, slot: Int[Array, ""], reply: ReplyStart) -
         remaining=replicate(insert_slot(state.remaining, slot, reply.remaining)),
         num_tokens=replicate(jnp.asarray(state.num_tokens).at[slot].set(0)),
         stop_ids=replicate(insert_slot(state.stop_ids, slot, reply.stop_ids)),
+        given_tokens=replicate(insert_slot(state.given_tokens, slot, reply.given_tokens)),
     )
 
 
@@ -274,6 +283,7 @@ def decode_text(
         remaining=replicate(state.remaining),
         num_tokens=replicate(state.num_tokens),
         stop_ids=replicate(state.stop_ids),
+        given_tokens=replicate(state.given_tokens),
     )
     return state, pack_result(tokens, state.remaining)
 
@@ -287,6 +297,10 @@ def _decode_token(model: Thinker, params: Any, state: ThinkerState) -> tuple[Thi
     with jax.named_scope("sample"):
         # slots that have finished are computed too, and their results dropped: shapes are fixed
         tokens, sampling = sample(logits, state.sampling, active)  # [B]
+    # where the reply is given, the token at the index that the cache writes next
+    length = jnp.asarray(before.cache.lengths)[:, None]  # [B, 1]
+    given = jnp.take_along_axis(state.given_tokens, length, axis=1, mode="fill", fill_value=PAD_TOKEN)[:, 0]  # [B]
+    tokens = jnp.where(given == PAD_TOKEN, tokens, given)
     # a stop id is decoded and kept, so that the Talker learns of the end; nothing follows it
     is_stop = jnp.any(tokens[:, None] == state.stop_ids, axis=1)  # [B]
     x = apply_method(model, "embed_tokens", params, tokens)[:, None]  # [B, 1, D]

@@ -399,7 +399,10 @@ class OmniModel:
         stop_ids = tuple(dict.fromkeys((*self.processor.stop_ids, *options.stop_token_ids)))
         # the context may end the reply before max_tokens does
         room = c.text_config.max_position_embeddings - len(prompt)
-        text = TextRequest(prompt.tokens, options.sampling, min(options.max_tokens, room), stop_ids)
+        given = () if options.reply_text is None else self.processor.encode_reply(options.reply_text)
+        max_tokens = min(len(given) or options.max_tokens, room)
+        # what the context has no room for is left out, as of any reply
+        text = TextRequest(prompt.tokens, options.sampling, max_tokens, stop_ids, given[:max_tokens])
         # the two ids behind the prompt are resolved as if text followed it
         reply_span = mrope.resolve_spans((*prompt.segments, Text(2)), c)[-1]
         request = Request(

@@ -33,6 +33,8 @@ class Options:
       talker: how it is spoken, see ``TalkerParams.create``; its seed is that of the text unless it has one.
       noise_seed: of the noise that the sound is made from; the text's seed if None.
       adapter: which of the loaded adapters answers, by name; None: the model without one.
+      reply_text: what the reply is, in place of what the model would answer: what it is to speak, as text to speech.
+        ``max_tokens`` does not hold for it.
     """
 
     sampling: SamplingParams = SamplingParams()  # noqa: RUF009, frozen
@@ -45,6 +47,7 @@ class Options:
     talker: Mapping[str, Any] = field(default_factory=dict)
     noise_seed: int | None = None
     adapter: str | None = None
+    reply_text: str | None = None
 
     @classmethod
     def names(cls) -> list[str]:
@@ -78,6 +81,8 @@ class Options:
             raise InputError(f"voice is {shown(self.voice)}; it must be a name")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise InputError(f"adapter is {shown(self.adapter)}; it must be a name")
+        if self.reply_text is not None and (not isinstance(self.reply_text, str) or not self.reply_text):
+            raise InputError(f"reply_text is {shown(self.reply_text)}; it must be a text that is not empty")
         # what is in it is checked against the model, which knows its limits (``OmniModel.check``)
         if not isinstance(self.talker, Mapping):
             raise InputError(f"talker is {shown(self.talker)}; it must be a dict of options")

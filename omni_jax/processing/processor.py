@@ -187,6 +187,10 @@ class Processor:
         self._check_length(prompt, (), (), max_length)
         return prompt
 
+    def encode_reply(self, text: str) -> tuple[int, ...]:
+        """The tokens of a reply of this text, with the one that ends it; as in ``dialogue``."""
+        return tuple(self.tokenizer.encode([(text, False), ("<|im_end|>", True)]))
+
     def before_media(self, messages: Sequence[Message], kind: LiveKind, *, assume_fps: float | None = None) -> Prompt:
         """What stands before media that are still to come, in a last message of the user's.
 

@@ -92,16 +92,18 @@ def make_messages(command: ChatCommand) -> list[dict[str, Any]]:
     parts += [{"type": "audio", "audio": source} for source in command.audio]
     parts += [{"type": "video", "video": source, **video_options} for source in command.video]
     parts += [{"type": "text", "text": text} for text in command.text]
-    if not parts:
-        raise InputError("nothing to answer: give --text, --image, --audio or --video")
+    if not parts and command.reply_text is None:
+        raise InputError("nothing to answer: give --text, --image, --audio or --video, or --reply-text")
     # under another system prompt the model may speak badly; without speech the template puts in its own
     system_prompt = command.system
     if system_prompt is None and find_sound_path(command) is not None:
         system_prompt = SPEECH_SYSTEM_PROMPT
-    question = {"role": "user", "content": parts}
-    if system_prompt is None:
-        return [question]
-    return [{"role": "system", "content": system_prompt}, question]
+    messages: list[dict[str, Any]] = []
+    if system_prompt is not None:
+        messages.append({"role": "system", "content": system_prompt})
+    if parts:
+        messages.append({"role": "user", "content": parts})
+    return messages
 
 
 def make_options(command: ChatCommand) -> dict[str, Any]:
@@ -111,6 +113,8 @@ def make_options(command: ChatCommand) -> dict[str, Any]:
         "stop": command.stop,
         **_without_none(dataclasses.asdict(command.sampling)),
     }
+    if command.reply_text is not None:
+        options["reply_text"] = command.reply_text
     if command.adapter is not None:
         options["adapter"] = _ADAPTER
     if find_sound_path(command) is not None:

@@ -89,8 +89,9 @@ def parse_body(body: Any) -> ChatRequest:
       body: OpenAI's ``messages``, ``modalities``, ``audio``, ``max_completion_tokens`` or ``max_tokens``,
         ``temperature``, ``top_p``, ``seed``, ``stop``; and of vLLM's ``top_k``, ``repetition_penalty``,
         ``stop_token_ids``, ``mm_processor_kwargs``, ``return_token_ids`` and ``sampling_params_list``, whose parts are
-        for the Thinker, the Talker and Token2Wav; and ``adapter``, the name of one that is loaded. Of what else OpenAI
-        and vLLM have, the values that ask for nothing are taken.
+        for the Thinker, the Talker and Token2Wav; ``adapter``, the name of one that is loaded; and ``reply_text``, what
+        is to be spoken in place of an answer. Of what else OpenAI and vLLM have, the values that ask for nothing are
+        taken.
 
     Raises:
       InputError: for anything else, and for a value that cannot be used.
@@ -251,6 +252,7 @@ _READERS: dict[str, Callable[[Any, _Fields], None]] = {
     "mm_processor_kwargs": _read_media_options,
     "return_token_ids": _read_return_token_ids,
     "adapter": _option_reader("adapter"),
+    "reply_text": _option_reader("reply_text"),
 }
 
 

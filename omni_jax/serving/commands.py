@@ -81,6 +81,8 @@ class ChatCommand:
     --model has its adapter merged.)"""
     system: str | None = None
     """The system prompt; without it, the chat template's own, or with --out the one that speech was trained with."""
+    reply_text: str | None = None
+    """Have this text be the answer, and speak it: text to speech."""
     use_audio_in_video: Literal["auto", "true", "false"] = "auto"
     """Whether to hear the videos too. auto: those that have a sound track; true: a silent video is an error."""
     fps: float | None = None

@@ -30,6 +30,7 @@ def test_fields() -> None:
     without_effect = dict(model="any", user="somebody", n=1, stream=False, tools=None)
     request = parse_body(body(max_tokens=7, max_completion_tokens=9, **sampling, **stops, **speech, **without_effect))
     assert parse_body(body(adapter="legal")).options.adapter == "legal"
+    assert parse_body(body(reply_text="Good morning.")).options.reply_text == "Good morning."
     o = request.options
     assert o.max_tokens == 9
     assert o.sampling == SamplingParams(0.5, 5, 0.9, 1.1, 3)
