@@ -6,6 +6,7 @@ Letters: N blocks of F frames, K codes of a request.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from omni_jax.models.bigvgan_streaming import Sides, reach
 from omni_jax.models.dit import DiT
 from omni_jax.models.dit_streaming import CarriedDiT, Speaker
 from omni_jax.models.ode_solver import Solver
+from omni_jax.models.speaker_encoder import shortest_clip
 from omni_jax.models.token2wav import Token2Wav, parts
 from omni_jax.sharding import batch_shards, replicate
 
@@ -50,7 +52,7 @@ from omni_jax.sharding import batch_shards, replicate
 # compilers for TPUs take longer for them; the shorter ones are for short replies, and for what is left of longer ones
 WINDOW_NEW_FRAMES = (64, 132, 192)
 MIN_CLIP_FRAMES = 512  # that a voice's clip is padded to, and then to a bucket of as many: few programs for all clips
-MIN_VOICES = 4  # that a call has room for at least, so that their number makes no programs of its own
+MIN_VOICES = 64  # that a call has room for at least, so that their number makes no programs of its own
 
 
 class Token2WavEngine:
@@ -92,7 +94,8 @@ class Token2WavEngine:
             CarriedDiT(self.dit, solver), self.dit_params, bigvgan.config, self.vocoder_weights, mesh
         )
         self.pace = Pace()
-        self._speakers: dict[str, tuple[Voice, np.ndarray]] = {}  # of the voices that have spoken
+        # of the voices that have spoken, as long as somebody has them: those of clips come and go
+        self._speakers: weakref.WeakKeyDictionary[Voice, np.ndarray] = weakref.WeakKeyDictionary()
 
     @property
     def codes_per_block(self) -> int:
@@ -268,6 +271,16 @@ class Token2WavEngine:
         for voice in voices:
             self._encode_speaker(voice)
 
+    def warm_up_clips(self, num_frames: int) -> None:
+        """Compiles the speaker encoder for clips of so many frames and of fewer."""
+        c = self.config.dit_config
+        length = shortest_clip(c)
+        while length <= bucket(num_frames, MIN_CLIP_FRAMES):
+            clip = np.zeros((1, length, c.mel_dim), np.float32)
+            self._encode_speaker(Voice("none", 0, np.zeros((1, c.enc_emb_dim), np.float32), clip))
+            # the shortest clip of the next bucket
+            length = bucket(length, MIN_CLIP_FRAMES) + 1
+
     def warm_up_streams(
         self, voice: Voice, first_chunk_codes: int, chunk_codes: int, first_look_ahead: int | None
     ) -> None:
@@ -310,18 +323,16 @@ class Token2WavEngine:
 
     def _encode_speaker(self, voice: Voice) -> Float[np.ndarray, "2 enc_dim"]:
         """What the speaker encoder makes of a voice, once for all of its requests."""
-        known = self._speakers.get(voice.name)
-        # a voice of the same name may have been replaced by another
-        if known is None or known[0] is not voice:
+        rows = self._speakers.get(voice)
+        if rows is None:
             # clips have lengths of their own, and each length of the array is a program
             num_frames = voice.ref_mel.shape[1]
             padded = np.zeros((1, bucket(num_frames, MIN_CLIP_FRAMES), voice.ref_mel.shape[2]), np.float32)
             padded[:, :num_frames] = voice.ref_mel
             with on_mesh(self.mesh):
-                rows = encode_speakers(self.dit, self.dit_params, padded, np.array([num_frames]))
-            known = voice, np.asarray(rows)
-            self._speakers[voice.name] = known
-        return known[1]
+                rows = np.asarray(encode_speakers(self.dit, self.dit_params, padded, np.array([num_frames])))
+            self._speakers[voice] = rows
+        return rows
 
 
 class _Window(NamedTuple):

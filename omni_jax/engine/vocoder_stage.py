@@ -11,7 +11,7 @@ from omni_jax.engine.outputs import Event, Timings, Utilization
 from omni_jax.engine.prefill import Engines, Stopwatch
 from omni_jax.engine.request import RequestState, Stage
 from omni_jax.engine.stage import StageOutput
-from omni_jax.engine.token2wav_engine import Token2WavEngine
+from omni_jax.engine.token2wav_engine import MIN_VOICES, Token2WavEngine
 from omni_jax.engine.token2wav_lists import longest_list, round_num_blocks
 from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.models.token2wav import SAMPLE_RATE
@@ -232,6 +232,7 @@ class VocoderStage:
         for state in self._waiting:
             num_blocks = self._round_list([*taken, state])
             fits = not self._block_sizes or num_blocks <= self._block_sizes[-1]
+            fits = fits and _count_voices([*taken, state]) <= MIN_VOICES
             if has_listeners:
                 fits = per_block is not None and num_blocks * per_block <= seconds and (fits or not taken)
             elif not taken:
@@ -277,3 +278,11 @@ class VocoderStage:
     def _count_blocks(self, states: list[RequestState]) -> list[int]:
         assert self._engine is not None
         return [self._engine.count_blocks(state.num_codes) for state in states]
+
+
+def _count_voices(states: list[RequestState]) -> int:
+    voices = set()
+    for state in states:
+        if state.request.speech is not None:
+            voices.add(state.request.speech.voice)
+    return len(voices)

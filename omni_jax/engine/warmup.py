@@ -153,7 +153,13 @@ def decoder_jobs(engines: Engines, config: SchedulerConfig, *, tokens: int) -> l
 
 
 def sound_jobs(
-    engines: Engines, voices: Sequence[Voice], configs: Sequence[SchedulerConfig], *, tokens: int, streams: bool
+    engines: Engines,
+    voices: Sequence[Voice],
+    configs: Sequence[SchedulerConfig],
+    *,
+    tokens: int,
+    streams: bool,
+    clip_frames: int = 0,
 ) -> list[WarmUpJob]:
     """Every program of Token2Wav that schedulers run.
 
@@ -163,11 +169,14 @@ def sound_jobs(
       configs: of the schedulers.
       tokens: codes of a reply at most.
       streams: whether there are live requests.
+      clip_frames: of the clips at most that requests bring along as their voice; 0 for none.
     """
     engine = engines.token2wav
     if engine is None or not voices:
         return []
     jobs = [WarmUpJob(functools.partial(engine.encode_voices, voices)), WarmUpJob(engine.warm_up_vocoder)]
+    if clip_frames:
+        jobs.append(WarmUpJob(functools.partial(engine.warm_up_clips, clip_frames)))
     lengths = set()
     for config in configs:
         lengths |= set(list_lengths(engine.count_blocks(tokens), config.block_sizes))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,16 +12,13 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
 from omni_jax import mrope
 from omni_jax.batch import bucket
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
-from omni_jax.checkpoint.voices import VOICES_FILE, Voice, choose, load_voices
+from omni_jax.checkpoint.voices import VOICES_FILE, Voice, load_voices
 from omni_jax.checkpoint.voices import check as check_voices
-from omni_jax.checks import check_int, shown
+from omni_jax.checks import check_float, check_int, shown
 from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.config import OmniConfig
 from omni_jax.engine.detokenizer import Detokenizer
@@ -43,9 +39,11 @@ from omni_jax.engine.scheduler import Scheduler
 from omni_jax.engine.thinker_engine import TextRequest
 from omni_jax.engine.warmup import Compilations, Progress, decoder_jobs, encoder_jobs, run_jobs, sound_jobs
 from omni_jax.errors import InputError
+from omni_jax.generation.cloned_voice import ClonedVoice, SpeakerTable, read_voice_clip
 from omni_jax.generation.components import choose_components, load_engines
 from omni_jax.generation.live_session import LiveSession
 from omni_jax.generation.options import Messages, Options, warn_untrained
+from omni_jax.generation.progress_bar import show_progress
 from omni_jax.generation.quantization import CacheDtype, NumberFormat, Quantization
 from omni_jax.models.ode_solver import Solver
 from omni_jax.processing.fetch import RemoteAccess
@@ -54,6 +52,9 @@ from omni_jax.processing.live import LivePrompt
 from omni_jax.processing.media_workers import isolate
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.speaker_vectors import OnnxSpeakerModel, SpeakerModel
+from omni_jax.processing.speech_mel import FRAME_RATE
+from omni_jax.processing.voice_clip import MAX_SECONDS, VoiceClip
 from omni_jax.segments import Text
 
 MAX_BATCH_SIZE = 4096
@@ -75,6 +76,7 @@ def load(
     quantization: Quantization | None = None,
     kv_cache_dtype: CacheDtype | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
+    speaker_model: str | os.PathLike[str] | None = None,
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
@@ -101,6 +103,7 @@ def load(
         head.
       adapters: folders of adapters of the Thinker (LoRA), as peft writes them or of training runs, by the names that
         requests choose them by. The adapter of a run whose folder is given as ``folder`` is merged instead.
+      speaker_model: an ONNX file that makes the speaker vectors of clips (``processing.speaker_vectors``).
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
@@ -116,13 +119,16 @@ def load(
     # small files first: what is wrong with them is found before gigabytes are read
     config = OmniConfig.load(folder)
     processor = Processor.load(folder, access=access)
+    onnx_model = None
+    if speaker_model is not None:
+        onnx_model = OnnxSpeakerModel(Path(speaker_model), config.token2wav_config.dit_config.enc_emb_dim)
     folders = {name: Path(adapter) for name, adapter in adapters.items()}
     engines = load_engines(folder, config, wanted, number_format, mesh, chunk_sizes or ChunkSizes(), solver, folders)
     voices: Mapping[str, Voice] = {}
     if "talker" in wanted:
         voices = load_voices(folder)
         check_voices(voices, config, folder / VOICES_FILE)
-    return OmniModel(config, isolate(processor) if isolate_media else processor, engines, voices)
+    return OmniModel(config, isolate(processor) if isolate_media else processor, engines, voices, onnx_model)
 
 
 class OmniModel:
@@ -135,11 +141,19 @@ class OmniModel:
       voices: who it can speak as, by name; none without a Talker.
     """
 
-    def __init__(self, config: OmniConfig, processor: Processor, engines: Engines, voices: Mapping[str, Voice]):
+    def __init__(
+        self,
+        config: OmniConfig,
+        processor: Processor,
+        engines: Engines,
+        voices: Mapping[str, Voice],
+        speaker_model: SpeakerModel | None = None,
+    ):
         self.config = config
         self.processor = processor
         self.engines = engines
         self.voices = voices
+        self._speakers = SpeakerTable(config, speaker_model)
 
     def generate(self, messages: Messages, **options: Any) -> Reply:
         """Answers one dialogue.
@@ -195,6 +209,7 @@ class OmniModel:
         chosen = Options.create(**options)
         self.check(chosen)
         warn_untrained(chosen, [messages])
+        clip = self._read_clip(chosen)
         prompt = LivePrompt(self.processor, messages, audio=audio, video=video, assume_fps=chosen.assume_fps)
         scheduler = Scheduler(self.engines)
         # room for the beginning of the input; caches grow as more comes
@@ -208,7 +223,8 @@ class OmniModel:
                 raise InputError(f"{' and '.join(fixed)} must be given to listen; what came is already read so")
             changed = Options.create(**{**options, **changes})
             self.check(changed)
-            return self._make_request(pieces, whole, changed, live=True)
+            changed_clip = self._read_clip(changed) if "voice" in changes else clip
+            return self._make_request(pieces, whole, changed, live=True, clip=changed_clip)
 
         return LiveSession(prompt, scheduler, prefix, make_request)
 
@@ -229,6 +245,7 @@ class OmniModel:
         chosen = Options.create(**options)
         self.check(chosen)
         warn_untrained(chosen, conversations)
+        clip = self._read_clip(chosen)
         # as many slots for few dialogues as for many: each number of slots has programs of its own
         scheduler = self.scheduler(_batch_config(batch_size) if len(conversations) > 1 else SchedulerConfig())
         stopwatch = Stopwatch(self.engines.clock)
@@ -244,7 +261,7 @@ class OmniModel:
         numbers = {}
         # by length, so that caches grow once
         for number in sorted(prompts, key=lambda number: len(prompts[number])):
-            numbers[self.submit(scheduler, prompts[number], chosen)] = number
+            numbers[self.submit(scheduler, prompts[number], chosen, clip=clip)] = number
         for state, event in scheduler.run():
             if event.reply is not None:
                 replies[numbers[state]] = event.reply
@@ -254,7 +271,15 @@ class OmniModel:
         """A scheduler for many requests that come and go one by one; see ``submit``."""
         return Scheduler(self.engines, config)
 
-    def submit(self, scheduler: Scheduler, prompt: Prompt, options: Options, *, live: bool = False) -> RequestState:
+    def submit(
+        self,
+        scheduler: Scheduler,
+        prompt: Prompt,
+        options: Options,
+        *,
+        live: bool = False,
+        clip: VoiceClip | None = None,
+    ) -> RequestState:
         """Gives a scheduler of this model a request.
 
         Args:
@@ -262,13 +287,15 @@ class OmniModel:
           prompt: from this model's processor.
           options: how it is to be answered.
           live: whether sound is to come as it is made; otherwise it comes with the reply.
+          clip: of the voice, where the options have a ``ClonedVoice``; it is read here if None.
 
         Raises:
-          InputError: for what ``check`` finds wrong.
+          InputError: for what ``check`` finds wrong, and a clip that cannot be read.
         """
         self.check(options)
         spans = mrope.resolve_spans(prompt.segments, self.config.thinker_config)
-        state = self._make_request([PromptPiece(prompt, spans)], prompt, options, live=live)
+        clip = self._read_clip(options) if clip is None else clip
+        state = self._make_request([PromptPiece(prompt, spans)], prompt, options, live=live, clip=clip)
         scheduler.submit(state)
         return state
 
@@ -278,6 +305,7 @@ class OmniModel:
         tokens: int = 2048,
         windows: int = 32,
         batch_size: int = 8,
+        clip_seconds: float = 0.0,
         scheduler: SchedulerConfig | None = None,
         progress: Progress | None = None,
     ) -> Compilations:
@@ -291,6 +319,7 @@ class OmniModel:
           tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
           windows: of a picture at most, each 112 x 112 pixels: a picture of 480 x 640 has 30. 0 for none.
           batch_size: of ``generate_batch``; 1 where it is not to be called.
+          clip_seconds: of the clips at most that requests bring along as their voice; 0 for none.
           scheduler: of one that is to run instead, with requests that are not live.
           progress: called with the number of jobs done and of all; a bar on the terminal if None.
 
@@ -304,6 +333,7 @@ class OmniModel:
         check_int("tokens", tokens, 1, context)
         check_int("windows", windows, 0, 4096)
         check_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
+        check_float("clip_seconds", clip_seconds, 0, MAX_SECONDS)
         configs = [scheduler or SchedulerConfig()]
         if scheduler is None and batch_size > 1:
             configs.append(_batch_config(batch_size))
@@ -312,10 +342,11 @@ class OmniModel:
         for config in configs:
             jobs += decoder_jobs(engines, config, tokens=tokens)
         voices = list(self.voices.values())
-        jobs += sound_jobs(engines, voices, configs, tokens=tokens, streams=scheduler is None)
+        frames = int(clip_seconds * FRAME_RATE)
+        jobs += sound_jobs(engines, voices, configs, tokens=tokens, streams=scheduler is None, clip_frames=frames)
         # a mesh's devices would wait for each other, if two threads gave them programs in different orders
         num_threads = 1 if engines.thinker.is_sharded else None
-        with Compilations() as compilations, _show_progress(progress) as show:
+        with Compilations() as compilations, show_progress(progress) as show:
             run_jobs(jobs, num_threads=num_threads, progress=show)
         return compilations
 
@@ -323,7 +354,7 @@ class OmniModel:
         self,
         codec_ids: Sequence[int] | np.ndarray,
         *,
-        voice: str | None = None,
+        voice: str | ClonedVoice | None = None,
         noise: Float[np.ndarray, "frames mel"] | None = None,
         seed: int = 0,
     ) -> Float[np.ndarray, " samples"]:
@@ -331,7 +362,7 @@ class OmniModel:
 
         Args:
           codec_ids: at least one, 50 a second.
-          voice: who speaks; the default voice if None.
+          voice: who speaks, see ``Options``; of a clip only the timbre counts.
           noise: float32 [2 * codes, mel_dim] that the flow starts from; drawn from ``seed`` if None.
           seed: of the draw.
 
@@ -345,7 +376,10 @@ class OmniModel:
         engine = self.engines.token2wav
         # ``_check_can_speak`` has raised otherwise
         assert engine is not None
-        (samples,) = engine.synthesize([np.asarray(codec_ids)], [choose(self.voices, voice)], [noise], [seed])
+        wanted = Options.create(voice=voice).voice
+        self._speakers.check(self.voices, wanted)
+        speaker = self._speakers.choose(self.voices, wanted, read_voice_clip(wanted, self.processor))
+        (samples,) = engine.synthesize([np.asarray(codec_ids)], [speaker], [noise], [seed])
         return samples
 
     def check(self, options: Options) -> None:
@@ -364,8 +398,8 @@ class OmniModel:
             raise InputError(f"adapter is {shown(options.adapter)}; there are: {known}")
         if options.speaks:
             self._check_can_speak()
-            # for its errors alone: an unknown voice, or a wrong option of the Talker's
-            self._make_speech_params(options)
+            TalkerParams.create(options.talker, self.config)
+            self._speakers.check(self.voices, options.voice)
 
     def _run_alone(self, messages: Messages, options: Options, *, live: bool) -> Generator[Event, None, None]:
         """Prepares a dialogue now; its answer is made as the iterator is advanced."""
@@ -378,13 +412,23 @@ class OmniModel:
         scheduler.timings.prepare = stopwatch.lap()
         return scheduler.run_alone(state)
 
+    def _read_clip(self, options: Options) -> VoiceClip | None:
+        """The clip of the voice, where a reply is to be spoken and the options bring one along."""
+        return read_voice_clip(options.voice, self.processor) if options.speaks else None
+
     def _make_prompt(self, messages: Messages, options: Options) -> Prompt:
         context = self.config.thinker_config.text_config.max_position_embeddings
         # one position is left for the reply
         return self.processor(messages, assume_fps=options.assume_fps, max_length=context - 1)
 
     def _make_request(
-        self, pieces: Sequence[PromptPiece], prompt: Prompt, options: Options, *, live: bool
+        self,
+        pieces: Sequence[PromptPiece],
+        prompt: Prompt,
+        options: Options,
+        *,
+        live: bool,
+        clip: VoiceClip | None,
     ) -> RequestState:
         """A request.
 
@@ -393,6 +437,7 @@ class OmniModel:
           prompt: all of it; the media are not looked at.
           options: how it is to be answered.
           live: whether sound is to come as it is made.
+          clip: of the voice, if the options bring one along.
         """
         c = self.config.thinker_config
         # each id once: how many there are is part of the shape of a slot's state
@@ -409,7 +454,7 @@ class OmniModel:
             pieces=pieces,
             text=text,
             stop=options.stop,
-            speech=self._make_speech_params(options) if options.speaks else None,
+            speech=self._make_speech_params(options, clip) if options.speaks else None,
             live=live,
             # the Talker reads these two in a chunk of their own, which begins with them
             reply_span=dataclasses.replace(reply_span, begin=0),
@@ -418,7 +463,7 @@ class OmniModel:
         )
         return RequestState(request, Detokenizer(self.processor.text_stream(), stop_ids, options.stop))
 
-    def _make_speech_params(self, options: Options) -> SpeechParams:
+    def _make_speech_params(self, options: Options, clip: VoiceClip | None) -> SpeechParams:
         params = TalkerParams.create(options.talker, self.config)
         # one seed for all that is drawn, where the others are not given
         text_seed = options.sampling.seed or 0
@@ -426,7 +471,7 @@ class OmniModel:
         sampling = dataclasses.replace(sampling, seed=(sampling.seed or 0) ^ _TALKER_SALT)
         # as it is, so that ``synthesize`` with this seed draws the same noise
         noise_seed = text_seed if options.noise_seed is None else options.noise_seed
-        voice = choose(self.voices, options.voice)
+        voice = self._speakers.choose(self.voices, options.voice, clip)
         return SpeechParams(voice, dataclasses.replace(params, sampling=sampling), noise_seed)
 
     def _check_can_speak(self) -> None:
@@ -437,19 +482,6 @@ class OmniModel:
                 f"speech needs {' and '.join(missing)}, which this model was loaded or converted without; convert and "
                 "load all components"
             )
-
-
-@contextlib.contextmanager
-def _show_progress(progress: Progress | None) -> Iterator[Progress]:
-    """``progress`` itself, or a bar that is drawn where there is a terminal."""
-    if progress is not None:
-        yield progress
-        return
-    console = Console(stderr=True)
-    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("compiling")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _batch_config(batch_size: int) -> SchedulerConfig:

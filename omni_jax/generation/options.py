@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from omni_jax.checks import INT32_MAX, SEED_MAX, check_float, check_int, check_names, shown
 from omni_jax.engine.sampling import SamplingParams, pop_sampling
 from omni_jax.errors import InputError
+from omni_jax.generation.cloned_voice import ClonedVoice
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -29,7 +30,8 @@ class Options:
       stop_token_ids: token ids that end the reply, besides the checkpoint's own.
       assume_fps: take every video's frames to be this many a second, whatever rate they were really sampled at.
       modalities: ("text",), or ("text", "audio") to have the reply spoken too.
-      voice: who speaks; the checkpoint's default voice if None.
+      voice: who speaks: a voice of the checkpoint by name, or one that a clip brings along; the checkpoint's default
+        voice if None.
       talker: how it is spoken, see ``TalkerParams.create``; its seed is that of the text unless it has one.
       noise_seed: of the noise that the sound is made from; the text's seed if None.
       adapter: which of the loaded adapters answers, by name; None: the model without one.
@@ -43,7 +45,7 @@ class Options:
     stop_token_ids: tuple[int, ...] = ()
     assume_fps: float | None = None
     modalities: tuple[str, ...] = ("text",)
-    voice: str | None = None
+    voice: str | ClonedVoice | None = None
     talker: Mapping[str, Any] = field(default_factory=dict)
     noise_seed: int | None = None
     adapter: str | None = None
@@ -68,6 +70,8 @@ class Options:
         sampling = pop_sampling(options, SamplingParams())
         options["stop"] = _check_stop(options.get("stop", ()))
         options["stop_token_ids"] = _check_stop_ids(options.get("stop_token_ids", ()))
+        if isinstance(options.get("voice"), Mapping):
+            options["voice"] = ClonedVoice.create(options["voice"])
         return cls(sampling=sampling, **options)
 
     def __post_init__(self) -> None:
@@ -77,8 +81,8 @@ class Options:
             check_float("assume_fps", self.assume_fps, 0, MAX_FPS, above=True)
         if self.noise_seed is not None:
             check_int("noise_seed", self.noise_seed, 0, SEED_MAX)
-        if self.voice is not None and not isinstance(self.voice, str):
-            raise InputError(f"voice is {shown(self.voice)}; it must be a name")
+        if self.voice is not None and not isinstance(self.voice, str | ClonedVoice):
+            raise InputError(f"voice is {shown(self.voice)}; it must be a name, or a clip: {{'ref_audio': ...}}")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise InputError(f"adapter is {shown(self.adapter)}; it must be a name")
         if self.reply_text is not None and (not isinstance(self.reply_text, str) or not self.reply_text):

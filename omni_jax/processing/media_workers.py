@@ -21,6 +21,7 @@ from omni_jax.processing.media import check_media
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.processor_config import ProcessorConfig
 from omni_jax.processing.sources import Source
+from omni_jax.processing.voice_clip import VoiceClip
 from omni_jax.processing.worker_pool import MediaLimits, PreparationError, WorkerPool, call_guarded
 
 T = TypeVar("T")
@@ -49,8 +50,16 @@ class MediaWorkers:
         """
         return self._pool.schedule(_prepare, messages, assume_fps, max_length)
 
-    def result(self, future: Future[Prompt]) -> Prompt:
-        """The prompt of a request that is done.
+    def submit_clip(self, source: Any, rate: int | None) -> Future[VoiceClip]:
+        """Sends the clip of a voice to a worker; see ``Processor.read_clip``.
+
+        Raises:
+          WorkerStartError: if no worker could be started.
+        """
+        return self._pool.schedule(_read_clip, source, rate)
+
+    def result(self, future: Future[T]) -> T:
+        """The prompt of a request, or the clip of its voice, that is done.
 
         Raises:
           InputError: if it cannot be served, or went over a limit, or its worker died.
@@ -74,6 +83,10 @@ class MediaWorkers:
     def read_picture(self, source: Any) -> Image.Image:
         """Has a worker read a picture, and waits for it; see ``images.read_image``, also for what is raised."""
         return self._call(_read_picture, find_encoded(source))
+
+    def read_clip(self, source: Any, rate: int | None) -> VoiceClip:
+        """Has a worker read the clip of a voice, and waits for it; see ``Processor.read_clip``."""
+        return self._call(_read_clip, source, rate)
 
     def check_media(self, source: Source) -> None:
         """Has a worker look into a file; see ``media.check_media``, also for what is raised."""
@@ -131,6 +144,11 @@ def _read_media(settings: ProcessorConfig, part: MediaPart, assume_fps: float | 
 
 def _read_picture(source: Any) -> Image.Image:
     return call_guarded(read_image, source)
+
+
+def _read_clip(source: Any, rate: int | None) -> VoiceClip:
+    assert _processor is not None
+    return call_guarded(_processor.read_clip, source, rate)
 
 
 def _check_media(source: Source) -> None:

@@ -43,6 +43,7 @@ from omni_jax.processing.processor_config import ProcessorConfig
 from omni_jax.processing.sources import describe_source, is_located
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
 from omni_jax.processing.vision import FrameResizer, image_input, pack_frames
+from omni_jax.processing.voice_clip import VoiceClip, read_clip
 from omni_jax.processing.worker_pool import WorkerStartError
 
 LiveKind: TypeAlias = Literal["audio", "video"]  # media that may come while a prompt is read
@@ -61,6 +62,10 @@ class MediaReader(Protocol):
 
     def read_picture(self, source: Any) -> Image.Image:
         """What ``images.read_image`` makes of a source."""
+        ...
+
+    def read_clip(self, source: Any, rate: int | None) -> VoiceClip:
+        """What ``Processor.read_clip`` makes of a source."""
         ...
 
 
@@ -339,6 +344,15 @@ class Processor:
         if self._media_reader is None or isinstance(source, np.ndarray):
             return read_image(source)
         return self._media_reader.read_picture(source)
+
+    def read_clip(self, source: Any, rate: int | None = None) -> VoiceClip:
+        """A recording of a voice; see ``voice_clip.read_clip``, also for what is raised."""
+        if self._media_reader is not None:  # whose processor names the clip in its errors
+            return self._media_reader.read_clip(source, rate)
+        try:
+            return read_clip(fetch_source(source, self._access), rate)
+        except InputError as e:
+            raise InputError(f"voice: ref_audio ({describe_source(source)}): {e}") from e
 
     def _fetch(self, part: MediaPart) -> Any:
         """The source, fetched if it is on the web or in a bucket; of a list of frames each when it is asked for."""

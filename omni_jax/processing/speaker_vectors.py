@@ -17,6 +17,7 @@ from omni_jax.errors import CheckpointError
 from omni_jax.processing.fbank import NUM_BINS, log_fbank
 
 _LEAST_NORM = 1e-6
+_NORM_TOLERANCE = 1e-6  # of a length of 1, which is then left as it is
 
 
 class SpeakerModel(Protocol):
@@ -90,7 +91,7 @@ class OnnxSpeakerModel:
 
 
 def normalize_vector(vector: Any, width: int, where: str) -> Float[np.ndarray, " width"]:
-    """A speaker vector of length 1.
+    """A speaker vector of length 1; one that has it already keeps its bits.
 
     Args:
       vector: numbers.
@@ -107,7 +108,9 @@ def normalize_vector(vector: Any, width: int, where: str) -> Float[np.ndarray, "
     norm = np.linalg.norm(numbers)
     if not np.isfinite(norm) or norm < _LEAST_NORM:
         raise CheckpointError(f"{where} gives a speaker vector of the length {norm:g}; it must be finite and not zero")
-    return (numbers / norm).astype(np.float32)
+    if abs(norm - 1) > _NORM_TOLERANCE:
+        numbers = numbers / norm
+    return numbers.astype(np.float32)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ largest sample lies 6 dB under full scale, both for the mel and for the speaker 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class VoiceClip:
     def seconds(self) -> float:
         return len(self.samples) / RATE
 
-    @property
+    @functools.cached_property
     def digest(self) -> bytes:
         """A hash of the samples: two clips with one digest sound the same."""
         return hashlib.blake2b(np.ascontiguousarray(self.samples).tobytes(), digest_size=16).digest()

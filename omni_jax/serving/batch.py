@@ -24,6 +24,7 @@ from omni_jax.processing.files import (
     open_file,
     resolve_path,
 )
+from omni_jax.processing.voice_clip import MAX_SECONDS
 from omni_jax.serving.batch_lines import Line, LineError, Result, SeenIds, make_error, read_custom_id, read_lines
 from omni_jax.serving.batch_progress import BatchProgress, print_summary
 from omni_jax.serving.batch_ray import answer_over_ray
@@ -75,6 +76,7 @@ def check_command(command: BatchCommand) -> None:
     check_int("--workers", command.workers, 1)
     check_int("--warmup-tokens", command.warmup_tokens, 0)
     check_int("--warmup-windows", command.warmup_windows, 0)
+    check_float("--warmup-clip-seconds", command.warmup_clip_seconds, 0, MAX_SECONDS)
     check_int("--ray.actors", command.ray.actors, 1)
     check_float("--media.seconds", command.media.seconds, 0, _MAX_MEDIA_SECONDS, above=True)
     check_float("--media.gigabytes", command.media.gigabytes, 0, _MAX_MEDIA_GIGABYTES, above=True)
@@ -128,6 +130,8 @@ def make_spec(command: BatchCommand) -> WorkerSpec:
         access=RemoteAccess(command.allow_web, command.allow_buckets),
         warmup_tokens=command.warmup_tokens,
         warmup_windows=command.warmup_windows,
+        warmup_clip_seconds=command.warmup_clip_seconds,
+        speaker_model=command.speaker_model,
         compile_cache=command.compile_cache,
     )
 

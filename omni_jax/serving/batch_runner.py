@@ -15,20 +15,23 @@ from omni_jax.engine.outputs import Reply, Utilization
 from omni_jax.engine.request import RequestState, SchedulerConfig
 from omni_jax.engine.warmup import Compilations
 from omni_jax.errors import InputError
+from omni_jax.generation.cloned_voice import ClonedVoice
 from omni_jax.generation.model import OmniModel
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
 from omni_jax.processing.files import join_path, write_atomically
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.vision import PixelSettings
+from omni_jax.processing.voice_clip import VoiceClip
 from omni_jax.processing.worker_pool import WorkerStartError
 from omni_jax.serving.batch_lines import Line, Result, make_error, make_result, parse_line, read_custom_id
-from omni_jax.serving.chat_request import ChatRequest, confine
+from omni_jax.serving.chat_request import ChatRequest, confine, confine_voice
 from omni_jax.serving.chat_response import make_body, make_sound_file
 
 # enough to choose prompts of like length from, and to bridge a medium that takes long to decode
 _PREPARED_PER_SLOT = 4  # prompts that are prepared for each slot of the Thinker
 _MAX_BYTES = 8 << 30  # of all lines, prompts and answers that are there at once
+_MAX_CLIP_BYTES = 4 << 20  # of the samples and the mel of a voice's clip
 _TOKEN_BYTES = 40  # of a number in a tuple of Python's
 _NUM_WRITERS = 4  # threads that write speech; a bucket takes a while
 
@@ -78,6 +81,7 @@ class _ActiveRequest:
     custom_id: str
     request: ChatRequest  # without its messages, which its media process has
     num_bytes: int  # that are held for it; while it is prepared, the most that they can become
+    clip: Future[VoiceClip] | None = None  # of its voice, where it brings one along
 
 
 @dataclass
@@ -85,6 +89,7 @@ class _PreparedRequest:
     """A line whose prompt waits for a slot."""
 
     prompt: Prompt
+    clip: VoiceClip | None
     active: _ActiveRequest
 
     @property
@@ -175,6 +180,8 @@ class _Run:
         results += self._collect_written()
         # without a busy scheduler nothing but these can bring the next result
         waiting: list[Future[Any]] = [*self._preparing, *self._writing]
+        waiting += [active.clip for active in self._preparing.values() if active.clip is not None]
+        waiting = [future for future in waiting if not future.done()]
         if waiting and not results and not self._scheduler.busy:
             wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
         return results
@@ -219,18 +226,25 @@ class _Run:
             runner.status.num_untrained_prompts += 1
         # before any file is opened, and whatever process will open it
         messages = confine(request.messages, runner.locations.base_dir, runner.locations.media_root)
+        options = confine_voice(request.options, runner.locations.base_dir, runner.locations.media_root)
         future = runner.media_workers.submit(messages, request.options.assume_fps, runner.max_prompt_length)
+        clip = None
+        if options.speaks and isinstance(options.voice, ClonedVoice):
+            clip = runner.media_workers.submit_clip(options.voice.ref_audio, None)
         # the line itself goes, for its media may be in it; the messages have as many bytes, about
         num_bytes = len(line.data or b"")
         if any(message.media for message in messages):
             num_bytes += runner.max_prompt_bytes
-        request = dataclasses.replace(request, messages=())
-        self._preparing[future] = _ActiveRequest(dataclasses.replace(line, data=b""), custom_id, request, num_bytes)
+        if clip is not None:
+            num_bytes += _MAX_CLIP_BYTES
+        request = dataclasses.replace(request, messages=(), options=options)
+        line = dataclasses.replace(line, data=b"")
+        self._preparing[future] = _ActiveRequest(line, custom_id, request, num_bytes, clip)
 
     def _collect_prepared(self) -> list[Result]:
         """Takes what media processes have done. Every host has its own, and goes on with what all have done."""
         results = []
-        own = [_preparation(future) for future in self._preparing]
+        own = [min(_preparation(future), _preparation(active.clip)) for future, active in self._preparing.items()]
         # all hosts have the same lines in the same order here, so their states can be compared one by one
         common = allreduce_min(own, self._runner.max_prepared)
         for future, preparation in zip(list(self._preparing), common, strict=True):
@@ -240,6 +254,7 @@ class _Run:
             # an error of this host says more than that another one has failed
             try:
                 prompt = self._runner.media_workers.result(future)
+                clip = None if active.clip is None else self._runner.media_workers.result(active.clip)
                 if preparation != _Preparation.DONE:
                     raise InputError("its media could not be decoded on another host")
             except WorkerStartError:
@@ -247,8 +262,9 @@ class _Run:
             except Exception as error:
                 results.append(make_error(active.line, active.custom_id, error))
             else:
-                active = dataclasses.replace(active, num_bytes=prompt.num_bytes)
-                self._prepared.append(_PreparedRequest(prompt, active))
+                num_bytes = prompt.num_bytes + (0 if clip is None else clip.samples.nbytes + clip.mel.nbytes)
+                active = dataclasses.replace(active, num_bytes=num_bytes, clip=None)
+                self._prepared.append(_PreparedRequest(prompt, clip, active))
         return results
 
     def _submit(self) -> list[Result]:
@@ -267,7 +283,7 @@ class _Run:
         for item in chosen:
             active = item.active
             try:
-                state = _submit(self._runner.model, self._scheduler, item.prompt, active.request)
+                state = _submit(self._runner.model, self._scheduler, item, active.request)
             except Exception as error:
                 results.append(make_error(active.line, active.custom_id, error))
             else:
@@ -353,7 +369,9 @@ def _reply_bytes(reply: Reply) -> int:
     return 12 * samples + _TOKEN_BYTES * tokens + 8 * len(reply.text)
 
 
-def _preparation(future: Future[Prompt]) -> _Preparation:
+def _preparation(future: Future[Any] | None) -> _Preparation:
+    if future is None:
+        return _Preparation.DONE
     if not future.done():
         return _Preparation.BUSY
     return _Preparation.DONE if future.exception() is None else _Preparation.FAILED
@@ -362,8 +380,8 @@ def _preparation(future: Future[Prompt]) -> _Preparation:
 # all that this module asks of the engine
 
 
-def _submit(model: OmniModel, scheduler: Any, prompt: Prompt, request: ChatRequest) -> RequestState:
-    return model.submit(scheduler, prompt, request.options)
+def _submit(model: OmniModel, scheduler: Any, item: _PreparedRequest, request: ChatRequest) -> RequestState:
+    return model.submit(scheduler, item.prompt, request.options, clip=item.clip)
 
 
 def _num_slots(config: SchedulerConfig) -> int:

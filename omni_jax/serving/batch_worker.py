@@ -41,6 +41,8 @@ class WorkerSpec:
       access: from which hosts and buckets media may be fetched.
       warmup_tokens: of a prompt with its reply that is compiled for at first; 0 for nothing.
       warmup_windows: the same for pictures, in windows of 112 x 112 pixels.
+      warmup_clip_seconds: the same for clips that requests bring along as their voice.
+      speaker_model: that makes speaker vectors of clips, as ``load`` takes it.
       compile_cache: folder of compiled programs; that of ``compile_cache.default_folder`` if None.
     """
 
@@ -56,6 +58,8 @@ class WorkerSpec:
     access: RemoteAccess = field(default_factory=RemoteAccess)
     warmup_tokens: int = 0
     warmup_windows: int = 0
+    warmup_clip_seconds: float = 0.0
+    speaker_model: Path | None = None
     compile_cache: Path | None = None
 
 
@@ -85,6 +89,7 @@ class Worker:
             model.warmup(
                 tokens=spec.warmup_tokens,
                 windows=spec.warmup_windows,
+                clip_seconds=spec.warmup_clip_seconds,
                 scheduler=spec.scheduler,
                 progress=lambda done, total: set_phase(f"compiling, {done} of {total} jobs"),
             )
@@ -116,4 +121,11 @@ def _load_model(spec: WorkerSpec) -> OmniModel:
     # a mesh of one device would only make every program a sharded one
     mesh = spec.mesh.make() if spec.mesh.num_devices > 1 else None
     number_format = dataclasses.asdict(spec.number_format)
-    return load(spec.model, mesh=mesh, token2wav=spec.token2wav, adapters=spec.adapters, **number_format)
+    return load(
+        spec.model,
+        mesh=mesh,
+        token2wav=spec.token2wav,
+        adapters=spec.adapters,
+        speaker_model=spec.speaker_model,
+        **number_format,
+    )

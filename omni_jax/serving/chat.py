@@ -61,6 +61,7 @@ def run_chat(command: ChatCommand) -> None:
             quantization=command.quantization,
             kv_cache_dtype=command.kv_cache_dtype,
             adapters={} if command.adapter is None else {_ADAPTER: command.adapter},
+            speaker_model=command.speaker_model,
         )
     load_seconds = time.perf_counter() - start_time
     # the spinner turns until the first text, which would be written into its line
@@ -119,9 +120,17 @@ def make_options(command: ChatCommand) -> dict[str, Any]:
         options["adapter"] = _ADAPTER
     if find_sound_path(command) is not None:
         options["modalities"] = ("text", "audio")
-        options["voice"] = command.voice
+        options["voice"] = _make_voice(command)
         options["talker"] = _make_talker_options(command.talker)
     return options
+
+
+def _make_voice(command: ChatCommand) -> str | dict[str, Any] | None:
+    if command.ref_audio is None:
+        if command.ref_text is not None:
+            raise InputError("--ref-text is what a clip says; give the clip too, --ref-audio")
+        return command.voice
+    return {"ref_audio": command.ref_audio, "ref_text": command.ref_text, "like": command.voice}
 
 
 def _make_talker_options(talker: TalkerOptions) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from omni_jax.checks import SEED_MAX, check_int, check_names, shown
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.errors import InputError
+from omni_jax.generation.cloned_voice import ClonedVoice
 from omni_jax.generation.options import Options
 from omni_jax.processing.chat import MediaPart, Message, parse_messages
 from omni_jax.processing.sources import confine_source
@@ -47,6 +48,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 _THINKER = (*_SAMPLING, "max_tokens", "stop", "stop_token_ids")
 _TALKER = (*_SAMPLING, "max_tokens")
+# of a clip as the voice; an array, which has a sampling rate, comes in no body
+_CLIP = ("ref_audio", "ref_text", "like", "speaker_vector")
+_MAX_VECTOR = 4096  # numbers
 _STAGES = ("Thinker", "Talker", "Token2Wav")
 # of mm_processor_kwargs, which media each option is for
 _MEDIA_OPTIONS = {
@@ -212,15 +216,28 @@ def _read_audio(value: Any, fields: _Fields) -> None:
     audio_format = audio.get("format", AUDIO_FORMATS[0])
     if audio_format not in AUDIO_FORMATS:
         raise InputError(f"body: audio.format is {shown(audio_format)}; it must be one of {', '.join(AUDIO_FORMATS)}")
-    # a name, or as OpenAI has it for voices of one's own {"id": name}; whether there is such a voice, the model knows
-    voice = audio.get("voice")
-    if isinstance(voice, Mapping):
-        voice = voice.get("id")
-    if voice is not None and not isinstance(voice, str):
-        raise InputError(f"body: audio.voice is {shown(voice)}; it must be a name")
     fields.audio_format = audio_format
+    voice = _parse_voice(audio.get("voice"))
     if voice is not None:
         fields.options["voice"] = voice
+
+
+def _parse_voice(voice: Any) -> str | ClonedVoice | None:
+    """A name, or as OpenAI has it for voices of one's own {"id": name}; or a clip. Names are checked by the model."""
+    if isinstance(voice, Mapping) and "id" not in voice:
+        values = _read_object(voice, "audio.voice", _CLIP)
+        source = values.get("ref_audio")
+        if not isinstance(source, str):
+            raise InputError(f"body: audio.voice.ref_audio is {shown(source)}; it must be a path or a URL")
+        vector = values.get("speaker_vector", [])
+        if not isinstance(vector, list) or len(vector) > _MAX_VECTOR:
+            raise InputError(f"body: audio.voice.speaker_vector is {shown(vector)}; it must be a list of numbers")
+        return ClonedVoice.create(values)
+    if isinstance(voice, Mapping):
+        voice = voice["id"]
+    if voice is not None and not isinstance(voice, str):
+        raise InputError(f"body: audio.voice is {shown(voice)}; it must be a name, or a clip with its ref_audio")
+    return voice
 
 
 def _read_media_options(value: Any, fields: _Fields) -> None:
@@ -283,6 +300,18 @@ def _map_media(messages: Sequence[Message], change: Callable[[MediaPart], MediaP
         parts = [change(part) if isinstance(part, MediaPart) else part for part in message.content]
         changed.append(Message(message.role, tuple(parts)))
     return tuple(changed)
+
+
+def confine_voice(options: Options, base_dir: str, media_root: str) -> Options:
+    """Takes the clip of a voice as ``confine`` takes media, and raises what it does."""
+    voice = options.voice
+    if not isinstance(voice, ClonedVoice):
+        return options
+    try:
+        source = confine_source(voice.ref_audio, base_dir, media_root, "--media-root")
+    except InputError as e:
+        raise InputError(f"audio.voice.ref_audio: {e}") from e
+    return dataclasses.replace(options, voice=dataclasses.replace(voice, ref_audio=source))
 
 
 def confine(messages: Sequence[Message], base_dir: str, media_root: str) -> tuple[Message, ...]:

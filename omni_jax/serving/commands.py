@@ -73,7 +73,13 @@ class ChatCommand:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.wav")] = None
     """Speak the answer into this file: 24 kHz, 16 bits, one channel. It grows while the answer is made."""
     voice: str | None = None
-    """Who speaks; without it, Chelsie, or the checkpoint's first voice."""
+    """Who speaks; without it, Chelsie, or the checkpoint's first voice. With --ref-audio: in whose manner."""
+    ref_audio: Annotated[str | None, _FILE] = None
+    """A clip, 1 to 30 seconds, of the voice to speak in."""
+    ref_text: str | None = None
+    """What the clip says, word for word; without it, it gives the timbre alone."""
+    speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx")] = None
+    """A network that makes the speaker vector of a clip (CAM++)."""
     talker: TalkerOptions = field(default_factory=TalkerOptions)
     token2wav: Token2WavOptions = field(default_factory=Token2WavOptions)
     adapter: Annotated[Path | None, _DIR] = None
@@ -151,6 +157,8 @@ class BatchCommand:
     kv_cache_dtype: Literal["int8"] | None = None
     """Keep what the language models remember of a dialogue, their keys and values, in 8 bits."""
     token2wav: Token2WavOptions = field(default_factory=Token2WavOptions)
+    speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx")] = None
+    """A network that makes the speaker vectors of clips (CAM++), for requests that bring a clip as their voice."""
     adapters: Annotated[dict[str, Path], tyro.conf.arg(metavar="NAME DIR ...")] = field(default_factory=dict)
     """Adapters of the Thinker (LoRA) that a request may choose as its "adapter": folders as peft writes them, or of
     training runs. One that chooses none is answered by the model itself."""
@@ -158,6 +166,8 @@ class BatchCommand:
     """Compile at first for prompts with replies of so many tokens; for longer ones when they come. 0: for none."""
     warmup_windows: int = 32
     """The same for pictures of so many windows of 112 x 112 pixels."""
+    warmup_clip_seconds: float = 0.0
+    """The same for clips of so many seconds that requests bring along as their voice."""
     engine: Literal["local", "ray"] = "local"
     """ray: --ray.actors processes over the machines of a Ray cluster, which all see the files at the same paths."""
     ray: RayOptions = field(default_factory=RayOptions)

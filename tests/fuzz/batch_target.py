@@ -186,7 +186,7 @@ class Batch(Target):
             processor=processor,
             check=lambda options: None,
             scheduler=lambda config: FakeScheduler(),
-            submit=lambda scheduler, prompt, options: scheduler.submit(prompt),
+            submit=lambda scheduler, prompt, options, clip: scheduler.submit(prompt),
         )
         root = str(self.media_root)
         config: Any = types.SimpleNamespace(thinker_slots=4)

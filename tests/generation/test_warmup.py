@@ -19,6 +19,7 @@ from tests.generation.test_stream import QUESTIONS
 WAYS = ("generate", "stream", "generate_batch", "listen")
 VOICES = ("Chelsie", "Ethan", "long clip")
 RATE = 16_000
+CLIP_SECONDS = 12.0  # of voices that requests bring along
 
 
 def load_with_voices(folder: Path) -> OmniModel:
@@ -29,6 +30,11 @@ def load_with_voices(folder: Path) -> OmniModel:
     clip = np.random.default_rng(0).standard_normal((1, 700, voice.ref_mel.shape[2])).astype(np.float32)
     model.voices = {**model.voices, "long clip": dataclasses.replace(voice, name="long clip", ref_mel=clip)}
     return model
+
+
+def make_clip_voice(seconds: float) -> omni_jax.ClonedVoice:
+    samples = np.random.default_rng(int(1000 * seconds)).standard_normal(int(seconds * RATE))
+    return omni_jax.ClonedVoice(samples, sampling_rate=RATE, speaker_vector=np.ones(12))
 
 
 def answer(
@@ -67,6 +73,8 @@ def answer_mixed(model: OmniModel, number: int, *, tokens: int, batch_size: int 
             question = QUESTIONS[names[i % len(names)]]
             if i % 3:
                 options |= dict(modalities=("text", "audio"), voice=VOICES[i % 3])
+                if i % 4 == 1:
+                    options["voice"] = make_clip_voice(float(rng.uniform(1, CLIP_SECONDS)))
                 options["talker"] = dict(max_tokens=int(rng.integers(1, 120)))
             elif i % 6 == 0:
                 # the template and the reply take some tokens too; a word of this takes one or two
@@ -78,12 +86,12 @@ def answer_mixed(model: OmniModel, number: int, *, tokens: int, batch_size: int 
 
 def test_nothing_compiles_after_a_warm_up(tiny_model: Path) -> None:
     model = load_with_voices(tiny_model)
-    assert model.warmup(tokens=1024, windows=2, batch_size=2).count > 20
+    assert model.warmup(tokens=1024, windows=2, batch_size=2, clip_seconds=CLIP_SECONDS).count > 20
     assert answer_mixed(model, 12, tokens=1024, batch_size=2) == 0
 
 
 @pytest.mark.long
 def test_thirty_requests_after_a_warm_up_for_long_prompts(tiny_model: Path) -> None:
     model = load_with_voices(tiny_model)
-    model.warmup(tokens=8192)
+    model.warmup(tokens=8192, clip_seconds=CLIP_SECONDS)
     assert answer_mixed(model, 30, tokens=8192) == 0
