@@ -16,7 +16,7 @@ from omni_jax.config import OmniConfig
 from omni_jax.engine.detokenizer import Detokenizer
 from omni_jax.engine.outputs import Reply, Timings
 from omni_jax.engine.sampling import SamplingParams, pop_sampling
-from omni_jax.engine.talker_engine import SpeechRequest
+from omni_jax.engine.talker_engine import SpeechClip, SpeechRequest
 from omni_jax.engine.thinker_engine import TextRequest
 from omni_jax.errors import InputError
 from omni_jax.mrope import Span
@@ -116,14 +116,34 @@ class SpeechParams:
     """Who speaks a reply, and how.
 
     Attributes:
-      voice: of the checkpoint.
+      voice: of the checkpoint, or of a clip.
       talker: how its codes are drawn; the seed is a number.
       noise_seed: of the noise that Token2Wav starts from.
+      clip: that the speech goes on from; None: it begins anew.
     """
 
     voice: Voice
     talker: TalkerParams
     noise_seed: int
+    clip: SpeechClip | None = None
+
+    @property
+    def num_begin(self) -> int:
+        """Positions that the Talker reads before its first code: the voice, the first token, and the clip's codes."""
+        return 2 + (0 if self.clip is None else len(self.clip.codes))
+
+    @property
+    def num_clip_rows(self) -> int:
+        """Rows of text that the Talker has before the reply's."""
+        return 0 if self.clip is None else self.clip.num_rows
+
+    @property
+    def min_tokens(self) -> int:
+        """Tokens that a reply which goes on must have before the Talker can begin.
+
+        With a second one it is certain that the first one is not the last, which is never read.
+        """
+        return 2 if self.clip is None else self.clip.min_tokens
 
 
 @dataclass(frozen=True)
@@ -161,16 +181,33 @@ class Request:
         # not max_tokens at once: most replies are shorter, and caches grow for the others
         reply = min(INITIAL_REPLY, self.text.max_tokens)
         if self.speech is not None:
-            # + 2: the Talker reads the voice and the first token before its first code
-            reply = max(reply, min(INITIAL_REPLY, self.speech.talker.max_tokens + 2))
+            speech = self.speech
+            reply = max(reply, min(INITIAL_REPLY, speech.talker.max_tokens + 2) + speech.num_begin - 2)
         return self.prompt_length + reply
 
-    def speech_request(self) -> SpeechRequest:
-        """The same for a slot of the Talker's."""
-        assert self.speech is not None
-        talker = self.speech.talker
-        voice_token = self.speech.voice.bos_token
-        return SpeechRequest(self.prompt_length, voice_token, talker.sampling, talker.max_tokens, self.reply_span)
+    @property
+    def num_begin(self) -> int:
+        """Positions that the Talker reads before its first code."""
+        return 0 if self.speech is None else self.speech.num_begin
+
+    @property
+    def num_clip_rows(self) -> int:
+        """Rows of text that the Talker has before the reply's."""
+        return 0 if self.speech is None else self.speech.num_clip_rows
+
+    def speech_request(self, reply_tokens: int | None) -> SpeechRequest:
+        """The same for a slot of the Talker's; ``reply_tokens`` are those of the reply, if it is complete."""
+        speech = self.speech
+        assert speech is not None
+        return SpeechRequest(
+            prompt_length=self.prompt_length,
+            voice_token=speech.voice.bos_token,
+            sampling=speech.talker.sampling,
+            max_codes=speech.talker.max_tokens,
+            span=self.reply_span,
+            clip=speech.clip,
+            reply_tokens=reply_tokens,
+        )
 
 
 class Stage(enum.Enum):
@@ -231,6 +268,15 @@ class RequestState:
     def is_mute(self) -> bool:
         """Whether the text is complete and too short for the Talker, which needs two tokens."""
         return self.detokenizer.finished and self.detokenizer.num_spoken < 2
+
+    @property
+    def can_begin_speech(self) -> bool:
+        """Whether there is text enough for what the Talker reads before its first code."""
+        speech = self.request.speech
+        assert speech is not None
+        num_spoken = self.detokenizer.num_spoken
+        # behind a complete text comes its end, and then padding, as much as there are codes
+        return num_spoken >= 2 if self.detokenizer.finished else num_spoken >= speech.min_tokens
 
     @property
     def num_codes(self) -> int:

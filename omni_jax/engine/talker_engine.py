@@ -36,28 +36,54 @@ from omni_jax.engine.decode_state import (
 )
 from omni_jax.engine.sampling import SamplingParams, SamplingState, init_sampling_state, make_sampling_state
 from omni_jax.engine.talker_programs import (
+    UNKNOWN,
     TalkerState,
     TextCounters,
     append_rows,
     begin_speech,
     decode_codes,
     init_embeds,
+    insert_clip_rows,
     insert_prefix,
     jit_gather_rows,
     plan_append,
     prefill_chunk,
+    read_clip_codes,
     suppressed_codes,
     take_slot,
 )
 from omni_jax.engine.thinker_programs import resize_rows
 from omni_jax.errors import CheckpointError
 from omni_jax.models.talker import Talker
-from omni_jax.models.talker_conditioning import special_tokens
+from omni_jax.models.talker_conditioning import num_text_rows, special_tokens
 from omni_jax.mrope import Span
 from omni_jax.processing.prefill_plan import PrefillChunk
 from omni_jax.sharding import host_sharding
 
 APPEND_WIDTH = 16  # tokens of a reply that one call of ``append_reply`` takes at least
+CLIP_ROWS = 256  # tokens that a clip's text may have: one width, so that a program serves all; caches hold as many
+CLIP_CODES_PER_CALL = 128  # codes of a clip that are read at a time
+
+
+# compared by identity: it holds arrays
+@dataclass(frozen=True, eq=False)
+class SpeechClip:
+    """A clip that speech goes on from, and what it says.
+
+    Attributes:
+      rows: of the text, the first ``num_rows`` of the first dialogue's; W is ``CLIP_ROWS``.
+      num_rows: how many there are.
+      codes: of the sound.
+    """
+
+    rows: Float[jax.Array, "R W E"]
+    num_rows: int
+    codes: Int[np.ndarray, " J"]
+
+    @property
+    def min_tokens(self) -> int:
+        """Tokens that a reply which goes on must have before its speech can begin: each code takes a row."""
+        return max(2, 2 + len(self.codes) - self.num_rows)
 
 
 @dataclass(frozen=True)
@@ -70,6 +96,8 @@ class SpeechRequest:
       sampling: how codes are drawn.
       max_codes: of the speech.
       span: of the two position ids behind the prompt.
+      clip: that the speech goes on from, whose rows are in the slot; None: it begins anew.
+      reply_tokens: of the reply, if it is complete.
     """
 
     prompt_length: int
@@ -77,6 +105,8 @@ class SpeechRequest:
     sampling: SamplingParams
     max_codes: int
     span: Span
+    clip: SpeechClip | None = None
+    reply_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,9 +183,9 @@ class TalkerEngine:
         # nothing remains to be decoded, which is what makes a slot free
         none = np.zeros(num_slots, np.int32)
         # one transfer, and to where results of programs lie: else each program is compiled twice
-        host = (init_sampling_state(num_slots, self._model.config.vocab_size), none, none)
-        sampling, remaining, num_reply = jax.device_put(host, self._placement)
-        return TalkerState(context, sampling, remaining, special_embeds, reply_embeds, num_reply)
+        host = (init_sampling_state(num_slots, self._model.config.vocab_size), none, none, none)
+        sampling, remaining, num_clip, num_reply = jax.device_put(host, self._placement)
+        return TalkerState(context, sampling, remaining, special_embeds, reply_embeds, num_clip, num_reply)
 
     def resize(self, state: TalkerState, capacity: int) -> TalkerState:
         """The same with room for so many positions, and tokens of the reply, of each slot."""
@@ -211,6 +241,17 @@ class TalkerEngine:
         with on_mesh(self._mesh):
             return insert_prefix(state, np.int32(slot), prefix)
 
+    def take_clip_rows(self, talker_inputs: Float[Array, "R capacity E"], first: int) -> Float[jax.Array, "R W E"]:
+        """The rows of a clip's text, which begins at this token of the Thinker's prefix; those behind it are any."""
+        places = np.broadcast_to(first + np.arange(CLIP_ROWS, dtype=np.int32), (len(talker_inputs), CLIP_ROWS))
+        with on_mesh(self._mesh):
+            return jit_gather_rows(talker_inputs, places)
+
+    def insert_clip(self, state: TalkerState, slot: int, clip: SpeechClip) -> TalkerState:
+        """Puts a clip's text before the reply of a slot that holds nothing of it yet; ``state`` is used up."""
+        with on_mesh(self._mesh):
+            return insert_clip_rows(state, np.int32(slot), clip.rows, np.int32(clip.num_rows))
+
     def append_reply(
         self,
         state: TalkerState,
@@ -242,10 +283,11 @@ class TalkerEngine:
             return take_slot(talker_inputs, np.int32(slot), num_slots)
 
     def begin(self, state: TalkerState, requests: Mapping[int, SpeechRequest]) -> TalkerState:
-        """Reads the voice and the first token of the reply, whereupon slots can decode codes.
+        """Reads the voice and the first token of the text, and the codes of a clip; then slots can decode codes.
 
         Args:
-          state: with room for two more positions, and the first token in ``reply_embeds``; it is used up.
+          state: with room for two more positions and the clip's codes, and with the rows of the text that they take in
+            ``reply_embeds``; it is used up.
           requests: slot -> how it is to speak, of the slots that begin.
 
         Raises:
@@ -262,7 +304,8 @@ class TalkerEngine:
             params[slot] = request.sampling
             voice_tokens[slot] = request.voice_token
             # the voice and the first token take a position each
-            room = max(c.max_position_embeddings - request.prompt_length - 2, 0)
+            num_clip_codes = 0 if request.clip is None else len(request.clip.codes)
+            room = max(c.max_position_embeddings - request.prompt_length - 2 - num_clip_codes, 0)
             remaining[slot] = min(request.max_codes, room)
             spans[slot] = [request.span]
         is_new = np.isin(np.arange(num_slots), list(requests))
@@ -273,7 +316,30 @@ class TalkerEngine:
         sampling, remaining = jax.device_put(host, self._placement)
         special_embeds = self._special_embeds(voice_tokens)
         with on_mesh(self._mesh):
-            return begin_speech(self._model, self.params, state, is_new, special_embeds, table, sampling, remaining)
+            arguments = (state, is_new, special_embeds, table, sampling, remaining)
+            state = begin_speech(self._model, self.params, *arguments)
+        return self._read_clips(state, requests)
+
+    def _read_clips(self, state: TalkerState, requests: Mapping[int, SpeechRequest]) -> TalkerState:
+        """Reads the codes of the clips of slots that have just begun."""
+        num_slots = len(state.remaining)
+        clips = {slot: request.clip for slot, request in requests.items() if request.clip is not None}
+        num_rows = np.full(num_slots, UNKNOWN, np.int32)
+        for slot, clip in clips.items():
+            reply_tokens = requests[slot].reply_tokens
+            if reply_tokens is not None:
+                num_rows[slot] = clip.num_rows + num_text_rows(np.array(reply_tokens))
+        length = max((len(clip.codes) for clip in clips.values()), default=0)
+        for start in range(0, length, CLIP_CODES_PER_CALL):
+            codes = np.zeros((num_slots, CLIP_CODES_PER_CALL), np.int32)
+            valid = np.zeros(codes.shape, bool)
+            for slot, clip in clips.items():
+                part = clip.codes[start : start + CLIP_CODES_PER_CALL]
+                codes[slot, : len(part)] = part
+                valid[slot, : len(part)] = True
+            with on_mesh(self._mesh):
+                state = read_clip_codes(self._model, self.params, state, codes, valid, num_rows)
+        return state
 
     def decode(
         self, state: TalkerState, progress: TextProgress, counters: TextCounters

@@ -47,7 +47,7 @@ from omni_jax.sharding import constrain, replicate
 NO_SLOT = -1  # in place of a slot of the Thinker's where there is none
 
 # larger than any count, and far enough from the end of int32 to be added to
-_UNKNOWN = 2**30  # in place of a number of tokens that is not known yet, or has no bound
+UNKNOWN = 2**30  # in place of a number of tokens that is not known yet, or has no bound
 
 
 @struct.dataclass
@@ -58,7 +58,9 @@ class TalkerState:
     sampling: SamplingState
     remaining: Int[Array, " B"]  # codes each slot may still decode; 0: it has not begun, or has finished
     special_embeds: Float[Array, "B 3 E"]  # of ``talker_conditioning.special_tokens``
-    reply_embeds: Float[Array, "B N E"]  # of the reply: hidden state and token embedding, added up; N is the capacity
+    # hidden state and token embedding, added up, of a clip's text and then of the reply; N is the capacity
+    reply_embeds: Float[Array, "B N E"]
+    num_clip_rows: Int[Array, " B"]  # tokens of a clip's text that are in it
     num_reply_embeds: Int[Array, " B"]  # tokens of the reply that are in it
 
 
@@ -116,6 +118,22 @@ def insert_prefix(state: TalkerState, slot: Int[Array, ""], prefix: Context) -> 
         context=insert_context(state.context, slot, prefix),
         remaining=replicate(jnp.asarray(state.remaining).at[slot].set(0)),
         num_reply_embeds=replicate(jnp.asarray(state.num_reply_embeds).at[slot].set(0)),
+        num_clip_rows=replicate(jnp.asarray(state.num_clip_rows).at[slot].set(0)),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert_clip_rows(
+    state: TalkerState, slot: Int[Array, ""], rows: Float[Array, "R W E"], num_rows: Int[Array, ""]
+) -> TalkerState:
+    """Puts the first dialogue's rows, so many of W, before those of a slot's reply, of which there are none yet."""
+    reply_embeds = jnp.asarray(state.reply_embeds)
+    own = jnp.asarray(rows)[0].astype(reply_embeds.dtype)  # [W, E]
+    return dataclasses.replace(
+        state,
+        # those behind ``num_rows`` are not read before the reply's are written over them
+        reply_embeds=reply_embeds.at[slot, : len(own)].set(own),
+        num_clip_rows=replicate(jnp.asarray(state.num_clip_rows).at[slot].set(num_rows)),
     )
 
 
@@ -158,7 +176,7 @@ def append_rows(
     # a slot that follows none takes the rows of slot 0, and its count of 0 drops them
     new = jnp.asarray(rows)[jnp.maximum(thinker_slot, 0)].astype(reply_embeds.dtype)  # [B, width, E]
     offset = jnp.arange(rows.shape[1])  # [width]
-    places = state.num_reply_embeds[:, None] + offset  # [B, width]
+    places = (state.num_clip_rows + state.num_reply_embeds)[:, None] + offset  # [B, width]
     places = jnp.where(offset < count[:, None], places, capacity)  # out of bounds, so that it is dropped
     slots = jnp.arange(num_slots)[:, None]  # [B, 1]
     return dataclasses.replace(
@@ -211,6 +229,36 @@ def begin_speech(
     )
 
 
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def read_clip_codes(
+    model: Talker,
+    params: Any,
+    state: TalkerState,
+    codes: Int[Array, "B C"],
+    valid: Bool[Array, "B C"],
+    num_rows: Int[Array, " B"],
+) -> TalkerState:
+    """Reads codes of clips as ``decode_codes`` reads those that it has drawn; they are counted as steps, too.
+
+    Args:
+      model, params: the Talker.
+      state: of slots that have begun; it is donated.
+      codes: the next ones of each slot's clip.
+      valid: which of them there are; they come first.
+      num_rows: of each slot's text in all, or more than it can have where the text goes on.
+    """
+    valid = jnp.asarray(valid)
+    text = next_text_inputs(state, codes.shape[1], num_rows)  # [B, C, E]
+    ids = step_position_ids(state.context) + jnp.arange(codes.shape[1])  # [3, B, C]
+    inputs = (text, codes, ids, valid, state.context.cache)
+    hidden, cache = apply_method(model, "extend", params, *inputs)  # [B, C, D]
+    # ids count up by one, so the next one is as far from the number of codes as the first
+    context = advance_context(state.context, hidden, valid, jnp.asarray(state.context.position), cache)
+    count = jnp.sum(valid, axis=1, dtype=jnp.int32)  # [B]
+    sampling = dataclasses.replace(state.sampling, step=state.sampling.step + count)
+    return dataclasses.replace(state, context=context, sampling=replicate(sampling))
+
+
 def _extend(
     model: Talker,
     params: Any,
@@ -257,11 +305,11 @@ def decode_codes(
     num_tokens = jnp.where(follows, jnp.asarray(counters.num_tokens)[slot], num_tokens)  # [B]
     finished = jnp.where(follows, jnp.asarray(counters.remaining)[slot] == 0, finished)  # [B]
     # while the text goes on, its last token so far may turn out to be its last, which is not spoken
-    allowed = jnp.where(finished, _UNKNOWN, jnp.maximum(num_tokens - 2, 0))  # [B]
+    allowed = jnp.where(finished, UNKNOWN, jnp.maximum(num_tokens - 2, 0) + state.num_clip_rows)  # [B]
     # each code takes a row of its own, and ``step`` of the rows have been taken
     ready = jnp.minimum(allowed - state.sampling.step, codes_per_call)  # [B]
     # rows for the whole call are gathered here, and not one by one in the loop
-    num_rows = jnp.where(finished, num_text_rows(num_tokens), _UNKNOWN)  # [B]
+    num_rows = jnp.where(finished, num_text_rows(num_tokens) + state.num_clip_rows, UNKNOWN)  # [B]
     text = next_text_inputs(state, codes_per_call, num_rows)  # [B, K, E]
     tokens = jnp.full((len(ready), codes_per_call), PAD_TOKEN, jnp.int32)  # [B, K]
 
@@ -288,8 +336,8 @@ def decode_codes(
 
 
 def next_text_inputs(state: TalkerState, count: int, num_rows: Int[Array, " B"]) -> Float[jax.Array, "B K E"]:
-    """What goes with the next codes: rows of the reply from r_1 on, of which there are so many, and what follows."""
-    # the first token was read with the voice, so code m goes with token m + 1
+    """What goes with the next codes: the text's rows from the second on, of so many, and what follows them."""
+    # the first row was read with the voice, so code m goes with row m + 1
     token = jnp.asarray(state.sampling.step)[:, None] + 1 + jnp.arange(count)  # [B, K]
     rows = gather_rows(state.reply_embeds, token)  # [B, K, E]
     return select_text(rows, text_part(token, jnp.asarray(num_rows)[:, None]), state.special_embeds)

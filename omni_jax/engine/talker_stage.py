@@ -187,6 +187,9 @@ class TalkerStage(SlotStage):
         if self._device_state is None:
             self._device_state = engine.init_state(self.num_slots, prefix.capacity)
         self._device_state = engine.insert(self._device_state, slot, prefix)
+        speech = state.request.speech
+        if speech is not None and speech.clip is not None:
+            self._device_state = engine.insert_clip(self._device_state, slot, speech.clip)
         self._slots[slot] = state
         self._records[state] = _SlotRecord(state.request.prompt_length)
         return slot
@@ -196,7 +199,8 @@ class TalkerStage(SlotStage):
         engine = self._engines.talker
         num_tokens = len(speech.state.detokenizer.token_ids)
         assert engine is not None and self._device_state is not None
-        device_state = engine.resize(self._device_state, num_tokens)
+        num_clip_rows = speech.state.request.num_clip_rows
+        device_state = engine.resize(self._device_state, num_clip_rows + num_tokens)
         thinker_slot = np.full(self.num_slots, NO_SLOT, np.int32)
         # the inputs are a copy with this request in slot 0
         thinker_slot[slot] = 0
@@ -222,7 +226,7 @@ class TalkerStage(SlotStage):
             # they are not spoken: ``TextProgress`` says how many are
             thinker_slot[slot] = followed
             prompt_length[slot] = state.request.prompt_length
-            num_tokens = max(num_tokens, len(state.detokenizer.token_ids))
+            num_tokens = max(num_tokens, len(state.detokenizer.token_ids) + state.request.num_clip_rows)
         if thinker_state is None or (thinker_slot == NO_SLOT).all():
             return
         engine = self._engines.talker
@@ -234,18 +238,18 @@ class TalkerStage(SlotStage):
         )
 
     def _begin_new(self) -> None:
-        """Has the slots begin whose text has two tokens."""
+        """Has the slots begin whose text is long enough."""
         engine = self._engines.talker
         requests = {}
         length = 0
         for slot, state in enumerate(self._slots):
-            # with a second token it is certain that the first one is not the last, which is never read
-            if state is None or self._records[state].has_started or state.detokenizer.num_spoken < 2:
+            if state is None or self._records[state].has_started or not state.can_begin_speech:
                 continue
-            request = state.request.speech_request()
+            detokenizer = state.detokenizer
+            request = state.request.speech_request(detokenizer.num_spoken if detokenizer.finished else None)
             requests[slot] = request
-            # the voice and the first token follow the prompt
-            length = max(length, request.prompt_length + 2)
+            # the voice, the first token and a clip's codes follow the prompt
+            length = max(length, request.prompt_length + state.request.num_begin)
         if not requests:
             return
         assert engine is not None and self._device_state is not None
@@ -255,7 +259,7 @@ class TalkerStage(SlotStage):
             assert state is not None
             record = self._records[state]
             record.has_started = True
-            record.length += 2
+            record.length += state.request.num_begin
             # at most: the device also counts what room the context has, and its first result says so
             record.remaining = request.max_codes
 
@@ -272,7 +276,8 @@ class TalkerStage(SlotStage):
         if detokenizer.finished or self._follows_device(state):
             return True
         # as ``decode_codes`` counts: the first token has no code of its own, and the last one may end the text
-        return detokenizer.num_spoken - 2 > state.num_codes
+        request = state.request
+        return detokenizer.num_spoken + request.num_clip_rows > state.num_codes + request.num_begin
 
     def _text_progress(self) -> TextProgress:
         thinker_slot = np.full(self.num_slots, NO_SLOT, np.int32)

@@ -29,6 +29,7 @@ from omni_jax.engine.request import Request, RequestState, SchedulerConfig, Spee
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.engine.slot_prefill import SlotPrefill
 from omni_jax.engine.stage import decode_together
+from omni_jax.engine.talker_engine import SpeechClip
 from omni_jax.engine.talker_stage import TalkerStage
 from omni_jax.engine.thinker_engine import TextRequest
 from omni_jax.engine.thinker_stage import ThinkerStage
@@ -130,13 +131,14 @@ def run_jobs(jobs: Sequence[WarmUpJob], *, num_threads: int | None = None, progr
             raise
 
 
-def decoder_jobs(engines: Engines, config: SchedulerConfig, *, tokens: int) -> list[WarmUpJob]:
+def decoder_jobs(engines: Engines, config: SchedulerConfig, *, tokens: int, clips: bool = False) -> list[WarmUpJob]:
     """Every program of Thinker and Talker that a scheduler runs.
 
     Args:
       engines: of a model.
       config: of the scheduler.
       tokens: of a prompt and its reply, or of a prompt and the codes of its speech, at most.
+      clips: whether speech may go on from clips.
     """
     jobs = []
     largest = round_capacity(tokens)
@@ -145,6 +147,9 @@ def decoder_jobs(engines: Engines, config: SchedulerConfig, *, tokens: int) -> l
     while capacity <= largest:
         run = functools.partial(_warm_up_stages, engines, config, capacity)
         jobs.append(WarmUpJob(run, is_large=capacity == largest))
+        if clips:
+            run = functools.partial(_warm_up_clips, engines, config, capacity)
+            jobs.append(WarmUpJob(run, is_large=capacity == largest))
         if capacity < largest:
             resize = functools.partial(_warm_up_resizing, engines, config, capacity)
             jobs.append(WarmUpJob(resize, is_large=2 * capacity == largest))
@@ -262,6 +267,23 @@ def _warm_up_prefixes(engines: Engines, config: SchedulerConfig, capacity: int, 
         _warm_up_decoding(engines, thinker, talker, [state], capacity)
 
 
+def _warm_up_clips(engines: Engines, config: SchedulerConfig, capacity: int) -> None:
+    """A request whose speech goes on from a clip, with caches of this capacity."""
+    thinker, talker = _make_stages(engines, config)
+    piece = _make_piece(engines, 2 * NARROW_CHUNK)
+    prefix = Prefix(engines, capacity, Timings(), with_talker=True)
+    prefix.add([piece])
+    prefix.run()
+    assert engines.talker is not None and prefix.thinker.talker_inputs is not None and prefix.talker is not None
+    rows = engines.talker.take_clip_rows(prefix.thinker.talker_inputs, 0)
+    # one code and one row, so that it begins as soon as others
+    clip = SpeechClip(rows, 1, np.zeros(1, np.int32))
+    state = _make_state(engines, 2 * NARROW_CHUNK, live=True, clip=clip)
+    thinker.admit(state, prefix)
+    talker.admit_live(state, prefix.talker)
+    _warm_up_decoding(engines, thinker, talker, [state], capacity)
+
+
 def _warm_up_slots(engines: Engines, config: SchedulerConfig, capacity: int) -> None:
     """Requests of a batch, whose prompts are read right into slots."""
     thinker, talker = _make_stages(engines, config)
@@ -335,7 +357,7 @@ class _NoText:
         return ""
 
 
-def _make_state(engines: Engines, length: int, *, live: bool) -> RequestState:
+def _make_state(engines: Engines, length: int, *, live: bool, clip: SpeechClip | None = None) -> RequestState:
     """A request with a prompt of so many tokens, and a reply of as many as three calls make."""
     c = engines.config
     sizes = engines.chunk_sizes
@@ -344,7 +366,7 @@ def _make_state(engines: Engines, length: int, *, live: bool) -> RequestState:
         dit = c.token2wav_config.dit_config
         # of no checkpoint: Token2Wav is not called here, so only the token is used
         voice = Voice("none", 0, np.zeros((1, dit.enc_emb_dim)), np.zeros((1, 1, dit.mel_dim)))
-        speech = SpeechParams(voice, TalkerParams(SamplingParams(), 4 * sizes.codes), 0)
+        speech = SpeechParams(voice, TalkerParams(SamplingParams(), 4 * sizes.codes), 0, clip)
     piece = _make_piece(engines, length)
     text = TextRequest(piece.prompt.tokens, SamplingParams(), sizes.first_tokens + 2 * sizes.tokens, ())
     request = Request(

@@ -1,29 +1,37 @@
 """Voices that a request brings along: a clip of somebody, and what it says.
 
-Token2Wav takes the timbre of the clip: its log-mel, and its speaker vector. Without the clip's text that is all. The
-Talker then speaks in the manner of a voice of the checkpoint, whose token the speech begins with.
+Token2Wav takes the timbre of the clip: its log-mel, and its speaker vector. With the clip's text the Talker goes on
+where the clip stops (``models.talker_conditioning``). Without it the Talker speaks in the manner of a voice of the
+checkpoint, whose token the speech begins with.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from omni_jax.checkpoint.voices import Voice, choose
 from omni_jax.checks import check_int, check_names, shown
-from omni_jax.config import OmniConfig
+from omni_jax.engine.prefill import Engines
+from omni_jax.engine.speech_clips import check_clip_text, make_speech_clip
+from omni_jax.engine.talker_engine import SpeechClip
 from omni_jax.errors import CheckpointError, InputError
+from omni_jax.processing.clip_text import read_clip_text
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.speaker_vectors import SpeakerModel, normalize_vector
 from omni_jax.processing.voice_clip import VoiceClip
 
 MAX_TEXT = 2000  # characters of what a clip of at most 30 seconds says
-MAX_CLIPS = 64  # whose voices are kept; each has up to a megabyte
+MAX_CLIPS = 64  # whose voices are kept; each has up to a megabyte of the host's memory
+MAX_SPEECH_CLIPS = 16  # whose texts are kept as the Thinker has read them; each has two megabytes of the device's
 _MAX_RATE = 384_000  # Hz
+
+T = TypeVar("T")
 
 
 # compared by identity: its arrays may be large
@@ -38,7 +46,8 @@ class ClonedVoice:
       ref_text: what it says, word for word. The reply then goes on in its manner of speaking too; the checkpoint must
         have a speech tokenizer. Without it the clip gives the timbre alone.
       sampling_rate: of an array.
-      like: the voice of the checkpoint whose token the speech begins with; the default voice if None.
+      like: the voice of the checkpoint whose token the speech begins with. If None, that of the default voice; with
+        ``ref_text`` that of no voice.
       speaker_vector: of the speaker, scaled to length 1; made of the clip by the model's ``speaker_model`` if None.
     """
 
@@ -59,6 +68,10 @@ class ClonedVoice:
         if values.get("ref_audio") is None:
             raise InputError(f"voice has no ref_audio, the clip of the voice; it has {', '.join(values) or 'nothing'}")
         return cls(**values)
+
+    def without_text(self) -> ClonedVoice:
+        """The timbre alone."""
+        return replace(self, ref_text=None)
 
     def __post_init__(self) -> None:
         if self.ref_text is not None:
@@ -83,14 +96,49 @@ def read_voice_clip(voice: str | ClonedVoice | None, processor: Processor) -> Vo
     return processor.read_clip(voice.ref_audio, voice.sampling_rate)
 
 
+class SpeechTokenizer(Protocol):
+    """Makes codes of sound."""
+
+    def __call__(self, samples: Float[np.ndarray, " n"]) -> Int[np.ndarray, " J"]:
+        """The codes of a clip, 50 a second; ``samples`` are those of a ``VoiceClip``."""
+        ...
+
+
+class Speaker(NamedTuple):
+    """Who speaks a reply.
+
+    Attributes:
+      voice: of the checkpoint, or of a clip.
+      clip: that the speech goes on from; None: it begins anew.
+    """
+
+    voice: Voice
+    clip: SpeechClip | None = None
+
+
 class SpeakerTable:
     """Who a model can speak as: the voices of its checkpoint, and those of clips, of which the latest are kept."""
 
-    def __init__(self, config: OmniConfig, speaker_model: SpeakerModel | None):
-        """Takes what makes speaker vectors of clips, if there is something."""
-        self._width = config.token2wav_config.dit_config.enc_emb_dim
+    def __init__(
+        self,
+        engines: Engines,
+        processor: Processor,
+        speaker_model: SpeakerModel | None,
+        speech_tokenizer: SpeechTokenizer | None,
+    ):
+        """Takes what makes speaker vectors and codes of clips, where there is something."""
+        self._engines = engines
+        self._processor = processor
         self._speaker_model = speaker_model
-        self._kept: OrderedDict[tuple[Any, ...], Voice] = OrderedDict()
+        self._speech_tokenizer = speech_tokenizer
+        self._width = engines.config.token2wav_config.dit_config.enc_emb_dim
+        self._kept_voices = _Latest[Voice](MAX_CLIPS)
+        self._kept_clips = _Latest[SpeechClip](MAX_SPEECH_CLIPS)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the Talker can go on from a clip whose text is given."""
+        return self._speech_tokenizer is not None
 
     def check(self, voices: Mapping[str, Voice], wanted: str | ClonedVoice | None) -> None:
         """Checks all of a voice but its clip.
@@ -101,17 +149,19 @@ class SpeakerTable:
 
         Raises:
           InputError: for an unknown voice, a speaker vector that is none or that nothing can make, and a clip's text
-            where there is no speech tokenizer.
+            where there is no speech tokenizer, or that is too long.
         """
         if not isinstance(wanted, ClonedVoice):
             choose(voices, wanted)
             return
         choose(voices, wanted.like)
         if wanted.ref_text is not None:
-            raise InputError(
-                "voice: ref_text needs a speech tokenizer, which this checkpoint does not have; without ref_text the "
-                "clip gives the timbre alone"
-            )
+            if not self.reads_text:
+                raise InputError(
+                    "voice: ref_text needs a speech tokenizer, which this checkpoint does not have; without ref_text "
+                    "the clip gives the timbre alone"
+                )
+            check_clip_text(read_clip_text(self._processor, wanted.ref_text))
         if wanted.speaker_vector is not None:
             self._read_vector(wanted.speaker_vector)
         elif self._speaker_model is None:
@@ -120,38 +170,72 @@ class SpeakerTable:
                 f"speaker_vector, {self._width} numbers"
             )
 
-    def choose(self, voices: Mapping[str, Voice], wanted: str | ClonedVoice | None, clip: VoiceClip | None) -> Voice:
-        """The voice.
+    def choose(
+        self,
+        voices: Mapping[str, Voice],
+        wanted: str | ClonedVoice | None,
+        clip: VoiceClip | None,
+        adapter: str | None = None,
+    ) -> Speaker:
+        """The voice, and what the Talker is to go on from.
 
         Args:
           voices: of the checkpoint.
           wanted: that ``check`` has found right.
           clip: of it, from ``read_voice_clip``. For the same samples the voice is the same object, so that nothing is
             computed of it again.
+          adapter: of the Thinker's, that the request has chosen.
 
         Raises:
           CheckpointError: if the speaker model fails.
         """
         if not isinstance(wanted, ClonedVoice):
-            return choose(voices, wanted)
+            return Speaker(choose(voices, wanted))
         assert clip is not None
         vector = None if wanted.speaker_vector is None else self._read_vector(wanted.speaker_vector)
         token = choose(voices, wanted.like).bos_token
+        if wanted.ref_text is not None and wanted.like is None:
+            # as in training: the clip says how to speak, and no voice's token does
+            token = self._engines.config.talker_config.tts_text_start_token_id
         key = (clip.digest, token, None if vector is None else vector.tobytes())
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        voice = self._kept_voices.get(key, lambda: self._make_voice(clip, token, vector))
+        text = wanted.ref_text
+        if text is None:
+            return Speaker(voice)
+        return Speaker(
+            voice, self._kept_clips.get((clip.digest, text, adapter), lambda: self._make_clip(clip, text, adapter))
+        )
+
+    def _make_voice(self, clip: VoiceClip, token: int, vector: np.ndarray | None) -> Voice:
         if vector is None:
             assert self._speaker_model is not None
             vector = self._speaker_model(clip.samples)
-        voice = Voice(f"clip {clip.digest.hex()}", token, vector[None], clip.mel[None])
-        self._kept[key] = voice
-        if len(self._kept) > MAX_CLIPS:
-            self._kept.popitem(last=False)
-        return voice
+        return Voice(f"clip {clip.digest.hex()}", token, vector[None], clip.mel[None])
+
+    def _make_clip(self, clip: VoiceClip, text: str, adapter: str | None) -> SpeechClip:
+        assert self._speech_tokenizer is not None
+        codes = self._speech_tokenizer(clip.samples)
+        return make_speech_clip(self._engines, read_clip_text(self._processor, text), codes, adapter)
 
     def _read_vector(self, value: Any) -> np.ndarray:
         try:
             return normalize_vector(value, self._width, "voice: speaker_vector")
         except (CheckpointError, ValueError, TypeError) as e:
             raise InputError(f"voice: speaker_vector is no list of {self._width} numbers: {e}") from e
+
+
+class _Latest(Generic[T]):
+    """The latest of what has been made, by key."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is kept under a key; or what is made now, in place of what has not been asked for the longest."""
+        if key not in self._values:
+            self._values[key] = make()
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]

@@ -39,7 +39,7 @@ from omni_jax.engine.scheduler import Scheduler
 from omni_jax.engine.thinker_engine import TextRequest
 from omni_jax.engine.warmup import Compilations, Progress, decoder_jobs, encoder_jobs, run_jobs, sound_jobs
 from omni_jax.errors import InputError
-from omni_jax.generation.cloned_voice import ClonedVoice, SpeakerTable, read_voice_clip
+from omni_jax.generation.cloned_voice import ClonedVoice, SpeakerTable, SpeechTokenizer, read_voice_clip
 from omni_jax.generation.components import choose_components, load_engines
 from omni_jax.generation.live_session import LiveSession
 from omni_jax.generation.options import Messages, Options, warn_untrained
@@ -148,12 +148,13 @@ class OmniModel:
         engines: Engines,
         voices: Mapping[str, Voice],
         speaker_model: SpeakerModel | None = None,
+        speech_tokenizer: SpeechTokenizer | None = None,
     ):
         self.config = config
         self.processor = processor
         self.engines = engines
         self.voices = voices
-        self._speakers = SpeakerTable(config, speaker_model)
+        self._speakers = SpeakerTable(engines, processor, speaker_model, speech_tokenizer)
 
     def generate(self, messages: Messages, **options: Any) -> Reply:
         """Answers one dialogue.
@@ -340,7 +341,7 @@ class OmniModel:
         engines = self.engines
         jobs = encoder_jobs(engines, windows=windows)
         for config in configs:
-            jobs += decoder_jobs(engines, config, tokens=tokens)
+            jobs += decoder_jobs(engines, config, tokens=tokens, clips=clip_seconds > 0 and self._speakers.reads_text)
         voices = list(self.voices.values())
         frames = int(clip_seconds * FRAME_RATE)
         jobs += sound_jobs(engines, voices, configs, tokens=tokens, streams=scheduler is None, clip_frames=frames)
@@ -354,7 +355,7 @@ class OmniModel:
         self,
         codec_ids: Sequence[int] | np.ndarray,
         *,
-        voice: str | ClonedVoice | None = None,
+        voice: str | ClonedVoice | Mapping[str, Any] | None = None,
         noise: Float[np.ndarray, "frames mel"] | None = None,
         seed: int = 0,
     ) -> Float[np.ndarray, " samples"]:
@@ -377,9 +378,10 @@ class OmniModel:
         # ``_check_can_speak`` has raised otherwise
         assert engine is not None
         wanted = Options.create(voice=voice).voice
+        wanted = wanted.without_text() if isinstance(wanted, ClonedVoice) else wanted
         self._speakers.check(self.voices, wanted)
         speaker = self._speakers.choose(self.voices, wanted, read_voice_clip(wanted, self.processor))
-        (samples,) = engine.synthesize([np.asarray(codec_ids)], [speaker], [noise], [seed])
+        (samples,) = engine.synthesize([np.asarray(codec_ids)], [speaker.voice], [noise], [seed])
         return samples
 
     def check(self, options: Options) -> None:
@@ -471,8 +473,8 @@ class OmniModel:
         sampling = dataclasses.replace(sampling, seed=(sampling.seed or 0) ^ _TALKER_SALT)
         # as it is, so that ``synthesize`` with this seed draws the same noise
         noise_seed = text_seed if options.noise_seed is None else options.noise_seed
-        voice = self._speakers.choose(self.voices, options.voice, clip)
-        return SpeechParams(voice, dataclasses.replace(params, sampling=sampling), noise_seed)
+        speaker = self._speakers.choose(self.voices, options.voice, clip, options.adapter)
+        return SpeechParams(speaker.voice, dataclasses.replace(params, sampling=sampling), noise_seed, speaker.clip)
 
     def _check_can_speak(self) -> None:
         parts = {"talker": self.engines.talker, "token2wav": self.engines.token2wav}

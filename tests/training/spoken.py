@@ -16,9 +16,10 @@ from omni_jax.data.examples import make_example
 from omni_jax.data.packing import Budget
 from omni_jax.data.spoken_examples import SpokenExample
 from omni_jax.data.spoken_packing import SpokenBatch, SpokenBudget, SpokenPart, assemble_spoken
-from omni_jax.engine.decode_state import jit_method, step_context, step_position_ids
+from omni_jax.engine.decode_state import jit_method
 from omni_jax.engine.request import TalkerParams
-from omni_jax.engine.talker_programs import TalkerState, TextCounters, next_text_inputs
+from omni_jax.engine.talker_engine import SpeechClip
+from omni_jax.engine.talker_programs import TalkerState, TextCounters
 from omni_jax.models.talker import Talker
 from omni_jax.models.thinker import Thinker
 from omni_jax.processing.clip_text import ClipText, read_clip_text
@@ -93,37 +94,23 @@ class Speaker:
         thinker_state, state = self.parts.insert_all([dialogue])
         (reply,), thinker_state = self.parts.answer(thinker_state, 1)
         assert thinker_state.talker_inputs is not None and len(reply) == NUM_TOKENS
-        state = self.parts.append_all(state, thinker_state.talker_inputs, [len(prompt)], [NUM_TOKENS])
         clip = read_clip_text(self.processor, CLIP_TEXT) if kind == "clip" else None
         clip_codes = CLIP_CODES[: 0 if clip is None else None]
+        speech_clip = None
         if clip is not None:
-            state = self.put_clip_rows_first(state, clip)
-        state = self.parts.talker.begin(state, self.parts.requests([dialogue], [NUM_TOKENS]))
-        num_rows = NUM_TOKENS - 1 + (0 if clip is None else clip.num_rows)
-        for code in clip_codes:
-            state = self.force(state, int(code), num_rows)
-        codes, log_probs = self.decode(state, num_rows + 1)
+            prefix, _ = self.parts.prefill(clip.prompt)
+            assert prefix.talker_inputs is not None
+            rows = self.parts.talker.take_clip_rows(prefix.talker_inputs, clip.first)
+            speech_clip = SpeechClip(rows, clip.num_rows, clip_codes)
+            state = self.parts.talker.insert_clip(state, 0, speech_clip)
+        state = self.parts.append_all(state, thinker_state.talker_inputs, [len(prompt)], [NUM_TOKENS])
+        request = self.parts.request(dialogue)
+        if speech_clip is not None:
+            request = dataclasses.replace(request, clip=speech_clip, reply_tokens=NUM_TOKENS)
+        state = self.parts.talker.begin(state, {0: request})
+        codes, log_probs = self.decode(state, NUM_TOKENS)
         example = make_spoken(prompt, reply, codes, voice_token, clip, clip_codes, kind)
         return Spoken(example, log_probs)
-
-    def put_clip_rows_first(self, state: TalkerState, clip: ClipText) -> TalkerState:
-        prefix, _ = self.parts.prefill(clip.prompt)
-        assert prefix.talker_inputs is not None
-        own = np.asarray(prefix.talker_inputs)[:, clip.first : len(clip.prompt)]
-        replies = np.asarray(state.reply_embeds)
-        behind = replies[:, : replies.shape[1] - clip.num_rows]
-        return dataclasses.replace(state, reply_embeds=jax.numpy.concatenate([own, behind], axis=1))
-
-    def force(self, state: TalkerState, code: int, num_rows: int) -> TalkerState:
-        """Reads a code that is given, as ``decode_codes`` reads one that it has drawn."""
-        before = state.context
-        text = next_text_inputs(state, 1, np.array([num_rows]))
-        inputs = (text, np.array([[code]]), step_position_ids(before), np.array([[True]]), before.cache)
-        hidden, cache = jit_method(self.talker, "extend", self.parts.talker.params, *inputs)
-        sampling = dataclasses.replace(state.sampling, step=np.asarray(state.sampling.step) + 1)
-        return dataclasses.replace(
-            state, context=step_context(before, hidden, np.array([True]), cache), sampling=sampling
-        )
 
     def decode(self, state: TalkerState, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """The codes of a text of so many tokens, and their log-probabilities with that of the end."""
