@@ -86,10 +86,10 @@ class Grammar:
         )
 
     def sentence(self) -> str:
-        return self._templates[self._rng.integers(len(self._templates))]()
+        return self._templates[int(self._rng.integers(len(self._templates)))]()
 
     def _draw(self, words: Sequence[str]) -> str:
-        return words[self._rng.integers(len(words))]
+        return words[int(self._rng.integers(len(words)))]
 
     def _name(self) -> str:
         return self._draw(NAMES)
@@ -143,7 +143,7 @@ def plan_utterances(options: Options) -> dict[str, list[Utterance]]:
                     text = grammar.sentence()
                 used.add(text)
                 path = Path("sounds", part, f"{voice}-{number:05d}.wav")
-                planned[part].append(Utterance(path, text, voice, RATES[rng.integers(len(RATES))]))
+                planned[part].append(Utterance(path, text, voice, RATES[int(rng.integers(len(RATES)))]))
     return planned
 
 
