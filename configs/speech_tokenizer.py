@@ -28,7 +28,7 @@ RECIPES = recipes(
     tokens=12_000,
     media=dict(audio_blocks=0, canvases=0),
     devices={"7b": 32, "3b": 32},
-    objective=SpeechTokenizerOptions(utterances=64),
+    objective=SpeechTokenizerOptions(utterances=64, unquantized=0.5),
     tiny_objective=SpeechTokenizerOptions(SpeechTokenizerConfig.tiny(), utterances=4, max_codes=200, max_labels=48),
 )
 RECIPES["speech-tokenizer-mini"] = dataclasses.replace(
@@ -36,9 +36,11 @@ RECIPES["speech-tokenizer-mini"] = dataclasses.replace(
     model=mini_config(),
     data=dataclasses.replace(RECIPES["speech-tokenizer-tiny"].data, rows=2, streams=2, tokens=1200),
     phases=(Phase("content", (_CONTENT,), steps=500), Phase("sound", (_SOUND,))),
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup=50, weight_decay=0.01, clip=1.0),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.01, clip=1.0),
     steps=1200,
-    objective=SpeechTokenizerOptions(mini_speech_tokenizer(), utterances=12, max_codes=400, max_labels=96),
+    objective=SpeechTokenizerOptions(
+        mini_speech_tokenizer(), utterances=12, max_codes=400, max_labels=96, unquantized=0.5
+    ),
     remat="none",
     log_every=20,
 )

@@ -138,6 +138,9 @@ class SpeechTokenizerOptions:
     """Of an utterance, 50 a second, at most."""
     max_labels: int = 512
     """Bytes of an utterance's text, at most."""
+    unquantized: float = 0.0
+    """Share of the blocks whose vectors pass the quantizer unchanged while it trains, so that what is behind it learns
+    before the codes say anything; from nothing a half is well."""
     content_weight: float = 1.0
     """Factor of the loss of the text."""
     mel_weight: float = 1.0
@@ -150,6 +153,7 @@ class SpeechTokenizerOptions:
         check_int("objective.utterances", self.utterances, 1)
         check_int("objective.max_codes", self.max_codes, 1)
         check_int("objective.max_labels", self.max_labels, 1)
+        check_float("objective.unquantized", self.unquantized, 0, 1)
         check_float("objective.content_weight", self.content_weight, 0, FLOAT_MAX)
         check_float("objective.mel_weight", self.mel_weight, 0, FLOAT_MAX)
         check_float("objective.commitment_weight", self.commitment_weight, 0, FLOAT_MAX)

@@ -122,6 +122,13 @@ class TokenizeSpeech(Objective):
         away = jnp.mean(jnp.square(features - jax.lax.stop_gradient(vectors)), axis=-1)  # [A, S]
         commitment = jnp.sum(jnp.where(valid, away, 0)) / denominators["codes"]
         total = options.commitment_weight * commitment
+        if trained:
+            # what is behind the quantizer begins to learn before codes say anything
+            draw_key, pass_key = jax.random.split(key)
+            passes = jax.random.bernoulli(pass_key, options.unquantized, (len(valid), 1, 1))
+            vectors = jnp.where(passes, features, vectors)  # [A, S, D]
+        else:
+            draw_key = key
         inputs = model.project(vectors)  # [A, S, D]
         terms = {"commitment": commitment}
 
@@ -139,7 +146,7 @@ class TokenizeSpeech(Objective):
             total += options.mel_weight * sound
 
         flat = features.reshape(-1, features.shape[-1])  # [A S, D]
-        found = sum_codes(flat, codes.reshape(-1), valid.reshape(-1), self._config.codebook_size, key)
+        found = sum_codes(flat, codes.reshape(-1), valid.reshape(-1), self._config.codebook_size, draw_key)
         # of the batches of a step the mean, which for one is the value
         share = jnp.sum(found.counts) / denominators["codes"]
         terms |= self._describe_codes(params, found, share)
