@@ -122,13 +122,11 @@ class TokenizeSpeech(Objective):
         away = jnp.mean(jnp.square(features - jax.lax.stop_gradient(vectors)), axis=-1)  # [A, S]
         commitment = jnp.sum(jnp.where(valid, away, 0)) / denominators["codes"]
         total = options.commitment_weight * commitment
+        draw_key, pass_key = jax.random.split(key)
         if trained:
             # what is behind the quantizer begins to learn before codes say anything
-            draw_key, pass_key = jax.random.split(key)
             passes = jax.random.bernoulli(pass_key, options.unquantized, (len(valid), 1, 1))
             vectors = jnp.where(passes, features, vectors)  # [A, S, D]
-        else:
-            draw_key = key
         inputs = model.project(vectors)  # [A, S, D]
         terms = {"commitment": commitment}
 
