@@ -103,7 +103,8 @@ class SpeechTokenizer(nn.Module):
         self.back = LayerStack(audio, audio.encoder_layers - c.quantizer_layer, **stack)
         self.norm = LayerNorm(width, param_dtype=self.param_dtype)
         self.proj = Linear((width,), (audio.output_dim,), ("mlp", "embed"), **kw)
-        self.content = Linear((width,), (c.num_labels,), ("mlp", "embed"), **kw)
+        # 257 labels are an odd number, which no mesh divides
+        self.content = Linear((width,), (c.num_labels,), ("embed", "norm"), **kw)
         self.mel_decoder = MelDecoder(c, **kw)
 
     def __call__(self, audio: AudioBlocks) -> tuple[jax.Array, jax.Array, jax.Array]:
