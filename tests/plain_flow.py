@@ -21,7 +21,14 @@ def cut(frames: np.ndarray, count: int, size: int) -> np.ndarray:
     return out.reshape(count, size, *frames.shape[1:])
 
 
-def plainly_carried(dit: DiT, params: Any, codes: np.ndarray, noise: np.ndarray, speaker: Any) -> np.ndarray:
+def plainly_carried(
+    dit: DiT,
+    params: Any,
+    codes: np.ndarray,
+    noise: np.ndarray,
+    speaker: Any,
+    solver: Solver = Solver(),  # noqa: B008, frozen
+) -> np.ndarray:
     """All blocks at once: each looks back at the one before and ahead at a copy, which looks back at it alone."""
     size = dit.config.block_size
     count = -(-len(codes) // size)
@@ -32,20 +39,20 @@ def plainly_carried(dit: DiT, params: Any, codes: np.ndarray, noise: np.ndarray,
     blocks = Blocks(np.array(shown), valid, np.array(before), np.array(after))
     codes_in_blocks = cut(codes, count, size)[shown]
     noise_in_blocks = cut(noise, count, size)[shown]
-    mel = _solve(dit, params, codes_in_blocks, noise_in_blocks, speaker, blocks)[:count]
+    mel = _solve(dit, params, codes_in_blocks, noise_in_blocks, speaker, blocks, solver)[:count]
     return mel.reshape(-1, noise.shape[1])[: len(codes)]
 
 
 @functools.cache
-def _velocity(dit: DiT) -> Callable[..., Any]:
-    """The offline evaluation at one time, with guidance."""
+def _velocity(dit: DiT, guidance: bool) -> Callable[..., Any]:
+    """The offline evaluation at one time; without guidance what is given alone counts."""
 
     def one(params: Any, mel: Any, conditions: Any, time: Any, blocks: Blocks) -> jax.Array:
         moments: Any = dit.apply({"params": params}, time[None], method="modulations")
         moment = jax.tree.map(lambda a: a[0], moments)
         velocities: Any = dit.apply({"params": params}, mel, conditions, moment, blocks, method="velocity")
         cond, uncond, _ = velocities
-        return cond + 0.5 * (cond - uncond)
+        return cond + 0.5 * (cond - uncond) if guidance else cond
 
     return jax.jit(one)
 
@@ -55,19 +62,22 @@ def _conditions(dit: DiT) -> Callable[..., Any]:
     return jax.jit(lambda params, *inputs: dit.apply({"params": params}, *inputs, method="conditions"))
 
 
-def _solve(dit: DiT, params: Any, codes: Any, noise: Any, speaker: Any, blocks: Blocks) -> np.ndarray:
-    """Runge and Kutta's 3/8 rule, written out. Codes [N, F], noise [N, F, M]"""
+def _solve(dit: DiT, params: Any, codes: Any, noise: Any, speaker: Any, blocks: Blocks, solver: Solver) -> np.ndarray:
+    """Runge and Kutta's 3/8 rule, or Euler's, written out. Codes [N, F], noise [N, F, M]"""
     rows, cond = (np.repeat(a[None], len(codes), axis=0) for a in speaker)  # each block has the same voice
     conditions = _conditions(dit)(params, codes, rows, cond)
     y = np.where(blocks.valid[..., None], noise, 0).astype(np.float32)
-    grid = sway_grid(9)
+    grid = sway_grid(solver.steps)
     # the reference's times to the last bit, for the network reads them in thousandths
-    for begin, end, times in zip(grid[:-1], grid[1:], Solver().table.times, strict=True):
+    for begin, end, times in zip(grid[:-1], grid[1:], solver.table.times, strict=True):
         h = end - begin
 
         def slope(value: np.ndarray, time: np.float32) -> np.ndarray:
-            return np.asarray(_velocity(dit)(params, value, conditions, time, blocks))
+            return np.asarray(_velocity(dit, solver.guidance)(params, value, conditions, time, blocks))
 
+        if solver.method == "euler":
+            y = y + h * slope(y, begin)
+            continue
         k1 = slope(y, times[0])
         k2 = slope(y + h * k1 / 3, times[1])
         k3 = slope(y + h * (k2 - k1 / 3), times[2])

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from omni_jax.checkpoint import store, voices
 from omni_jax.checkpoint.convert import Conversion, Progress, ProgressCounter
-from omni_jax.checkpoint.model_files import CONSTANTS_FILE, side_files, write_thinker_config
+from omni_jax.checkpoint.model_files import CONSTANTS_FILE, TOKEN2WAV_FILE, side_files, write_thinker_config
 from omni_jax.checkpoint.name_map import (
     COMPONENTS,
     Entry,
@@ -57,11 +57,13 @@ def to_hf(
       progress: called after each tensor.
 
     Raises:
-      CheckpointError: if ``target`` exists, or a component, a parameter, the voices or a file is missing or wrong.
+      CheckpointError: if ``target`` exists, or a component, a parameter, the voices or a file is missing or wrong; and
+        if the DiT was distilled.
     """
     store.refuse_existing(target)
     source = resolve_checkpoint(source)
     components = _check_components(source)
+    _check_not_distilled(source, components)
     is_thinker_alone = components == ("thinker",)
     # ``abstract`` compares all shapes with config.json; the dtypes are those that the tensors are written in
     shapes: dict[tuple[str, ...], Any] = flatten_dict(store.abstract(source, components))
@@ -136,6 +138,16 @@ def _check_components(source: Path) -> tuple[str, ...]:
         f"{source} has no {' and no '.join(absent)}, and PyTorch loads all three components or a Thinker alone; it was "
         f"converted with --components {' '.join(found)}. Convert the PyTorch folder again without --components"
     )
+
+
+def _check_not_distilled(source: Path, components: Sequence[str]) -> None:
+    """Raises CheckpointError if the DiT has guidance in itself, or needs another solver than PyTorch's."""
+    if "token2wav" in components and has_file(source / TOKEN2WAV_FILE):
+        raise CheckpointError(
+            f"the DiT of {source} was distilled ({TOKEN2WAV_FILE}), and PyTorch's model would guide it once more, by a "
+            "velocity without codes that it has unlearnt; what it would say is noise. Convert the checkpoint that the "
+            "distillation began from"
+        )
 
 
 def _make_constants(source: Path, config: OmniConfig, components: Sequence[str]) -> list[NewTensor]:

@@ -19,6 +19,8 @@ from omni_jax.plain_files import copy_file, has_file, read_object, resolve_file
 
 # tensors of the source that are no parameters (name_map.optional_constants); without them PyTorch misses something
 CONSTANTS_FILE = "constants.safetensors"
+# how the flow of Token2Wav is integrated (models/ode_solver.py), where its DiT was distilled
+TOKEN2WAV_FILE = "token2wav.json"
 
 CONSENT_FILE = "voices.consent.json"
 

@@ -46,7 +46,7 @@ from orbax.checkpoint import v1 as ocp
 
 from omni_jax.checkpoint import store, voices
 from omni_jax.checkpoint.array_files import check_arrays
-from omni_jax.checkpoint.convert import CONSTANTS_FILE, side_files
+from omni_jax.checkpoint.model_files import CONSTANTS_FILE, TOKEN2WAV_FILE, side_files
 from omni_jax.checkpoint.store import ABOUT_FILE, FORMAT
 from omni_jax.distributed import barrier, is_main_process
 from omni_jax.errors import CheckpointError, ConfigError
@@ -146,7 +146,7 @@ def prepare_model(
     files = side_files(init)
     # of what was trained beside the published model, NAME.json says what it is like
     descriptions = [f"{name}.json" for name in store.UNPUBLISHED]
-    for name in (CONSTANTS_FILE, voices.VOICES_FILE, voices.PUBLISHED_FILE, *descriptions):
+    for name in (CONSTANTS_FILE, TOKEN2WAV_FILE, voices.VOICES_FILE, voices.PUBLISHED_FILE, *descriptions):
         if has_file(init / name):
             files.append(init / name)
     with store.new_folder(workdir / MODEL_FOLDER) as unfinished:

@@ -203,7 +203,7 @@ def _solve_requests(dit: DiT, solver: Solver, shared: tuple[Any, Array, Array], 
     drawn = draw_noise(speech.seed, speech.blocks.index, speech.noise.shape[1:])  # [N, F, mel]
     noise = jnp.where(jnp.asarray(speech.draws)[:, None, None], drawn, speech.noise)  # [N, F, mel]
     voice = jnp.asarray(speech.voice)
-    inputs = (speech.codes, jnp.asarray(speakers)[voice], jnp.asarray(cond)[voice])
+    inputs = (speech.codes, jnp.asarray(speakers)[voice], jnp.asarray(cond)[voice], solver.guidance)
     conditions = apply_method(dit, "conditions", params, *inputs)
     mel, _ = solve(dit, params, noise, conditions, speech.blocks, solver=solver)
     return mel

@@ -95,8 +95,8 @@ def load(
         made to do harm costs its request alone (``processing.media_workers``). A script that asks for it needs
         ``if __name__ == "__main__":``, as always where Python starts processes.
       chunk_sizes: how much is computed at a time while a reply is streamed; the defaults if None.
-      token2wav: {"solver": "midpoint", "steps": 9}, how its flow is integrated (``models.ode_solver.Solver``): with
-        fewer evaluations of the network than the published 36 sound is made sooner, and is another.
+      token2wav: {"solver": "midpoint", "steps": 9}, how its flow is integrated (``models.ode_solver.Solver``), if not
+        as the checkpoint says: with fewer evaluations than the published 36 sound is made sooner, and is another.
       quantization: "int8" or "int4", to keep the linear maps of Thinker and Talker in so many bits
         (``generation.quantization``); without a mesh, the host holds the parameters before that.
       kv_cache_dtype: "int8", to keep keys and values of the decoders in 8 bits, with a scale for each position and
@@ -111,13 +111,14 @@ def load(
       InputError: if what is allowed is no host, or no place in a bucket; for another quantization or solver.
     """
     number_format = NumberFormat(dtype, quantization, kv_cache_dtype)
-    solver = Solver.create(token2wav)
+    Solver().override(token2wav)  # for its errors alone
     folder = resolve_checkpoint(Path(folder))
     access = RemoteAccess(allow_web, allow_buckets)
     wanted = choose_components(folder, components)
     keep_compiled_programs()
     # small files first: what is wrong with them is found before gigabytes are read
     config = OmniConfig.load(folder)
+    solver = Solver.load(folder).override(token2wav)
     processor = Processor.load(folder, access=access)
     onnx_model = None
     if speaker_model is not None:

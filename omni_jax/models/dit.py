@@ -9,7 +9,7 @@ What an evaluation needs and does not change from one to the next is computed on
 through the first projection (``conditions``), and every layer's scales and shifts for all times (``modulations``).
 
 Guidance needs each velocity twice: with the request's conditions (``cond``) and without (``uncond``). The two are the
-halves of a leading axis of 2.
+halves of a leading axis of 2. A network into which guidance was distilled needs the first alone: the axis is then 1.
 
 Letters: N blocks of the list, F frames of a block, M mel bins, D width, L layers, E times, R streams with a cache,
 S layers that look back, heads, H width of a head.
@@ -51,13 +51,13 @@ NULL_CODE = 0  # a real code, and the model was trained to take it for "no code"
 
 @struct.dataclass
 class DiTCache:
-    """Keys and values of one block of R streams in the S layers that look back, for both halves.
+    """Keys and values of one block of R streams in the S layers that look back, for each half.
 
     Those of all evaluations of a solve have a second axis, of the evaluations.
     """
 
-    keys: Float[Array, "R *evaluations S 2 F heads H"]
-    values: Float[Array, "R *evaluations S 2 F heads H"]
+    keys: Float[Array, "R *evaluations S halves F heads H"]
+    values: Float[Array, "R *evaluations S halves F heads H"]
 
 
 @struct.dataclass
@@ -65,7 +65,7 @@ class Conditions:
     """The part of the first projection that does not depend on the noisy mel."""
 
     cond: Float[Array, "N F D"]
-    uncond: Float[Array, "N 1 D"]
+    uncond: Float[Array, "N 1 D"] | None  # None without guidance
 
 
 @struct.dataclass
@@ -136,23 +136,26 @@ class DiT(nn.Module):
     def conditions(
         self,
         codes: Int[Array, "N F"],
-        speakers: Float[Array, "N 2 enc_dim"],
+        speakers: Float[Array, "N voices enc_dim"],
         cond: Float[Array, "N enc_emb_dim"],
+        guidance: bool = True,
     ) -> Conditions:
         """What is constant over the evaluations.
 
         Args:
           codes: the code of each frame.
-          speakers: of each block's voice, from ``speakers``.
+          speakers: of each block's voice, from ``speakers``; without guidance the second is not needed.
           cond: the vector that each block's voice has beside its clip.
+          guidance: whether velocities without conditions will be needed too.
         """
         with jax.named_scope("dit_conditions"):
             embeds = self.codec_embed(codes)  # [N, F, emb_dim]
+            given = self._project_conditions(speakers[:, :1], embeds, cond[:, None])  # [N, F, D]
+            if not guidance:
+                return Conditions(given, None)
             null_embeds = self.codec_embed(jnp.full((len(codes), 1), NULL_CODE))  # [N, 1, emb_dim]
-            return Conditions(
-                cond=self._project_conditions(speakers[:, :1], embeds, cond[:, None]),
-                uncond=self._project_conditions(speakers[:, 1:], null_embeds, jnp.zeros_like(cond)[:, None]),
-            )
+            nothing = jnp.zeros_like(cond)[:, None]  # [N, 1, enc_emb_dim]
+            return Conditions(given, self._project_conditions(speakers[:, 1:], null_embeds, nothing))
 
     def _project_conditions(self, speaker: Array, codes: Array, cond: Array) -> jax.Array:
         frames = codes.shape[:2]
@@ -171,6 +174,15 @@ class DiT(nn.Module):
             # sharded like the projection that makes them, they would have every norm reduced over devices
             return replicate(Modulations(jnp.moveaxis(layers, 0, 1), final))
 
+    def block_modulations(self, times: Float[Array, " N"]) -> Modulations:
+        """The modulation of blocks that have a time of their own each, as ``velocity`` takes it."""
+        modulations = self.modulations(times)
+        return Modulations(
+            # where a time's vectors were, those of all blocks, to be broadcast over their frames
+            jnp.moveaxis(modulations.layers, 0, 2)[..., None, :],  # [L, 6, N, 1, D]
+            jnp.moveaxis(modulations.final, 0, 1)[..., None, :],  # [2, N, 1, D]
+        )
+
     @own_precision
     def velocity(
         self,
@@ -179,57 +191,28 @@ class DiT(nn.Module):
         modulations: Modulations,
         blocks: Blocks,
         cache: DiTCache | None = None,
-    ) -> tuple[Float[jax.Array, "N F M"], Float[jax.Array, "N F M"], DiTCache | None]:
-        """One evaluation at one time.
+    ) -> tuple[Float[jax.Array, "N F M"], Float[jax.Array, "N F M"] | None, DiTCache | None]:
+        """One evaluation.
 
         Args:
           mel: noisy log-mel.
           conditions: from ``conditions``.
-          modulations: at this time.
+          modulations: at the time of the evaluation, or at that of each block (``block_modulations``).
           blocks: the list.
           cache: of this evaluation in the call before, if ``blocks`` has cached ones.
 
         Returns:
-          The conditional velocity, the unconditional one, and the cache for the next call. Padding gives anything
-          finite.
+          The conditional velocity, the unconditional one if there is guidance, and the cache for the next call.
+          Padding gives anything finite.
         """
         with jax.named_scope("dit_input"):
-            x = self._project_mel(mel, blocks)  # [N, F, D]
-            x = jnp.stack([x + conditions.cond, x + conditions.uncond])  # [2, N, F, D]
-        (cond, uncond), cache = self._apply_layers(x, modulations, blocks, cache)  # two of [N, F, M]
-        return cond, uncond, cache
-
-    @own_precision
-    def conditioned_velocity(
-        self,
-        mel: Float[Array, "N F M"],
-        codes: Int[Array, "N F"],
-        speakers: Float[Array, "N enc_dim"],
-        cond: Float[Array, "N enc_emb_dim"],
-        times: Float[Array, " N"],
-        blocks: Blocks,
-    ) -> Float[jax.Array, "N F M"]:
-        """One velocity of blocks that have conditions and a time of their own each: what training needs.
-
-        Args:
-          mel: noisy log-mel.
-          codes: the code of each frame.
-          speakers: of each block's voice, from ``encode_clips``.
-          cond: the vector that each block's voice has beside its clip.
-          times: of each block.
-          blocks: the list.
-        """
-        with jax.named_scope("dit_input"):
-            conditions = self._project_conditions(speakers[:, None], self.codec_embed(codes), cond[:, None])
-            x = self._project_mel(mel, blocks) + conditions  # [N, F, D]
-        modulations = self.modulations(times)
-        by_block = Modulations(
-            # where a time's vectors were, those of all blocks, to be broadcast over their frames
-            jnp.moveaxis(modulations.layers, 0, 2)[..., None, :],  # [L, 6, N, 1, D]
-            jnp.moveaxis(modulations.final, 0, 1)[..., None, :],  # [2, N, 1, D]
-        )
-        (velocity,), _ = self._apply_layers(x[None], by_block, blocks, None)
-        return velocity
+            projected = self._project_mel(mel, blocks)  # [N, F, D]
+            halves = [projected + conditions.cond]
+            if conditions.uncond is not None:
+                halves.append(projected + conditions.uncond)
+            x = jnp.stack(halves)  # [halves, N, F, D]
+        velocities, cache = self._apply_layers(x, modulations, blocks, cache)  # [halves, N, F, M]
+        return velocities[0], None if conditions.uncond is None else velocities[1], cache
 
     def _project_mel(self, mel: Float[Array, "N F M"], blocks: Blocks) -> Float[jax.Array, "N F D"]:
         mel = jnp.where(blocks.valid[..., None], jnp.asarray(mel, self.dtype), 0)
@@ -263,8 +246,9 @@ class DiT(nn.Module):
         modulations = jax.tree.map(lambda a: a[0], self.modulations(jnp.asarray(time)[None]))
         speakers = jnp.broadcast_to(self.speakers(ref_mel, length)[None], (len(codes), 2, self.config.enc_dim))
         cond = jnp.broadcast_to(jnp.asarray(cond), (len(codes), self.config.enc_emb_dim))
-        velocities = self.velocity(mel, self.conditions(codes, speakers, cond), modulations, blocks)
-        return velocities[0], velocities[1]
+        given, nothing, _ = self.velocity(mel, self.conditions(codes, speakers, cond), modulations, blocks)
+        assert nothing is not None
+        return given, nothing
 
 
 class DiTLayer(nn.Module):
@@ -294,16 +278,16 @@ class DiTLayer(nn.Module):
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, DiTCache | None]:
             # before the cache: a block that is looked back at keeps the angles of its own place
-            q = rotate_first_head(q, inputs.rotary)  # [2, N, F, heads, H]
+            q = rotate_first_head(q, inputs.rotary)  # [halves, N, F, heads, H]
             k = rotate_first_head(k, inputs.rotary)
             return attend_by_layer(self.config, index, (q, k, v), inputs.blocks, cache)
 
         with jax.named_scope("dit_attention"):
             attended, new_cache = self.attention(_modulated_norm(x, scale_a, shift_a), attend)
-            x = constrain(x + gate_a * attended, None, "batch", None, None)  # [2, N, F, D]
+            x = constrain(x + gate_a * attended, None, "batch", None, None)  # [halves, N, F, D]
         with jax.named_scope("dit_mlp"):
             x = x + gate_m * self.mlp(_modulated_norm(x, scale_m, shift_m))
-            x = constrain(x, None, "batch", None, None)  # [2, N, F, D]
+            x = constrain(x, None, "batch", None, None)  # [halves, N, F, D]
         return _Carry(x, new_cache), None
 
 
@@ -380,16 +364,16 @@ def _attend_to_neighbours(
     blocks: Blocks,
     cache: DiTCache | None,
 ) -> tuple[jax.Array, DiTCache | None]:
-    q, k, v = qkv  # [2, N, F, heads, H]
+    q, k, v = qkv  # [halves, N, F, heads, H]
     if not behind or cache is None or blocks.cached is None:
         return block_attention(q, k, v, blocks, behind=behind, ahead=ahead), cache
 
     def append_cached(array: jax.Array, cached: Array) -> jax.Array:
-        return jnp.concatenate([array, jnp.moveaxis(cached[:, cache_index], 1, 0)], axis=1)  # [2, N + R, ...]
+        return jnp.concatenate([array, jnp.moveaxis(cached[:, cache_index], 1, 0)], axis=1)  # [halves, N + R, ...]
 
     def update_cached(cached: Array, array: jax.Array) -> jax.Array:
         assert blocks.cached is not None
-        new = jnp.moveaxis(take_blocks(array, blocks.cached.next), 0, 1)  # [R, 2, F, heads, H]
+        new = jnp.moveaxis(take_blocks(array, blocks.cached.next), 0, 1)  # [R, halves, F, heads, H]
         return jnp.asarray(cached).at[:, cache_index].set(new)
 
     # the cached blocks stand behind the list, where ``blocks.before`` points to them

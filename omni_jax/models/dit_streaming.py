@@ -65,7 +65,7 @@ class CarriedState:
     index: Int[Array, " B"]  # of the next block in its row
     pending: FrameBlocks  # the block before it, which waits for its look-ahead; N is 1
     solved_valid: Bool[Array, "B F"]  # which frames are real of the block before that one, the last solved for good
-    cache: DiTCache  # of that block: [B, E, S, 2, F, heads, H]
+    cache: DiTCache  # of that block: [B, E, S, halves, F, heads, H]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class CarriedDiT:
         c = self.dit.config
         # a small configuration may have fewer layers than these indices name
         layers = len({i for i in c.look_backward_layers if i < c.num_hidden_layers})
-        cache = (batch, self.solver.num_evaluations, layers, 2, c.block_size, c.num_attention_heads, c.head_dim)
+        evaluations = (batch, self.solver.num_evaluations, layers, self.solver.num_halves)
+        cache = (*evaluations, c.block_size, c.num_attention_heads, c.head_dim)
         frames = (batch, 1, c.block_size)
         return CarriedState(
             index=jnp.zeros(batch, jnp.int32),
@@ -220,7 +221,8 @@ def _solve_frames(
     # a voice for each block of a row
     speakers = jnp.repeat(speaker.rows, count, axis=0)
     cond = jnp.repeat(speaker.cond, count, axis=0)
-    conditions: Any = part.dit.apply({"params": params}, codes, speakers, cond, method="conditions")
+    inputs = (codes, speakers, cond, part.solver.guidance)
+    conditions: Any = part.dit.apply({"params": params}, *inputs, method="conditions")
     mel, new_cache = solve(part.dit, params, noise, conditions, blocks, cache, part.solver)
     return mel.reshape(batch, count, size, -1), new_cache
 

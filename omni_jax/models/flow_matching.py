@@ -25,9 +25,9 @@ Moment = TypeVar("Moment")
 GUIDANCE_SCALE = 0.5  # the reference's; no file holds it
 
 
-def guided_velocity(cond: jax.Array, uncond: jax.Array) -> jax.Array:
-    """Classifier-free guidance, added on top of the conditional velocity."""
-    return cond + (cond - uncond) * GUIDANCE_SCALE
+def guided_velocity(cond: jax.Array, uncond: jax.Array | None) -> jax.Array:
+    """Classifier-free guidance, added on top of the conditional velocity, which it is without guidance."""
+    return cond if uncond is None else cond + (cond - uncond) * GUIDANCE_SCALE
 
 
 def integrate(
@@ -95,10 +95,10 @@ def solve(
       dit: the network.
       params: its parameters.
       noise: standard normal; the mel at time 0.
-      conditions: of each block.
+      conditions: of each block; without those of guidance where the solver has none.
       blocks: which of them are neighbours.
       cache: of the call before, if ``blocks`` has cached ones: keys and values of every evaluation,
-        [R, E, layers, 2, F, heads, H].
+        [R, E, layers, halves, F, heads, H].
       solver: how the flow is integrated; its number of evaluations is E.
 
     Returns:
@@ -111,11 +111,11 @@ def solve(
     # the number of each evaluation, which selects its part of the cache
     numbers = jnp.arange(times.size).reshape(times.shape)
 
-    def guided_evaluation(
+    def evaluate(
         mel: jax.Array, moment: tuple[jax.Array, Modulations], cache: DiTCache | None
     ) -> tuple[jax.Array, DiTCache | None]:
         number, modulation = moment
-        evaluation = jax.tree.map(lambda a: a[:, number], cache)  # [R, layers, 2, F, heads, H]
+        evaluation = jax.tree.map(lambda a: a[:, number], cache)  # [R, layers, halves, F, heads, H]
         arguments = (mel, conditions, modulation, blocks, evaluation)
         outputs: Any = dit.apply({"params": params}, *arguments, method="velocity")
         cond, uncond, new = outputs
@@ -125,7 +125,7 @@ def solve(
 
     with jax.named_scope("flow_matching"):
         noise = jnp.where(blocks.valid[..., None], noise, 0)  # [N, F, M]
-        return integrate(guided_evaluation, noise, solver.table, (numbers, modulations), cache)
+        return integrate(evaluate, noise, solver.table, (numbers, modulations), cache)
 
 
 def draw_noise(seed: UInt32[Array, " N"], index: Int[Array, " N"], shape: tuple[int, ...]) -> Float[jax.Array, "N F M"]:

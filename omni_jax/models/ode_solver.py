@@ -5,23 +5,28 @@ each step, what of all slopes is added at its end. Runge and Kutta's rules use t
 keep the slopes of the steps before, so that a step costs one evaluation.
 
 The reference's rule and grid (``Qwen2_5OmniToken2WavDiTModel.sample``, ``RungeKutta4ODESolver``) are the default; no
-file holds them.
+published file holds them. A checkpoint whose DiT was distilled says in ``token2wav.json`` how it is to be integrated.
 
 Letters: T steps, S stages of a step, K slopes that are kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from omni_jax.checkpoint.model_files import TOKEN2WAV_FILE
 from omni_jax.checks import check_int, check_names, shown
-from omni_jax.errors import InputError
+from omni_jax.errors import CheckpointError, InputError
+from omni_jax.plain_files import has_file, read_object
 
 Method = Literal["rk4", "midpoint", "euler", "adams"]
 MAX_STEPS = 1000
@@ -67,20 +72,55 @@ class Solver:
       method: "rk4" (four evaluations a step, fourth order), "midpoint" (two, second), "euler" (one, first) or "adams"
         (one, third order, from the slopes of the last three steps).
       steps: of the grid from noise to mel.
+      guidance: whether each velocity is made of one with conditions and one without. False where the network was
+        distilled so that it gives the result at once (``training.objectives.flow_distillation``).
     """
 
     method: Method = "rk4"
     steps: int = 9
+    guidance: bool = True
 
     @classmethod
-    def create(cls, options: Mapping[str, Any]) -> Solver:
-        """From ``{"solver": "midpoint", "steps": 8}``; what is left out is the published solver's.
+    def load(cls, folder: Path) -> Solver:
+        """The one that the DiT of a checkpoint was trained for: the published, unless ``token2wav.json`` is there.
 
         Raises:
-          InputError: for an unknown name or a value out of range.
+          CheckpointError: if that file does not describe a solver.
         """
+        path = folder / TOKEN2WAV_FILE
+        if not has_file(path):
+            return cls()
+        values = read_object(path)
+        try:
+            check_names(f"key of {path}", values, ["solver", "steps", "guidance"])
+            if not isinstance(values.get("guidance"), bool):
+                raise InputError(f"guidance is {shown(values.get('guidance'))}; it must be true or false")
+            return cls(values.get("solver"), values.get("steps"), values["guidance"])  # type: ignore[arg-type]
+        except InputError as e:
+            raise CheckpointError(f"{path}: {e}") from e
+
+    def to_json(self) -> str:
+        """The text of ``token2wav.json``."""
+        return json.dumps({"solver": self.method, "steps": self.steps, "guidance": self.guidance}, indent=2) + "\n"
+
+    def override(self, options: Mapping[str, Any]) -> Solver:
+        """With ``{"solver": "midpoint", "steps": 8}`` in place of its own; what is left out or None stays.
+
+        Raises:
+          InputError: for an unknown name, a value out of range, or guidance, which was decided by training.
+        """
+        if "guidance" in options:
+            raise InputError(
+                "guidance is no option of token2wav: whether the network needs it was decided when it was trained "
+                f"({TOKEN2WAV_FILE} of the checkpoint)"
+            )
         check_names("option of token2wav", options, ["solver", "steps"])
-        return cls(options.get("solver", cls.method), options.get("steps", cls.steps))
+        changed = self
+        if options.get("solver") is not None:
+            changed = dataclasses.replace(changed, method=options["solver"])
+        if options.get("steps") is not None:
+            changed = dataclasses.replace(changed, steps=options["steps"])
+        return changed
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -89,8 +129,13 @@ class Solver:
 
     @property
     def num_evaluations(self) -> int:
-        """Of the network, for each block."""
+        """Of the velocity, for each block."""
         return self.table.times.size
+
+    @property
+    def num_halves(self) -> int:
+        """Evaluations of the network that a velocity takes."""
+        return 2 if self.guidance else 1
 
     @property
     def table(self) -> SolverTable:

@@ -12,7 +12,7 @@ import tyro
 from omni_jax.engine.request import TalkerParams
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.generation.options import Options
-from omni_jax.models.ode_solver import Method, Solver
+from omni_jax.models.ode_solver import Method
 from omni_jax.processing.worker_pool import MediaLimits
 from omni_jax.serving.batch_ray import RayOptions
 from omni_jax.sharding import MeshConfig
@@ -38,10 +38,12 @@ class TalkerOptions:
 class Token2WavOptions:
     """How codes become sound."""
 
-    solver: Method = Solver.method
-    """How the flow is integrated: rk4 evaluates its network four times a step, midpoint twice, euler and adams once."""
-    steps: int = Solver.steps
-    """Of the flow. With fewer evaluations than the published 36 sound is made sooner, and is another."""
+    solver: Method | None = None
+    """How the flow is integrated: rk4 evaluates its network four times a step, midpoint twice, euler and adams once.
+    Without it, as the checkpoint says, or as published: rk4."""
+    steps: int | None = None
+    """Of the flow, likewise; 9 are published. With fewer evaluations than those 36 sound is made sooner, and is
+    another."""
 
 
 @dataclass(frozen=True)

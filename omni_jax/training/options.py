@@ -29,19 +29,15 @@ class NextTokenOptions:
 
 
 @dataclass(frozen=True)
-class FlowMatchingOptions:
-    """The velocity of Token2Wav's flow from noise to the mel of codes."""
+class PackedSpeechOptions:
+    """Rows of codes and sound, of which several are packed into one of the batch."""
 
     utterances: int = 16
     """In a row of the batch, at most."""
     clip_frames: int = 512
     """Mel frames, 100 a second, of a clip of a voice, at most."""
     max_clip: float = 0.3
-    """Share of an utterance that stands for its voice's clip, at most; the loss leaves it out."""
-    drop_sound: float = 0.3
-    """Share of the utterances that have codes, and neither a clip nor the vector of a voice."""
-    drop_all: float = 0.2
-    """Share of the utterances that have no codes either, which is what guidance subtracts."""
+    """Share of an utterance that stands for its voice's clip, at most."""
 
     def check(self) -> None:
         """Raises InputError if a field is out of its range."""
@@ -49,6 +45,20 @@ class FlowMatchingOptions:
         check_int("objective.clip_frames", self.clip_frames, 16)
         # more than half could leave a short utterance without any frame that has a loss
         check_float("objective.max_clip", self.max_clip, 0, 0.5)
+
+
+@dataclass(frozen=True)
+class FlowMatchingOptions(PackedSpeechOptions):
+    """The velocity of Token2Wav's flow from noise to the mel of codes. What stands for the voice's clip has no loss."""
+
+    drop_sound: float = 0.3
+    """Share of the utterances that have codes, and neither a clip nor the vector of a voice."""
+    drop_all: float = 0.2
+    """Share of the utterances that have no codes either, which is what guidance subtracts."""
+
+    def check(self) -> None:
+        """Raises InputError if a field is out of its range."""
+        super().check()
         check_float("objective.drop_sound", self.drop_sound, 0, 1)
         check_float("objective.drop_all", self.drop_all, 0, 1)
 

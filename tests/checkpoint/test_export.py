@@ -38,6 +38,14 @@ def assert_same_tensors(a: Path, b: Path) -> None:
         np.testing.assert_array_equal(after[name].read().view(np.uint8), tensor.read().view(np.uint8), name)
 
 
+def test_a_distilled_dit_does_not_go_back(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "distilled"))
+    (folder / "token2wav.json").write_text('{"solver": "euler", "steps": 4, "guidance": false}')
+    with pytest.raises(CheckpointError, match=r"was distilled .* the checkpoint that the distillation began from"):
+        export.to_hf(folder, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_comes_back_is_what_went_in(tmp_path: Path, dtype) -> None:
     write_checkpoint(tmp_path / "torch", TINY, seed=3, dtype=dtype, shard_bytes=150_000)

@@ -19,6 +19,7 @@ from omni_jax.engine.token2wav_engine import Token2WavEngine, encode_speakers
 from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.errors import InputError
 from omni_jax.models.dit import DiT
+from omni_jax.models.ode_solver import Solver
 from omni_jax.models.token2wav import Token2Wav
 from tests.plain_flow import plainly_carried
 from tools.make_checkpoint import write_checkpoint
@@ -33,16 +34,27 @@ CHECKED = 3  # four blocks, the last not full: beyond the first chunk
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Token2WavEngine:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quick")
     write_checkpoint(folder / "published", TINY, dtype="float32")
     to_jax(folder / "published", folder / "model", components=["token2wav"])
-    return loaded(TINY.token2wav_config, folder / "model")
+    return folder / "model"
 
 
-def loaded(config: Token2WavConfig, folder: Path) -> Token2WavEngine:
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Token2WavEngine:
+    return loaded(TINY.token2wav_config, folder)
+
+
+@pytest.fixture(scope="module")
+def distilled(folder: Path) -> Token2WavEngine:
+    """As if guidance, and a rule of four evaluations, were in the same parameters."""
+    return loaded(TINY.token2wav_config, folder, Solver("euler", 4, guidance=False))
+
+
+def loaded(config: Token2WavConfig, folder: Path, solver: Solver = Solver()) -> Token2WavEngine:  # noqa: B008, frozen
     params = store.load(folder, ["token2wav"])["token2wav"]
-    return Token2WavEngine(Token2Wav(config), jax.device_put(params, jax.devices()[0]))
+    return Token2WavEngine(Token2Wav(config), jax.device_put(params, jax.devices()[0]), solver=solver)
 
 
 def voice(seed: int, frames: int = 20) -> Voice:
@@ -92,8 +104,10 @@ def test_streams_give_what_a_plain_solve_gives(engine: Token2WavEngine) -> None:
     assert np.abs(wanted).max() > 0.01
 
 
-def test_the_noise_is_that_of_the_offline_request(engine: Token2WavEngine) -> None:
+@pytest.mark.parametrize("which", ["engine", "distilled"])
+def test_the_noise_is_that_of_the_offline_request(which: str, request: pytest.FixtureRequest) -> None:
     """Of a request of two blocks the flow is the same as well."""
+    engine = request.getfixturevalue(which)
     rows, voices = [codes(24), codes(20)], [voice(0), voice(1)]
     wanted = engine.synthesize(rows, voices, [None] * 2, [7, 8])
     made = pushed(engine.stream(voices, [7, 8]), rows, seed=2)

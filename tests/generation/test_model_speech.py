@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omni_jax import SPEECH_SYSTEM_PROMPT
 from omni_jax.checkpoint.convert import to_jax
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.generation.model import OmniModel
+from omni_jax.models.ode_solver import Solver
 
 SPEAK: dict[str, Any] = dict(max_tokens=8, modalities=("text", "audio"))
 # so that random replies end at different places
@@ -53,6 +55,18 @@ def test_eight_replies_at_once_equal_single_ones(model: OmniModel) -> None:
     for a, b in zip(together, single, strict=True):
         assert a.audio is not None and b.audio is not None
         assert np.abs(a.audio - b.audio).max(initial=0) < TOLERANCE
+
+
+def test_a_checkpoint_says_how_its_flow_is_integrated(tiny_model: Path, tmp_path: Path) -> None:
+    distilled = Solver("euler", 4, guidance=False)
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "distilled"))
+    (folder / "token2wav.json").write_text(distilled.to_json())
+    engine = omni_jax.load(folder).engines.token2wav
+    assert engine is not None and engine.solver == distilled
+    changed = omni_jax.load(folder, token2wav={"steps": 2}).engines.token2wav
+    assert changed is not None and changed.solver == Solver("euler", 2, guidance=False)
+    with pytest.raises(InputError, match="guidance is no option of token2wav"):
+        omni_jax.load(folder, token2wav={"guidance": True})
 
 
 def test_text_is_the_same_with_and_without_speech(model: OmniModel) -> None:

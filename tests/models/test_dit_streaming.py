@@ -18,6 +18,7 @@ from omni_jax.models.dit import DiT
 from omni_jax.models.dit_blocks import pack
 from omni_jax.models.dit_streaming import CarriedDiT, NoisyCodes, Speaker
 from omni_jax.models.flow_matching import solve
+from omni_jax.models.ode_solver import Solver
 from tests.plain_flow import cut, plainly_carried
 from tests.streaming import Case, check_contract
 
@@ -25,6 +26,7 @@ from tests.streaming import Case, check_contract
 TOLERANCE = 1e-4
 
 CONFIG = OmniConfig.tiny().token2wav_config.dit_config
+DISTILLED = Solver("euler", 4, guidance=False)
 LENGTHS = (38, 1, 13)  # codes: four blocks, the last of them partial; less than a block; two blocks
 
 
@@ -58,8 +60,9 @@ def assert_close(ours: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-def test_contract(params: Any) -> None:
-    check_contract(Case(CarriedDiT(DiT(CONFIG)), params, random_request(CONFIG, LENGTHS), TOLERANCE))
+@pytest.mark.parametrize("solver", [Solver(), DISTILLED], ids=["published", "distilled"])
+def test_contract(params: Any, solver: Solver) -> None:
+    check_contract(Case(CarriedDiT(DiT(CONFIG), solver), params, random_request(CONFIG, LENGTHS), TOLERANCE))
 
 
 def test_declared_numbers() -> None:
@@ -68,12 +71,13 @@ def test_declared_numbers() -> None:
     assert streaming.receptive_field is None
 
 
-def test_against_a_plain_solve(params: Any) -> None:
+@pytest.mark.parametrize("solver", [Solver(), DISTILLED], ids=["published", "distilled"])
+def test_against_a_plain_solve(params: Any, solver: Solver) -> None:
     x = random_request(CONFIG, LENGTHS, seed=1)
     dit = DiT(CONFIG)
-    mel = np.asarray(jax.jit(CarriedDiT(dit).apply_sequence)(params, x).values)
+    mel = np.asarray(jax.jit(CarriedDiT(dit, solver).apply_sequence)(params, x).values)
     for row, length in enumerate(LENGTHS):
-        assert_close(mel[row, : 2 * length], plainly_carried(dit, params, *take_row(x, row)))
+        assert_close(mel[row, : 2 * length], plainly_carried(dit, params, *take_row(x, row), solver))
 
 
 def test_single_layers(params: Any) -> None:
@@ -87,17 +91,18 @@ def test_single_layers(params: Any) -> None:
     assert_close(np.asarray(single.values)[valid], np.asarray(scanned.values)[valid])
 
 
-def test_two_blocks_are_the_offline_ones(params: Any) -> None:
+@pytest.mark.parametrize("solver", [Solver(), DISTILLED], ids=["published", "distilled"])
+def test_two_blocks_are_the_offline_ones(params: Any, solver: Solver) -> None:
     """Up to there every frame sees all of the request."""
     lengths = (1, 12, 13, 24)
     x = random_request(CONFIG, lengths)
     dit = DiT(CONFIG)
-    mel = np.asarray(jax.jit(CarriedDiT(dit).apply_sequence)(params, x).values)
+    mel = np.asarray(jax.jit(CarriedDiT(dit, solver).apply_sequence)(params, x).values)
 
     @jax.jit
     def solve_offline(params: Any, codes: Any, noise: Any, voices: Any, blocks: Any) -> Any:
-        conditions: Any = dit.apply({"params": params}, codes, *voices, method="conditions")
-        return solve(dit, params, noise, conditions, blocks)[0]
+        conditions: Any = dit.apply({"params": params}, codes, *voices, solver.guidance, method="conditions")
+        return solve(dit, params, noise, conditions, blocks, solver=solver)[0]
 
     for row in range(len(lengths)):
         codes, noise, speaker = take_row(x, row)
@@ -129,6 +134,8 @@ def test_a_step_keeps_one_state(params: Any) -> None:
     state = part.init_state(2)
     cache_bytes = sum(a.nbytes for a in jax.tree.leaves(state.cache))
     assert state.cache.keys.shape == (2, 36, 2, 2, 24, 2, 16)
+    # a ninth of the evaluations, and half of each
+    assert CarriedDiT(part.dit, DISTILLED).init_state(2).cache.keys.shape == (2, 4, 2, 1, 24, 2, 16)
     block = random_request(CONFIG, (12, 12))
     step = jax.jit(part.step, donate_argnums=1).lower(params, state, block, np.ones(2, bool)).compile()
     analysis = step.memory_analysis()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.errors import InputError
+from omni_jax.errors import CheckpointError, InputError
 from omni_jax.models.flow_matching import integrate
 from omni_jax.models.ode_solver import Method, Solver, SolverTable, make_table, sway_grid
 
@@ -79,13 +80,40 @@ def test_adams_extrapolates_a_parabola_exactly() -> None:
         ({"steps": 0}, "steps of the solver is 0; it must be from 1 to 1000"),
         ({"steps": 2.5}, "steps of the solver"),
         ({"stepz": 3}, "stepz"),
+        ({"guidance": False}, r"guidance is no option of token2wav: .* was decided when it was trained"),
     ],
 )
 def test_other_solvers_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Solver.create(options)
+        Solver().override(options)
 
 
 def test_what_is_left_out_is_published() -> None:
-    assert Solver.create({}) == Solver("rk4", 9)
-    assert Solver.create({"solver": "euler"}) == Solver("euler", 9)
+    assert Solver().override({}) == Solver("rk4", 9)
+    assert Solver().override({"solver": "euler"}) == Solver("euler", 9)
+    distilled = Solver("euler", 4, guidance=False)
+    assert distilled.override({"solver": None, "steps": 8}) == Solver("euler", 8, guidance=False)
+
+
+def test_a_checkpoint_says_how_it_is_to_be_integrated(tmp_path: Path) -> None:
+    assert Solver.load(tmp_path) == PUBLISHED
+    distilled = Solver("midpoint", 3, guidance=False)
+    (tmp_path / "token2wav.json").write_text(distilled.to_json())
+    assert Solver.load(tmp_path) == distilled
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"solver": "euler", "steps": 4}', "guidance is None; it must be true or false"),
+        ('{"solver": "euler", "steps": 4, "guidance": 0}', "guidance is 0"),
+        ('{"solver": "heun", "steps": 4, "guidance": false}', "solver is 'heun'; it must be one of"),
+        ('{"solver": "euler", "guidance": false}', "steps of the solver is None"),
+        ('{"solver": "euler", "steps": 4, "guidance": false, "grid": 1}', "grid"),
+        ("[]", "token2wav.json"),
+    ],
+)
+def test_a_description_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "token2wav.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        Solver.load(tmp_path)

@@ -31,7 +31,8 @@ from omni_jax.processing.fetch import NO_ACCESS
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from omni_jax.training.objectives import make_objective
-from omni_jax.training.objectives.flow_matching import Draws, FlowMatching, frame_weights, valid_frames
+from omni_jax.training.objectives.flow_matching import Draws, FlowMatching, frame_weights
+from omni_jax.training.objectives.packed_speech import valid_frames
 from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.options import FlowMatchingOptions
 from omni_jax.training.recipe import RANDOM, Recipe
@@ -79,7 +80,7 @@ def loss_alone(dit: DiT, params: Any, batch: SpeechBatch, draws: Draws, row: int
     noise = np.asarray(draws.noise[row]).reshape(-1, CONFIG.mel_dim)[frames]
     codes = np.asarray(batch.codes[row]).reshape(-1)[frames]
     time = np.float32(draws.time[row, number])
-    clip_begin, clip_length = int(draws.clip_begin[row, number]), int(draws.clip_length[row, number])
+    clip_begin, clip_length = int(draws.clips.begin[row, number]), int(draws.clips.length[row, number])
     clip = mel[clip_begin : clip_begin + clip_length]
     if not clip_length:
         clip = batch.clip[row, number, : batch.clip_length[row, number]]
@@ -158,21 +159,21 @@ def test_what_is_drawn() -> None:
     assert draws.time.mean() == pytest.approx(0.5, abs=0.012) and 0 <= draws.time.min() < draws.time.max() < 1
     assert draws.noise.shape == batch.mel.shape
     # a clip of its own for those that have no other
-    assert (draws.clip_length[clip_length > 0] == 0).all()
-    own = draws.clip_length[clip_length == 0]
+    assert (draws.clips.length[clip_length > 0] == 0).all()
+    own = draws.clips.length[clip_length == 0]
     assert own.min() == shortest_clip(CONFIG) and own.max() == 16
     assert (own <= np.maximum(0.3 * length[clip_length == 0], shortest_clip(CONFIG))).all()
-    assert (draws.clip_begin >= 0).all() and (draws.clip_begin + draws.clip_length <= length).all()
+    assert (draws.clips.begin >= 0).all() and (draws.clips.begin + draws.clips.length <= length).all()
 
 
 def test_weights_add_up_to_the_frames() -> None:
     batch = make_batch([make_example(38), make_example(13, 9), make_example(8)])
     draws = FlowMatching(Token2Wav(MODEL.token2wav_config)).draw(batch, jax.random.key(0))
-    weights = np.asarray(frame_weights(batch, draws))
+    weights = np.asarray(frame_weights(batch, draws.clips))
     for row, number in np.argwhere(batch.length > 0):
         own = weights[row][np.asarray(batch.utterance[row]) == number]
         assert own.sum() == pytest.approx(batch.length[row, number], rel=1e-6)
-        assert (own > 0).sum() == batch.length[row, number] - draws.clip_length[row, number]
+        assert (own > 0).sum() == batch.length[row, number] - draws.clips.length[row, number]
 
 
 def test_each_example_has_one_place() -> None:
