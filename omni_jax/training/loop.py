@@ -243,7 +243,7 @@ class _TrainLoop:
 
     def _first_state(self) -> TrainState:
         components = self._objective.components
-        restored = restore_state(self._checkpoints, components, self._step_at, self._mesh, self._log)
+        restored = restore_state(self._workdir, self._checkpoints, components, self._step_at, self._mesh, self._log)
         if restored is None:
             return init_state(self._recipe, self._workdir, self._step_at(0), self._mesh)
         state, data_state = restored

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -83,12 +84,21 @@ class Objective(Protocol):
         ...
 
     @property
+    def initial_copies(self) -> Mapping[str, str]:
+        """Trees of parameters that stay what components were where the run began: component by the tree's name.
+
+        A teacher, or the reference of a preference. They never train, and are in no checkpoint: a run keeps them
+        beside, as further names of the files that it began from.
+        """
+        return {}
+
+    @property
     def dtype(self) -> Any:
         """What frozen parameters are kept in where no checkpoint says it."""
         ...
 
     def abstract_params(self) -> dict[str, Any]:
-        """Shapes, dtypes and logical axes of the parameters of each component, in Flax' boxes."""
+        """Shapes, dtypes and logical axes of the parameters of each component and initial copy, in Flax' boxes."""
         ...
 
     def init_params(self, component: str, key: jax.Array) -> Any:
@@ -98,6 +108,13 @@ class Objective(Protocol):
           ConfigError: if the checkpoint must have it.
         """
         ...
+
+    def check_start(self, folder: Path) -> None:
+        """Looks at the checkpoint that a run is to begin from.
+
+        Raises:
+          ConfigError: if the run cannot begin from it.
+        """
 
     def convert_frozen(self, frozen: Params) -> Params:
         """What a run keeps of the parameters that never train, abstract ones or arrays, once they are read."""
@@ -125,7 +142,7 @@ class Objective(Protocol):
         """The loss of a batch, which may be one of several that are accumulated.
 
         Args:
-          params: of each component.
+          params: of each component and initial copy.
           batch: without an axis of accumulated batches.
           denominators: of the whole step.
           key: of random numbers, another for each batch of each step of a run.

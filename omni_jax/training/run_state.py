@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from omni_jax.checkpoint import store
+from omni_jax.checkpoint.array_files import check_arrays
 from omni_jax.checkpoint.assemble_thinker import assemble_thinker
 from omni_jax.checkpoint.lora import LORA_FILE, LoRAConfig
 from omni_jax.checkpoint.train_checkpoints import (
@@ -28,6 +30,7 @@ from omni_jax.checkpoint.train_checkpoints import (
 from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
 from omni_jax.mini_config import mini_config
+from omni_jax.plain_files import link_folder
 from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.training.objective import Objective
 from omni_jax.training.optimizer import Moments, flatten_params, learning_rate_scales, split_params, with_moments
@@ -35,6 +38,7 @@ from omni_jax.training.recipe import Recipe
 from omni_jax.training.step import TrainState, TrainStep, abstract_params, abstract_state
 
 _INITIAL_FOLDER = "initial"  # in the run's folder: the checkpoint that is made of parts, or of random numbers
+_COPIES_FOLDER = "copies"  # in the run's folder: what the objective keeps of the checkpoint that the run began from
 _FILES_FOLDER = "files"  # in the run's folder: what it is made of, where there is no folder to take it from
 _TRAINED = "trained"  # beside the moments of a checkpoint: what trains, where the parameters are its average
 _SIZES = {
@@ -99,7 +103,22 @@ def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Ca
         init = resolve_checkpoint(recipe.init)
     extra_files = objective.extra_files()
     _check_adapter(init, extra_files)
-    prepare_model(workdir, init, trained_components(recipe, objective), extra_files)
+    objective.check_start(init)
+    trained = trained_components(recipe, objective)
+    # before the model, whose folder says that all is there
+    _link_copies(workdir / _COPIES_FOLDER, init, objective.initial_copies)
+    prepare_model(workdir, init, trained, extra_files)
+
+
+def _link_copies(folder: Path, init: Path, copies: Mapping[str, str]) -> None:
+    """Keeps components of the checkpoint that the run begins from, each under the name of its copy."""
+    if not copies:
+        return
+    # there already if the run was killed between this and ``prepare_model``; it may begin from something else now
+    shutil.rmtree(folder, ignore_errors=True)
+    with store.new_folder(folder) as unfinished:
+        for name, component in copies.items():
+            link_folder(init / "params" / component, unfinished / name, init)
 
 
 def _check_adapter(init: Path, extra_files: Mapping[str, str]) -> None:
@@ -128,12 +147,15 @@ def trained_components(recipe: Recipe, objective: Objective) -> list[str]:
     """The components of which something trains in some phase of the recipe.
 
     Raises:
-      ConfigError: for a group that no parameter is in.
+      ConfigError: for a group that no parameter is in, or one with an initial copy.
     """
     paths = list(flatten_params(nn.unbox(objective.abstract_params())))
     trained: set[str] = set()
     for phase in recipe.phases:
         trained |= {path.partition("/")[0] for path in learning_rate_scales(phase, paths)}
+    for name in objective.initial_copies:
+        if name in trained:
+            raise ConfigError(f"a phase trains {name}, which stays what it was where the run began; name other paths")
     return [name for name in objective.components if name in trained]
 
 
@@ -156,6 +178,8 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
     dtypes = read_dtypes(folder, [name for name in step.objective.components if name in stored])
     params = {}
     for name, tree in abstract_params(step, mesh, dtypes).items():
+        if name in step.objective.initial_copies:
+            continue
         if name in stored:
             params[name] = store.load_tree(folder / "params" / name, tree)
         else:
@@ -163,8 +187,22 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
             shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
             init = functools.partial(step.objective.init_params, name)
             params[name] = jax.jit(init, out_shardings=shardings)(jax.random.key(recipe.seed))
+    params |= _load_copies(workdir, step, mesh)
     trained, frozen = split_params(params, step.scales)
     return _fill_state(step, abstract_state(step, mesh), 0, trained, step.objective.convert_frozen(frozen))
+
+
+def _load_copies(workdir: Path, step: TrainStep, mesh: Mesh) -> dict[str, Any]:
+    """The objective's initial copies, in the dtypes that they were found in."""
+    folder = workdir / _COPIES_FOLDER
+    names = list(step.objective.initial_copies)
+    dtypes: dict[str, np.dtype] = {}
+    for name in names:
+        check_arrays(folder / name, folder)
+        for path, leaf in flatten_params(store.tree_shapes(folder / name)).items():
+            dtypes[f"{name}/{path}"] = np.dtype(leaf.dtype)
+    trees = abstract_params(step, mesh, dtypes)
+    return {name: store.load_tree(folder / name, trees[name]) for name in names}
 
 
 def begin_phase(state: TrainState, step: TrainStep, mesh: Mesh) -> TrainState:
@@ -188,6 +226,7 @@ def to_checkpoint(state: TrainState, step: int, data: Mapping[str, Any], compone
 
 
 def restore_state(
+    workdir: Path,
     checkpoints: TrainCheckpoints,
     components: Sequence[str],
     step_at: Callable[[int], TrainStep],
@@ -197,6 +236,7 @@ def restore_state(
     """The state of the latest whole checkpoint and where its data goes on; None if there is none.
 
     Args:
+      workdir: the run's folder.
       checkpoints: of the run.
       components: all that the loss takes, whether they train or not.
       step_at: gives the step that follows so many others.
@@ -220,7 +260,7 @@ def restore_state(
     target = abstract_state(step, mesh)
     fields = dict(saved.moments)
     average = None
-    trained, frozen = split_params(saved.params, step.scales)
+    trained, frozen = split_params({**saved.params, **_load_copies(workdir, step, mesh)}, step.scales)
     if _TRAINED in fields:
         average = trained
         trained = fields.pop(_TRAINED)
