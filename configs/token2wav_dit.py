@@ -13,12 +13,12 @@ RECIPES = recipes(
     "token2wav-dit",
     "flow matching of Token2Wav's DiT, from codes to mel",
     phases=(Phase("flow", (ParameterGroup("token2wav/dit/.*"),)),),
-    optimizer=OptimizerConfig(learning_rate=7.5e-5, warmup=20_000, weight_decay=0.01, clip=1.0),
+    optimizer=OptimizerConfig(learning_rate=7.5e-5, warmup=20_000, weight_decay=0.01, clip=1.0, ema=0.9999),
     steps=500_000,
     # codes: a minute of sound
     tokens=3072,
     media=dict(audio_blocks=0, canvases=0),
-    devices={"7b": 16, "3b": 16},
+    devices={"7b": 64, "3b": 64},
     objective=FlowMatchingOptions(),
     tiny_objective=FlowMatchingOptions(utterances=4, clip_frames=64),
 )

@@ -310,10 +310,32 @@ def test_a_run(recipe: Recipe, tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_from_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    """Its checkpoints hold the average of the DiT, and beside the moments what goes on to be trained."""
     data = dataclasses.replace(recipe.data, valid=())
-    recipe = dataclasses.replace(recipe, init=RANDOM, files="tiny", steps=2, data=data)
+    checkpoint = dataclasses.replace(recipe.checkpoint, every=1)
+    recipe = dataclasses.replace(recipe, init=RANDOM, files="tiny", steps=3, data=data, checkpoint=checkpoint)
+    assert recipe.optimizer.ema == 0.9999
     assert train(recipe, tmp_path / "run")
-    assert list(store.components(step_folder(tmp_path / "run", 2))) == ["token2wav"]
+    assert list(store.components(step_folder(tmp_path / "run", 3))) == ["token2wav"]
+
+    on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    averages, trained = [], []
+    for step in (1, 2, 3):
+        folder = step_folder(tmp_path / "run", step)
+        averages.append(flatten_params(store.load(folder, ["token2wav"])["token2wav"]))
+        moments = folder / "optimizer" / "moments"
+        shapes = store.tree_shapes(moments, "moments")
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device), shapes)
+        saved = store.load_tree(moments, target, "moments")
+        trained.append(flatten_params(saved["trained"]["token2wav"]))
+    assert {path.split("/")[0] for path in trained[0]} == {"dit"}
+    # the first steps are forgotten soon, or they would be in the average as long as the decay lasts
+    for n in (1, 2):
+        decay = (1 + n) / (10 + n)
+        for path, value in trained[n].items():
+            expected = decay * np.asarray(averages[n - 1][path]) + (1 - decay) * np.asarray(value)
+            np.testing.assert_allclose(averages[n][path], expected, rtol=0, atol=1e-6, err_msg=path)
+    assert not np.array_equal(averages[2]["dit/proj/kernel"], trained[2]["dit/proj/kernel"])
 
 
 @pytest.mark.long
