@@ -9,6 +9,7 @@ from configs import (
     talker_dpo,
     thinker_lora,
     thinker_sft,
+    token2wav_distill,
     token2wav_dit,
 )
 
@@ -22,4 +23,5 @@ RECIPES = {
     **talker.RECIPES,
     **talker_dpo.RECIPES,
     **token2wav_dit.RECIPES,
+    **token2wav_distill.RECIPES,
 }

@@ -146,7 +146,12 @@ class Solver:
 @functools.cache
 def make_table(method: Method, steps: int) -> SolverTable:
     """The table of a rule over ``sway_grid(steps)``."""
-    grid = sway_grid(steps)
+    return make_table_over(method, sway_grid(steps))
+
+
+def make_table_over(method: Method, grid: Float[np.ndarray, " T+1"]) -> SolverTable:
+    """The table of a rule over any rising times. float32"""
+    steps = len(grid) - 1
     if method == "adams":
         return _make_adams_table(grid)
     stage_times, coefficients, weights = (np.array(numbers, np.float32) for numbers in _STAGES[method])

@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 import tyro
 
 from omni_jax.checks import check_float, check_int
+from omni_jax.models.ode_solver import MAX_STEPS
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
 FLOAT_MAX = 3e38  # of float32
@@ -61,6 +62,23 @@ class FlowMatchingOptions(PackedSpeechOptions):
         super().check()
         check_float("objective.drop_sound", self.drop_sound, 0, 1)
         check_float("objective.drop_all", self.drop_all, 0, 1)
+
+
+@dataclass(frozen=True)
+class FlowDistillationOptions(PackedSpeechOptions):
+    """Token2Wav's flow in fewer evaluations of its DiT. The DiT that the run begins from is the teacher."""
+
+    steps: int = 4
+    """Evaluations that mel is made in, by Euler's rule. 0: as many as any solver takes; guidance alone is distilled, so
+    that each is one of the network and not two."""
+    teacher_steps: int = 2
+    """Of the published rule, through each step of the student's."""
+
+    def check(self) -> None:
+        """Raises InputError if a field is out of its range."""
+        super().check()
+        check_int("objective.steps", self.steps, 0, MAX_STEPS, hint="0: guidance alone")
+        check_int("objective.teacher_steps", self.teacher_steps, 1, MAX_STEPS)
 
 
 @dataclass(frozen=True)
@@ -170,5 +188,10 @@ class SpeechTokenizerOptions:
 
 
 ObjectiveOptions: TypeAlias = (
-    NextTokenOptions | FlowMatchingOptions | TalkerOptions | TalkerDPOOptions | SpeechTokenizerOptions
+    NextTokenOptions
+    | FlowMatchingOptions
+    | FlowDistillationOptions
+    | TalkerOptions
+    | TalkerDPOOptions
+    | SpeechTokenizerOptions
 )

@@ -9,6 +9,7 @@ import flax.linen as nn
 from omni_jax.checkpoint.lora import LORA
 from omni_jax.errors import ConfigError
 from omni_jax.training.objective import Objective
+from omni_jax.training.objectives.flow_distillation import make_flow_distillation
 from omni_jax.training.objectives.flow_matching import make_flow_matching
 from omni_jax.training.objectives.lora import LoRA, add_lora
 from omni_jax.training.objectives.next_token import make_next_token
@@ -17,6 +18,7 @@ from omni_jax.training.objectives.talker import make_next_code
 from omni_jax.training.objectives.talker_dpo import make_talker_dpo
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales
 from omni_jax.training.options import (
+    FlowDistillationOptions,
     FlowMatchingOptions,
     NextTokenOptions,
     SpeechTokenizerOptions,
@@ -29,6 +31,7 @@ from omni_jax.training.recipe import Recipe
 _MAKERS: dict[type, Callable[[Recipe], Objective]] = {
     NextTokenOptions: make_next_token,
     FlowMatchingOptions: make_flow_matching,
+    FlowDistillationOptions: make_flow_distillation,
     TalkerOptions: make_next_code,
     SpeechTokenizerOptions: make_speech_tokenizer,
     TalkerDPOOptions: make_talker_dpo,
