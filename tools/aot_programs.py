@@ -67,6 +67,7 @@ class Shapes:
       blocks: of 24 mel frames in a step of Token2Wav, or of a list of whole replies.
       quantization: of the linear maps of Thinker and Talker, "int8" or "int4".
       kv_cache_dtype: of their keys and values, "int8"; bfloat16 if None.
+      solver: of Token2Wav's flow.
     """
 
     batch: int = 32
@@ -75,6 +76,7 @@ class Shapes:
     blocks: int = 2
     quantization: Quantization | None = None
     kv_cache_dtype: CacheDtype | None = None
+    solver: Solver = Solver()  # noqa: RUF009, frozen
 
     @property
     def cache_dtype(self) -> Any:
@@ -218,7 +220,7 @@ def dit_list(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     speech, _ = fill_lists(c, requests, num_lists, lambda blocks: blocks)
     speakers = np.zeros((MIN_VOICES, 2, c.enc_dim), np.float32)
     cond = np.zeros((MIN_VOICES, c.enc_emb_dim), np.float32)
-    return Program(solve_blocks, (params, *_place_abstract((speech, speakers, cond), mesh)), (dit, Solver()))
+    return Program(solve_blocks, (params, *_place_abstract((speech, speakers, cond), mesh)), (dit, shapes.solver))
 
 
 def dit_first(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
@@ -230,7 +232,7 @@ def dit_first(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
 def dit_block(config: OmniConfig, mesh: Mesh, shapes: Shapes) -> Program:
     """Blocks of mel for every row, all evaluations of the solver, with the past carried."""
     dit, params = _abstract_dit(config, mesh)
-    part = CarriedDiT(dit)
+    part = CarriedDiT(dit, shapes.solver)
     c = config.token2wav_config.dit_config
     num_rows = shapes.batch
     num_frames = shapes.blocks * c.block_size

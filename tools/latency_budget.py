@@ -33,6 +33,7 @@ from omni_jax.engine.request import ChunkSizes
 from omni_jax.errors import ConfigError, InputError
 from omni_jax.generation.quantization import CacheDtype, Quantization
 from omni_jax.models.bigvgan_streaming import reach
+from omni_jax.models.ode_solver import Solver
 from omni_jax.sharding import MeshConfig
 from tools.aot_programs import PROGRAMS, Program, Shapes, on_chip, serving_params
 
@@ -194,6 +195,8 @@ class BudgetCommand:
         python tools/latency_budget.py --topology v6e:2x2
 
         python tools/latency_budget.py --topology v5e:2x2 --first-chunk-codes 24 --first-look-ahead 10
+
+        python tools/latency_budget.py --topology v5e:2x2 --solver.method euler --solver.steps 4 --solver.no-guidance
     """
 
     topology: Annotated[str, tyro.conf.arg(metavar="GEN:AxB[xC]")]
@@ -210,6 +213,8 @@ class BudgetCommand:
     """Of the linear maps of Thinker and Talker; without it, they are in bfloat16."""
     kv_cache_dtype: CacheDtype | None = None
     """Of their keys and values; without it, they are in bfloat16."""
+    solver: Solver = Solver()  # noqa: RUF009, frozen
+    """Of Token2Wav's flow; that of a distilled DiT has no guidance."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the figures here as well."""
 
@@ -228,7 +233,8 @@ class BudgetCommand:
         devices = describe(self.topology, self.chips)
         mesh = MeshConfig(tensor=len(devices)).make(devices)
         dit = config.token2wav_config.dit_config
-        one = Shapes(batch=1, cache=2048, quantization=self.quantization, kv_cache_dtype=self.kv_cache_dtype)
+        formats: dict[str, Any] = dict(quantization=self.quantization, kv_cache_dtype=self.kv_cache_dtype)
+        one = Shapes(batch=1, cache=2048, solver=self.solver, **formats)
         lines = make_lines(sizes, dit.block_size // dit.repeats, one)
         programs = [PROGRAMS[line.program](config, mesh, line.shapes) for line in lines]
         reports = []

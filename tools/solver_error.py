@@ -1,10 +1,11 @@
 """What cheaper solvers of Token2Wav's flow do to the mel: a table of errors and times.
 
-    python tools/solver_error.py --model out/model
+    python tools/solver_error.py --model out/model --distilled runs/distill
 
 Each solver makes the mel of the same random codes from the same noise; errors are against the mel of the published one,
-RMS over RMS. Without --model the parameters are random numbers. They show that a solver works, and little of the size
-of its errors: those follow from how the velocity changes along the flow, which training decides.
+RMS over RMS. So do checkpoints whose DiT was distilled from that of --model, each with the solver that it was trained
+for. Without --model the parameters are random numbers. They show that a solver works, and little of the size of its
+errors: those follow from how the velocity changes along the flow, which training decides.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from omni_jax.checkpoint import store
+from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checkpoint.voices import Voice, load_voices
 from omni_jax.config import BigVGANConfig, DiTConfig, OmniConfig, Token2WavConfig
 from omni_jax.engine.token2wav_engine import Token2WavEngine
@@ -50,6 +52,8 @@ class Options:
 
     model: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder that tools/convert.py to-jax wrote; without it, random parameters of the published width."""
+    distilled: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = ()
+    """Checkpoints of runs of token2wav-guidance or token2wav-distill, or the folders of such runs."""
     layers: int = 4
     """Of the random DiT; the published one has 22."""
     seconds: float = 2.0
@@ -73,12 +77,20 @@ def load_speech(options: Options) -> tuple[Token2WavConfig, object, Voice]:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     config, params, voice = load_speech(options)
+    # what each row of the table is made with
+    rows: list[tuple[str, Solver, object]] = []
+    for solver in SOLVERS:
+        rows.append((solver.method, solver, params))
+    for folder in map(resolve_checkpoint, options.distilled):
+        solver = Solver.load(folder)
+        rows.append((f"{solver.method}, {folder}", solver, store.load(folder, ("token2wav",))["token2wav"]))
     codes = np.random.default_rng(0).integers(0, config.dit_config.num_embeds, round(50 * options.seconds))
     expected = None
     first_seconds = 0.0
-    table = Table("solver", "steps", "evaluations", "error of the mel", "time over the published one's", box=None)
-    for solver in track(SOLVERS, description="solving", console=Console(stderr=True)):
-        engine = Token2WavEngine(Token2Wav(config), params, solver=solver)
+    heading = ("solver", "steps", "velocities", "of the network", "error of the mel", "time over the published one's")
+    table = Table(*heading, box=None)
+    for name, solver, own_params in track(rows, description="solving", console=Console(stderr=True)):
+        engine = Token2WavEngine(Token2Wav(config), own_params, solver=solver)
         (mel,) = engine.make_mels([codes], [voice], [None], [0])
         # again, for the first call compiles
         started = time.perf_counter()
@@ -88,7 +100,8 @@ def main() -> None:
             expected = mel
             first_seconds = seconds
         error = relative_error(mel, expected)
-        row = (solver.method, str(solver.steps), str(solver.num_evaluations), f"{error:.1e}")
+        evaluations = (solver.num_evaluations, solver.num_evaluations * solver.num_halves)
+        row = (name, str(solver.steps), *map(str, evaluations), f"{error:.1e}")
         table.add_row(*row, f"{seconds / first_seconds:.2f}")
     Console().print(table)
 
