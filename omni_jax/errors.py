@@ -25,5 +25,9 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written completely: missing, unexpected or mis-shaped tensors."""
 
 
+class JudgeError(Exception):
+    """What judges results has failed, so that there is no figure. It ends the run: a score of zero would be a lie."""
+
+
 class TrainingError(Exception):
     """A run went wrong in a way that more steps would not mend, such as a loss of NaN."""

@@ -115,9 +115,7 @@ def make_rows(half: str, count: int, out: Path) -> tuple[Path, Path]:
 def measure(model: Path, rows: Sequence[Path], *options: object) -> dict[str, float]:
     """Word errors of each file of rows."""
     text = run("tools/word_errors.py", model, *rows, *options)
-    return {
-        name: float(value) / 100 for name, value in re.findall(r"^(.+): ([\d.]+)% word errors$", text, re.MULTILINE)
-    }
+    return {name: float(value) / 100 for name, value in re.findall(r"^(.+): ([\d.]+)% word errors", text, re.MULTILINE)}
 
 
 def run(*arguments: object) -> str:

@@ -2,21 +2,19 @@
 
     python tools/word_errors.py runs/asr valid.jsonl --out answers.jsonl
 
-The last reply of each dialogue is what is expected; the model answers what comes before it, greedily. Case and
-punctuation do not count. Needs pip install -e '.[eval]'.
+The last reply of each dialogue is what is expected; the model answers what comes before it, greedily. Case, punctuation
+and how numbers are written do not count. Needs pip install -e '.[eval]'.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jiwer
 import tyro
 from rich.console import Console
 from rich.progress import track
@@ -28,6 +26,7 @@ from omni_jax.checks import check_int, printable
 from omni_jax.data.replies import LastReply, find_last_replies
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.evaluation.word_errors import WordErrors, count_word_errors
 from omni_jax.generation.model import OmniModel
 
 _ADAPTER = "adapter"  # the name of the only one
@@ -43,6 +42,8 @@ class Options:
     """Files of rows as in training; each is counted apart. Rows that answer nothing are passed over."""
     media_root: Path | None = None
     """Media must lie within this folder; without it, within that of the rows."""
+    language: str = "en"
+    """Of the replies; that of zh, ja and th is counted in characters."""
     adapter: Path | None = None
     """Answer with this adapter (LoRA)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
@@ -51,23 +52,6 @@ class Options:
     """Of an answer."""
     batch_size: int = 16
     """Dialogues that are answered at once."""
-
-
-def normalize(text: str) -> str:
-    """Lower case, without punctuation, with single spaces."""
-    return " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())
-
-
-def count_errors(expected: Sequence[str], answers: Sequence[str]) -> float:
-    """Word errors over words.
-
-    Raises:
-      InputError: if nothing is expected.
-    """
-    wanted = [normalize(text) for text in expected]
-    if not any(wanted):
-        raise InputError("no word is expected in any row")
-    return float(jiwer.process_words(wanted, [normalize(text) for text in answers]).wer)
 
 
 def answer(model: OmniModel, replies: Sequence[LastReply], options: Options) -> list[str]:
@@ -86,7 +70,7 @@ def answer(model: OmniModel, replies: Sequence[LastReply], options: Options) -> 
     return answers
 
 
-def measure(options: Options) -> dict[str, float]:
+def measure(options: Options) -> dict[str, WordErrors]:
     """Word errors of each file of rows.
 
     Raises:
@@ -105,7 +89,7 @@ def measure(options: Options) -> dict[str, float]:
     lines = []
     for path, replies in files.items():
         answers = answer(model, replies, options)
-        errors[str(path)] = count_errors([reply.text for reply in replies], answers)
+        errors[str(path)] = count_word_errors([reply.text for reply in replies], answers, options.language)
         for reply, text in zip(replies, answers, strict=True):
             line = {"row": reply.row, "expected": reply.text, "answer": text}
             lines.append(json.dumps(line, ensure_ascii=False))
@@ -120,7 +104,7 @@ def main() -> None:
     except (CheckpointError, ConfigError, InputError) as e:
         raise SystemExit(f"error: {printable(str(e))}") from None
     for name, value in errors.items():
-        print(f"{name}: {value:.1%} word errors")
+        print(f"{name}: {value}")
 
 
 if __name__ == "__main__":
