@@ -8,7 +8,7 @@ checkpoint, whose token the speech begins with.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -99,8 +99,8 @@ def read_voice_clip(voice: str | ClonedVoice | None, processor: Processor) -> Vo
 class SpeechTokenizer(Protocol):
     """Makes codes of sound."""
 
-    def __call__(self, samples: Float[np.ndarray, " n"]) -> Int[np.ndarray, " J"]:
-        """The codes of a clip, 50 a second; ``samples`` are those of a ``VoiceClip``."""
+    def encode(self, sounds: Sequence[Float[np.ndarray, " n"]]) -> list[Int[np.ndarray, " J"]]:
+        """The codes of each sound, 50 a second; mono samples at 16 kHz."""
         ...
 
 
@@ -214,7 +214,8 @@ class SpeakerTable:
 
     def _make_clip(self, clip: VoiceClip, text: str, adapter: str | None) -> SpeechClip:
         assert self._speech_tokenizer is not None
-        codes = self._speech_tokenizer(clip.samples)
+        # as loud as the sounds of training were
+        (codes,) = self._speech_tokenizer.encode([clip.recording])
         return make_speech_clip(self._engines, read_clip_text(self._processor, text), codes, adapter)
 
     def _read_vector(self, value: Any) -> np.ndarray:

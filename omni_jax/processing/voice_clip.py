@@ -32,11 +32,13 @@ class VoiceClip:
 
     Attributes:
       samples: float32, mono, at ``speech_mel.RATE``; the largest is ``PEAK``.
-      mel: natural-log mel, 100 frames a second (``speech_mel.speech_log_mel``).
+      mel: of them, natural-log mel, 100 frames a second (``speech_mel.speech_log_mel``).
+      loudest: the largest sample of the recording itself.
     """
 
     samples: Float[np.ndarray, " n"]
     mel: Float[np.ndarray, "frames 80"]
+    loudest: float
 
     @property
     def seconds(self) -> float:
@@ -44,8 +46,15 @@ class VoiceClip:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """A hash of the samples: two clips with one digest sound the same."""
-        return hashlib.blake2b(np.ascontiguousarray(self.samples).tobytes(), digest_size=16).digest()
+        """A hash of the recording: two clips with one digest sound the same."""
+        digest = hashlib.blake2b(np.ascontiguousarray(self.samples).tobytes(), digest_size=16)
+        digest.update(np.float64(self.loudest).tobytes())
+        return digest.digest()
+
+    @property
+    def recording(self) -> Float[np.ndarray, " n"]:
+        """The samples as loud as they were recorded."""
+        return self.samples * np.float32(self.loudest / PEAK)
 
 
 def read_clip(source: Any, rate: int | None = None) -> VoiceClip:
@@ -82,4 +91,4 @@ def make_clip(samples: Float[np.ndarray, " n"]) -> VoiceClip:
     if loudest < _SILENCE:
         raise InputError(f"the clip is silent: its largest sample is {loudest:.1e}")
     scaled = (samples * (PEAK / loudest)).astype(np.float32)
-    return VoiceClip(scaled, speech_log_mel(scaled))
+    return VoiceClip(scaled, speech_log_mel(scaled), loudest)

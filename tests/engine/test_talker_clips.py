@@ -73,7 +73,7 @@ def test_rows_codes_and_token_all_count(parts: Parts) -> None:
     base = hidden_of(begin(parts, {0: clip}, dialogue))
     others = {
         "rows": ({0: dataclasses.replace(clip, rows=make_clip(12, 10, seed=1).rows)}, dialogue),
-        "fewer rows": ({0: dataclasses.replace(clip, num_rows=11)}, dialogue),
+        "fewer rows": ({0: dataclasses.replace(clip, num_rows=9)}, dialogue),
         "codes": ({0: dataclasses.replace(clip, codes=clip.codes[::-1])}, dialogue),
         "token": ({0: clip}, dataclasses.replace(dialogue, voice_token=dialogue.voice_token + 1)),
         "no clip": ({}, dialogue),

@@ -15,6 +15,7 @@ from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.model import OmniModel
 from tests.generation.test_model_speech import ask
 from tests.generation.test_stream import QUESTIONS
+from tests.generation.test_zero_shot import CountedTokenizer
 
 WAYS = ("generate", "stream", "generate_batch", "listen")
 VOICES = ("Chelsie", "Ethan", "long clip")
@@ -29,12 +30,14 @@ def load_with_voices(folder: Path) -> OmniModel:
     voice = model.voices["Ethan"]
     clip = np.random.default_rng(0).standard_normal((1, 700, voice.ref_mel.shape[2])).astype(np.float32)
     model.voices = {**model.voices, "long clip": dataclasses.replace(voice, name="long clip", ref_mel=clip)}
-    return model
+    return OmniModel(model.config, model.processor, model.engines, model.voices, None, CountedTokenizer())
 
 
 def make_clip_voice(seconds: float) -> omni_jax.ClonedVoice:
+    """Of a short clip, the text too."""
     samples = np.random.default_rng(int(1000 * seconds)).standard_normal(int(seconds * RATE))
-    return omni_jax.ClonedVoice(samples, sampling_rate=RATE, speaker_vector=np.ones(12))
+    text = None if seconds > CLIP_SECONDS / 3 else "some words " * int(seconds)
+    return omni_jax.ClonedVoice(samples, text, sampling_rate=RATE, speaker_vector=np.ones(12))
 
 
 def answer(
@@ -73,8 +76,8 @@ def answer_mixed(model: OmniModel, number: int, *, tokens: int, batch_size: int 
             question = QUESTIONS[names[i % len(names)]]
             if i % 3:
                 options |= dict(modalities=("text", "audio"), voice=VOICES[i % 3])
-                if i % 4 == 1:
-                    options["voice"] = make_clip_voice(float(rng.uniform(1, CLIP_SECONDS)))
+                if i % 2:
+                    options["voice"] = make_clip_voice(float(rng.uniform(1, CLIP_SECONDS / (1 + i % 4))))
                 options["talker"] = dict(max_tokens=int(rng.integers(1, 120)))
             elif i % 6 == 0:
                 # the template and the reply take some tokens too; a word of this takes one or two

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ class CountedTokenizer:
     def __init__(self) -> None:
         self.num_calls = 0
 
-    def __call__(self, samples: np.ndarray) -> np.ndarray:
+    def encode(self, sounds: Sequence[np.ndarray]) -> list[np.ndarray]:
         self.num_calls += 1
+        return [self.encode_one(samples) for samples in sounds]
+
+    def encode_one(self, samples: np.ndarray) -> np.ndarray:
         count = len(samples) * CODES_PER_SECOND // RATE
         loudness = np.abs(samples[: count * RATE // CODES_PER_SECOND]).reshape(count, -1).mean(axis=1)
         return (1000 * loudness).astype(np.int64) % 65
@@ -74,7 +78,7 @@ def test_replies_together_equal_single_ones(model: OmniModel) -> None:
         together = model.generate_batch(QUESTIONS, **SPEAK, voice=clip)
         for reply, other in zip(together, single, strict=True):
             assert_same(reply, other, TOLERANCE)
-        assert all(reply.codec_ids for reply in single)
+        assert sum(len(reply.codec_ids) for reply in single) > 20
 
 
 def test_unlike_clips_share_a_scheduler(model: OmniModel) -> None:

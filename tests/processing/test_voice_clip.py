@@ -29,6 +29,7 @@ def test_loudness_does_not_count() -> None:
     assert np.abs(loud.samples).max() == pytest.approx(PEAK)
     np.testing.assert_array_equal(loud.mel, speech_log_mel(loud.samples))
     assert loud.mel.shape == (150, 80) and loud.seconds == 1.5
+    np.testing.assert_allclose(soft.recording, make_tone(1.5, loudness=0.01), atol=1e-7)
 
 
 def test_a_file_and_its_samples_are_one_clip() -> None:
