@@ -55,7 +55,7 @@ class OnnxSpeakerModel:
         self.width = width
         self._path = path
         try:
-            import onnxruntime
+            import onnxruntime  # pyright: ignore[reportMissingImports], an extra
         except ImportError as e:
             raise CheckpointError(f"{path} needs onnxruntime: pip install -e '.[onnx]'") from e
         options = onnxruntime.SessionOptions()
