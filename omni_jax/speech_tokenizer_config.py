@@ -39,13 +39,8 @@ class SpeechTokenizerConfig(ConfigSection):
             )
 
     @property
-    def code_rate(self) -> int:
-        """Codes a second: one for each two mel frames of 10 ms."""
-        return 50
-
-    @property
     def block_codes(self) -> int:
-        """Codes of a full block."""
+        """Codes of a full block, one for each two mel frames of 10 ms."""
         return self.audio_config.n_window
 
     @classmethod
@@ -75,5 +70,5 @@ class SpeechTokenizerConfig(ConfigSection):
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def with_blocks(self, n_window: int) -> SpeechTokenizerConfig:
-        """The same with blocks of another length, in mel frames of 20 ms."""
+        """The same with blocks of another length, in codes; no parameter depends on it."""
         return dataclasses.replace(self, audio_config=dataclasses.replace(self.audio_config, n_window=n_window))

@@ -3,7 +3,9 @@
 A row is ``{"codec_ids": [...], "audio": ...}``, with 50 codes for each second of the sound, and may have
 
 * ``speaker``: the vector of the voice, numbers (``cond`` of a voice of a checkpoint); zeros where there is none;
-* ``ref_audio``: another clip of the voice. Without it a part of the sound itself is the clip.
+* ``ref_audio``: another clip of the voice. Without it a part of the sound itself is the clip;
+* ``codec``: the fingerprint of the codec that made the codes;
+* ``text`` and ``voice``, which are there for the other objectives of speech.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from omni_jax.data.examples import Reject, TooLong, examples_or_reject
 from omni_jax.data.rows import row_values
 from omni_jax.data.sounds import read_sound
 from omni_jax.data.sources import Row
-from omni_jax.errors import InputError, TooLongError
+from omni_jax.errors import InputError, TooLongError, WrongCodecError
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.speech_mel import RATE, speech_log_mel
 
-_KEYS = ("codec_ids", "audio", "speaker", "ref_audio")
+_KEYS = ("codec_ids", "audio", "speaker", "ref_audio", "codec", "text", "voice")
 _MAX_DIFFERENCE = 10  # frames, 0.1 s, that sound and codes may differ by: codecs round up to their own blocks
 
 
@@ -64,6 +66,7 @@ class PrepareSpeech:
       access: from where sound may be fetched.
       media_root: the folder that it must lie within; None: that of the row's file.
       too_long: whether a row that is too long ends the run ("error"). There is no splitting: it cannot be used.
+      codec: fingerprint of the codec of the run; None: rows may have any.
     """
 
     config: DiTConfig
@@ -73,6 +76,7 @@ class PrepareSpeech:
     access: RemoteAccess
     media_root: str | None = None
     too_long: TooLong = "skip"
+    codec: str | None = None
 
     def __call__(self, row: Row) -> list[SpeechExample] | Reject:
         """The row's example; or, if anything is wrong with it, why it cannot be used."""
@@ -84,11 +88,13 @@ class PrepareSpeech:
         Raises:
           InputError: if it is not what it should be.
           TooLongError: if it is longer than a row of the batch.
+          WrongCodecError: if its codes are another codec's.
         """
         values = row_values(row)
         unknown = sorted(set(values) - set(_KEYS))
         if unknown:
             raise InputError(f"unknown keys {', '.join(map(shown, unknown))}; a row of speech has {', '.join(_KEYS)}")
+        check_codec("codec", values, self.codec)
         codes = self._read_codes(values)
         mel = self._read_mel(row, values, "audio")
         codes, mel = self._align(codes, mel)
@@ -138,3 +144,18 @@ class PrepareSpeech:
         # a clip is cut out of the sound, of which something must be left
         check_int("the number of frames of its sound", num_frames, 2 * self.shortest_clip, self.max_frames)
         return codes[:num_codes], mel[:num_frames]
+
+
+def check_codec(where: str, values: Mapping[str, Any], codec: str | None) -> None:
+    """Raises WrongCodecError if codes are of another codec than a run's.
+
+    Args:
+      where: the name of the fingerprint.
+      values: that the codes stand among, and the fingerprint as ``codec``.
+      codec: fingerprint of the run's; None: any will do.
+    """
+    if codec is not None and values.get("codec") != codec:
+        raise WrongCodecError(
+            f"{where} is {shown(values.get('codec'))}, and the codec of this run is {codec!r} (objective.codec); codes "
+            "of another codec stand for other sounds"
+        )

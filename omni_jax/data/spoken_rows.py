@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from omni_jax.checks import check_float, check_int, shown
-from omni_jax.errors import InputError, WrongCodecError, WrongReferenceError
+from omni_jax.data.speech_examples import check_codec
+from omni_jax.errors import InputError, WrongReferenceError
 
 ANSWERS = ("chosen", "rejected")
 _SHARED_KEYS = ("voice", "codec", "ref")
@@ -108,11 +109,7 @@ class SpeechReader:
         return self._read_shared(speech, tuple(answers))
 
     def _read_shared(self, speech: Mapping[str, Any], answers: tuple[Int[np.ndarray, " K"], ...]) -> Speech:
-        if self.codec is not None and speech.get("codec") != self.codec:
-            raise WrongCodecError(
-                f"speech.codec is {shown(speech.get('codec'))}, and the codec of this run is {self.codec!r} "
-                "(objective.codec); codes of another codec stand for other sounds"
-            )
+        check_codec("speech.codec", speech, self.codec)
         voice = speech.get("voice")
         if voice is not None and not isinstance(voice, str):
             raise InputError(f"speech.voice is {shown(voice)}; it must be the name of a voice")

@@ -1,4 +1,4 @@
-"""The speech tokenizer at work: sounds to codes, in calls of one fixed shape.
+"""The speech tokenizer at work: sounds to codes, whole ones in calls of one fixed shape, and one while it goes on.
 
 Letters: A blocks of a call, S codes of a block.
 """
@@ -23,7 +23,7 @@ from omni_jax.checkpoint import store
 from omni_jax.checkpoint.name_map import describe_differences
 from omni_jax.errors import CheckpointError
 from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params
-from omni_jax.processing.audio import MelSettings, log_mel
+from omni_jax.processing.audio import MelSettings, MelStream, log_mel
 from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER, SpeechTokenizerConfig
 
 RATE = 16_000  # Hz, of the sounds
@@ -88,7 +88,7 @@ class SpeechTokenizerEngine:
                 blocks.append(mel[begin : begin + size])
         codes: list[np.ndarray] = []
         for begin in range(0, len(blocks), self._blocks_per_call):
-            codes += self._encode_blocks(blocks[begin : begin + self._blocks_per_call])
+            codes += self.encode_blocks(blocks[begin : begin + self._blocks_per_call])
 
         found = []
         first = 0
@@ -98,11 +98,17 @@ class SpeechTokenizerEngine:
             first = last
         return found
 
-    def _encode_blocks(self, blocks: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Int[np.ndarray, " codes"]]:
-        """The codes of at most so many blocks as a call has."""
+    def stream(self) -> CodeStream:
+        """For a sound that goes on."""
+        return CodeStream(self, self._mel)
+
+    def encode_blocks(self, blocks: Sequence[Float[np.ndarray, "frames mel"]]) -> list[Int[np.ndarray, " codes"]]:
+        """The codes of blocks of log-mel, of which there are at most as many as a call takes."""
         audio = self.config.audio_config
-        mel = np.zeros((self._blocks_per_call, audio.block_frames, audio.num_mel_bins), np.float32)
-        length = np.zeros(self._blocks_per_call, np.int32)
+        # two shapes: a short sound, or one that goes on, has a single block
+        count = 1 if len(blocks) == 1 else self._blocks_per_call
+        mel = np.zeros((count, audio.block_frames, audio.num_mel_bins), np.float32)
+        length = np.zeros(count, np.int32)
         for number, block in enumerate(blocks):
             mel[number, : len(block)] = block
             length[number] = len(block)
@@ -111,9 +117,43 @@ class SpeechTokenizerEngine:
         return [codes[number, : (len(block) + 1) // 2] for number, block in enumerate(blocks)]
 
 
+class CodeStream:
+    """Codes of a sound that goes on: those of a block as soon as the sound has all that the block sees.
+
+    They do not depend on the pieces that the sound comes in. They are those of ``SpeechTokenizerEngine.encode`` but for
+    what ``processing.audio.MelStream`` says: until the loudest bin has come, bins far under it may differ.
+    """
+
+    def __init__(self, engine: SpeechTokenizerEngine, mel: MelSettings) -> None:
+        self._engine = engine
+        self._mel = MelStream(mel, engine.config.audio_config.block_frames)
+
+    def push(self, samples: Float[np.ndarray, " n"]) -> Int[np.ndarray, " codes"]:
+        """Takes more of the sound; returns the codes of the blocks that are complete now, which may be none.
+
+        Args:
+          samples: mono, from -1 to 1, at ``RATE``.
+        """
+        return self._encode(self._mel.push(samples))
+
+    def finish(self) -> Int[np.ndarray, " codes"]:
+        """Says that the sound has ended; returns the codes that are left."""
+        return self._encode([self._mel.finish()])
+
+    def _encode(self, blocks: Sequence[np.ndarray]) -> Int[np.ndarray, " codes"]:
+        # a call for each, which is what a stream mostly has
+        codes = [np.zeros(0, np.int32)]
+        for block in blocks:
+            if len(block):
+                codes += self._engine.encode_blocks([block])
+        return np.concatenate(codes)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model: SpeechTokenizer, params: Any, audio: AudioBlocks) -> Int[jax.Array, "A S"]:
-    found: Any = model.apply({"params": params}, audio, method=SpeechTokenizer.encode)
+    # codes of a TPU are to be those of a CPU, wherever two codes are not equally near
+    with jax.default_matmul_precision("high"):
+        found: Any = model.apply({"params": params}, audio, method=SpeechTokenizer.encode)
     return jnp.asarray(found)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
+from omni_jax.layers.precision import full_precision
 
 DECAY = 0.99  # of the averages
 SMOOTHING = 1e-5  # that each code's count has at least, as a share (Laplace smoothing)
@@ -53,6 +54,7 @@ class VectorQuantizer(nn.Module):
         self.counts = self.param("counts", _partitioned(nn.initializers.zeros), shape[:1])
         self.sums = self.param("sums", _partitioned(nn.initializers.zeros, "norm"), shape)
 
+    @full_precision
     def encode(self, x: Float[Array, "*shape D"]) -> Int[jax.Array, "*shape"]:
         """The code of each vector."""
         x = jnp.asarray(x, jnp.float32)

@@ -1,6 +1,6 @@
-"""The contract of the audio encoder and of the decoder; the parts of Token2Wav have theirs beside their own tests.
+"""The contract of the audio encoder, the speech tokenizer and the decoder; Token2Wav's parts have theirs elsewhere.
 
-The engine calls the audio encoder on blocks and the decoder on what follows a cache, and these calls are wrapped here.
+The engine calls encoder and tokenizer on blocks and the decoder on what follows a cache; these calls are wrapped here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,12 +23,16 @@ from omni_jax.layers.attention import Mask
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.layers.streaming import Block, Streaming
 from omni_jax.models.audio_encoder import AudioEncoder
+from omni_jax.models import speech_tokenizer
 from omni_jax.models.decoder import Decoder, KVCache
+from omni_jax.models.speech_tokenizer import SpeechTokenizer
+from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 from tests.streaming import Case, check_contract
 
 TOLERANCE = 2e-5  # float32, summed in another order for blocks of another length
 CONFIG = OmniConfig.tiny().thinker_config
 TOKEN_SECONDS = 0.04
+CODE_RATE = 50
 VOCABULARY = 50
 
 
@@ -36,18 +42,18 @@ def params(tiny_model: Path) -> Any:
     return store.load(tiny_model, ["thinker"])["thinker"]
 
 
-@dataclass(frozen=True)
-class AudioPart:
-    """The encoder as a part that streams. An input unit is the log-mel of one token, float32 [4, mel bins].
+class BlockPart:
+    """What takes blocks of log-mel as a part that streams. An input unit is the frames of one output unit.
 
-    A block is all that its tokens depend on, so there is no state; a row begins with a block.
+    A block is all that its outputs depend on, so there is no state; a row begins with a block.
     """
-
-    model: AudioEncoder
 
     @property
     def streaming(self) -> Streaming:
-        return Streaming(TOKEN_SECONDS, self.model.config.block_tokens, look_ahead=0, look_back=0)
+        raise NotImplementedError
+
+    def apply_blocks(self, params: Any, blocks: AudioBlocks) -> Any:
+        raise NotImplementedError
 
     def apply_sequence(self, params: Any, x: Block) -> Block:
         units = x.valid.shape[1]
@@ -55,19 +61,49 @@ class AudioPart:
         mel = jnp.pad(jnp.asarray(x.values), ((0, 0), (0, padding), (0, 0), (0, 0)))
         valid = jnp.pad(jnp.asarray(x.valid), ((0, 0), (0, padding)))
         output, _ = self.step(params, (), Block(mel, valid))
-        return Block(output.values[:, :units], x.valid)
+        return Block(jax.tree.map(lambda a: a[:, :units], output.values), x.valid)
 
     def init_state(self, batch: int) -> tuple[()]:
         return ()
 
     def step(self, params: Any, state: tuple[()], block: Block, active: Array | None = None) -> tuple[Block, tuple[()]]:
         valid = _active_units(block, active)
-        mel = jnp.where(valid[..., None, None], block.values, 0)  # [B, units, 4, M]
+        mel = jnp.where(valid[..., None, None], block.values, 0)  # [B, units, frames, M]
         size = self.streaming.block
         lengths = mel.shape[2] * valid.reshape(-1, size).sum(axis=1)
         blocks = AudioBlocks(mel.reshape(len(lengths), size * mel.shape[2], -1), lengths)
-        tokens: Any = self.model.apply({"params": params}, blocks)
-        return Block(jnp.reshape(tokens, (*valid.shape, -1)), valid), state
+        outputs = self.apply_blocks(params, blocks)
+        return Block(jax.tree.map(lambda a: a.reshape(*valid.shape, *a.shape[2:]), outputs), valid), state
+
+
+@dataclass(frozen=True)
+class AudioPart(BlockPart):
+    """The encoder, from four frames to a token."""
+
+    model: AudioEncoder
+
+    @property
+    def streaming(self) -> Streaming:
+        return Streaming(TOKEN_SECONDS, self.model.config.block_tokens, look_ahead=0, look_back=0)
+
+    def apply_blocks(self, params: Any, blocks: AudioBlocks) -> Any:
+        return self.model.apply({"params": params}, blocks)
+
+
+@dataclass(frozen=True)
+class TokenizerPart(BlockPart):
+    """The speech tokenizer, from two frames to a code and what was quantized."""
+
+    model: SpeechTokenizer
+
+    @property
+    def streaming(self) -> Streaming:
+        return Streaming(1 / CODE_RATE, self.model.config.block_codes, look_ahead=0, look_back=0)
+
+    def apply_blocks(self, params: Any, blocks: AudioBlocks) -> Any:
+        model = self.model.bind({"params": params})
+        features = model.features(blocks)
+        return model.quantizer.encode(jax.lax.stop_gradient(features)), features
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +167,22 @@ def test_audio_encoder(params: Any) -> None:
 def test_audio_block_is_two_seconds() -> None:
     streaming = AudioPart(AudioEncoder(AudioEncoderConfig())).streaming
     assert (streaming.latency, streaming.receptive_field) == (pytest.approx(2.0), 50)
+
+
+def test_speech_tokenizer() -> None:
+    n_window = 6
+    config = SpeechTokenizerConfig.tiny().with_blocks(n_window)
+    model = SpeechTokenizer(config)
+    leaves = nn.unbox(speech_tokenizer.init_params(model, jax.random.key(0)))
+    valid = valid_units(3 * n_window + 2, (3 * n_window + 2, 1, n_window, n_window + 3))
+    rng = np.random.default_rng(0)
+    # at random it would give every sound much the same features, and so one code
+    leaves["quantizer"]["codebook"] = rng.standard_normal(leaves["quantizer"]["codebook"].shape, np.float32)
+    mel = rng.standard_normal((*valid.shape, 2, config.audio_config.num_mel_bins), np.float32)
+    case = Case(TokenizerPart(model), leaves, Block(mel, valid), TOLERANCE)
+    codes, _ = case.apply_sequence(leaves, case.x).values
+    assert len(np.unique(codes[0])) > n_window / 2
+    check_contract(case)
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "single"])

@@ -41,6 +41,7 @@ from tests.processes import finish, start
 MODEL = OmniConfig.tiny()
 CONFIG = MODEL.token2wav_config.dit_config
 RATE = 16_000
+READER = PrepareSpeech(CONFIG, 90, shortest_clip(CONFIG), 60, NO_ACCESS)
 BUDGET = SpeechBudget(rows=2, blocks=6, utterances=4, clip_frames=16)
 TOLERANCE = 1e-5  # of a loss: float32 sums in another order
 
@@ -223,7 +224,10 @@ def speech_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare(folder: Path, row: Mapping[str, Any]) -> list[SpeechExample] | Reject:
-    reader = PrepareSpeech(CONFIG, 90, shortest_clip(CONFIG), 60, NO_ACCESS)
+    return read(READER, folder, row)
+
+
+def read(reader: PrepareSpeech, folder: Path, row: Mapping[str, Any]) -> list[SpeechExample] | Reject:
     return reader(Row(str(folder / "rows.jsonl"), 1, json.dumps(row).encode()))
 
 
@@ -261,7 +265,7 @@ def test_a_row_is_read(speech_rows: Path) -> None:
         ({"speaker": [1.0]}, r"speaker has the shape \[1\]; it must be a list of 12 finite numbers"),
         ({"speaker": "x"}, "speaker is 'x'; it must be a list of 12 numbers"),
         ({"speaker": [float("nan")] * 12}, "finite numbers"),
-        ({"voice": "Ethan"}, "unknown keys 'voice'; a row of speech has codec_ids, audio, speaker, ref_audio"),
+        ({"voices": "Ethan"}, "unknown keys 'voices'; a row of speech has codec_ids, audio, speaker, ref_audio, codec"),
     ],
 )
 def test_what_is_wrong_with_a_row(speech_rows: Path, changes: dict[str, Any], reason: str) -> None:
@@ -271,6 +275,18 @@ def test_what_is_wrong_with_a_row(speech_rows: Path, changes: dict[str, Any], re
     found = prepare(speech_rows.parent, row)
     assert isinstance(found, Reject) and not found.is_fatal
     assert re.search(reason, found.reason), found.reason
+
+
+def test_rows_of_another_codec_end_a_run(speech_rows: Path) -> None:
+    reader = dataclasses.replace(READER, codec="abc")
+    row = json.loads(speech_rows.read_text().splitlines()[0])
+    # what else rows of speech have is for other objectives
+    found = read(reader, speech_rows.parent, {**row, "codec": "abc", "text": "one", "voice": "Ethan"})
+    assert not isinstance(found, Reject)
+    for other in ({"codec": "abd"}, {}):
+        found = read(reader, speech_rows.parent, {**row, **other})
+        assert isinstance(found, Reject) and found.is_fatal
+        assert re.search(r"codec is ('abd'|None), and the codec of this run is 'abc' \(objective.codec\)", found.reason)
 
 
 @pytest.fixture

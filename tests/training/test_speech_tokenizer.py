@@ -286,17 +286,6 @@ def test_batches_cannot_be_accumulated(rows: Path) -> None:
 # codes of what was trained
 
 
-def test_sounds_are_encoded_together_as_alone(trained: Path) -> None:
-    engine = SpeechTokenizerEngine.load(step_folder(trained, 12))
-    rng = np.random.default_rng(6)
-    sounds = [rng.uniform(-0.3, 0.3, count).astype(np.float32) for count in (16_000, 400, 9_999, 6_400)]
-    together = engine.encode(sounds)
-    assert [len(codes) for codes in together] == [50, 2, 32, 20]
-    for sound, codes in zip(sounds, together, strict=True):
-        np.testing.assert_array_equal(engine.encode([sound])[0], codes)
-        assert codes.min() >= 0 and codes.max() < CONFIG.codebook_size
-
-
 def test_the_fingerprint_is_of_what_codes_follow_from(trained: Path) -> None:
     early, late = (SpeechTokenizerEngine.load(step_folder(trained, step)) for step in (6, 12))
     assert early.fingerprint != late.fingerprint
