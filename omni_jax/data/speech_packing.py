@@ -89,20 +89,35 @@ class SpeechPart:
         """Of the rows whose examples were placed."""
         return [placed.example.name for placed in self.placed]
 
-    def place(self, example: Any) -> bool:
-        """Puts an example into the fullest row that it fits in; False if it fits in none."""
-        num_blocks = -(-len(example.mel) // self._block_size)
-        best = None
-        for row, used in enumerate(self._blocks):
-            fits = used + num_blocks <= self._budget.blocks and self._utterances[row] < self._budget.utterances
-            if fits and (best is None or used > self._blocks[best]):
-                best = row
-        if best is None:
+    def place(self, example: Any, row: int | None = None) -> bool:
+        """Puts an example into a row; False if it does not fit.
+
+        Args:
+          example: it.
+          row: which; None: the fullest that it fits in.
+        """
+        rows = self.rows_with_room(example)
+        if row is None:
+            row = next(iter(rows), None)
+        if row not in rows:
             return False
-        self.placed.append(PlacedSpeech(example, best, self._blocks[best], self._utterances[best]))
-        self._blocks[best] += num_blocks
-        self._utterances[best] += 1
+        assert row is not None
+        self.placed.append(PlacedSpeech(example, row, self._blocks[row], self._utterances[row]))
+        self._blocks[row] += self._num_blocks(example)
+        self._utterances[row] += 1
         return True
+
+    def rows_with_room(self, example: Any) -> list[int]:
+        """The rows that an example fits in, the fullest first."""
+        num_blocks = self._num_blocks(example)
+        fitting = []
+        for row, used in enumerate(self._blocks):
+            if used + num_blocks <= self._budget.blocks and self._utterances[row] < self._budget.utterances:
+                fitting.append(row)
+        return sorted(fitting, key=lambda row: -self._blocks[row])
+
+    def _num_blocks(self, example: Any) -> int:
+        return -(-len(example.mel) // self._block_size)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class PackedSpeechOptions:
     """Mel frames, 100 a second, of a clip of a voice, at most."""
     max_clip: float = 0.3
     """Share of an utterance that stands for its voice's clip, at most."""
+    codec: str | None = None
+    """Fingerprint of the codec that the codes of all rows must be of; without it they may be of any."""
 
     def check(self) -> None:
         """Raises InputError if a field is out of its range."""

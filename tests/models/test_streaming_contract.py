@@ -22,8 +22,8 @@ from omni_jax.config import AudioEncoderConfig, OmniConfig
 from omni_jax.layers.attention import Mask
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.layers.streaming import Block, Streaming
-from omni_jax.models.audio_encoder import AudioEncoder
 from omni_jax.models import speech_tokenizer
+from omni_jax.models.audio_encoder import AudioEncoder
 from omni_jax.models.decoder import Decoder, KVCache
 from omni_jax.models.speech_tokenizer import SpeechTokenizer
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig

@@ -120,6 +120,7 @@ class PackedSpeechObjective(Objective):
             access=data.access,
             media_root=data.media_root,
             too_long=data.too_long,
+            codec=self.options.codec,
         )
         return SpeechPacking(prepare, budget, c)
 
