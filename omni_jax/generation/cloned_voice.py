@@ -7,6 +7,7 @@ checkpoint, whose token the speech begins with.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,10 +21,12 @@ from omni_jax.checks import check_int, check_names, shown
 from omni_jax.engine.prefill import Engines
 from omni_jax.engine.speech_clips import check_clip_text, make_speech_clip
 from omni_jax.engine.talker_engine import SpeechClip
+from omni_jax.engine.warmup import WarmUpJob
 from omni_jax.errors import CheckpointError, InputError
 from omni_jax.processing.clip_text import read_clip_text
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.speaker_vectors import SpeakerModel, normalize_vector
+from omni_jax.processing.speech_mel import RATE
 from omni_jax.processing.voice_clip import VoiceClip
 
 MAX_TEXT = 2000  # characters of what a clip of at most 30 seconds says
@@ -140,6 +143,13 @@ class SpeakerTable:
         """Whether the Talker can go on from a clip whose text is given."""
         return self._speech_tokenizer is not None
 
+    def warmup_jobs(self) -> list[WarmUpJob]:
+        """What compiles the speech tokenizer."""
+        tokenizer = self._speech_tokenizer
+        if tokenizer is None:
+            return []
+        return [WarmUpJob(functools.partial(_encode_silence, tokenizer))]
+
     def check(self, voices: Mapping[str, Voice], wanted: str | ClonedVoice | None) -> None:
         """Checks all of a voice but its clip.
 
@@ -223,6 +233,10 @@ class SpeakerTable:
             return normalize_vector(value, self._width, "voice: speaker_vector")
         except (CheckpointError, ValueError, TypeError) as e:
             raise InputError(f"voice: speaker_vector is no list of {self._width} numbers: {e}") from e
+
+
+def _encode_silence(tokenizer: SpeechTokenizer) -> None:
+    tokenizer.encode([np.zeros(RATE, np.float32)])
 
 
 class _Latest(Generic[T]):

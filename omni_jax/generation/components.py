@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.name_map import COMPONENTS
 from omni_jax.checkpoint.peft import read_adapter
+from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.config import OmniConfig
 from omni_jax.engine.adapters import AdapterTable
 from omni_jax.engine.prefill import Engines
 from omni_jax.engine.request import ChunkSizes
+from omni_jax.engine.speech_tokenizer_engine import SpeechTokenizerEngine
 from omni_jax.engine.talker_engine import APPEND_WIDTH, TalkerEngine
 from omni_jax.engine.thinker_engine import ThinkerEngine
 from omni_jax.engine.token2wav_engine import Token2WavEngine
@@ -29,7 +32,9 @@ from omni_jax.generation.quantization import NumberFormat, quantize_params
 from omni_jax.layers.stack import unstack_layers
 from omni_jax.models import talker, thinker, token2wav
 from omni_jax.models.ode_solver import Solver
+from omni_jax.processing.speaker_vectors import OnnxSpeakerModel, SpeakerModel
 from omni_jax.sharding import batch_shards, param_shardings
+from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER
 
 
 def choose_components(folder: Path, components: Sequence[str] | None) -> tuple[str, ...]:
@@ -45,6 +50,37 @@ def choose_components(folder: Path, components: Sequence[str] | None) -> tuple[s
             f"{folder} has {', '.join(stored)}, and {', '.join(wanted)} was asked for; nothing goes without thinker"
         )
     return wanted
+
+
+def load_speaker_model(config: OmniConfig, path: str | os.PathLike[str] | None) -> SpeakerModel | None:
+    """What makes speaker vectors of clips, of an ONNX file; None if there is none.
+
+    Raises:
+      CheckpointError: if it cannot be loaded.
+    """
+    if path is None:
+        return None
+    return OnnxSpeakerModel(Path(path), config.token2wav_config.dit_config.enc_emb_dim)
+
+
+def load_speech_tokenizer(
+    folder: Path, wanted: Sequence[str], other: str | os.PathLike[str] | None
+) -> SpeechTokenizerEngine | None:
+    """What makes codes of clips, for a model that speaks.
+
+    Args:
+      folder: the checkpoint.
+      wanted: from ``choose_components``.
+      other: a checkpoint that has it, or a training run's folder; None: ``folder``, if that has it.
+
+    Raises:
+      CheckpointError: if ``other`` has none, or it is damaged.
+    """
+    if "talker" not in wanted:
+        return None
+    if other is not None:
+        return SpeechTokenizerEngine.load(resolve_checkpoint(Path(other)))
+    return SpeechTokenizerEngine.load(folder) if SPEECH_TOKENIZER in store.components(folder) else None
 
 
 def load_engines(

@@ -40,7 +40,7 @@ from omni_jax.engine.thinker_engine import TextRequest
 from omni_jax.engine.warmup import Compilations, Progress, decoder_jobs, encoder_jobs, run_jobs, sound_jobs
 from omni_jax.errors import InputError
 from omni_jax.generation.cloned_voice import ClonedVoice, SpeakerTable, SpeechTokenizer, read_voice_clip
-from omni_jax.generation.components import choose_components, load_engines
+from omni_jax.generation.components import choose_components, load_engines, load_speaker_model, load_speech_tokenizer
 from omni_jax.generation.live_session import LiveSession
 from omni_jax.generation.options import Messages, Options, warn_untrained
 from omni_jax.generation.progress_bar import show_progress
@@ -52,7 +52,7 @@ from omni_jax.processing.live import LivePrompt
 from omni_jax.processing.media_workers import isolate
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import Processor
-from omni_jax.processing.speaker_vectors import OnnxSpeakerModel, SpeakerModel
+from omni_jax.processing.speaker_vectors import SpeakerModel
 from omni_jax.processing.speech_mel import FRAME_RATE
 from omni_jax.processing.voice_clip import MAX_SECONDS, VoiceClip
 from omni_jax.segments import Text
@@ -77,6 +77,7 @@ def load(
     kv_cache_dtype: CacheDtype | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
     speaker_model: str | os.PathLike[str] | None = None,
+    speech_tokenizer: str | os.PathLike[str] | None = None,
 ) -> OmniModel:
     """Loads a checkpoint that ``tools/convert.py to-jax`` wrote.
 
@@ -104,6 +105,8 @@ def load(
       adapters: folders of adapters of the Thinker (LoRA), as peft writes them or of training runs, by the names that
         requests choose them by. The adapter of a run whose folder is given as ``folder`` is merged instead.
       speaker_model: an ONNX file that makes the speaker vectors of clips (``processing.speaker_vectors``).
+      speech_tokenizer: a checkpoint whose speech tokenizer makes codes of clips; ``folder`` itself, if it has one, if
+        None.
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
@@ -120,16 +123,16 @@ def load(
     config = OmniConfig.load(folder)
     solver = Solver.load(folder).override(token2wav)
     processor = Processor.load(folder, access=access)
-    onnx_model = None
-    if speaker_model is not None:
-        onnx_model = OnnxSpeakerModel(Path(speaker_model), config.token2wav_config.dit_config.enc_emb_dim)
+    vectors = load_speaker_model(config, speaker_model)
+    tokenizer = load_speech_tokenizer(folder, wanted, speech_tokenizer)
     folders = {name: Path(adapter) for name, adapter in adapters.items()}
     engines = load_engines(folder, config, wanted, number_format, mesh, chunk_sizes or ChunkSizes(), solver, folders)
     voices: Mapping[str, Voice] = {}
     if "talker" in wanted:
         voices = load_voices(folder)
         check_voices(voices, config, folder / VOICES_FILE)
-    return OmniModel(config, isolate(processor) if isolate_media else processor, engines, voices, onnx_model)
+    processor = isolate(processor) if isolate_media else processor
+    return OmniModel(config, processor, engines, voices, vectors, tokenizer)
 
 
 class OmniModel:
@@ -345,6 +348,7 @@ class OmniModel:
             jobs += decoder_jobs(engines, config, tokens=tokens, clips=clip_seconds > 0 and self._speakers.reads_text)
         voices = list(self.voices.values())
         frames = int(clip_seconds * FRAME_RATE)
+        jobs += self._speakers.warmup_jobs() if clip_seconds else []
         jobs += sound_jobs(engines, voices, configs, tokens=tokens, streams=scheduler is None, clip_frames=frames)
         # a mesh's devices would wait for each other, if two threads gave them programs in different orders
         num_threads = 1 if engines.thinker.is_sharded else None

@@ -132,6 +132,7 @@ def make_spec(command: BatchCommand) -> WorkerSpec:
         warmup_windows=command.warmup_windows,
         warmup_clip_seconds=command.warmup_clip_seconds,
         speaker_model=command.speaker_model,
+        speech_tokenizer=command.speech_tokenizer,
         compile_cache=command.compile_cache,
     )
 

@@ -43,6 +43,7 @@ class WorkerSpec:
       warmup_windows: the same for pictures, in windows of 112 x 112 pixels.
       warmup_clip_seconds: the same for clips that requests bring along as their voice.
       speaker_model: that makes speaker vectors of clips, as ``load`` takes it.
+      speech_tokenizer: that makes codes of them, as ``load`` takes it.
       compile_cache: folder of compiled programs; that of ``compile_cache.default_folder`` if None.
     """
 
@@ -60,6 +61,7 @@ class WorkerSpec:
     warmup_windows: int = 0
     warmup_clip_seconds: float = 0.0
     speaker_model: Path | None = None
+    speech_tokenizer: Path | None = None
     compile_cache: Path | None = None
 
 
@@ -127,5 +129,6 @@ def _load_model(spec: WorkerSpec) -> OmniModel:
         token2wav=spec.token2wav,
         adapters=spec.adapters,
         speaker_model=spec.speaker_model,
+        speech_tokenizer=spec.speech_tokenizer,
         **number_format,
     )

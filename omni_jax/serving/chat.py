@@ -62,6 +62,7 @@ def run_chat(command: ChatCommand) -> None:
             kv_cache_dtype=command.kv_cache_dtype,
             adapters={} if command.adapter is None else {_ADAPTER: command.adapter},
             speaker_model=command.speaker_model,
+            speech_tokenizer=command.speech_tokenizer,
         )
     load_seconds = time.perf_counter() - start_time
     # the spinner turns until the first text, which would be written into its line

@@ -82,6 +82,8 @@ class ChatCommand:
     """What the clip says, word for word; without it, it gives the timbre alone."""
     speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx")] = None
     """A network that makes the speaker vector of a clip (CAM++)."""
+    speech_tokenizer: Annotated[Path | None, _DIR] = None
+    """A checkpoint whose speech tokenizer makes codes of clips whose text is given; without it, --model's own."""
     talker: TalkerOptions = field(default_factory=TalkerOptions)
     token2wav: Token2WavOptions = field(default_factory=Token2WavOptions)
     adapter: Annotated[Path | None, _DIR] = None
@@ -161,6 +163,8 @@ class BatchCommand:
     token2wav: Token2WavOptions = field(default_factory=Token2WavOptions)
     speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx")] = None
     """A network that makes the speaker vectors of clips (CAM++), for requests that bring a clip as their voice."""
+    speech_tokenizer: Annotated[Path | None, _DIR] = None
+    """A checkpoint whose speech tokenizer makes codes of clips whose text is given; without it, --model's own."""
     adapters: Annotated[dict[str, Path], tyro.conf.arg(metavar="NAME DIR ...")] = field(default_factory=dict)
     """Adapters of the Thinker (LoRA) that a request may choose as its "adapter": folders as peft writes them, or of
     training runs. One that chooses none is answered by the model itself."""

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import omni_jax
 from omni_jax import SPEECH_SYSTEM_PROMPT, ClonedVoice
+from omni_jax.checkpoint.store import ABOUT_FILE, Leaf, save
+from omni_jax.config import OmniConfig
 from omni_jax.engine.request import SchedulerConfig
+from omni_jax.engine.speech_tokenizer_engine import SpeechTokenizerEngine
 from omni_jax.engine.talker_engine import CLIP_CODES_PER_CALL, CLIP_ROWS
-from omni_jax.errors import InputError
+from omni_jax.errors import CheckpointError, InputError
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.options import Options
+from omni_jax.models import speech_tokenizer
+from omni_jax.models.speech_tokenizer import SpeechTokenizer
 from omni_jax.processing.speech_mel import RATE
+from omni_jax.processing.voice_clip import read_clip
+from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER, SPEECH_TOKENIZER_FILE, SpeechTokenizerConfig
 from tests.generation.test_cloned_voice import SPEECH, TOLERANCE, MeanSpectrum, assert_same
 
 SPEAK: dict[str, Any] = dict(max_tokens=12, modalities=("text", "audio"))
@@ -47,6 +59,16 @@ class CountedTokenizer:
         count = len(samples) * CODES_PER_SECOND // RATE
         loudness = np.abs(samples[: count * RATE // CODES_PER_SECOND]).reshape(count, -1).mean(axis=1)
         return (1000 * loudness).astype(np.int64) % 65
+
+
+class FixedTokenizer:
+    """Codes that are given."""
+
+    def __init__(self, codes: np.ndarray) -> None:
+        self.codes = codes
+
+    def encode(self, sounds: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self.codes] * len(sounds)
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +175,52 @@ def test_a_text_that_is_too_long(model: OmniModel) -> None:
     message = re.escape(f"the text of the clip has 400 tokens; at most {CLIP_ROWS} are taken")
     with pytest.raises(InputError, match=message):
         model.generate(QUESTIONS[0], **SPEAK, voice=make_clip(1.0, "a" * 400))
+
+
+def write_speech_tokenizer(folder: Path) -> Path:
+    """A checkpoint of a random speech tokenizer alone."""
+    config = SpeechTokenizerConfig.tiny()
+    params = nn.unbox(speech_tokenizer.init_params(SpeechTokenizer(config), jax.random.key(0)))
+    leaves = []
+    for path, value in flatten_dict(params).items():
+        array = np.asarray(value)
+        leaves.append(
+            Leaf((SPEECH_TOKENIZER, *path), array.shape, array.dtype, False, lambda array=array: iter([array]))
+        )
+
+    def write_beside(unfinished: Path) -> None:
+        OmniConfig.tiny().save(unfinished)
+        (unfinished / SPEECH_TOKENIZER_FILE).write_text(config.to_json())
+
+    save(folder, leaves, write_beside)
+    return folder
+
+
+def test_a_speech_tokenizer_of_another_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    folder = write_speech_tokenizer(tmp_path / "tokenizer")
+    loaded = omni_jax.load(tiny_model, speech_tokenizer=folder)
+    voice = ClonedVoice(SPEECH, "what it says", speaker_vector=[1.0] + [0.0] * 11)
+    engine = SpeechTokenizerEngine.load(folder)
+    (codes,) = engine.encode([read_clip(SPEECH).recording])
+    assert len(set(codes.tolist())) > 1
+    # the same codes from a table
+    table = OmniModel(loaded.config, loaded.processor, loaded.engines, loaded.voices, None, FixedTokenizer(codes))
+    assert_same(loaded.generate(QUESTIONS[0], **SPEAK, voice=voice), table.generate(QUESTIONS[0], **SPEAK, voice=voice))
+    with pytest.raises(CheckpointError, match=r"has no speech_tokenizer\.json"):
+        omni_jax.load(tiny_model, speech_tokenizer=tiny_model)
+
+
+def test_a_speech_tokenizer_of_the_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    """As the checkpoints of training runs have it."""
+    folder = write_speech_tokenizer(tmp_path / "tokenizer")
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    shutil.copytree(folder / "params" / SPEECH_TOKENIZER, model / "params" / SPEECH_TOKENIZER)
+    shutil.copy(folder / SPEECH_TOKENIZER_FILE, model)
+    about = json.loads((model / ABOUT_FILE).read_text())
+    about["components"][SPEECH_TOKENIZER] = ["float32"]
+    (model / ABOUT_FILE).write_text(json.dumps(about))
+    loaded = omni_jax.load(model)
+    voice = ClonedVoice(SPEECH, "what it says", speaker_vector=[1.0] + [0.0] * 11)
+    assert loaded.generate(QUESTIONS[0], **SPEAK, voice=voice).audio is not None
+    # text alone needs no codes
+    assert omni_jax.load(model, components=("thinker",)).generate(QUESTIONS[0], max_tokens=2).token_ids
