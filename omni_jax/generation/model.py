@@ -105,8 +105,7 @@ def load(
       adapters: folders of adapters of the Thinker (LoRA), as peft writes them or of training runs, by the names that
         requests choose them by. The adapter of a run whose folder is given as ``folder`` is merged instead.
       speaker_model: an ONNX file that makes the speaker vectors of clips (``processing.speaker_vectors``).
-      speech_tokenizer: a checkpoint whose speech tokenizer makes codes of clips; ``folder`` itself, if it has one, if
-        None.
+      speech_tokenizer: a checkpoint whose speech tokenizer makes codes of clips; if None, ``folder``, if it has one.
 
     Raises:
       CheckpointError: if the folder is not such a checkpoint or lacks a part.
