@@ -121,13 +121,13 @@ def test_a_clip_is_prepared_once(model: OmniModel, speaker_model: MeanSpectrum) 
 
 
 def test_what_is_kept_is_bounded(model: OmniModel, speaker_model: MeanSpectrum) -> None:
-    table = SpeakerTable(model.config, speaker_model)
+    table = SpeakerTable(model.engines, model.processor, speaker_model, None)
     clips = [make_clip(np.sin(np.arange(RATE) * (0.05 + 0.001 * i)).astype(np.float32)) for i in range(MAX_CLIPS + 1)]
     wanted = ClonedVoice("unused")
-    voices = [table.choose(model.voices, wanted, clip) for clip in clips]
-    assert table.choose(model.voices, wanted, clips[-1]) is voices[-1]
-    assert table.choose(model.voices, wanted, clips[1]) is voices[1]
-    assert table.choose(model.voices, wanted, clips[0]) is not voices[0]
+    voices = [table.choose(model.voices, wanted, clip).voice for clip in clips]
+    assert table.choose(model.voices, wanted, clips[-1]).voice is voices[-1]
+    assert table.choose(model.voices, wanted, clips[1]).voice is voices[1]
+    assert table.choose(model.voices, wanted, clips[0]).voice is not voices[0]
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ class FinishedScheduler:
     def busy(self) -> bool:
         return bool(self.submitted)
 
-    def submit(self, *_: Any) -> object:
+    def submit(self, *_: Any, **__: Any) -> object:
         self.submitted.append(object())
         return self.submitted[-1]
 
@@ -334,11 +334,11 @@ class FailingScheduler(FinishedScheduler):
         self._count = 0
         self._unanswered: set[object] = set()
 
-    def submit(self, *args: Any) -> object:
+    def submit(self, *args: Any, **keywords: Any) -> object:
         self._count += 1
         if self._count % 3 == 1:
             raise ZeroDivisionError("of some library")
-        state = super().submit(*args)
+        state = super().submit(*args, **keywords)
         if self._count % 3 == 2:
             self._unanswered.add(state)
         return state

@@ -28,11 +28,15 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
             frozen = {row.path.split("/")[1] for row in rows if row.learning_rate is None}
             assert frozen == {"quantizer", "proj"} | ({"mel_decoder"} if phase.name == "content" else set())
             continue
-        of_model = [row for row in rows if not row.path.startswith("lora/")]
+        # beside the model: adapters, and the DiT as it was where a distillation began
+        of_model = [row for row in rows if not row.path.startswith(("lora/", "teacher/"))]
+        teacher = {row.path: row.learning_rate for row in rows if row.path.startswith("teacher/")}
+        assert bool(teacher) == name.startswith(("token2wav-guidance", "token2wav-distill"))
+        assert set(teacher.values()) <= {None}
         components = {"token2wav": ["token2wav"], "talker": ["thinker", "talker"]}.get(name.split("-")[0], ["thinker"])
         size = sum(parameter_count(recipe.model, (component,)) for component in components)
         assert sum(row.size for row in of_model) == size
-        rate = {row.path: row.learning_rate for row in rows}
+        rate = {row.path: row.learning_rate for row in rows if row.path not in teacher}
         if name.startswith("thinker-lora"):
             assert {path for path, value in rate.items() if value} == {
                 path for path in rate if path.startswith("lora/")
