@@ -18,7 +18,6 @@ SPEECH = Path(__file__).parents[1] / "media" / "speech.wav"
 
 @pytest.fixture
 def onnx_file(tmp_path: Path) -> Path:
-    pytest.importorskip("onnxruntime")
     return write_speaker_model(tmp_path / "speaker.onnx")
 
 

@@ -106,7 +106,6 @@ def test_the_statement_goes_to_pytorch_and_is_removed(model: Path, vector: Path,
 
 
 def test_a_speaker_model_makes_the_vector(model: Path, vector: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     onnx = write_speaker_model(tmp_path / "speaker.onnx")
     given = arguments(model, vector)
     index = given.index("--speaker-vector")

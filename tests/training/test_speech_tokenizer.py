@@ -27,7 +27,6 @@ from omni_jax.data.transcribed_examples import (
     labels_text,
     text_labels,
 )
-from omni_jax.data.transcribed_packing import TranscribedBatch, TranscribedPacking
 from omni_jax.engine.speech_tokenizer_engine import SpeechTokenizerEngine
 from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.models.vector_quantizer import DECAY, CodeSums, perplexity, sum_codes, update_codebook
@@ -58,15 +57,18 @@ def write_sound(path: Path, words: str, rate: int = RATE) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("transcribed")
+def write_rows(folder: Path) -> Path:
     lines = []
     for number, text in enumerate(["low high", "top", "high low top", "top top", "low", "high top"]):
         write_sound(folder / f"{number}.wav", text)
         lines.append(json.dumps({"audio": f"{number}.wav", "text": text, "voice": "tones"}))
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("transcribed"))
 
 
 def make_recipe(rows: Path, **changes: Any) -> Recipe:
@@ -209,43 +211,6 @@ def test_what_is_wrong_with_a_row(rows: Path, row: dict[str, Any], reason: str) 
         reason = "its text has 11 labels and its sound 15 codes, too few to say it"
     assert isinstance(found, Reject)
     assert re.search(reason, found.reason), found.reason
-
-
-@pytest.fixture(scope="module")
-def batch(rows: Path) -> TranscribedBatch:
-    objective = make_objective(make_recipe(rows))
-    budget = objective._budget(make_recipe(rows).data)
-    reader = PrepareTranscribed(MelSettings(), max_codes=80, max_labels=48, access=NO_ACCESS)
-    packing = TranscribedPacking(reader, dataclasses.replace(budget, rows=1), CONFIG)
-    parts = [packing.new_part(), packing.new_part()]
-    for number, line in enumerate(rows.read_text().splitlines()):
-        found = reader(Row(str(rows), number, line.encode()))
-        assert isinstance(found, list)
-        assert parts[number % 2].place(found[0])
-    return packing.assemble(parts, first=0, streams=2)
-
-
-def test_content_loss_is_that_of_each_utterance(rows: Path, batch: TranscribedBatch) -> None:
-    """Packed in rows, by PyTorch's CTC loss of the positions of each."""
-    torch = pytest.importorskip("torch")
-    objective = make_objective(make_recipe(rows))
-    rng = np.random.default_rng(5)
-    size = CONFIG.block_codes
-    logits = rng.standard_normal((batch.audio.mel.shape[0], size, CONFIG.num_labels)).astype(np.float32)
-    found = objective._content_loss(jnp.asarray(logits), batch)
-    row_blocks = len(logits) // len(batch.begin)
-    expected = 0.0
-    for row, number in np.argwhere(batch.length > 0):
-        first = (row * row_blocks + batch.begin[row, number]) * size
-        count = (batch.length[row, number] + 1) // 2
-        own = torch.tensor(logits.reshape(-1, CONFIG.num_labels)[first : first + count])
-        labels = batch.labels[row, number]
-        labels = torch.tensor(labels[labels > 0])
-        loss = torch.nn.functional.ctc_loss(
-            own.log_softmax(-1)[:, None], labels[None], [int(count)], [len(labels)], reduction="sum"
-        )
-        expected += float(loss)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 # runs
