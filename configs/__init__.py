@@ -11,6 +11,7 @@ from configs import (
     thinker_sft,
     token2wav_distill,
     token2wav_dit,
+    vocoder,
 )
 
 RECIPES = {
@@ -24,4 +25,5 @@ RECIPES = {
     **talker_dpo.RECIPES,
     **token2wav_dit.RECIPES,
     **token2wav_distill.RECIPES,
+    **vocoder.RECIPES,
 }

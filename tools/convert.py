@@ -118,6 +118,8 @@ def _convert_with_progress(dst: Path, convert_folder: Callable[[convert.Progress
     # tensors are converted one at a time, so memory follows from the largest and not from the model
     promised = int(1.2 * done.largest) + 10**9
     print(f"{dst}: {', '.join(done.components)}; {done.tensors} tensors, {done.nbytes:,} bytes in {seconds:.1f} s")
+    if done.left_out:
+        print(f"left out: {', '.join(done.left_out)}, for which the published model has no place")
     print(f"peak host memory {_peak_memory():,} bytes; at most {promised:,} are promised here")
 
 

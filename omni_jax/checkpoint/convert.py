@@ -32,12 +32,14 @@ class Conversion:
       tensors: how many published tensors the parameters are.
       nbytes: bytes of the parameters, before compression.
       largest: bytes of the largest leaf.
+      left_out: components of the source that the target has no place for.
     """
 
     components: tuple[str, ...]
     tensors: int
     nbytes: int
     largest: int
+    left_out: tuple[str, ...] = ()
 
 
 class ProgressCounter:

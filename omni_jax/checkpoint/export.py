@@ -46,6 +46,8 @@ def to_hf(
 ) -> Conversion:
     """Writes the Hugging Face folder of a checkpoint. Everything is checked before the first tensor is read.
 
+    What was trained beside the published model, such as the discriminators of its vocoder, is left out.
+
     A checkpoint with a Thinker and nothing else becomes a folder as PyTorch's
     ``Qwen2_5OmniThinkerForConditionalGeneration`` saves it.
 
@@ -91,7 +93,8 @@ def to_hf(
             _write_voices(source, unfinished, speakers)
         write_tensors(unfinished, tensors, shard_bytes)
     sizes = [entry.size * dtypes[entry.path].itemsize for entry in entries]
-    return Conversion(components, counter.total, sum(sizes), max(sizes))
+    left_out = tuple(name for name in store.components(source) if name in store.UNPUBLISHED)
+    return Conversion(components, counter.total, sum(sizes), max(sizes), left_out)
 
 
 def _make_tensors(

@@ -22,7 +22,8 @@ from omni_jax.batch import Array
 from omni_jax.config import BigVGANConfig
 from omni_jax.layers.conv import same_padding, upsampling_padding
 from omni_jax.layers.streaming import Block, Streaming, keep_rows
-from omni_jax.models.bigvgan import ACTIVATION_REACH, EDGE_KERNEL, VocoderWeights, synthesize
+from omni_jax.models.bigvgan import EDGE_KERNEL, VocoderWeights, synthesize
+from omni_jax.models.snake_beta import ACTIVATION_REACH
 
 FRAME_SECONDS = 0.01
 

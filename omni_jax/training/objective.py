@@ -150,6 +150,10 @@ class Objective(Protocol):
         """
         ...
 
+    def for_phase(self, paths: Collection[str]) -> Objective:
+        """The same as a phase has it in which these parameters train."""
+        return self
+
     def optimizer_groups(self, paths: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         """Parameters that train, in groups that a step updates one after the other.
 

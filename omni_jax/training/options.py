@@ -189,6 +189,34 @@ class SpeechTokenizerOptions:
         check_float("objective.commitment_weight", self.commitment_weight, 0, FLOAT_MAX)
 
 
+@dataclass(frozen=True)
+class VocoderOptions:
+    """The sound of a mel, first by its spectra alone, then against discriminators too."""
+
+    context: int = 34
+    """Mel frames on either side of a segment that the vocoder reads, and that have no loss. The published vocoder's
+    samples depend on 34 of them."""
+    channels: int = 32
+    """Of the first layer of each discriminator; 32 as published."""
+    single_convs: bool = False
+    """Compile each convolution of the vocoder by itself and not in a loop, which takes half the time on a CPU; a TPU's
+    compiler takes minutes."""
+    mel_weight: float = 15.0
+    """Factor of the error of the log-mel."""
+    adversarial_weight: float = 1.0
+    """Factor of what the discriminators say of the vocoder, in phases in which they train."""
+    feature_weight: float = 2.0
+    """Factor of the difference of what they see, in the same phases."""
+
+    def check(self) -> None:
+        """Raises InputError if a field is out of its range."""
+        check_int("objective.context", self.context, 0)
+        check_int("objective.channels", self.channels, 1)
+        check_float("objective.mel_weight", self.mel_weight, 0, FLOAT_MAX)
+        check_float("objective.adversarial_weight", self.adversarial_weight, 0, FLOAT_MAX)
+        check_float("objective.feature_weight", self.feature_weight, 0, FLOAT_MAX)
+
+
 ObjectiveOptions: TypeAlias = (
     NextTokenOptions
     | FlowMatchingOptions
@@ -196,4 +224,5 @@ ObjectiveOptions: TypeAlias = (
     | TalkerOptions
     | TalkerDPOOptions
     | SpeechTokenizerOptions
+    | VocoderOptions
 )

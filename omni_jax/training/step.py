@@ -227,7 +227,7 @@ def make_step(recipe: Recipe, objective: Objective, phase: Phase, num_steps: int
     paths = list(flatten_params(nn.unbox(objective.abstract_params())))
     scales = learning_rate_scales(phase, paths)
     skips = recipe.on_nonfinite == "skip"
-    return TrainStep(objective, recipe.optimizer, scales, num_steps, recipe.seed, skips)
+    return TrainStep(objective.for_phase(scales), recipe.optimizer, scales, num_steps, recipe.seed, skips)
 
 
 def abstract_params(step: TrainStep, mesh: AnyMesh, frozen_dtypes: Mapping[str, Any] | None = None) -> dict[str, Any]:

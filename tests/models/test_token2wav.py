@@ -18,7 +18,7 @@ from jax.extend.core import jaxprs_in_params
 
 from omni_jax.checkpoint.name_map import make_name_table
 from omni_jax.config import BigVGANConfig, OmniConfig
-from omni_jax.models import bigvgan
+from omni_jax.models import bigvgan, snake_beta
 from omni_jax.models.dit import Conditions, Modulations
 from omni_jax.models.dit_blocks import Blocks, block_attention, pack
 from omni_jax.models.token2wav import Token2Wav, abstract_params
@@ -126,14 +126,14 @@ def test_a_request_sees_nothing_of_its_neighbours_or_of_padding() -> None:
 def test_low_pass_filter() -> None:
     """The numbers of docs/reference.md, 8.9."""
     half = [0.00202896, 0.00938947, -0.02554346, -0.05765738, 0.12857258, 0.44320980]
-    np.testing.assert_allclose(bigvgan.low_pass(), half + half[::-1], atol=1e-7)
+    np.testing.assert_allclose(snake_beta.low_pass(), half + half[::-1], atol=1e-7)
 
 
 def test_sine_squared() -> None:
     x = np.concatenate([np.linspace(-10, 10, 10_001), np.linspace(-1e4, 1e4, 10_001)]).astype(np.float32)
     # what an argument's own rounding does to the result, plus one of the result
     allowed = np.spacing(np.abs(x)) + 3e-7
-    assert (np.abs(bigvgan.sine_squared(x) - np.sin(x.astype(np.float64)) ** 2) < allowed).all()
+    assert (np.abs(snake_beta.sine_squared(x) - np.sin(x.astype(np.float64)) ** 2) < allowed).all()
 
 
 def _two_stages(single_convs: bool = False) -> Any:

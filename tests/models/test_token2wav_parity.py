@@ -21,10 +21,11 @@ from omni_jax.checkpoint.voices import Voice
 from omni_jax.config import DiTConfig, Token2WavConfig
 from omni_jax.engine.token2wav_engine import Token2WavEngine, make_vocoder_weights
 from omni_jax.layers.stack import unstack_layers
-from omni_jax.models.bigvgan import apply_input, apply_output, apply_stage, make_row_ends
+from omni_jax.models.bigvgan import apply_input, apply_output, apply_stage
 from omni_jax.models.dit import DiTLayer, LayerInputs, Modulations
 from omni_jax.models.dit_blocks import Blocks, pack
 from omni_jax.models.dit_rotary import rotary_tables
+from omni_jax.models.row_ends import make_row_ends
 from omni_jax.models.token2wav import Token2Wav, parts
 from tests.pairs import Whole, relative_error
 

@@ -28,6 +28,12 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
             frozen = {row.path.split("/")[1] for row in rows if row.learning_rate is None}
             assert frozen == {"quantizer", "proj"} | ({"mel_decoder"} if phase.name == "content" else set())
             continue
+        if name.startswith("vocoder"):
+            trained = {"/".join(row.path.split("/")[:2]) for row in rows if row.learning_rate}
+            assert "token2wav/bigvgan" in trained and not any(path.startswith("token2wav/dit") for path in trained)
+            own = [path for path in trained if path.startswith("discriminators/")]
+            assert bool(own) == (phase is not recipe.phases[0])
+            continue
         # beside the model: adapters, and the DiT as it was where a distillation began
         of_model = [row for row in rows if not row.path.startswith(("lora/", "teacher/"))]
         teacher = {row.path: row.learning_rate for row in rows if row.path.startswith("teacher/")}

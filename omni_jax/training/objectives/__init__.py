@@ -16,6 +16,7 @@ from omni_jax.training.objectives.next_token import make_next_token
 from omni_jax.training.objectives.speech_tokenizer import make_speech_tokenizer
 from omni_jax.training.objectives.talker import make_next_code
 from omni_jax.training.objectives.talker_dpo import make_talker_dpo
+from omni_jax.training.objectives.vocoder import make_vocoder
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales
 from omni_jax.training.options import (
     FlowDistillationOptions,
@@ -24,6 +25,7 @@ from omni_jax.training.options import (
     SpeechTokenizerOptions,
     TalkerDPOOptions,
     TalkerOptions,
+    VocoderOptions,
 )
 from omni_jax.training.recipe import Recipe
 
@@ -35,6 +37,7 @@ _MAKERS: dict[type, Callable[[Recipe], Objective]] = {
     TalkerOptions: make_next_code,
     SpeechTokenizerOptions: make_speech_tokenizer,
     TalkerDPOOptions: make_talker_dpo,
+    VocoderOptions: make_vocoder,
 }
 
 
