@@ -2,8 +2,7 @@
 
 python train.py vocoder-7b --init CHECKPOINT --data.train sound.jsonl
 
-A row is ``{"audio": "x.wav"}`` (docs/data.md). The vocoder of both published sizes is one. -mini is for two cores
-(docs/speech-training.md).
+A row is ``{"audio": "x.wav"}`` (docs/data.md). The vocoder of both published sizes is one.
 """
 
 import dataclasses

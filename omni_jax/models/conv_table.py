@@ -80,7 +80,8 @@ def table_conv(
       x: what it reads; zeros lie on either side of it.
     """
     # that of the code around it, which is gone when the gradient is traced
-    precision = jax.config.jax_default_matmul_precision
+    config: Any = jax.config
+    precision = config.jax_default_matmul_precision
     return _table_conv(side, precision, entry, kernels, bias, x)
 
 
