@@ -35,7 +35,8 @@ SLOW_FILES = """
     training/test_loop.py engine/test_scheduler.py serving/test_batch.py training/test_mesh.py
     models/test_token2wav_parity.py engine/test_token2wav_streaming.py security/test_isolation.py tools/test_aot.py
     engine/test_talker_engine_parity.py generation/test_stream.py generation/test_warmup.py data/test_pipeline.py
-    training/test_talker.py training/test_talker_dpo.py
+    training/test_talker.py training/test_talker_dpo.py training/test_speech_tokenizer_thinker.py
+    training/test_code_matching.py training/test_speech_tokenizer.py
     models/test_dit_streaming.py training/test_step.py engine/test_talker_engine.py training/test_dry_run.py
     security/test_fuzz.py engine/test_thinker_engine_parity.py models/test_thinker_parity.py
     engine/test_token2wav_engine.py models/test_token2wav.py generation/test_quantization.py engine/test_pace.py

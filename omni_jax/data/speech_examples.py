@@ -28,6 +28,7 @@ from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.speech_mel import RATE, speech_log_mel
 
 _KEYS = ("codec_ids", "audio", "speaker", "ref_audio", "codec", "text", "voice")
+UNKNOWN_CODE = -1  # of sound whose codes nobody knows
 _MAX_DIFFERENCE = 10  # frames, 0.1 s, that sound and codes may differ by: codecs round up to their own blocks
 
 
@@ -90,21 +91,46 @@ class PrepareSpeech:
           TooLongError: if it is longer than a row of the batch.
           WrongCodecError: if its codes are another codec's.
         """
+        values = self.read_values(row)
+        return self.make(row, values, self.read_codes(values), self.read_samples(row, values, "audio"))
+
+    def read_values(self, row: Row) -> dict[str, Any]:
+        """What a row has; raises InputError for an object with other keys."""
         values = row_values(row)
         unknown = sorted(set(values) - set(_KEYS))
         if unknown:
             raise InputError(f"unknown keys {', '.join(map(shown, unknown))}; a row of speech has {', '.join(_KEYS)}")
-        check_codec("codec", values, self.codec)
-        codes = self._read_codes(values)
-        mel = self._read_mel(row, values, "audio")
+        return values
+
+    def make(
+        self, row: Row, values: Mapping[str, Any], codes: Int[np.ndarray, " K"] | None, samples: Float[np.ndarray, " n"]
+    ) -> SpeechExample:
+        """The example of a row whose codes and sound were read; see ``example``.
+
+        Args:
+          row: it.
+          values: of it.
+          codes: of the sound; None: nobody knows them, and the example has UNKNOWN_CODE in their places.
+          samples: of the sound, at ``speech_mel.RATE``.
+        """
+        mel = speech_log_mel(samples)
+        if codes is None:
+            codes = np.full(len(mel) // self.config.repeats, UNKNOWN_CODE, np.int32)
         codes, mel = self._align(codes, mel)
         clip = np.zeros((0, self.config.mel_dim), np.float32)
         if "ref_audio" in values:
-            clip = self._read_mel(row, values, "ref_audio")
+            clip = speech_log_mel(self.read_samples(row, values, "ref_audio"))
             check_int("the number of frames of ref_audio", len(clip), self.shortest_clip, self.longest_clip)
         return SpeechExample(codes, mel, self._read_speaker(values), clip, row.name)
 
-    def _read_codes(self, values: Mapping[str, Any]) -> Int[np.ndarray, " K"]:
+    def read_codes(self, values: Mapping[str, Any]) -> Int[np.ndarray, " K"]:
+        """The codes of a row.
+
+        Raises:
+          InputError: if it has none, or what is no code.
+          WrongCodecError: if they are another codec's.
+        """
+        check_codec("codec", values, self.codec)
         codes = values.get("codec_ids")
         if not isinstance(codes, list) or not codes:
             raise InputError(f"codec_ids is {shown(codes)}; it must be a list of codes, 50 a second")
@@ -112,8 +138,9 @@ class PrepareSpeech:
         checked = [check_int("a code of codec_ids", code, 0, self.config.num_embeds) for code in codes]
         return np.array(checked, np.int32)
 
-    def _read_mel(self, row: Row, values: Mapping[str, Any], key: str) -> Float[np.ndarray, "frames M"]:
-        return speech_log_mel(read_sound(row, values, key, RATE, self.access, self.media_root))
+    def read_samples(self, row: Row, values: Mapping[str, Any], key: str) -> Float[np.ndarray, " n"]:
+        """A sound of a row, at ``speech_mel.RATE``; raises InputError if it cannot be read."""
+        return read_sound(row, values, key, RATE, self.access, self.media_root)
 
     def _read_speaker(self, values: Mapping[str, Any]) -> Float[np.ndarray, " enc_emb_dim"]:
         size = self.config.enc_emb_dim

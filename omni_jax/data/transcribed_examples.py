@@ -7,7 +7,9 @@ in lower case and with single spaces: what can be told from the sound.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -80,13 +82,24 @@ class PrepareTranscribed:
           TooLongError: if its sound or its text is too long.
         """
         values = row_values(row)
+        return self.make(row, values, self.read_samples(row, values))
+
+    def read_samples(self, row: Row, values: Mapping[str, Any]) -> Float[np.ndarray, " n"]:
+        """The sound of a row, at ``speech_mel.RATE``, once its text has been looked at.
+
+        Raises:
+          InputError: if it or its text is not what it should be.
+        """
         text = values.get("text")
         if not isinstance(text, str):
             raise InputError(f"text is {shown(text)}; it must be what is said")
-        labels = text_labels(text)
-        if not len(labels):
+        if not len(text_labels(text)):
             raise InputError(f"text is {shown(text)}, which has no letters")
-        samples = read_sound(row, values, "audio", RATE, self.access, self.media_root)
+        return read_sound(row, values, "audio", RATE, self.access, self.media_root)
+
+    def make(self, row: Row, values: Mapping[str, Any], samples: Float[np.ndarray, " n"]) -> TranscribedExample:
+        """The example of a row whose sound was read; see ``example``."""
+        labels = text_labels(values["text"])
         target = speech_log_mel(samples)
         mel = log_mel(samples, self.mel)
         # the last frame of the one may see less than a hop of sound, for which the other has none

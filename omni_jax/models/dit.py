@@ -149,13 +149,22 @@ class DiT(nn.Module):
           guidance: whether velocities without conditions will be needed too.
         """
         with jax.named_scope("dit_conditions"):
-            embeds = self.codec_embed(codes)  # [N, F, emb_dim]
-            given = self._project_conditions(speakers[:, :1], embeds, cond[:, None])  # [N, F, D]
+            given = self.conditions_of_embeds(self.codec_embed(codes), speakers, cond)
             if not guidance:
-                return Conditions(given, None)
+                return given
             null_embeds = self.codec_embed(jnp.full((len(codes), 1), NULL_CODE))  # [N, 1, emb_dim]
             nothing = jnp.zeros_like(cond)[:, None]  # [N, 1, enc_emb_dim]
-            return Conditions(given, self._project_conditions(speakers[:, 1:], null_embeds, nothing))
+            return Conditions(given.cond, self._project_conditions(speakers[:, 1:], null_embeds, nothing))
+
+    @own_precision
+    def conditions_of_embeds(
+        self,
+        embeds: Float[Array, "N F emb_dim"],
+        speakers: Float[Array, "N voices enc_dim"],
+        cond: Float[Array, "N enc_emb_dim"],
+    ) -> Conditions:
+        """``conditions`` without guidance, of what stands for the embedding of each frame's code."""
+        return Conditions(self._project_conditions(speakers[:, :1], embeds, cond[:, None]), None)  # [N, F, D]
 
     def _project_conditions(self, speaker: Array, codes: Array, cond: Array) -> jax.Array:
         frames = codes.shape[:2]

@@ -68,6 +68,22 @@ class Thinker(nn.Module):
             features.append(self.encode_audio(batch.audio))
         for frames in batch.vision:
             features.append(self.encode_vision(frames))
+        return self._read(batch, features)
+
+    def hidden_of_features(
+        self, batch: OmniBatch, features: Sequence[Float[Array, "features D"]]
+    ) -> Float[jax.Array, "B S D"]:
+        """``hidden``, with features that something else than its encoders has made of the media.
+
+        Args:
+          batch: whose ``media_index`` counts these features; its own media are not read.
+          features: see ``embed``.
+        """
+        return self._read(batch, features)[0]
+
+    def _read(
+        self, batch: OmniBatch, features: Sequence[Float[Array, "features D"]]
+    ) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B S D"]]:
         x = self.embed(batch.tokens, batch.media_index, features)  # [B, S, D]
         ids, _ = position_ids(batch.spans, batch.segment_ids, self.config.position_id_per_seconds)  # [3, B, S]
         mask = Mask(jnp.asarray(batch.segment_ids), causal=True)

@@ -177,6 +177,12 @@ class SpeechTokenizerOptions:
     """Factor of the loss of the mel, in phases in which its decoder trains."""
     commitment_weight: float = 1.0
     """Factor of the distance of vectors from their codes."""
+    thinker_weight: float = 0.0
+    """Factor of the loss of a Thinker's next token, which writes down what the codes say; 0: there is no Thinker."""
+    instruction: str = "Transcribe the audio into text."
+    """What the Thinker is asked for behind each sound."""
+    positions: int = 8192
+    """Of a row of the Thinker: of each utterance a token for each 40 ms, the instruction, and the text."""
 
     def check(self) -> None:
         """Raises InputError if a field is out of its range."""
@@ -186,6 +192,32 @@ class SpeechTokenizerOptions:
         check_float("objective.unquantized", self.unquantized, 0, 1)
         check_float("objective.content_weight", self.content_weight, 0, FLOAT_MAX)
         check_float("objective.mel_weight", self.mel_weight, 0, FLOAT_MAX)
+        check_float("objective.commitment_weight", self.commitment_weight, 0, FLOAT_MAX)
+        check_float("objective.thinker_weight", self.thinker_weight, 0, FLOAT_MAX)
+        check_int("objective.positions", self.positions, 2)
+
+
+@dataclass(frozen=True)
+class CodeMatchingOptions(PackedSpeechOptions):
+    """Codes that a Token2Wav which stays as it is makes the sound of. What stands for the voice's clip has no loss."""
+
+    model: Annotated[SpeechTokenizerConfig, tyro.conf.Suppress] = field(default_factory=SpeechTokenizerConfig)
+    """Shape of the tokenizer."""
+    drop_sound: float = 0.3
+    """Share of the utterances that have neither a clip nor the vector of a voice."""
+    flow_weight: float = 1.0
+    """Factor of the loss of the DiT's velocity."""
+    code_weight: float = 1.0
+    """Factor of the cross-entropy of the codes that rows have."""
+    commitment_weight: float = 1.0
+    """Factor of the distance of vectors from their codes."""
+
+    def check(self) -> None:
+        """Raises InputError if a field is out of its range."""
+        super().check()
+        check_float("objective.drop_sound", self.drop_sound, 0, 1)
+        check_float("objective.flow_weight", self.flow_weight, 0, FLOAT_MAX)
+        check_float("objective.code_weight", self.code_weight, 0, FLOAT_MAX)
         check_float("objective.commitment_weight", self.commitment_weight, 0, FLOAT_MAX)
 
 
@@ -225,4 +257,5 @@ ObjectiveOptions: TypeAlias = (
     | TalkerDPOOptions
     | SpeechTokenizerOptions
     | VocoderOptions
+    | CodeMatchingOptions
 )

@@ -12,6 +12,7 @@ import pytest
 
 from configs import RECIPES
 from omni_jax.training.recipe import CheckpointConfig, Recipe
+from tests.training import tones
 from tools.train_demo import MEDIA, write_rows
 
 
@@ -19,6 +20,12 @@ from tools.train_demo import MEDIA, write_rows
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of rows with all media."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tone_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of rows of sounds with their text."""
+    return tones.write_rows(tmp_path_factory.mktemp("tones"))
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,13 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
         rows = summarize_parameters(recipe, phase)
         assert len({row.path for row in rows}) == len(rows)
         if name.startswith("speech-tokenizer"):
-            frozen = {row.path.split("/")[1] for row in rows if row.learning_rate is None}
-            assert frozen == {"quantizer", "proj"} | ({"mel_decoder"} if phase.name == "content" else set())
+            own = [row for row in rows if row.path.startswith("speech_tokenizer/")]
+            frozen = {row.path.split("/")[1] for row in own if row.learning_rate is None}
+            has_thinker = name.startswith("speech-tokenizer-thinker")
+            not_trained = {"quantizer"} if has_thinker else {"quantizer", "proj"}
+            assert frozen == not_trained | ({"mel_decoder"} if phase.name == "content" else set())
+            size = parameter_count(recipe.model, ("thinker",)) if has_thinker else 0
+            assert sum(row.size for row in rows) - sum(row.size for row in own) == size
             continue
         if name.startswith("vocoder"):
             trained = {"/".join(row.path.split("/")[:2]) for row in rows if row.learning_rate}

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import wave
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,36 +38,14 @@ from omni_jax.training.recipe import RANDOM, CheckpointConfig, EvalConfig, Recip
 from tests.processes import run
 from tools.make_codes import Options, make_codes
 
-RATE = 16_000
 RECIPE = RECIPES["speech-tokenizer-tiny"]
 CONFIG = RECIPE.objective.model
 TOLERANCE = 1e-6  # float32 sums of a few numbers of about 1, in another order
-WORDS = {"low": 200.0, "high": 1500.0, "top": 4000.0}  # a word is a tone
-
-
-def write_sound(path: Path, words: str, rate: int = RATE) -> Path:
-    pieces = [np.zeros(rate // 20)]
-    for word in words.split():
-        times = np.arange(rate // 5) / rate
-        pieces += [0.4 * np.sin(2 * np.pi * WORDS[word] * times), np.zeros(rate // 20)]
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, rate, 0, "NONE", ""))
-        file.writeframes((32767 * np.concatenate(pieces)).astype("<i2").tobytes())
-    return path
-
-
-def write_rows(folder: Path) -> Path:
-    lines = []
-    for number, text in enumerate(["low high", "top", "high low top", "top top", "low", "high top"]):
-        write_sound(folder / f"{number}.wav", text)
-        lines.append(json.dumps({"audio": f"{number}.wav", "text": text, "voice": "tones"}))
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "rows.jsonl"
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("transcribed"))
+def rows(tone_rows: Path) -> Path:
+    return tone_rows
 
 
 def make_recipe(rows: Path, **changes: Any) -> Recipe:

@@ -9,6 +9,7 @@ import flax.linen as nn
 from omni_jax.checkpoint.lora import LORA
 from omni_jax.errors import ConfigError
 from omni_jax.training.objective import Objective
+from omni_jax.training.objectives.code_matching import make_match_codes
 from omni_jax.training.objectives.flow_distillation import make_flow_distillation
 from omni_jax.training.objectives.flow_matching import make_flow_matching
 from omni_jax.training.objectives.lora import LoRA, add_lora
@@ -19,6 +20,7 @@ from omni_jax.training.objectives.talker_dpo import make_talker_dpo
 from omni_jax.training.objectives.vocoder import make_vocoder
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales
 from omni_jax.training.options import (
+    CodeMatchingOptions,
     FlowDistillationOptions,
     FlowMatchingOptions,
     NextTokenOptions,
@@ -38,6 +40,7 @@ _MAKERS: dict[type, Callable[[Recipe], Objective]] = {
     SpeechTokenizerOptions: make_speech_tokenizer,
     TalkerDPOOptions: make_talker_dpo,
     VocoderOptions: make_vocoder,
+    CodeMatchingOptions: make_match_codes,
 }
 
 

@@ -86,18 +86,35 @@ class FlowMatching(PackedSpeechObjective):
     def loss(
         self, params: Params, batch: SpeechBatch, denominators: Metrics, key: jax.Array, trained: Collection[str]
     ) -> Loss:
+        mean = self.sum_errors(params, batch, key) / denominators["frames"]
+        return Loss(mean, {"loss": mean})
+
+    def sum_errors(
+        self,
+        params: Params,
+        batch: SpeechBatch,
+        key: jax.Array,
+        embeds: Float[jax.Array, "B N F emb_dim"] | None = None,
+    ) -> Float[jax.Array, ""]:
+        """The squared errors of the frames, each a mean over its bins, weighted and added up.
+
+        Args:
+          params: of each component.
+          batch: it.
+          key: of what is drawn.
+          embeds: in place of those of the batch's codes.
+        """
         draws = self.draw(batch, key)
         time = of_blocks(draws.time, batch.utterance)[..., None, None]  # [B, N, 1, 1]
         noisy = (1 - time) * draws.noise + time * batch.mel  # [B, N, F, M]
-        speech = _drop(self.make_inputs(batch, draws.clips), draws)
+        speech = dataclasses.replace(self.make_inputs(batch, draws.clips), embeds=embeds)
         velocity = map_over_batch(
             functools.partial(_apply_to_rows, self.dit),
             params["token2wav"]["dit"],
-            _Inputs(noisy, draws.time, speech),
+            _Inputs(noisy, draws.time, _drop(speech, draws)),
         )  # [B, N, F, M]
         errors = jnp.mean(jnp.square(velocity - (batch.mel - draws.noise)), axis=-1)  # [B, N, F]
-        mean = jnp.sum(errors * frame_weights(batch, draws.clips)) / denominators["frames"]
-        return Loss(mean, {"loss": mean})
+        return jnp.sum(errors * frame_weights(batch, draws.clips))
 
     def draw(self, batch: SpeechBatch, key: jax.Array) -> Draws:
         """The random numbers of a step."""

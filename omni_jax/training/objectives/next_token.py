@@ -169,11 +169,15 @@ def chunk_of_mesh(num_positions: int, chunk: int) -> int:
 
 def make_next_token(recipe: Recipe) -> NextToken:
     """The recipe's Thinker, with scanned layers and computing in the recipe's dtype."""
-    dtype = jnp.dtype(recipe.dtype)
-    model = Thinker(recipe.model.thinker_config, remat=recipe.remat, media_by_rows=True, dtype=dtype)
     num_sources = max(1, len(recipe.data.train), len(recipe.data.valid))
     assert isinstance(recipe.objective, NextTokenOptions)
-    return NextToken(model, recipe.model, recipe.objective, num_sources)
+    return NextToken(make_thinker(recipe), recipe.model, recipe.objective, num_sources)
+
+
+def make_thinker(recipe: Recipe) -> Thinker:
+    """The Thinker as any objective trains it or passes gradients through it."""
+    dtype = jnp.dtype(recipe.dtype)
+    return Thinker(recipe.model.thinker_config, remat=recipe.remat, media_by_rows=True, dtype=dtype)
 
 
 def count_work(batch: TrainBatch) -> Metrics:

@@ -55,6 +55,7 @@ class SpeechInputs:
     clip: Float[Array, "B U T M"]
     clip_length: Int[Array, "B U"]
     speaker: Float[Array, "B U enc_emb_dim"]
+    embeds: Float[Array, "B N F emb_dim"] | None = None  # in place of those of the codes
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class PackedSpeechObjective(Objective):
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> SpeechPacking:
         if data.isolate_media:
             raise ConfigError("data.isolate_media is not there for rows of speech; decode files that you trust")
-        budget = self._budget(data)
+        budget = self.budget(data)
         c = self.config
         prepare = PrepareSpeech(
             c,
@@ -125,9 +126,10 @@ class PackedSpeechObjective(Objective):
         return SpeechPacking(prepare, budget, c)
 
     def abstract_row(self, data: DataConfig) -> SpeechBatch:
-        return make_empty_batch(self.config, self._budget(data), 1)
+        return make_empty_batch(self.config, self.budget(data), 1)
 
-    def _budget(self, data: DataConfig) -> SpeechBudget:
+    def budget(self, data: DataConfig) -> SpeechBudget:
+        """What a stream may put into a step."""
         codes_per_block = self.config.block_size // self.config.repeats
         blocks = data.tokens // codes_per_block
         if not blocks:
@@ -272,6 +274,10 @@ def make_conditions(dit: DiT, params: Any, inputs: SpeechInputs, listed: BlockLi
         voices.append(_call(dit, params, "encode_clips", jnp.zeros_like(clips), lengths))
     speakers = jnp.stack(voices, axis=1)[listed.utterance]  # [B * N, voices, enc_dim]
     cond = jnp.asarray(inputs.speaker).reshape(-1, inputs.speaker.shape[2])[listed.utterance]  # [B * N, enc_emb_dim]
+    if inputs.embeds is not None:
+        assert not guidance
+        embeds = jnp.asarray(inputs.embeds).reshape(-1, *inputs.embeds.shape[2:])  # [B * N, F, emb_dim]
+        return _call(dit, params, "conditions_of_embeds", embeds, speakers, cond)
     codes = jnp.asarray(inputs.codes).reshape(-1, inputs.codes.shape[2])  # [B * N, F]
     return _call(dit, params, "conditions", codes, speakers, cond, guidance)
 
