@@ -16,12 +16,12 @@ from omni_jax.data.transcribed_packing import TranscribedBatch, TranscribedPacki
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.fetch import NO_ACCESS
 from omni_jax.training.objectives import make_objective
-from tests.training.test_speech_tokenizer import CONFIG, make_recipe, write_rows
+from tests.training.test_speech_tokenizer import CONFIG, make_recipe
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("transcribed"))
+def rows(tone_rows: Path) -> Path:
+    return tone_rows
 
 
 @pytest.fixture(scope="module")
