@@ -69,6 +69,8 @@ class SpeechTokenizerConfig(ConfigSection):
         """The text of the file."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
-    def with_blocks(self, n_window: int) -> SpeechTokenizerConfig:
-        """The same with blocks of another length, in codes; no parameter depends on it."""
+    def with_blocks(self, n_window: int | None) -> SpeechTokenizerConfig:
+        """The same with blocks of another length, in codes; no parameter depends on it. None: as it is."""
+        if n_window is None:
+            return self
         return dataclasses.replace(self, audio_config=dataclasses.replace(self.audio_config, n_window=n_window))

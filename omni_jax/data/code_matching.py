@@ -1,7 +1,8 @@
 """Sounds for a speech tokenizer whose codes are to be those of a Token2Wav: rows, and batches of both networks' blocks.
 
 Rows are those of ``speech_examples``, but ``codec_ids`` may be missing: then nobody knows the codes. Where they are
-there, they are codes that the Token2Wav's own Talker has said. The blocks of the tokenizer are longer than those of the
+there, they are codes that the Token2Wav's own Talker has said; rows of ``tools/self_distill.py`` have these, and their
+sound, under ``speech`` and ``sound``. The blocks of the tokenizer are longer than those of the
 DiT, so each frame of the latter says where its code stands among the former.
 
 Letters: B rows, N blocks of a row of the DiT, F frames of a block, A blocks of the tokenizer, T frames of a block, S
@@ -22,6 +23,7 @@ from omni_jax.batch import Array, AudioBlocks
 from omni_jax.checks import check_int
 from omni_jax.config import DiTConfig
 from omni_jax.data.examples import Reject, examples_or_reject
+from omni_jax.data.rows import row_values
 from omni_jax.data.sources import Row
 from omni_jax.data.speech_examples import UNKNOWN_CODE, PrepareSpeech, SpeechExample
 from omni_jax.data.speech_packing import SpeechBatch, SpeechBudget, SpeechPacking, SpeechPart
@@ -70,7 +72,8 @@ class PrepareMatching:
 
     def example(self, row: Row) -> MatchingExample:
         """Of a row; it raises what ``PrepareSpeech.example`` does."""
-        values = self.speech.read_values(row)
+        values = _flatten(row_values(row))
+        self.speech.check_keys(values)
         codes = self._read_codes(values) if "codec_ids" in values else None
         samples = self.speech.read_samples(row, values, "audio")
         speech = self.speech.make(row, values, codes, samples)
@@ -82,6 +85,16 @@ class PrepareMatching:
         codes = self.speech.read_codes(values)
         check_int("the largest code of codec_ids", int(codes.max()), 0, self.codebook_size - 1)
         return codes
+
+
+def _flatten(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of ``tools/self_distill.py`` as one of speech; any other as it is."""
+    speech = values.get("speech")
+    if not isinstance(speech, Mapping):
+        return values
+    found = {"audio": values.get("sound"), "codec_ids": speech.get("codec_ids")}
+    # its voice is a name, which neither network reads
+    return {**found, "codec": speech["codec"]} if "codec" in speech else found
 
 
 @dataclass(frozen=True)

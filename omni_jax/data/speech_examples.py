@@ -91,16 +91,15 @@ class PrepareSpeech:
           TooLongError: if it is longer than a row of the batch.
           WrongCodecError: if its codes are another codec's.
         """
-        values = self.read_values(row)
+        values = row_values(row)
+        self.check_keys(values)
         return self.make(row, values, self.read_codes(values), self.read_samples(row, values, "audio"))
 
-    def read_values(self, row: Row) -> dict[str, Any]:
-        """What a row has; raises InputError for an object with other keys."""
-        values = row_values(row)
+    def check_keys(self, values: Mapping[str, Any]) -> None:
+        """Raises InputError if a row has other keys than it may have."""
         unknown = sorted(set(values) - set(_KEYS))
         if unknown:
             raise InputError(f"unknown keys {', '.join(map(shown, unknown))}; a row of speech has {', '.join(_KEYS)}")
-        return values
 
     def make(
         self, row: Row, values: Mapping[str, Any], codes: Int[np.ndarray, " K"] | None, samples: Float[np.ndarray, " n"]

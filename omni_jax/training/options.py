@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 import tyro
 
 from omni_jax.checks import check_float, check_int
+from omni_jax.errors import InputError
 from omni_jax.models.ode_solver import MAX_STEPS
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
@@ -156,12 +157,24 @@ def check_voices(voices: dict[str, int]) -> None:
         check_int(f"objective.voices, the token of {name!r}", token, 0)
 
 
+def check_block_codes(block_codes: int | None) -> None:
+    """Raises InputError for blocks that a tokenizer cannot have: its output is of pairs of positions."""
+    if block_codes is None:
+        return
+    check_int("objective.block_codes", block_codes, 2)
+    if block_codes % 2:
+        raise InputError(f"objective.block_codes is {block_codes}; it must be an even number")
+
+
 @dataclass(frozen=True)
 class SpeechTokenizerOptions:
     """Codes that keep what is said and how it sounds."""
 
     model: Annotated[SpeechTokenizerConfig, tyro.conf.Suppress] = field(default_factory=SpeechTokenizerConfig)
     """Its shape."""
+    block_codes: int | None = None
+    """Codes of a block, 50 a second, an even number. None: as the recipe's size has it, 100 for the published ones. The
+    codes of a sound that goes on come a block at a time."""
     utterances: int = 16
     """In a row of the batch, at most."""
     max_codes: int = 1500
@@ -186,6 +199,7 @@ class SpeechTokenizerOptions:
 
     def check(self) -> None:
         """Raises InputError if a field is out of its range."""
+        check_block_codes(self.block_codes)
         check_int("objective.utterances", self.utterances, 1)
         check_int("objective.max_codes", self.max_codes, 1)
         check_int("objective.max_labels", self.max_labels, 1)
@@ -203,6 +217,8 @@ class CodeMatchingOptions(PackedSpeechOptions):
 
     model: Annotated[SpeechTokenizerConfig, tyro.conf.Suppress] = field(default_factory=SpeechTokenizerConfig)
     """Shape of the tokenizer."""
+    block_codes: int | None = None
+    """As of the recipe that the tokenizer was trained with before, if it was; see there."""
     drop_sound: float = 0.3
     """Share of the utterances that have neither a clip nor the vector of a voice."""
     flow_weight: float = 1.0
@@ -215,6 +231,7 @@ class CodeMatchingOptions(PackedSpeechOptions):
     def check(self) -> None:
         """Raises InputError if a field is out of its range."""
         super().check()
+        check_block_codes(self.block_codes)
         check_float("objective.drop_sound", self.drop_sound, 0, 1)
         check_float("objective.flow_weight", self.flow_weight, 0, FLOAT_MAX)
         check_float("objective.code_weight", self.code_weight, 0, FLOAT_MAX)

@@ -218,6 +218,19 @@ def test_a_run(recipe: Recipe, tiny_model: Path, tmp_path: Path) -> None:
     assert [line["loss"] for line in again] == [line["loss"] for line in lines]
 
 
+def test_what_a_model_has_spoken_is_a_row(recipe: Recipe, tiny_model: Path, sounds: Path) -> None:
+    """Rows of tools/self_distill.py are read like those with the same sound and codes."""
+    _, packing = make_packing(recipe, tiny_model)
+    speech = {"codec_ids": [3] * 15, "codec": "abc"}
+    spoken = {"text": "top", "speech": {**speech, "voice": "Ben"}, "sound": "1.wav", "word_errors": 0.0}
+    found = []
+    for row in (spoken, {"audio": "1.wav", **speech}):
+        (example,) = packing.prepare(Row(str(sounds), 1, json.dumps(row).encode()))
+        found.append(example)
+    for name in ("codes", "mel", "tokenizer_mel"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+
+
 @pytest.mark.parametrize(
     ("row", "reason", "is_fatal"),
     [

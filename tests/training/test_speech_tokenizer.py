@@ -219,6 +219,19 @@ def test_a_run(rows: Path, trained: Path, tmp_path: Path) -> None:
     assert [line["loss"] for line in again] == [line["loss"] for line in lines]
 
 
+def test_blocks_of_another_length(rows: Path) -> None:
+    recipe = make_recipe(rows)
+    objective: Any = make_objective(dataclasses.replace(recipe, objective=change(recipe, block_codes=10)))
+    assert objective.model.config.block_codes == 10
+    assert objective.abstract_row(recipe.data).audio.mel.shape == (12, 20, 128)
+    with pytest.raises(ConfigError, match=r"objective\.block_codes is 9; it must be an even number"):
+        make_objective(dataclasses.replace(recipe, objective=change(recipe, block_codes=9)))
+
+
+def change(recipe: Recipe, **changes: Any) -> Any:
+    return dataclasses.replace(recipe.objective, **changes)
+
+
 def test_batches_cannot_be_accumulated(rows: Path) -> None:
     recipe = make_recipe(rows, optimizer=dataclasses.replace(RECIPE.optimizer, accumulate=2))
     with pytest.raises(ConfigError, match=r"optimizer\.accumulate"):

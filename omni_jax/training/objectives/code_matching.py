@@ -237,7 +237,7 @@ def make_match_codes(recipe: Recipe) -> MatchCodes:
     assert isinstance(options, CodeMatchingOptions)
     token2wav = make_model(recipe)
     dit = token2wav.config.dit_config
-    config = options.model
+    config = options.model.with_blocks(options.block_codes)
     if config.codebook_size > dit.num_embeds + 1:
         raise ConfigError(f"the tokenizer has {config.codebook_size} codes, and the DiT {dit.num_embeds + 1}")
     if config.audio_config.d_model < dit.emb_dim:

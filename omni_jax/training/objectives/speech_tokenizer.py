@@ -317,7 +317,8 @@ def make_speech_tokenizer(recipe: Recipe) -> TokenizeSpeech:
     if recipe.eval.samples:
         raise ConfigError("eval.samples asks for answers, which a speech tokenizer does not give")
     options = recipe.objective
-    model = SpeechTokenizer(options.model, remat=recipe.remat, dtype=jnp.dtype(recipe.dtype))
+    config = options.model.with_blocks(options.block_codes)
+    model = SpeechTokenizer(config, remat=recipe.remat, dtype=jnp.dtype(recipe.dtype))
     if not options.thinker_weight:
         return TokenizeSpeech(model, options)
     width = recipe.model.thinker_config.text_config.hidden_size
