@@ -132,6 +132,13 @@ def test_a_text_that_is_to_be_spoken() -> None:
     assert "reply_text" not in make_options(chat("--text", "b"))
 
 
+def test_the_voice_of_a_clip() -> None:
+    command = ChatCommand(Path("model"), text=("hi",), speak=True, ref_audio="ada.wav", ref_text="hello", voice="Ethan")
+    assert make_options(command)["voice"] == {"ref_audio": "ada.wav", "ref_text": "hello", "like": "Ethan"}
+    with pytest.raises(InputError, match="--ref-text is what a clip says; give the clip too"):
+        make_options(ChatCommand(Path("model"), text=("hi",), speak=True, ref_text="hello"))
+
+
 def test_nothing_to_answer() -> None:
     with pytest.raises(InputError, match="nothing to answer"):
         make_messages(chat("--system", "Be brief."))

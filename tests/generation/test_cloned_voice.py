@@ -97,7 +97,9 @@ def test_a_live_session_speaks_in_it(model: OmniModel) -> None:
     voice = ClonedVoice(SPEECH, like="Ethan")
     system = QUESTIONS[0][:1]
     replies = []
-    for options, changes in (({"voice": "Ada"}, {}), ({"voice": voice}, {}), ({}, {"voice": voice})):
+    cases: list[tuple[dict[str, Any], dict[str, Any]]]
+    cases = [({"voice": "Ada"}, {}), ({"voice": voice}, {}), ({}, {"voice": voice})]
+    for options, changes in cases:
         session = model.listen(system, **SPEAK, **options)
         session.audio(np.sin(np.arange(8_000) * 0.1).astype(np.float32), 16_000)
         *_, last = session.answer(**changes)
