@@ -9,9 +9,8 @@ that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checks import printable
+from omni_jax.data.resumed_rows import ResumedRows
 from omni_jax.data.rows import row_values
 from omni_jax.data.sounds import read_sound
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.engine.speech_tokenizer_engine import RATE, SpeechTokenizerEngine
 from omni_jax.errors import CheckpointError, ConfigError, InputError
-from omni_jax.plain_files import replace_file
 from omni_jax.processing.fetch import NO_ACCESS
 
 _ROWS_PER_CALL = 16  # whose sounds are read and encoded together
@@ -49,42 +48,15 @@ class Options:
     """Leave out rows that cannot be read, and tell how many; without it, the first one ends the command."""
 
 
-def count_done(partial: Path, fingerprint: str) -> int:
-    """Rows that an earlier command has got through.
+def encode_rows(engine: SpeechTokenizerEngine, rows: Sequence[Row], options: Options) -> list[dict[str, Any] | str]:
+    """Of each row its values with codes, or why it cannot be read.
 
     Raises:
-      InputError: if they are of another tokenizer.
+      InputError: naming the row, for one that cannot be read and is not to be left out.
     """
-    if not partial.exists():
-        return 0
-    complete = b""
-    for line in partial.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        complete += line
-    # what a kill has cut short is made again
-    partial.write_bytes(complete)
-    done = 0
-    for line in complete.splitlines():
-        values = json.loads(line)
-        if values["codec"] != fingerprint:
-            raise InputError(
-                f"{partial} has codes of {values['codec']}, and this tokenizer is {fingerprint}; remove it"
-            )
-        done = values["row"] + 1
-    return done
-
-
-def encode_rows(engine: SpeechTokenizerEngine, rows: Sequence[tuple[int, Row]], options: Options) -> Iterator[str]:
-    """A line for each row that can be read: its values with codes, and its number.
-
-    Raises:
-      InputError: naming the row, for one that cannot be read.
-    """
-    numbers = []
-    all_values: list[dict[str, Any]] = []
+    results: list[dict[str, Any] | str] = []
     sounds = []
-    for number, row in rows:
+    for row in rows:
         try:
             values = row_values(row)
             sound = read_sound(row, values, "audio", RATE, NO_ACCESS, options.media_root)
@@ -93,13 +65,15 @@ def encode_rows(engine: SpeechTokenizerEngine, rows: Sequence[tuple[int, Row]], 
         except InputError as e:
             if not options.skip_bad:
                 raise InputError(f"{row.name}: {e}") from e
+            results.append(str(e))
             continue
-        numbers.append(number)
-        all_values.append(values)
         sounds.append(sound)
-    for number, values, codes in zip(numbers, all_values, engine.encode(sounds), strict=True):
-        made = {**values, "codec_ids": codes.tolist(), "codec": engine.fingerprint, "row": number}
-        yield json.dumps(made, ensure_ascii=False) + "\n"
+        results.append(values)
+    codes = iter(engine.encode(sounds))
+    for result in results:
+        if isinstance(result, dict):
+            result |= {"codec_ids": next(codes).tolist(), "codec": engine.fingerprint}
+    return results
 
 
 def make_codes(options: Options) -> int:
@@ -109,8 +83,6 @@ def make_codes(options: Options) -> int:
       CheckpointError, ConfigError: if there is no tokenizer.
       InputError: if the output is there or lies elsewhere, or a row cannot be read.
     """
-    if options.out.exists():
-        raise InputError(f"{options.out} exists already; name another file")
     source = Path(options.rows)
     if options.media_root is None and source.parent.resolve() != options.out.parent.resolve():
         raise InputError(
@@ -119,28 +91,20 @@ def make_codes(options: Options) -> int:
         )
     rows = open_rows(options.rows)
     engine = SpeechTokenizerEngine.load(resolve_checkpoint(options.model))
-    partial = options.out.with_name(f"{options.out.name}.partial")
-    done = count_done(partial, engine.fingerprint)
-    starts = range(done, len(rows), _ROWS_PER_CALL)
-    with open(partial, "a", encoding="utf-8") as file:
+    settings = {"rows": options.rows, "num_rows": len(rows), "codec": engine.fingerprint}
+    with ResumedRows(options.out, settings) as made:
+        starts = range(made.num_done, len(rows), _ROWS_PER_CALL)
         for start in track(starts, description="encoding", console=Console(stderr=True)):
-            batch = [(number, rows[number]) for number in range(start, min(start + _ROWS_PER_CALL, len(rows)))]
-            file.writelines(encode_rows(engine, batch, options))
-            file.flush()
-    return _finish(partial, options.out, len(rows))
-
-
-def _finish(partial: Path, out: Path, num_rows: int) -> int:
-    """Takes the numbers out of the rows and gives the file its name; returns how many rows it lacks."""
-    lines = []
-    for line in partial.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        del values["row"]
-        lines.append(json.dumps(values, ensure_ascii=False) + "\n")
-    replace_file(out, "".join(lines).encode())
-    partial.unlink()
-    print(f"{out}: {len(lines)} rows")
-    return num_rows - len(lines)
+            numbers = range(start, min(start + _ROWS_PER_CALL, len(rows)))
+            results = encode_rows(engine, [rows[number] for number in numbers], options)
+            for number, result in zip(numbers, results, strict=True):
+                if isinstance(result, str):
+                    made.add(number, None, result)
+                else:
+                    made.add(number, result)
+        num_rows = made.finish()
+    print(f"{options.out}: {num_rows} rows")
+    return len(rows) - num_rows
 
 
 def main(options: Options) -> int:

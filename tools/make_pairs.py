@@ -28,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 import omni_jax
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checks import check_int, printable
+from omni_jax.data.resumed_rows import ResumedRows
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.engine.outputs import Reply
 from omni_jax.errors import CheckpointError, ConfigError, InputError, JudgeError
 from omni_jax.evaluation.answer_pairs import PairLimits, ScoredAnswer, choose_pair
 from omni_jax.evaluation.pauses import PauseRanges
 from omni_jax.evaluation.recognizers import make_recognizer
-from omni_jax.evaluation.resumed_rows import ResumedRows
 from omni_jax.evaluation.rewards import RewardWeights, SpeechJudge, SpeechScore
 from omni_jax.evaluation.spoken_answers import QUESTION, find_codec, make_seed, read_spoken_text, speak_texts
 from omni_jax.generation.model import OmniModel

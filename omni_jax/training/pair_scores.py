@@ -1,6 +1,6 @@
 """What the reference of preference training makes of pairs: computed once, and written into their rows.
 
-A file of scores that is there already is gone on with: each of its rows says which of the pairs it is.
+A command that was stopped goes on where it was (``data.resumed_rows``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from omni_jax.checkpoint.train_checkpoints import read_dtypes, resolve_checkpoin
 from omni_jax.checks import printable
 from omni_jax.data.examples import Reject
 from omni_jax.data.preference_pairs import PairBatch, PairPacking
+from omni_jax.data.resumed_rows import ResumedRows
 from omni_jax.data.rows import map_media_sources, resolve_source, row_values
 from omni_jax.data.sources import Files, Row, open_rows
 from omni_jax.data.spoken_packing import SpokenPart
@@ -119,15 +120,14 @@ def score_pairs(recipe: Recipe, out: Path, log: Callable[[str], None]) -> Scored
 
     Args:
       recipe: of preference training; its budgets and its mesh are those of this run too.
-      out: the file, in JSON lines; rows that it has are not scored again. Paths of media become absolute where it lies
-        in another folder.
+      out: the file, in JSON lines. Paths of media become absolute where it lies in another folder.
       log: is told which rows cannot be used, and why.
 
     Returns:
-      How many rows there were of this call.
+      How many rows there are, those of an earlier call that was stopped among them.
 
     Raises:
-      CheckpointError, ConfigError, InputError: if the recipe, the model or the rows cannot be used.
+      CheckpointError, ConfigError, InputError: if the recipe, the model, the rows or the file cannot be used.
     """
     if recipe.init is None or not recipe.data.train:
         raise ConfigError("name the model (--init) and the rows (--data.train)")
@@ -145,21 +145,18 @@ def score_pairs(recipe: Recipe, out: Path, log: Callable[[str], None]) -> Scored
     mesh = recipe.mesh.make()
     with jax.set_mesh(mesh):
         scorer = _Scorer(recipe, objective, mesh, folder)
-        first = _count_scored(out, scorer.fingerprint)
-        num_scored = 0
-        num_rejected = 0
-        with open(out, "a", encoding="utf-8") as file:
-            for batch in _pack(rows, first, packing, recipe.data.streams):
+        settings = {"rows": recipe.data.train, "num_rows": len(rows), "model": scorer.fingerprint}
+        with ResumedRows(out, settings) as made:
+            for batch in _pack(rows, made.num_done, packing, recipe.data.streams):
                 scores = scorer.score(packing, batch.parts)
-                for number, row in batch.rows:
-                    file.write(_scored_line(row, number, scores[row.name], scorer.fingerprint, out) + "\n")
-                # a batch at a time, so that a run that is killed has lost no more
-                file.flush()
-                num_scored += len(batch.rows)
-                num_rejected += len(batch.rejects)
-                for reject in batch.rejects:
-                    log(str(reject))
-    return ScoredPairs(num_scored, num_rejected)
+                for number, found in batch.rows:
+                    if isinstance(found, Reject):
+                        log(str(found))
+                        made.add(number, None, "cannot be used")
+                    else:
+                        made.add(number, _scored_row(found, scores[found.name], scorer.fingerprint, out))
+            num_scored = made.finish()
+    return ScoredPairs(num_scored, len(rows) - num_scored)
 
 
 class _PackedRows(NamedTuple):
@@ -167,13 +164,11 @@ class _PackedRows(NamedTuple):
 
     Attributes:
       parts: of the batch.
-      rows: each with its number.
-      rejects: rows among them that cannot be used.
+      rows: each with its number, in order; a reject for one that cannot be used.
     """
 
     parts: list[SpokenPart]
-    rows: list[tuple[int, Row]]
-    rejects: list[Reject]
+    rows: list[tuple[int, Row | Reject]]
 
 
 def _pack(rows: Files, first: int, packing: PairPacking, num_streams: int) -> Iterator[_PackedRows]:
@@ -184,7 +179,7 @@ def _pack(rows: Files, first: int, packing: PairPacking, num_streams: int) -> It
     """
 
     def new_batch() -> _PackedRows:
-        return _PackedRows([packing.new_part() for _ in range(num_streams)], [], [])
+        return _PackedRows([packing.new_part() for _ in range(num_streams)], [])
 
     batch = new_batch()
     for number in track(range(first, len(rows)), description="pairs"):
@@ -193,7 +188,7 @@ def _pack(rows: Files, first: int, packing: PairPacking, num_streams: int) -> It
         if isinstance(found, Reject):
             if found.is_fatal:
                 raise InputError(str(found))
-            batch.rejects.append(found)
+            batch.rows.append((number, found))
             continue
         if not any(part.place(found[0]) for part in batch.parts):
             yield batch
@@ -201,35 +196,12 @@ def _pack(rows: Files, first: int, packing: PairPacking, num_streams: int) -> It
             # in an empty part each example has a place
             batch.parts[0].place(found[0])
         batch.rows.append((number, row))
-    if batch.rows or batch.rejects:
+    if batch.rows:
         yield batch
 
 
-def _count_scored(out: Path, digest: str) -> int:
-    """The number of the first row that a file of scores does not have; what was cut off when it was written goes.
-
-    Raises:
-      CheckpointError: if it holds scores of another model.
-    """
-    if not out.exists():
-        return 0
-    text = out.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        out.write_bytes(whole)
-    lines = whole.splitlines()
-    if not lines:
-        return 0
-    reference = json.loads(lines[-1])["speech"]["reference"]
-    if reference["model"] != digest:
-        raise CheckpointError(
-            f"{out} has scores of the model {reference['model']}, and this is {digest}; write to another file"
-        )
-    return reference["row"] + 1
-
-
-def _scored_line(row: Row, number: int, scores: Sequence[float], digest: str, out: Path) -> str:
-    """A row with its scores, as JSON.
+def _scored_row(row: Row, scores: Sequence[float], digest: str, out: Path) -> dict[str, Any]:
+    """A row with its scores.
 
     Raises:
       InputError: for a row that holds bytes, as those of Parquet may.
@@ -242,9 +214,10 @@ def _scored_line(row: Row, number: int, scores: Sequence[float], digest: str, ou
             return resolve_source(source, str(Path(folder).resolve())) if isinstance(source, str) else source
 
         values = map_media_sources(values, to_absolute)
-    reference: dict[str, Any] = {"model": digest, "row": number, **dict(zip(ANSWERS, scores, strict=True))}
+    reference: dict[str, Any] = {"model": digest, **dict(zip(ANSWERS, scores, strict=True))}
     values["speech"] = {**values["speech"], "reference": reference}
     try:
-        return json.dumps(values, ensure_ascii=False)
+        json.dumps(values)
     except TypeError as e:
         raise InputError(f"{row.name}: media that lie in the row itself cannot be written as JSON ({e})") from e
+    return values

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from omni_jax.data.resumed_rows import ResumedRows
 from omni_jax.errors import InputError
 from omni_jax.evaluation.answer_pairs import Pair, PairLimits, Reason, ScoredAnswer, choose_pair
-from omni_jax.evaluation.resumed_rows import ResumedRows
 
 
 def answer(length: int, reward: float) -> ScoredAnswer:
@@ -51,7 +51,7 @@ def test_rows_that_are_gone_on_with(tmp_path: Path) -> None:
     # a kill may cut a line short
     with partial.open("ab") as file:
         file.write(b'{"number": 2, "row": {"a"')
-    with pytest.raises(InputError, match="begun with other settings"):
+    with pytest.raises(InputError, match="of a command with other settings"):
         ResumedRows(out, {"seed": 2})
     with ResumedRows(out, {"seed": 1}) as rows:
         assert rows.num_done == 2 and rows.counts == {"": 1, "bad": 1}

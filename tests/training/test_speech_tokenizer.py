@@ -19,6 +19,7 @@ from configs import RECIPES
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.train_checkpoints import step_folder
 from omni_jax.data.examples import Reject
+from omni_jax.data.resumed_rows import ResumedRows
 from omni_jax.data.sources import Row
 from omni_jax.data.transcribed_examples import (
     PrepareTranscribed,
@@ -256,10 +257,14 @@ def test_rows_with_codes(rows: Path, trained: Path) -> None:
     for line, before in zip(lines, rows.read_text().splitlines(), strict=True):
         assert line["codec"] == engine.fingerprint
         assert {key: line[key] for key in ("audio", "text", "voice")} == json.loads(before)
-    # a command that was cut short in its third row goes on
+    # a command that was stopped in its third row goes on
     again = rows.with_name("again.jsonl")
-    numbered = [json.dumps({**line, "row": number}) for number, line in enumerate(lines)]
-    again.with_name("again.jsonl.partial").write_text("\n".join(numbered[:2]) + "\n" + numbered[2][:20])
+    settings = {"rows": str(rows), "num_rows": 6, "codec": engine.fingerprint}
+    with ResumedRows(again, settings) as made:
+        for number, line in enumerate(lines[:2]):
+            made.add(number, line)
+    with again.with_name("again.jsonl.partial").open("ab") as file:
+        file.write(b'{"number": 2, "row": {"aud')
     assert make_codes(Options(str(rows), again, trained)) == 0
     assert again.read_text() == out.read_text()
     assert not again.with_name("again.jsonl.partial").exists()

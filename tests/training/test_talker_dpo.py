@@ -18,6 +18,7 @@ from omni_jax.config import OmniConfig
 from omni_jax.data.examples import Reject
 from omni_jax.data.packing import Budget
 from omni_jax.data.preference_pairs import PairPacking, PreparePairs
+from omni_jax.data.resumed_rows import ResumedRows
 from omni_jax.data.sources import Row
 from omni_jax.data.spoken_examples import SpokenExample
 from omni_jax.data.spoken_packing import SpokenBudget
@@ -146,12 +147,27 @@ def scored(make_dpo_recipe: Callable[..., Recipe], pairs: Path) -> Path:
     return out
 
 
-def test_scoring_goes_on(make_dpo_recipe: Callable[..., Recipe], scored: Path, pairs: Path, tmp_path: Path) -> None:
+def test_scoring_goes_on(
+    make_dpo_recipe: Callable[..., Recipe], scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After it was killed in a line; rows that cannot be used are told and left out."""
-    lines = scored.read_bytes().splitlines(keepends=True)
     part = tmp_path / "part.jsonl"
-    part.write_bytes(b"".join(lines[:4]) + lines[4][:50])
-    assert score_pairs(make_dpo_recipe(), part, print) == (6, 0)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        written: list[int] = []
+
+        def stop(self: ResumedRows, number: int, *arguments: Any) -> None:
+            if number == 4:
+                raise KeyboardInterrupt
+            written.append(number)
+            add(self, number, *arguments)
+
+        add = ResumedRows.add
+        patch.setattr(ResumedRows, "add", stop)
+        score_pairs(make_dpo_recipe(), part, print)
+    assert written == [0, 1, 2, 3] and not part.exists()
+    with part.with_name("part.jsonl.partial").open("ab") as file:
+        file.write(b'{"number": 4, "row": {"mess')
+    assert score_pairs(make_dpo_recipe(), part, print) == (10, 0)
     found, expected = (list(map(json.loads, path.read_text().splitlines())) for path in (part, scored))
     assert [row["messages"] for row in found] == [row["messages"] for row in expected]
     for one, other in zip(found, expected, strict=True):
@@ -167,11 +183,11 @@ def test_scoring_goes_on(make_dpo_recipe: Callable[..., Recipe], scored: Path, p
     assert score_pairs(make_dpo_recipe(bad), tmp_path / "out.jsonl", told.append) == (1, 1)
     assert len(told) == 1 and "bad.jsonl:2: speech.rejected is None" in told[0]
 
-    other = json.loads(lines[0])
-    other["speech"]["reference"]["model"] = "other"
-    part.write_text(json.dumps(other) + "\n")
-    with pytest.raises(CheckpointError, match="has scores of the model other, and this is"):
-        score_pairs(make_dpo_recipe(), part, print)
+    # what an interrupted command with another model has left
+    with ResumedRows(tmp_path / "other.jsonl", {"model": "other"}):
+        pass
+    with pytest.raises(InputError, match=r"other\.jsonl\.partial is of a command with other settings"):
+        score_pairs(make_dpo_recipe(), tmp_path / "other.jsonl", print)
 
 
 def test_a_planted_preference(

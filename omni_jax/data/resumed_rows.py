@@ -32,7 +32,7 @@ class ResumedRows:
           settings: what the rows depend on; the same for all of a file.
 
         Raises:
-          InputError: if the file is there, cannot be written, or was begun with other settings.
+          InputError: if the file is there, cannot be written, or is of a command with other settings.
         """
         if out.exists():
             raise InputError(f"{out} exists already; name another file")
@@ -52,7 +52,9 @@ class ResumedRows:
                 break
             values = json.loads(line)
             if end == 0 and values != header:
-                raise InputError(f"{self._partial} was begun with other settings; remove it, or name another file")
+                raise InputError(
+                    f"{self._partial} is of a command with other settings; remove it, or name another file"
+                )
             if end > 0:
                 self._count(values)
             end += len(line)
