@@ -127,6 +127,8 @@ _FORMATS: dict[str, tuple[str, str | None, str | None]] = {
     "h264": ("h264", "libx264", None),
 }
 _RATES = {"libopus": 48_000, "ac3": 48_000, "wmav2": 44_100}  # of encoders that do not take 16 kHz
+# with its other presets, what libx264 writes depends on memory that it has not set
+_CODEC_OPTIONS = {"libx264": {"preset": "superfast"}}
 _PIXEL_FORMATS = {"mjpeg": "yuvj420p", "gif": "rgb8", "rawvideo": "bgr24"}
 
 
@@ -159,7 +161,7 @@ def encode_media(kind: str, picture_codec: str | None, sound_codec: str | None, 
     with av.open(file, "w", format=kind, options={"fflags": "+bitexact"}) as container:
         streams: list[tuple[Any, Callable[[Any], Sequence[Any]]]] = []
         if picture_codec is not None:
-            stream: Any = container.add_stream(picture_codec, rate=10)
+            stream: Any = container.add_stream(picture_codec, rate=10, options=_CODEC_OPTIONS.get(picture_codec))
             stream.width, stream.height = FRAME_SIZE
             stream.pix_fmt = _PIXEL_FORMATS.get(picture_codec, "yuv420p")
             stream.codec_context.thread_count = 1  # so that the same bytes come out
