@@ -27,11 +27,13 @@ from omni_jax.data.transcribed_examples import (
     labels_text,
     text_labels,
 )
-from omni_jax.engine.speech_tokenizer_engine import SpeechTokenizerEngine
-from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.engine.speech_tokenizer_engine import RATE, SpeechTokenizerEngine
+from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.models.vector_quantizer import DECAY, CodeSums, perplexity, sum_codes, update_codebook
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.fetch import NO_ACCESS
+from omni_jax.processing.media import read_audio
+from omni_jax.processing.voice_perturbation import VoicePerturbation
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from omni_jax.training.objectives import make_objective
@@ -259,7 +261,7 @@ def test_rows_with_codes(rows: Path, trained: Path) -> None:
         assert {key: line[key] for key in ("audio", "text", "voice")} == json.loads(before)
     # a command that was stopped in its third row goes on
     again = rows.with_name("again.jsonl")
-    settings = {"rows": str(rows), "num_rows": 6, "codec": engine.fingerprint}
+    settings = {"rows": str(rows), "num_rows": 6, "codec": engine.fingerprint, "perturbed_by": None}
     with ResumedRows(again, settings) as made:
         for number, line in enumerate(lines[:2]):
             made.add(number, line)
@@ -268,6 +270,44 @@ def test_rows_with_codes(rows: Path, trained: Path) -> None:
     assert make_codes(Options(str(rows), again, trained)) == 0
     assert again.read_text() == out.read_text()
     assert not again.with_name("again.jsonl.partial").exists()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_codes_of_perturbed_voices(rows: Path, trained: Path) -> None:
+    """They are of the sounds that the seed and the row's number give, and the rest of the row is as it was."""
+    engine = SpeechTokenizerEngine.load(step_folder(trained, 12))
+    values = []
+    for number, line in enumerate(read_lines(rows)):
+        values.append({**line, "speaker": [0.5, float(number)], "ref_audio": "0.wav", "codec_ids": [1], "codec": "old"})
+    source = rows.with_name("voiced.jsonl")
+    source.write_text("".join(json.dumps(line) + "\n" for line in values))
+    out = rows.with_name("perturbed.jsonl")
+    assert make_codes(Options(str(source), out, trained, perturb=True, seed=5)) == 0
+    lines = read_lines(out)
+    plain = []
+    for number, (line, before) in enumerate(zip(lines, values, strict=True)):
+        sound = read_audio(str(rows.with_name(before["audio"])), MelSettings(sampling_rate=RATE))
+        perturbed = VoicePerturbation().apply(sound, RATE, np.random.default_rng((5, number)))
+        found, untouched = engine.encode([perturbed, sound])
+        assert line == {**before, "codec_ids": found.tolist(), "codec": engine.fingerprint}
+        plain.append(untouched.tolist())
+    assert [line["codec_ids"] for line in lines] != plain
+
+    # a command that was stopped goes on to the same rows; one with another seed, or none, does not go on
+    again = rows.with_name("perturbed-again.jsonl")
+    settings = {"rows": str(source), "num_rows": 6, "codec": engine.fingerprint, "perturbed_by": 5}
+    with ResumedRows(again, settings) as made:
+        made.add(0, lines[0])
+    for changes in ({"perturb": True, "seed": 6}, {}):
+        with pytest.raises(InputError, match="with other settings"):
+            make_codes(Options(str(source), again, trained, **changes))
+    assert make_codes(Options(str(source), again, trained, perturb=True, seed=5)) == 0
+    assert again.read_bytes() == out.read_bytes()
+    with pytest.raises(InputError, match="seed is -1"):
+        make_codes(Options(str(source), again, trained, seed=-1))
 
 
 def test_what_cannot_be_encoded(rows: Path, trained: Path, tiny_model: Path, capsys: Any) -> None:
