@@ -3,7 +3,8 @@
 A row is ``{"codec_ids": [...], "audio": ...}``, with 50 codes for each second of the sound, and may have
 
 * ``speaker``: the vector of the voice, numbers (``cond`` of a voice of a checkpoint); zeros where there is none;
-* ``ref_audio``: another clip of the voice. Without it a part of the sound itself is the clip;
+* ``ref_audio``: another clip of the voice, which is scaled as clips are in use (``processing.voice_clip``). Without it
+  a part of the sound itself is the clip, as loud as it is;
 * ``codec``: the fingerprint of the codec that made the codes;
 * ``text`` and ``voice``, which are there for the other objectives of speech.
 """
@@ -26,6 +27,7 @@ from omni_jax.data.sources import Row
 from omni_jax.errors import InputError, TooLongError, WrongCodecError
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.speech_mel import RATE, speech_log_mel
+from omni_jax.processing.voice_clip import scale_clip
 
 _KEYS = ("codec_ids", "audio", "speaker", "ref_audio", "codec", "text", "voice")
 UNKNOWN_CODE = -1  # of sound whose codes nobody knows
@@ -118,7 +120,8 @@ class PrepareSpeech:
         codes, mel = self._align(codes, mel)
         clip = np.zeros((0, self.config.mel_dim), np.float32)
         if "ref_audio" in values:
-            clip = speech_log_mel(self.read_samples(row, values, "ref_audio"))
+            scaled, _ = scale_clip(self.read_samples(row, values, "ref_audio"))
+            clip = speech_log_mel(scaled)
             check_int("the number of frames of ref_audio", len(clip), self.shortest_clip, self.longest_clip)
         return SpeechExample(codes, mel, self._read_speaker(values), clip, row.name)
 

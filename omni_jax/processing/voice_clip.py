@@ -87,8 +87,20 @@ def make_clip(samples: Float[np.ndarray, " n"]) -> VoiceClip:
     seconds = len(samples) / RATE
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:
         raise InputError(f"the clip lasts {seconds:.2f} s; a clip of a voice has {MIN_SECONDS:g} to {MAX_SECONDS:g} s")
-    loudest = float(np.abs(samples).max())
+    scaled, loudest = scale_clip(samples)
+    return VoiceClip(scaled, speech_log_mel(scaled), loudest)
+
+
+def scale_clip(samples: Float[np.ndarray, " n"]) -> tuple[Float[np.ndarray, " n"], float]:
+    """A clip as Token2Wav is given it, in training and in use: its largest sample is ``PEAK``.
+
+    Returns:
+      the samples, float32; and how large the largest was.
+
+    Raises:
+      InputError: if it is silent.
+    """
+    loudest = float(np.abs(samples).max(initial=0))
     if loudest < _SILENCE:
         raise InputError(f"the clip is silent: its largest sample is {loudest:.1e}")
-    scaled = (samples * (PEAK / loudest)).astype(np.float32)
-    return VoiceClip(scaled, speech_log_mel(scaled), loudest)
+    return (samples * (PEAK / loudest)).astype(np.float32), loudest

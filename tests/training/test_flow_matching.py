@@ -28,6 +28,7 @@ from omni_jax.models.dit_blocks import pack
 from omni_jax.models.speaker_encoder import shortest_clip
 from omni_jax.models.token2wav import Token2Wav
 from omni_jax.processing.fetch import NO_ACCESS
+from omni_jax.processing.voice_clip import read_clip
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from omni_jax.training.objectives import make_objective
@@ -195,8 +196,8 @@ def test_each_example_has_one_place() -> None:
             np.testing.assert_array_equal(found, make_example(int(batch.length[row, number]) // 2).mel)
 
 
-def write_sound(path: Path, num_samples: int, rate: int = RATE) -> str:
-    samples = np.random.default_rng(num_samples).integers(-3000, 3000, num_samples).astype("<i2")
+def write_sound(path: Path, num_samples: int, rate: int = RATE, loudest: int = 3000) -> str:
+    samples = np.random.default_rng(num_samples).integers(-loudest, loudest + 1, num_samples).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
@@ -242,6 +243,16 @@ def test_a_row_is_read(speech_rows: Path) -> None:
     assert not other.speaker.any() and len(other.clip) == 0
 
 
+def test_a_clip_is_what_it_is_in_use(speech_rows: Path) -> None:
+    """Its mel is that of the same file as the voice of a reply."""
+    folder = speech_rows.parent
+    row = json.loads(speech_rows.read_text().splitlines()[0])
+    row["ref_audio"] = write_sound(folder / "clip.wav", 3 * RATE // 2)
+    found = read(dataclasses.replace(READER, longest_clip=200), folder, row)
+    assert isinstance(found, list)
+    np.testing.assert_array_equal(found[0].clip, read_clip(folder / "clip.wav").mel)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -254,6 +265,7 @@ def test_a_row_is_read(speech_rows: Path) -> None:
         ({"audio": 3}, "audio int: expected a path or a URL, got 3"),
         ({"audio": "https://example.com/a.wav"}, "audio .*allow-web"),
         ({"ref_audio": "long.wav"}, "the number of frames of ref_audio is 100; it must be from 5 to 60"),
+        ({"ref_audio": "silent.wav"}, "the clip is silent: its largest sample is 0"),
         (
             {"audio": "long.wav", "codec_ids": [1] * 54},
             r"it has 50 codes, over the 45 of a row \(data.tokens\); cut it",
@@ -271,6 +283,7 @@ def test_a_row_is_read(speech_rows: Path) -> None:
 def test_what_is_wrong_with_a_row(speech_rows: Path, changes: dict[str, Any], reason: str) -> None:
     write_sound(speech_rows.parent / "long.wav", RATE)
     write_sound(speech_rows.parent / "short.wav", RATE // 12)
+    write_sound(speech_rows.parent / "silent.wav", RATE // 2, loudest=0)
     row = {**json.loads(speech_rows.read_text().splitlines()[0]), **changes}
     found = prepare(speech_rows.parent, row)
     assert isinstance(found, Reject) and not found.is_fatal
