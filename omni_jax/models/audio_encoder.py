@@ -8,12 +8,15 @@ N heads, H width of a head, E the Thinker's width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from omni_jax.batch import AudioBlocks
 from omni_jax.config import AudioEncoderConfig
@@ -66,8 +69,7 @@ class AudioEncoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         kw = dtypes(self)
-        self.conv1 = Conv1D(c.num_mel_bins, c.d_model, 3, **kw)
-        self.conv2 = Conv1D(c.d_model, c.d_model, 3, stride=2, **kw)
+        self.conv1, self.conv2 = make_convolutions(c, kw)
         self.layers = layer_stack(
             AudioLayer, dict(config=c, **kw), c.encoder_layers, self.scan_layers, shared=1, remat=self.remat
         )
@@ -79,17 +81,9 @@ class AudioEncoder(nn.Module):
     def __call__(self, audio: AudioBlocks) -> Float[jax.Array, "A tokens E"]:
         """Of each block's tokens the first ``((length - 1) // 2 + 1) // 2`` are sound, the rest is padding."""
         c = self.config
-        x = constrain(jnp.asarray(audio.mel, self.dtype), "batch", None, None)  # [A, T, M]
-        valid = jnp.arange(x.shape[1])[None, :] < jnp.asarray(audio.length)[:, None]  # [A, T]
-        with jax.named_scope("audio_convolutions"):
-            x = jax.nn.gelu(self.conv1(x), approximate=False)  # [A, T, D]
-            # a block's end is an edge for conv2: zeros behind it, as if the sound had been cut here
-            x = jnp.where(valid[..., None], x, 0)
-            x = jax.nn.gelu(self.conv2(x), approximate=False)  # [A, S, D]
-            # positions count from the beginning of a block
-            x = x + jnp.asarray(sinusoidal_positions(x.shape[1], c.d_model), self.dtype)
-        # stride 2 leaves every second position, so a position is valid if the frame at its centre is
-        x = call_layers(self.layers, c.encoder_layers, x, Mask(valid[:, ::2].astype(jnp.int32)))
+        x = embed_mel(self.conv1, self.conv2, audio, self.dtype)  # [A, S, D]
+        mask = Mask(valid_positions(audio).astype(jnp.int32))
+        x = call_layers(self.layers, c.encoder_layers, x, mask)  # [A, S, D]
         with jax.named_scope("audio_output"):
             # the mean of pairs first, then the norm: the other way round than in Whisper
             x = x.reshape(x.shape[0], c.block_tokens, 2, c.d_model).mean(axis=2)  # [A, tokens, D]
@@ -99,6 +93,34 @@ class AudioEncoder(nn.Module):
         if self.is_initializing():
             self.bos_eos(jnp.zeros((), jnp.int32))
         return constrain(x, "batch", None, None)
+
+
+def make_convolutions(config: AudioEncoderConfig, fields: Mapping[str, Any]) -> tuple[Conv1D, Conv1D]:
+    """The two convolutions before the layers, the second of which halves the frames."""
+    width = config.d_model
+    return Conv1D(config.num_mel_bins, width, 3, **fields), Conv1D(width, width, 3, stride=2, **fields)
+
+
+def embed_mel(conv1: Conv1D, conv2: Conv1D, audio: AudioBlocks, dtype: Dtype) -> Float[jax.Array, "A S D"]:
+    """What the first layer reads: mel through both convolutions, with positions that count from a block's beginning."""
+    x = constrain(jnp.asarray(audio.mel, dtype), "batch", None, None)  # [A, T, M]
+    with jax.named_scope("audio_convolutions"):
+        x = jax.nn.gelu(conv1(x), approximate=False)  # [A, T, D]
+        # a block's end is an edge for conv2: zeros behind it, as if the sound had been cut here
+        x = jnp.where(valid_frames(audio)[..., None], x, 0)
+        x = jax.nn.gelu(conv2(x), approximate=False)  # [A, S, D]
+        return x + jnp.asarray(sinusoidal_positions(x.shape[1], x.shape[2]), dtype)
+
+
+def valid_frames(audio: AudioBlocks) -> Bool[jax.Array, "A T"]:
+    """Which frames are sound."""
+    frames = jnp.arange(audio.mel.shape[1])
+    return frames[None, :] < jnp.asarray(audio.length)[:, None]
+
+
+def valid_positions(audio: AudioBlocks) -> Bool[jax.Array, "A S"]:
+    """Which positions are sound: stride 2 leaves every second frame, which is the centre of a position."""
+    return valid_frames(audio)[:, ::2]
 
 
 def sinusoidal_positions(length: int, width: int) -> np.ndarray:

@@ -29,9 +29,14 @@ from omni_jax.layers.linear import Linear
 from omni_jax.layers.norm import LayerNorm
 from omni_jax.layers.params import dtypes
 from omni_jax.layers.stack import Remat, call_layers, layer_stack
-from omni_jax.models.audio_encoder import AudioLayer, sinusoidal_positions
+from omni_jax.models.audio_encoder import (
+    AudioLayer,
+    embed_mel,
+    make_convolutions,
+    sinusoidal_positions,
+    valid_positions,
+)
 from omni_jax.models.vector_quantizer import VectorQuantizer
-from omni_jax.sharding import constrain
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
 _MEL_KERNEL = 7  # positions, 140 ms
@@ -95,8 +100,7 @@ class SpeechTokenizer(nn.Module):
         width = audio.d_model
         kw: dict[str, Any] = dtypes(self)
         stack: dict[str, Any] = dict(scan_layers=self.scan_layers, remat=self.remat, **kw)
-        self.conv1 = Conv1D(audio.num_mel_bins, width, 3, **kw)
-        self.conv2 = Conv1D(width, width, 3, stride=2, **kw)
+        self.conv1, self.conv2 = make_convolutions(audio, kw)
         self.front = LayerStack(audio, c.quantizer_layer, **stack)
         self.quantizer = VectorQuantizer(c.codebook_size, width)
         self.quantized_proj = Linear((width,), (width,), ("mlp", "embed"), **kw)
@@ -117,16 +121,7 @@ class SpeechTokenizer(nn.Module):
 
     def features(self, audio: AudioBlocks) -> Float[jax.Array, "A S D"]:
         """What is quantized at each position."""
-        width = self.config.audio_config.d_model
-        x = constrain(jnp.asarray(audio.mel, self.dtype), "batch", None, None)  # [A, T, M]
-        valid = jnp.arange(x.shape[1])[None, :] < jnp.asarray(audio.length)[:, None]  # [A, T]
-        with jax.named_scope("audio_convolutions"):
-            x = jax.nn.gelu(self.conv1(x), approximate=False)  # [A, T, D]
-            # a block's end is an edge for conv2: zeros behind it, as if the sound had been cut here
-            x = jnp.where(valid[..., None], x, 0)
-            x = jax.nn.gelu(self.conv2(x), approximate=False)  # [A, S, D]
-            x = x + jnp.asarray(sinusoidal_positions(x.shape[1], width), self.dtype)
-        return self.front(x, valid[:, ::2])
+        return self.front(embed_mel(self.conv1, self.conv2, audio, self.dtype), valid_positions(audio))
 
     def encode(self, audio: AudioBlocks) -> Int[jax.Array, "A S"]:
         """Codes; of a block that is not full the first ``(length + 1) // 2`` are sound."""
@@ -158,12 +153,6 @@ class SpeechTokenizer(nn.Module):
     def decode_mel(self, x: Float[Array, "A S D"], valid: Bool[Array, "A S"]) -> Float[jax.Array, "A S*2 M"]:
         """The log-mel of Token2Wav (``processing.speech_mel``); ``x`` is from ``project``."""
         return self.mel_decoder(jnp.asarray(x), jnp.asarray(valid))
-
-
-def valid_positions(audio: AudioBlocks) -> Bool[jax.Array, "A S"]:
-    """Which positions are sound: those whose first frame is."""
-    frames = jnp.arange(audio.mel.shape[1])
-    return (frames[None, :] < jnp.asarray(audio.length)[:, None])[:, ::2]
 
 
 def init_params(model: SpeechTokenizer, key: jax.Array) -> Any:

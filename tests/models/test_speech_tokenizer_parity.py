@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from omni_jax.batch import AudioBlocks
 from omni_jax.config import AudioEncoderConfig
-from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params, valid_positions
+from omni_jax.models.audio_encoder import valid_positions
+from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 from tests.codec_oracle import load_encoder_class
 

@@ -21,7 +21,8 @@ from omni_jax.data.examples import Reject
 from omni_jax.data.sources import Row
 from omni_jax.data.transcribed_dialogues import DialogueBatch, DialogueExample, DialoguePacking
 from omni_jax.errors import ConfigError
-from omni_jax.models.speech_tokenizer import SpeechTokenizer, init_params, valid_positions
+from omni_jax.models.audio_encoder import valid_positions
+from omni_jax.models.speech_tokenizer import SpeechTokenizer, init_params
 from omni_jax.processing.layout import audio_tokens
 from omni_jax.processing.processor import Processor
 from omni_jax.training.loop import train

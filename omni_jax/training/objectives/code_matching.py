@@ -31,8 +31,9 @@ from omni_jax.data.code_matching import MatchingBatch, MatchingPacking, PrepareM
 from omni_jax.data.config import DataConfig
 from omni_jax.data.speech_examples import UNKNOWN_CODE
 from omni_jax.errors import ConfigError
+from omni_jax.models.audio_encoder import valid_positions
 from omni_jax.models.ode_solver import Solver
-from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params, init_params, valid_positions
+from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params, init_params
 from omni_jax.models.vector_quantizer import perplexity
 from omni_jax.processing.processor import Processor
 from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER, SPEECH_TOKENIZER_FILE, SpeechTokenizerConfig

@@ -37,7 +37,8 @@ from omni_jax.data.transcribed_dialogues import (
 from omni_jax.data.transcribed_examples import NO_LABEL, PrepareTranscribed
 from omni_jax.data.transcribed_packing import TranscribedBatch, TranscribedPacking, make_empty_batch
 from omni_jax.errors import ConfigError
-from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params, init_params, valid_positions
+from omni_jax.models.audio_encoder import valid_positions
+from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params, init_params
 from omni_jax.models.thinker import Thinker
 from omni_jax.models.vector_quantizer import CodeSums, perplexity, sum_codes, update_codebook
 from omni_jax.processing.processor import Processor
