@@ -31,7 +31,7 @@ from omni_jax.checks import check_int, printable
 from omni_jax.data.resumed_rows import ResumedRows
 from omni_jax.data.rows import row_values
 from omni_jax.data.sounds import read_sound
-from omni_jax.data.sources import Row, open_rows
+from omni_jax.data.sources import Files, Row, open_rows
 from omni_jax.engine.speech_tokenizer_engine import RATE, SpeechTokenizerEngine
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.processing.fetch import NO_ACCESS
@@ -79,7 +79,7 @@ def read_row_sound(row: Row, values: dict[str, Any], number: int, options: Optio
 
 
 def encode_rows(
-    engine: SpeechTokenizerEngine, rows: Sequence[Row], numbers: Sequence[int], options: Options
+    engine: SpeechTokenizerEngine, rows: Files, numbers: Sequence[int], options: Options
 ) -> list[dict[str, Any] | str]:
     """Of each of the numbered rows its values with codes, or why it cannot be read.
 
