@@ -26,6 +26,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 import omni_jax
+from omni_jax.checkpoint.fingerprint import find_codec
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checks import check_int, printable
 from omni_jax.data.resumed_rows import ResumedRows
@@ -36,7 +37,7 @@ from omni_jax.evaluation.answer_pairs import PairLimits, ScoredAnswer, choose_pa
 from omni_jax.evaluation.pauses import PauseRanges
 from omni_jax.evaluation.recognizers import make_recognizer
 from omni_jax.evaluation.rewards import RewardWeights, SpeechJudge, SpeechScore
-from omni_jax.evaluation.spoken_answers import QUESTION, find_codec, make_seed, read_spoken_text, speak_texts
+from omni_jax.evaluation.spoken_answers import QUESTION, make_seed, read_spoken_text, speak_texts
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.options import Options as Request
 

@@ -27,6 +27,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 import omni_jax
+from omni_jax.checkpoint.fingerprint import find_codec
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checks import check_float, check_int, printable
 from omni_jax.data.resumed_rows import ResumedRows
@@ -34,7 +35,7 @@ from omni_jax.data.sources import Row, open_rows
 from omni_jax.engine.outputs import Reply
 from omni_jax.errors import CheckpointError, ConfigError, InputError, JudgeError
 from omni_jax.evaluation.recognizers import make_recognizer
-from omni_jax.evaluation.spoken_answers import QUESTION, find_codec, make_seed, read_spoken_text, speak_texts
+from omni_jax.evaluation.spoken_answers import QUESTION, make_seed, read_spoken_text, speak_texts
 from omni_jax.evaluation.transcripts import Recognizer
 from omni_jax.evaluation.word_errors import count_word_errors
 from omni_jax.generation.model import OmniModel

@@ -6,7 +6,6 @@ Letters: A blocks of a call, S codes of a block.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from jaxtyping import Float, Int
 
 from omni_jax.batch import AudioBlocks
 from omni_jax.checkpoint import store
+from omni_jax.checkpoint.fingerprint import fingerprint_codec
 from omni_jax.checkpoint.name_map import describe_differences
 from omni_jax.errors import CheckpointError
 from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params
@@ -28,8 +28,6 @@ from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER, SpeechTokenizerCo
 
 RATE = 16_000  # Hz, of the sounds
 _BLOCKS_PER_CALL = 16
-# what codes follow from; what is trained behind the quantizer does not change them
-_CODE_PARTS = ("conv1", "conv2", "front", "quantizer/codebook")
 
 
 class SpeechTokenizerEngine:
@@ -49,7 +47,7 @@ class SpeechTokenizerEngine:
           blocks_per_call: that are encoded together; a call with fewer is filled with silence.
         """
         self.config = config
-        self.fingerprint = make_fingerprint(config, params)
+        self.fingerprint = fingerprint_codec(config, params)
         self._model = SpeechTokenizer(config)
         self._params = params
         self._blocks_per_call = blocks_per_call
@@ -155,14 +153,3 @@ def _encode(model: SpeechTokenizer, params: Any, audio: AudioBlocks) -> Int[jax.
     with jax.default_matmul_precision("high"):
         found: Any = model.apply({"params": params}, audio, method=SpeechTokenizer.encode)
     return jnp.asarray(found)
-
-
-def make_fingerprint(config: SpeechTokenizerConfig, params: Any) -> str:
-    """What tells codes of one tokenizer from those of another: 16 hexadecimal digits."""
-    digest = hashlib.sha256(config.to_json().encode())
-    leaves: dict[str, Any] = flatten_dict(params, sep="/")
-    for path, leaf in sorted(leaves.items()):
-        if path.startswith(_CODE_PARTS):
-            digest.update(path.encode())
-            digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
-    return digest.hexdigest()[:16]

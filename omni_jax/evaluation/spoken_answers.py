@@ -8,21 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.batch import bucket
-from omni_jax.checkpoint import store
 from omni_jax.checks import check_int, shown
 from omni_jax.data.replies import find_last_replies
 from omni_jax.data.rows import map_media_sources, resolve_source, row_values
 from omni_jax.data.sources import Row
 from omni_jax.engine.outputs import Reply
 from omni_jax.engine.request import BLOCK_SIZES, RequestState, SchedulerConfig
-from omni_jax.engine.speech_tokenizer_engine import make_fingerprint
 from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.options import Options
-from omni_jax.plain_files import has_file
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.files import folder_of
-from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER, SPEECH_TOKENIZER_FILE, SpeechTokenizerConfig
 
 QUESTION = "Read this aloud: {text}"
 TEXT_PLACE = "{text}"
@@ -110,14 +106,6 @@ def speak_texts(model: OmniModel, texts: Sequence[SpokenText], options: Sequence
         if reply.error is not None:
             raise InputError(f"{text.name} is not spoken: {reply.error}")
     return ordered
-
-
-def find_codec(folder: Path) -> str | None:
-    """The fingerprint of a checkpoint's speech tokenizer; None if it has none."""
-    if not has_file(folder / SPEECH_TOKENIZER_FILE):
-        return None
-    params = store.load(folder, [SPEECH_TOKENIZER])[SPEECH_TOKENIZER]
-    return make_fingerprint(SpeechTokenizerConfig.load(folder), params)
 
 
 def make_seed(seed: int, row: int, answer: int) -> int:

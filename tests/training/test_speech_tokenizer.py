@@ -17,7 +17,8 @@ import pytest
 
 from configs import RECIPES
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.train_checkpoints import step_folder
+from omni_jax.checkpoint.fingerprint import find_codec
+from omni_jax.checkpoint.train_checkpoints import MODEL_FOLDER, step_folder
 from omni_jax.data.examples import Reject
 from omni_jax.data.resumed_rows import ResumedRows
 from omni_jax.data.sources import Row
@@ -244,10 +245,14 @@ def test_batches_cannot_be_accumulated(rows: Path) -> None:
 # codes of what was trained
 
 
-def test_the_fingerprint_is_of_what_codes_follow_from(trained: Path) -> None:
+def test_the_fingerprint_is_of_what_codes_follow_from(trained: Path, tiny_model: Path) -> None:
     early, late = (SpeechTokenizerEngine.load(step_folder(trained, step)) for step in (6, 12))
     assert early.fingerprint != late.fingerprint
-    assert SpeechTokenizerEngine.load(step_folder(trained, 12)).fingerprint == late.fingerprint
+    # that of the parameters in memory is that of the files
+    assert find_codec(step_folder(trained, 12)) == late.fingerprint
+    assert find_codec(step_folder(trained, 6)) == early.fingerprint
+    # a run's folder of what does not train describes the tokenizer, and does not have it
+    assert find_codec(trained / MODEL_FOLDER) is None and find_codec(tiny_model) is None and find_codec(None) is None
 
 
 def test_rows_with_codes(rows: Path, trained: Path) -> None:
