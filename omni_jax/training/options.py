@@ -41,7 +41,8 @@ class PackedSpeechOptions:
     max_clip: float = 0.3
     """Share of an utterance that stands for its voice's clip, at most."""
     codec: str | None = None
-    """Fingerprint of the codec that the codes of all rows must be of; without it they may be of any."""
+    """Fingerprint of the codec that the codes of all rows must be of; without it, that of the checkpoint's speech
+    tokenizer, and where it has none, they may be of any."""
 
     def check(self) -> None:
         """Raises InputError if a field is out of its range."""
@@ -100,7 +101,8 @@ class TalkerOptions:
     """Factor of the loss of the text, which is the Thinker's of the same rows; 0: it is not computed. It changes
     nothing but what trains of the Thinker."""
     codec: str | None = None
-    """Fingerprint of the codec that the codes of all rows must be of; without it they may be of any."""
+    """Fingerprint of the codec that the codes of all rows must be of; without it, that of the checkpoint's speech
+    tokenizer, and where it has none, they may be of any."""
     voices: dict[str, int] = field(default_factory=dict)
     """New voices: names that rows have, and the token of the Thinker's vocabulary that speech in each begins with. The
     embeddings of these tokens train where a phase has thinker/decoder/embed/embedding."""
@@ -132,7 +134,8 @@ class TalkerDPOOptions:
     chunk: int = 1024
     """Positions of a row whose logits exist at a time."""
     codec: str | None = None
-    """Fingerprint of the codec that the codes of all rows must be of; without it they may be of any."""
+    """Fingerprint of the codec that the codes of all rows must be of; without it, that of the checkpoint's speech
+    tokenizer, and where it has none, they may be of any."""
     voices: dict[str, int] = field(default_factory=dict)
     """Voices that rows have and the checkpoint has not: names, and the token that speech in each begins with."""
 

@@ -34,11 +34,13 @@ from omni_jax.models.vector_quantizer import DECAY, CodeSums, perplexity, sum_co
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.fetch import NO_ACCESS
 from omni_jax.processing.media import read_audio
+from omni_jax.processing.processor import Processor
 from omni_jax.processing.voice_perturbation import VoicePerturbation
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from omni_jax.training.objectives import make_objective
 from omni_jax.training.recipe import RANDOM, CheckpointConfig, EvalConfig, Recipe
+from omni_jax.training.run_state import prepare_workdir
 from tests.processes import run
 from tools.make_codes import Options, make_codes
 
@@ -313,6 +315,46 @@ def test_codes_of_perturbed_voices(rows: Path, trained: Path) -> None:
     assert again.read_bytes() == out.read_bytes()
     with pytest.raises(InputError, match="seed is -1"):
         make_codes(Options(str(source), again, trained, seed=-1))
+
+
+@pytest.mark.parametrize("name", ["token2wav-dit", "token2wav-distill", "talker-pretrain", "talker-dpo"])
+def test_rows_are_held_to_the_codec_of_the_checkpoint(name: str, trained: Path, tiny_model: Path) -> None:
+    recipe = RECIPES[f"{name}-tiny"]
+    folder = step_folder(trained, 12)
+    assert find_codec_of_rows(recipe, folder) == find_codec(folder) is not None
+    assert find_codec_of_rows(recipe, tiny_model) is None
+    named = dataclasses.replace(recipe, objective=change(recipe, codec="abc"))
+    assert find_codec_of_rows(named, folder) == "abc"
+
+
+def test_a_run_keeps_the_codec_of_its_checkpoint(trained: Path, tmp_path: Path) -> None:
+    """Rows are held to it too when the run is resumed, whatever has become of the checkpoint."""
+    folder = step_folder(trained, 12)
+    recipe = dataclasses.replace(RECIPES["talker-pretrain-tiny"], init=folder)
+    prepare_workdir(recipe, make_objective(recipe), tmp_path / "run", print)
+    assert find_codec_of_rows(recipe, tmp_path / "run" / MODEL_FOLDER) == find_codec(folder)
+
+
+def find_codec_of_rows(recipe: Recipe, folder: Path) -> str | None:
+    """What rows are held to in a run whose model lies in a folder."""
+    packing: Any = make_objective(recipe).make_packing(recipe.data, Processor.load(folder), recipe.data.streams)
+    return packing.prepare.codec
+
+
+def test_rows_of_another_codec_than_the_checkpoint_s(rows: Path, trained: Path) -> None:
+    recipe = RECIPES["token2wav-dit-tiny"]
+    objective = make_objective(recipe)
+    packing: Any = objective.make_packing(recipe.data, Processor.load(step_folder(trained, 12)), recipe.data.streams)
+    found = packing.prepare(Row(str(rows), 1, b'{"audio": "0.wav", "codec_ids": [1], "codec": "abc"}'))
+    assert isinstance(found, Reject) and found.is_fatal
+    assert "codec is 'abc', and the codec of this run is" in found.reason
+
+
+def test_rows_are_not_held_to_a_tokenizer_that_trains(trained: Path) -> None:
+    recipe = RECIPES["speech-tokenizer-match-tiny"]
+    processor = Processor.load(step_folder(trained, 12))
+    packing: Any = make_objective(recipe).make_packing(recipe.data, processor, recipe.data.streams)
+    assert packing.prepare.speech.codec is None
 
 
 def test_what_cannot_be_encoded(rows: Path, trained: Path, tiny_model: Path, capsys: Any) -> None:

@@ -117,7 +117,9 @@ class MatchCodes(Objective):
         if settings.feature_size != bins:
             raise ConfigError(f"the tokenizer takes {bins} mel bins; the preprocessor makes {settings.feature_size}")
         speech = self.flow.make_packing(data, processor, num_streams)
-        prepare = PrepareMatching(speech.prepare, settings, self._config.codebook_size)
+        # the tokenizer of the checkpoint is what trains: it has not made the codes of rows
+        speech_rows = dataclasses.replace(speech.prepare, codec=self.options.codec)
+        prepare = PrepareMatching(speech_rows, settings, self._config.codebook_size)
         return MatchingPacking(prepare, speech, self._config)
 
     def abstract_row(self, data: DataConfig) -> MatchingBatch:

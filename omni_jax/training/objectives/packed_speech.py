@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Bool, Float, Int
 
 from omni_jax.batch import Array
+from omni_jax.checkpoint.fingerprint import find_codec
 from omni_jax.config import DiTConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.speech_examples import PrepareSpeech
@@ -121,7 +122,7 @@ class PackedSpeechObjective(Objective):
             access=data.access,
             media_root=data.media_root,
             too_long=data.too_long,
-            codec=self.options.codec,
+            codec=self.options.codec or find_codec(processor.folder),
         )
         return SpeechPacking(prepare, budget, c)
 

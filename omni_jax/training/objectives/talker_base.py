@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from omni_jax.batch import NO_FEATURE
+from omni_jax.checkpoint.fingerprint import find_codec
 from omni_jax.checkpoint.voices import VOICES_FILE, load_voices
 from omni_jax.config import OmniConfig, TalkerConfig
 from omni_jax.data.config import DataConfig
@@ -102,7 +103,7 @@ class TalkerObjective(Objective):
             max_length=data.tokens,
             check=self.budget(data).check,
             voices=self._find_voices(processor),
-            codec=self.options.codec,
+            codec=self.options.codec or find_codec(processor.folder),
             use_audio_in_video=data.use_audio_in_video,
             media_root=data.media_root,
             too_long=data.too_long,
