@@ -1,4 +1,4 @@
-"""Trains: every stage of pretraining, and instruction tuning.
+"""Trains: every stage of pretraining, instruction tuning, and what speaks.
 
 python train.py thinker-sft-7b --init CHECKPOINT --data.train rows.jsonl --workdir runs/sft --steps 1000
 
