@@ -146,7 +146,7 @@ def read_reference(values: Mapping[str, Any], fingerprint: str) -> Float[np.ndar
         )
     if reference.get("model") != fingerprint:
         raise WrongReferenceError(
-            f"speech.reference is of the model {shown(reference.get('model'))}, and this run has begun from "
+            f"speech.reference is of the model {shown(reference.get('model'))}, and this run started from "
             f"{fingerprint!r}; have tools/score_pairs.py score the pairs with that one"
         )
     found = []

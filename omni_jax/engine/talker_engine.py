@@ -321,7 +321,7 @@ class TalkerEngine:
         return self._read_clips(state, requests)
 
     def _read_clips(self, state: TalkerState, requests: Mapping[int, SpeechRequest]) -> TalkerState:
-        """Reads the codes of the clips of slots that have just begun."""
+        """Reads the codes of the clips of slots that have just started."""
         num_slots = len(state.remaining)
         clips = {slot: request.clip for slot, request in requests.items() if request.clip is not None}
         num_rows = np.full(num_slots, UNKNOWN, np.int32)

@@ -242,7 +242,7 @@ def read_clip_codes(
 
     Args:
       model, params: the Talker.
-      state: of slots that have begun; it is donated.
+      state: of slots that have started; it is donated.
       codes: the next ones of each slot's clip.
       valid: which of them there are; they come first.
       num_rows: of each slot's text in all, or more than it can have where the text goes on.

@@ -38,7 +38,7 @@ class PauseRanges:
 
 @dataclass(frozen=True)
 class Silence:
-    """Where nothing is heard, in seconds."""
+    """A stretch of silence, in seconds."""
 
     begin: float
     end: float

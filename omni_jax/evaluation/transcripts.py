@@ -33,7 +33,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is heard in a sound.
+    """What was recognised in a sound.
 
     Attributes:
       text: empty where nobody speaks.

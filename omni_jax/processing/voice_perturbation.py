@@ -1,6 +1,6 @@
 """Another voice for the same words: pitch and formants of speech are moved, each by a factor of its own.
 
-What the speech tokenizer hears is perturbed so in training, while the row's voice and the DiT's conditions stay: its
+The speech tokenizer is given sounds that are perturbed so, while the row's voice and the DiT's conditions stay: its
 codes then say less of the speaker (Qwen2.5-Omni, section 2.4: timbre disentanglement; that pitch and formants have a
 factor each is of NANSY, Choi et al. 2021). Pitch: the sound is stretched in time (WSOLA, Verhelst and Roelands 1993)
 and resampled to its old length, which moves the formants too. Formants: the envelope of each frame's spectrum, a

@@ -144,7 +144,9 @@ def test_codes_of_another_codec_end_the_run(processor: Processor) -> None:
 def test_the_layout_of_a_stream() -> None:
     """docs/reference.md, 7.2: one row of the text for each code, those of a clip first."""
     c = CONFIG.talker_config
-    pad, begin, end = c.tts_codec_pad_token_id, c.tts_codec_start_token_id, c.tts_codec_end_token_id
+    pad = c.tts_codec_pad_token_id
+    begin = c.tts_codec_start_token_id
+    end = c.tts_codec_end_token_id
     stream = lay_out_stream(c, np.array([10, 11]), np.array([20, 21, 22]), np.array([1, 2, 3]), np.array([7, 8]))
     assert stream.part.tolist() == [*[TEXT_ROW] * 2, TEXT_VOICE, *[TEXT_ROW] * 3, TEXT_END, TEXT_PAD, TEXT_PAD]
     assert stream.row.tolist() == [10, 11, 0, 20, 21, 22, 0, 0, 0]

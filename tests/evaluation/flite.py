@@ -54,7 +54,8 @@ def make_bad(voice: str, first: str, second: str) -> dict[str, Float[np.ndarray,
     two = speak(voice, second)
     without = " ".join([*words[:middle], *words[middle + 1 :]])
     doubled = " ".join([*words[: middle + 1], *words[middle:]])
-    begin, rest = " ".join(words[:middle]), " ".join(words[middle:])
+    begin = " ".join(words[:middle])
+    rest = " ".join(words[middle:])
     good = make_good(voice, first, second)
     return {
         "missing word": join(speak(voice, without), PAUSE, two),

@@ -19,7 +19,7 @@ FADE = 0.02  # seconds, at both ends of a word
 
 @dataclass(frozen=True)
 class Rendering:
-    """A sound, and what a recogniser that makes no errors hears in it."""
+    """A sound, and what a recogniser that makes no errors finds in it."""
 
     samples: Float[np.ndarray, " n"]
     transcript: Transcript

@@ -1,4 +1,4 @@
-"""Which answers become a pair, and files of rows that commands go on with."""
+"""Which answers become a pair, and files of rows that are resumed."""
 
 from __future__ import annotations
 

@@ -36,9 +36,8 @@ def measure_pitch(samples: Float[np.ndarray, " n"]) -> float:
     centred = samples[MIDDLE] - samples[MIDDLE].mean()
     spectrum = np.abs(np.fft.rfft(centred, 2 * len(centred))) ** 2
     correlation = np.fft.irfft(spectrum)
-    first, last = RATE // 300, RATE // 50
     peaks = []
-    for lag in range(first, last):
+    for lag in range(RATE // 300, RATE // 50):
         if correlation[lag] >= max(correlation[lag - 1], correlation[lag + 1]):
             peaks.append(lag)
     strongest = max(correlation[lag] for lag in peaks)

@@ -73,7 +73,8 @@ def test_pairs(tiny_model: Path, rows: Path, tmp_path: Path, capsys: pytest.Capt
     for row in made:
         speech = row["speech"]
         assert (speech["voice"], speech["codec"]) == ("Ethan", "0123456789abcdef")
-        chosen, rejected = speech["chosen"], speech["rejected"]
+        chosen = speech["chosen"]
+        rejected = speech["rejected"]
         assert chosen["score"]["reward"] >= rejected["score"]["reward"] + 0.05 - 1e-4
         assert len(chosen["codec_ids"]) < 100 and chosen["score"]["num_words"] == 4
         assert row["messages"][-1] == {"role": "assistant", "content": TEXT}

@@ -145,7 +145,8 @@ def step_error(params: Any, utterance: Utterance, num_steps: int, teacher_steps:
     x = utterance.noise
     for number in range(utterance.step):
         x = x + (grid[number + 1] - grid[number]) * student(x, grid[number])
-    begin, end = float(grid[utterance.step]), float(grid[utterance.step + 1])
+    begin = float(grid[utterance.step])
+    end = float(grid[utterance.step + 1])
     target = (take_rule(teacher, x, begin, end, teacher_steps) - x) / (end - begin)
     return student(x, begin) - target
 
@@ -196,7 +197,8 @@ def test_held_out_rows_have_the_error_of_the_mel(networks: dict[str, Any]) -> No
     (utterance,) = take_utterances(objective, batch, key)
     student = utterance.velocity(networks["token2wav"]["dit"], guided=False)
     teacher = utterance.velocity(networks["teacher"]["dit"], guided=True)
-    ours, theirs = utterance.noise, utterance.noise
+    ours = utterance.noise
+    theirs = utterance.noise
     for begin, end in zip(sway_grid(2)[:-1], sway_grid(2)[1:], strict=True):
         ours = ours + (end - begin) * student(ours, begin)
     for begin, end in zip(sway_grid(9)[:-1], sway_grid(9)[1:], strict=True):

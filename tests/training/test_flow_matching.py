@@ -82,7 +82,8 @@ def loss_alone(dit: DiT, params: Any, batch: SpeechBatch, draws: Draws, row: int
     noise = np.asarray(draws.noise[row]).reshape(-1, CONFIG.mel_dim)[frames]
     codes = np.asarray(batch.codes[row]).reshape(-1)[frames]
     time = np.float32(draws.time[row, number])
-    clip_begin, clip_length = int(draws.clips.begin[row, number]), int(draws.clips.length[row, number])
+    clip_begin = int(draws.clips.begin[row, number])
+    clip_length = int(draws.clips.length[row, number])
     clip = mel[clip_begin : clip_begin + clip_length]
     if not clip_length:
         clip = batch.clip[row, number, : batch.clip_length[row, number]]
@@ -348,7 +349,8 @@ def test_a_run_from_nothing(recipe: Recipe, tmp_path: Path) -> None:
     assert list(store.components(step_folder(tmp_path / "run", 3))) == ["token2wav"]
 
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    averages, trained = [], []
+    averages = []
+    trained = []
     for step in (1, 2, 3):
         folder = step_folder(tmp_path / "run", step)
         averages.append(flatten_params(store.load(folder, ["token2wav"])["token2wav"]))

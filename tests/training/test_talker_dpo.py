@@ -82,7 +82,7 @@ def test_what_is_no_pair(prepare: PreparePairs, changes: dict[str, Any], reason:
         (None, "speech.reference is None; tools/score_pairs.py writes"),
         (
             {"model": "other", "chosen": -1, "rejected": -2},
-            "is of the model 'other', and this run has begun from 'own",
+            "is of the model 'other', and this run started from 'own",
         ),
     ],
 )
@@ -196,7 +196,8 @@ def test_a_planted_preference(
     """Within 30 steps the better answers gain in all pairs, held-out ones too; the reference has not moved by a bit."""
     before = fingerprint(tiny_model, COMPONENTS)
     values = flatten_params(store.load(tiny_model, COMPONENTS))
-    train_rows, valid_rows = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    train_rows = tmp_path / "train.jsonl"
+    valid_rows = tmp_path / "valid.jsonl"
     lines = scored.read_text().splitlines(keepends=True)
     train_rows.write_text("".join(lines[:8]))
     valid_rows.write_text("".join(lines[8:]))

@@ -20,7 +20,10 @@ BETA = 0.3
 def test_loss_and_gradient_are_those_of_pytorch() -> None:
     """From hidden states and a head to the loss: log-probabilities of codes, their sums, and equation (1)."""
     rng = np.random.default_rng(0)
-    num_pairs, length, width, vocab = 3, 12, 8, 20
+    num_pairs = 3
+    length = 12
+    width = 8
+    vocab = 20
     hidden = rng.standard_normal((2 * num_pairs, length, width)).astype(np.float32)
     head = rng.standard_normal((width, vocab)).astype(np.float32)
     targets = rng.integers(0, vocab, (2 * num_pairs, length))

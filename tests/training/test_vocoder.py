@@ -85,7 +85,8 @@ def test_the_mel_of_a_segment_is_that_of_its_samples() -> None:
     mel, padded = pad_and_analyze(samples, 60, CONTEXT)
     assert len(mel) == 60 + 2 * CONTEXT and len(padded) == len(mel) * FRAME_SAMPLES
     np.testing.assert_array_equal(padded[CONTEXT * FRAME_SAMPLES : -CONTEXT * FRAME_SAMPLES], samples)
-    begin, end = 20, 50
+    begin = 20
+    end = 50
     cut = padded[begin * FRAME_SAMPLES : end * FRAME_SAMPLES]
     of_cut = speech_log_mel(resample(cut, SAMPLE_RATE, RATE))
     assert len(of_cut) == end - begin

@@ -110,7 +110,7 @@ class TalkerObjective(Objective):
         )
 
     def _find_voices(self, processor: Processor) -> dict[str, int]:
-        """The voices of the checkpoint that a run has begun from, and those of its options.
+        """The voices of the checkpoint that a run started from, and those of its options.
 
         Raises:
           ConfigError: if a new one is not new, or begins with a token that there is not.
