@@ -7,6 +7,7 @@ from typing import Any
 
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
+from omni_jax.mini_config import mini_config
 from omni_jax.sharding import MeshConfig
 from omni_jax.training.options import NextTokenOptions, ObjectiveOptions
 from omni_jax.training.recipe import (
@@ -90,3 +91,22 @@ def recipes(
         log_every=5,
     )
     return made
+
+
+def make_mini(tiny: Recipe, *, data: Mapping[str, Any], **changes: Any) -> Recipe:
+    """A tiny recipe for the model of ``mini_config``, which two cores train in minutes (docs/speech-training.md).
+
+    Args:
+      tiny: the recipe.
+      data: budgets that are others.
+      changes: other fields of the recipe.
+    """
+    return dataclasses.replace(
+        tiny,
+        model=mini_config(),
+        data=dataclasses.replace(tiny.data, **data),
+        remat="none",
+        checkpoint=CheckpointConfig(every=200),
+        log_every=20,
+        **changes,
+    )

@@ -10,9 +10,9 @@ Token2Wav that is there: rows have ``audio``, and ``codec_ids`` where they are k
 
 import dataclasses
 
-from configs.sizes import recipes
+from configs.sizes import make_mini, recipes
 from omni_jax.config import AudioEncoderConfig
-from omni_jax.mini_config import mini_config, mini_speech_tokenizer
+from omni_jax.mini_config import mini_speech_tokenizer
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 from omni_jax.training.options import CodeMatchingOptions, SpeechTokenizerOptions
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase
@@ -39,18 +39,15 @@ RECIPES = recipes(
     objective=SpeechTokenizerOptions(utterances=64, unquantized=0.5),
     tiny_objective=SpeechTokenizerOptions(_TINY, utterances=4, max_codes=200, max_labels=48),
 )
-RECIPES["speech-tokenizer-mini"] = dataclasses.replace(
+RECIPES["speech-tokenizer-mini"] = make_mini(
     RECIPES["speech-tokenizer-tiny"],
-    model=mini_config(),
-    data=dataclasses.replace(RECIPES["speech-tokenizer-tiny"].data, rows=2, streams=2, tokens=1200),
-    phases=(Phase("content", (_CONTENT,), steps=500), Phase("sound", (_SOUND,))),
+    data=dict(rows=2, streams=2, tokens=1200),
+    phases=(Phase("content", (_CONTENT,), steps=300), Phase("sound", (_SOUND,))),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.01, clip=1.0),
-    steps=1200,
+    steps=2000,
     objective=SpeechTokenizerOptions(
         mini_speech_tokenizer(), utterances=12, max_codes=400, max_labels=96, unquantized=0.5
     ),
-    remat="none",
-    log_every=20,
 )
 
 

@@ -11,7 +11,7 @@ A row is a dialogue with the codes of its last message, ``{"messages": [...], "s
 
 from typing import Any
 
-from configs.sizes import recipes
+from configs.sizes import make_mini, recipes
 from omni_jax.training.options import TalkerOptions
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase
 
@@ -56,3 +56,20 @@ RECIPES = {
         **_SHARED,
     ),
 }
+
+_MINI: dict[str, Any] = dict(
+    data=dict(rows=2, streams=2, tokens=1024, audio_blocks=0, canvases=0),
+    objective=TalkerOptions(positions=2048, utterances=12, chunk=2048),
+)
+RECIPES["talker-pretrain-mini"] = make_mini(
+    RECIPES["talker-pretrain-tiny"],
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.01),
+    steps=1500,
+    **_MINI,
+)
+RECIPES["talker-voices-mini"] = make_mini(
+    RECIPES["talker-voices-tiny"],
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, weight_decay=0.01, no_decay=r".*/(bias|scale)|thinker/.*"),
+    steps=100,
+    **_MINI,
+)

@@ -7,7 +7,7 @@ A row is a dialogue with two answers, ``{"messages": [...], "speech": {"chosen":
 {"codec_ids": [...]}}}`` (docs/data.md).
 """
 
-from configs.sizes import recipes
+from configs.sizes import make_mini, recipes
 from configs.talker import TALKER
 from omni_jax.training.options import TalkerDPOOptions
 from omni_jax.training.recipe import OptimizerConfig, Phase
@@ -24,4 +24,11 @@ RECIPES = recipes(
     devices={"7b": 32, "3b": 16},
     objective=TalkerDPOOptions(),
     tiny_objective=TalkerDPOOptions(positions=512, pairs=4, chunk=128),
+)
+RECIPES["talker-dpo-mini"] = make_mini(
+    RECIPES["talker-dpo-tiny"],
+    data=dict(rows=2, streams=2, tokens=512, audio_blocks=0, canvases=0),
+    optimizer=OptimizerConfig(learning_rate=5e-5, warmup=5, weight_decay=0.0),
+    steps=50,
+    objective=TalkerDPOOptions(positions=2048, pairs=6, chunk=2048),
 )

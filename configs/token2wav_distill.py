@@ -8,7 +8,7 @@ that any solver costs half as much.
 
 from typing import Any
 
-from configs.sizes import recipes
+from configs.sizes import make_mini, recipes
 from omni_jax.training.options import FlowDistillationOptions
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase
 
@@ -39,3 +39,10 @@ RECIPES = {
         **_COMMON,
     ),
 }
+RECIPES["token2wav-distill-mini"] = make_mini(
+    RECIPES["token2wav-distill-tiny"],
+    data=dict(rows=2, streams=2, tokens=400),
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, weight_decay=0.0, clip=1.0, ema=0.99),
+    steps=300,
+    objective=FlowDistillationOptions(utterances=6, clip_frames=256, teacher_steps=1),
+)

@@ -5,7 +5,7 @@ python train.py token2wav-dit-7b --init CHECKPOINT --data.train speech.jsonl
 A row is ``{"codec_ids": [...], "audio": "x.wav"}`` (docs/data.md). ``--init random --model 7b`` begins from nothing.
 """
 
-from configs.sizes import recipes
+from configs.sizes import make_mini, recipes
 from omni_jax.training.options import FlowMatchingOptions
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase
 
@@ -21,4 +21,11 @@ RECIPES = recipes(
     devices={"7b": 64, "3b": 64},
     objective=FlowMatchingOptions(),
     tiny_objective=FlowMatchingOptions(utterances=4, clip_frames=64),
+)
+RECIPES["token2wav-dit-mini"] = make_mini(
+    RECIPES["token2wav-dit-tiny"],
+    data=dict(rows=2, streams=2, tokens=600),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, clip=1.0, ema=0.998),
+    steps=2000,
+    objective=FlowMatchingOptions(utterances=8, clip_frames=256),
 )

@@ -7,7 +7,7 @@ A row is ``{"audio": "x.wav"}`` (docs/data.md). The vocoder of both published si
 
 import dataclasses
 
-from configs.sizes import recipes
+from configs.sizes import make_mini, recipes
 from omni_jax.training.options import VocoderOptions
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase
 
@@ -30,4 +30,12 @@ RECIPES = recipes(
 )
 RECIPES["vocoder-tiny"] = dataclasses.replace(
     RECIPES["vocoder-tiny"], data=dataclasses.replace(RECIPES["vocoder-tiny"].data, tokens=16)
+)
+RECIPES["vocoder-mini"] = make_mini(
+    RECIPES["vocoder-tiny"],
+    data=dict(rows=8, streams=2, tokens=40),
+    phases=(Phase("regression", (_VOCODER,), steps=1200), Phase("adversarial", (_DISCRIMINATORS, _VOCODER))),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, b1=0.8, b2=0.99, weight_decay=0.01, clip=100.0),
+    steps=1500,
+    objective=VocoderOptions(context=12, channels=4, single_convs=True),
 )

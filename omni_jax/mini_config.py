@@ -67,7 +67,14 @@ def mini_config() -> OmniConfig:
         enc_attention_channels=32,
         enc_se_channels=32,
     )
-    vocoder = BigVGANConfig(upsample_initial_channel=128)
+    # two stages in place of six: each is another program, and narrow ones at a high rate are slow on a CPU
+    vocoder = BigVGANConfig(
+        upsample_initial_channel=128,
+        upsample_rates=(20, 12),
+        upsample_kernel_sizes=(40, 24),
+        resblock_kernel_sizes=(7,),
+        resblock_dilation_sizes=((1, 3),),
+    )
     return OmniConfig(
         ThinkerConfig.tiny(text_config=text, audio_config=audio, vision_config=vision),
         talker,

@@ -29,7 +29,10 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
+
+from tools.run_commands import run
+
 HALVES = {
     "first": "one two three four five six seven eight nine ten eleven twelve".split(),
     "second": "red green blue yellow black white river mountain window garden summer winter".split(),
@@ -116,20 +119,6 @@ def measure(model: Path, rows: Sequence[Path], *options: object) -> dict[str, fl
     """Word errors of each file of rows."""
     text = run("tools/word_errors.py", model, *rows, *options)
     return {name: float(value) / 100 for name, value in re.findall(r"^(.+): ([\d.]+)% word errors", text, re.MULTILINE)}
-
-
-def run(*arguments: object) -> str:
-    """Runs a program of the repository as on the command line, and returns what it printed."""
-    print("$ python", *arguments, flush=True)
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    lines = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    if process.wait():
-        raise SystemExit(f"error: {arguments[0]} ended with {process.returncode}")
-    return "".join(lines)
 
 
 def main() -> None:

@@ -1,0 +1,73 @@
+"""Programs of the repository, run one after the other as on the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from omni_jax.plain_files import replace_file
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: object) -> str:
+    """Runs a program of the repository as on the command line, and returns what it printed.
+
+    Raises:
+      SystemExit: if it fails.
+    """
+    print("$ python", *arguments, flush=True)
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    if process.wait():
+        raise SystemExit(f"error: {arguments[0]} ended with {process.returncode}; run the same command to go on")
+    return "".join(lines)
+
+
+class Stages:
+    """Stages that follow each other, and the time that each takes, in a file.
+
+    A stage that is complete is not run again. One that was stopped is, and its programs go on where they were.
+
+    Attributes:
+      seconds: of each stage, over all starts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads what earlier starts have done.
+
+        Args:
+          path: the file.
+        """
+        self._path = path
+        self.seconds: dict[str, float] = {}
+        self._complete: list[str] = []
+        if path.exists():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            self.seconds = values["seconds"]
+            self._complete = values["complete"]
+
+    def run(self, name: str, work: Callable[[], None]) -> None:
+        """Runs a stage, unless it is complete."""
+        if name in self._complete:
+            print(f"{name}: complete, {self.seconds[name] / 60:.1f} minutes", flush=True)
+            return
+        print(f"\n{name}", flush=True)
+        before = self.seconds.get(name, 0.0)
+        started = time.monotonic()
+        try:
+            work()
+            self._complete.append(name)
+        finally:
+            self.seconds[name] = before + time.monotonic() - started
+            values = {"complete": self._complete, "seconds": self.seconds}
+            replace_file(self._path, (json.dumps(values, indent=2) + "\n").encode())
+        print(f"{name}: {self.seconds[name] / 60:.1f} minutes", flush=True)

@@ -1,0 +1,281 @@
+"""Teaches a small model to speak, from nothing, by the stages of this repository, and measures what comes out.
+
+    python tools/speech_demo.py out/speech        (make speech-demo)
+
+Speech comes from flite's voices slt, rms and awb and hibari's heart (``tools/make_speech.py``). The speech tokenizer
+learns codes of it, and Token2Wav's DiT and vocoder learn to make sound of them. The Talker learns to say a text in
+codes: first in flite's voices, then by preferences, then with the fourth voice as a new speaker. The DiT is distilled
+before the pairs are made, since their sound is then made in a tenth of the time. Run again, it goes on where it was
+stopped.
+Figures are in OUT/report.json, curves in the folders of the stages.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
+
+from omni_jax.checkpoint.voices import load_voices
+from omni_jax.data.rows import row_values
+from omni_jax.data.sources import open_rows
+from omni_jax.evaluation.speaker_probe import SpeakerProbe
+from omni_jax.mini_config import NUM_CODES
+from omni_jax.plain_files import replace_file
+from tools.make_speech import FLITE_VOICES, HIBARI_VOICE, VOICES
+from tools.measure_speech import describe
+from tools.run_commands import Stages, run
+
+UNSEEN_VOICE = "kal16"  # of flite; nothing is trained on it
+UNSEEN_TEXT = "The small dog waited beside the river, and then it walked to the village."
+LICENCE = "A synthesizer's voice, whose licence lets anyone use it; nobody's consent is needed."
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is made and trained."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    sentences: int = 600
+    """To train on, in each voice."""
+    held_out: int = 24
+    """In each voice, to validate on and to measure with each."""
+    measured: int = 12
+    """Of these, how many in each voice are measured."""
+    preferences: int = 96
+    """Texts that pairs of answers are made of."""
+    steps_scale: float = 1.0
+    """Factor of the steps of every recipe; below 1 for a trial."""
+
+
+class Demo:
+    """The stages, each a method; each reads what those before have left in the folder."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.out = options.out.resolve()
+        self.data = self.out / "data"
+
+    def train(self, recipe: str, folder: str, init: object, rows: Sequence[object], steps: int, *more: object) -> None:
+        """Trains with a ``-mini`` recipe; rows to train on, and held-out ones."""
+        steps = max(round(steps * self.options.steps_scale), 4)
+        run(
+            *("train.py", recipe, "--workdir", self.out / folder, "--init", init, "--steps", steps),
+            *("--data.train", rows[0], "--data.valid", rows[1], "--eval.every", max(steps // 6, 1), *more),
+        )
+
+    def make_data(self) -> None:
+        options = self.options
+        run(
+            *("tools/make_speech.py", self.data, "--sentences", options.sentences, "--held-out", options.held_out),
+        )
+        clip = self.data / "unseen.wav"
+        if not clip.exists():
+            subprocess.run(["flite", "-voice", UNSEEN_VOICE, "-t", UNSEEN_TEXT, "-o", str(clip)], check=True)
+
+    def train_tokenizer(self) -> None:
+        first = max(round(300 * self.options.steps_scale), 2)
+        rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
+        self.train(
+            "speech-tokenizer-mini", "tokenizer", "random", rows, 2000, "--model", "mini", "--phases.0.steps", first
+        )
+
+    def make_codes(self) -> None:
+        for part in ("train", "valid", "test"):
+            self._make_codes(part, f"{part}_codes")
+        # of voices with other pitch and formants, for the probe
+        for part in ("train", "test"):
+            self._make_codes(part, f"{part}_perturbed", "--perturb")
+
+    def _make_codes(self, part: str, name: str, *more: object) -> None:
+        target = self.data / f"{name}.jsonl"
+        if not target.exists():
+            run("tools/make_codes.py", self.data / f"{part}.jsonl", target, "--model", self.out / "tokenizer", *more)
+
+    def train_dit(self) -> None:
+        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", self._sound_rows(), 2000)
+
+    def _sound_rows(self) -> list[Path]:
+        return [self.data / "train_codes.jsonl", self.data / "valid_codes.jsonl"]
+
+    def train_vocoder(self) -> None:
+        first = max(round(1500 * self.options.steps_scale), 2)
+        rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
+        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 1700, "--phases.0.steps", first)
+
+    def distill(self) -> None:
+        self.train("token2wav-distill-mini", "distilled", self._with_voices(), self._sound_rows(), 300)
+
+    def _with_voices(self) -> Path:
+        """The checkpoint to which the last voice was added."""
+        return self.out / "voices" / VOICES[-1]
+
+    def add_voices(self) -> None:
+        model: Path = self.out / "vocoder"
+        for voice in VOICES:
+            target = self.out / "voices" / voice
+            if not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                row = self._find_row(voice)
+                run(
+                    *("tools/add_voice.py", model, "--name", voice, "--audio", self.data / row["audio"]),
+                    *("--text", row["text"], "--consent", LICENCE, "--own-token", "--out", target),
+                )
+            model = target
+
+    def _find_row(self, voice: str) -> dict[str, Any]:
+        for row in open_rows(str(self.data / "train.jsonl")):
+            values = row_values(row)
+            if values["voice"] == voice:
+                return values
+        raise SystemExit(f"error: no row of {voice}")
+
+    def train_talker(self) -> None:
+        """Stage 1: the next code, in the voices of flite; a third of the rows goes on from a clip."""
+        rows = []
+        for part in ("train", "valid"):
+            target = self.data / f"{part}_flite.jsonl"
+            self._keep_flite(self.data / f"{part}_codes.jsonl", target)
+            rows.append(self._make_spoken(target))
+        self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows, 1500)
+
+    def _make_spoken(self, codes: Path) -> Path:
+        target = codes.with_name(f"{codes.stem}_spoken.jsonl")
+        if not target.exists():
+            run("tools/make_spoken_rows.py", codes, target, "--clips", 0.33)
+        return target
+
+    def prefer(self) -> None:
+        """Stage 2: of four answers to a text, the best and the worst."""
+        texts = self.data / "texts.jsonl"
+        lines = []
+        for row in list(open_rows(str(self.data / "train_flite.jsonl")))[: self.options.preferences]:
+            lines.append(json.dumps({"text": row_values(row)["text"]}) + "\n")
+        replace_file(texts, "".join(lines).encode())
+        pairs = self.out / "pairs.jsonl"
+        if not pairs.exists():
+            run(
+                *("tools/make_pairs.py", texts, pairs, "--model", self.out / "talker1", "--recognizer", "whisper"),
+                # bad answers too: all answers of so small a model have errors, and some have fewer
+                *("--voices", *FLITE_VOICES, "--max-codes", 400, "--pairs.bad-below", -2.0),
+            )
+        scored = self.out / "scored.jsonl"
+        common = ("talker-dpo-mini", "--init", self.out / "talker1", "--data.train")
+        if not scored.exists():
+            run("tools/score_pairs.py", *common, pairs, "--out", scored)
+        steps = max(round(50 * self.options.steps_scale), 4)
+        run("train.py", *common, scored, "--workdir", self.out / "talker2", "--steps", steps)
+
+    def add_speaker(self) -> None:
+        """Stage 3: all speakers, of whom one is new."""
+        rows = [self._make_spoken(path) for path in self._sound_rows()]
+        self.train("talker-voices-mini", "talker3", self.out / "talker2", rows, 300, *self._new_voice())
+
+    def _new_voice(self) -> tuple[object, ...]:
+        token = load_voices(self._with_voices())[HIBARI_VOICE].bos_token
+        return "--objective.voices", HIBARI_VOICE, token
+
+    def measure(self) -> None:
+        """Copies by the teacher's published solve and by the student's; speech after each stage of the Talker."""
+        flite = self.data / "test_flite.jsonl"
+        self._keep_flite(self.data / "test_codes.jsonl", flite)
+        # all that is spoken after stage 3, in an unseen voice too
+        clip = ("--clip", self.data / "unseen.wav", "--clip-text", UNSEEN_TEXT)
+        kinds = ("--kinds", "source", "copy", "spoken", "cloned")
+        self._measure(self.out / "talker3", "measured", self.data / "test_codes.jsonl", *kinds, *clip)
+        self._measure(self._with_voices(), "measured_teacher", self.data / "test_codes.jsonl", "--kinds", "copy")
+        for stage in ("talker1", "talker2"):
+            self._measure(self.out / stage, f"measured_{stage}", flite, "--kinds", "spoken")
+
+    def _measure(self, model: Path, folder: str, rows: Path, *more: object) -> None:
+        if not (self.out / folder / "report.json").exists():
+            # of a command that was stopped
+            shutil.rmtree(self.out / folder, ignore_errors=True)
+            run(
+                *("tools/measure_speech.py", model, rows, "--voice-rows", self.data / "valid.jsonl"),
+                *("--sentences", self.options.measured, "--out", self.out / folder, *more),
+            )
+
+    def _keep_flite(self, source: Path, target: Path) -> None:
+        """Rows of flite's voices."""
+        lines = []
+        for row in open_rows(str(source)):
+            values = row_values(row)
+            if values["voice"] in FLITE_VOICES:
+                lines.append(json.dumps(values) + "\n")
+        replace_file(target, "".join(lines).encode())
+
+    def probe(self) -> dict[str, float]:
+        """How often the speaker is guessed from codes: of the sounds, and of perturbed ones."""
+        found = {}
+        for name in ("codes", "perturbed"):
+            train = self._codes_of(f"train_{name}.jsonl")
+            found[name] = SpeakerProbe(*train, NUM_CODES).accuracy(*self._codes_of(f"test_{name}.jsonl"))
+        return found
+
+    def _codes_of(self, name: str) -> tuple[list[np.ndarray], list[str]]:
+        codes = []
+        speakers = []
+        for row in open_rows(str(self.data / name)):
+            values = row_values(row)
+            codes.append(np.array(values["codec_ids"]))
+            speakers.append(values["voice"])
+        return codes, speakers
+
+    def codebook_use(self) -> float:
+        """Share of the codes that the rows to train on have."""
+        codes, _ = self._codes_of("train_codes.jsonl")
+        return len(np.unique(np.concatenate(codes))) / NUM_CODES
+
+    def report(self, stages: Stages) -> None:
+        """Writes all figures into one file, and prints them."""
+        values: dict[str, Any] = {"minutes": {name: seconds / 60 for name, seconds in stages.seconds.items()}}
+        values["codebook_use"] = self.codebook_use()
+        values["speaker_probe"] = self.probe()
+        for name in ("measured", "measured_teacher", "measured_talker1", "measured_talker2"):
+            values[name] = json.loads((self.out / name / "report.json").read_text(encoding="utf-8"))
+        replace_file(self.out / "report.json", (json.dumps(values, indent=2) + "\n").encode())
+        print("\nminutes of each stage")
+        for name, minutes in values["minutes"].items():
+            print(f"  {name}: {minutes:.1f}")
+        print(f"  all: {sum(values['minutes'].values()):.1f}")
+        print(f"codebook: {values['codebook_use']:.1%} of the codes are used")
+        for name, accuracy in values["speaker_probe"].items():
+            print(f"speaker guessed from codes, {name}: {accuracy:.1%} of {self.options.held_out * len(VOICES)}")
+        for name in ("measured_teacher", "measured", "measured_talker1", "measured_talker2"):
+            for kind in ("source", "copy", "spoken", "cloned"):
+                if kind in values[name]:
+                    print(f"{name.removeprefix('measured_')}, {describe(kind, values[name][kind])}")
+        print(f"figures: {self.out}/report.json; sounds and pictures: {self.out}/measured")
+
+
+def main() -> None:
+    demo = Demo(tyro.cli(Options, description=__doc__))
+    demo.out.mkdir(parents=True, exist_ok=True)
+    stages = Stages(demo.out / "stages.json")
+    stages.run("data", demo.make_data)
+    stages.run("speech tokenizer", demo.train_tokenizer)
+    stages.run("codes", demo.make_codes)
+    stages.run("DiT", demo.train_dit)
+    stages.run("vocoder", demo.train_vocoder)
+    stages.run("voices", demo.add_voices)
+    stages.run("distilled DiT", demo.distill)
+    stages.run("Talker 1", demo.train_talker)
+    stages.run("Talker 2", demo.prefer)
+    stages.run("Talker 3", demo.add_speaker)
+    stages.run("measuring", demo.measure)
+    demo.report(stages)
+
+
+if __name__ == "__main__":
+    main()
