@@ -69,7 +69,7 @@ def mini_config() -> OmniConfig:
     )
     # two stages in place of six: each is another program, and narrow ones at a high rate are slow on a CPU
     vocoder = BigVGANConfig(
-        upsample_initial_channel=128,
+        upsample_initial_channel=96,
         upsample_rates=(20, 12),
         upsample_kernel_sizes=(40, 24),
         resblock_kernel_sizes=(7,),

@@ -109,9 +109,9 @@ class Demo:
         return [self.data / "train_codes.jsonl", self.data / "valid_codes.jsonl"]
 
     def train_vocoder(self) -> None:
-        first = max(round(1500 * self.options.steps_scale), 2)
+        first = max(round(600 * self.options.steps_scale), 2)
         rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
-        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 1700, "--phases.0.steps", first)
+        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 700, "--phases.0.steps", first)
 
     def distill(self) -> None:
         self.train("token2wav-distill-mini", "distilled", self._with_voices(), self._sound_rows(), 300)
