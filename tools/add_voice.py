@@ -27,10 +27,11 @@ from omni_jax.checkpoint import voice_edits
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checkpoint.voice_edits import VoiceRecord
 from omni_jax.checkpoint.voice_recipe import check_recipe
-from omni_jax.checkpoint.voices import Voice, choose, load_voices
+from omni_jax.checkpoint.voices import VOICES_FILE, Voice, choose, load_voices
 from omni_jax.checks import printable
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.plain_files import has_file
 from omni_jax.processing.speaker_vectors import OnnxSpeakerModel, normalize_vector
 from omni_jax.processing.voice_clip import VoiceClip, read_clip
 
@@ -53,6 +54,8 @@ class Options:
     """The speaker vector, an array of numbers; it is scaled to length 1."""
     speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx")] = None
     """A network that makes it of the clip (CAM++); needs pip install -e '.[onnx]'."""
+    no_speaker_vector: bool = False
+    """Zeros in place of the vector, for a Token2Wav that was trained on rows without any."""
     like: str | None = None
     """The voice whose manner of speaking the Talker is to take: the new one has its token. The default voice if left
     out."""
@@ -72,15 +75,20 @@ def make_voice(options: Options, clip: VoiceClip, voices: Mapping[str, Voice], c
       CheckpointError: if the one or the other cannot be had.
     """
     width = config.token2wav_config.dit_config.enc_emb_dim
-    if (options.speaker_vector is None) == (options.speaker_model is None):
-        raise InputError("give one of --speaker-vector and --speaker-model")
-    if options.speaker_model is not None:
+    sources = (options.speaker_vector is not None, options.speaker_model is not None, options.no_speaker_vector)
+    if sum(sources) != 1:
+        raise InputError("give one of --speaker-vector, --speaker-model and --no-speaker-vector")
+    if options.no_speaker_vector:
+        vector = np.zeros(width, np.float32)
+    elif options.speaker_model is not None:
         vector = OnnxSpeakerModel(options.speaker_model, width)(clip.samples)
     else:
         assert options.speaker_vector is not None
         vector = normalize_vector(read_vector(options.speaker_vector), width, str(options.speaker_vector))
     if options.own_token and options.like is not None:
         raise InputError("--like takes the token of another voice, and --own-token takes none; give one of them")
+    if not voices and not options.own_token:
+        raise InputError(f"{options.model} has no voice yet that this one could begin like; give --own-token")
     if options.own_token:
         token = voice_edits.choose_token(resolve_checkpoint(options.model), voices, config)
     else:
@@ -106,7 +114,6 @@ def read_vector(path: Path) -> np.ndarray:
 def make_record(options: Options, clip: VoiceClip, voice: Voice, voices: Mapping[str, Voice]) -> VoiceRecord:
     assert options.audio is not None and options.text is not None and options.consent is not None
     source = options.speaker_vector or options.speaker_model
-    assert source is not None
     return VoiceRecord(
         consent=options.consent,
         text=options.text,
@@ -115,7 +122,7 @@ def make_record(options: Options, clip: VoiceClip, voice: Voice, voices: Mapping
         seconds=round(clip.seconds, 3),
         bos_token=voice.bos_token,
         like=None if options.own_token else choose(voices, options.like).name,
-        speaker_vector=source.name,
+        speaker_vector=None if source is None else source.name,
         added=datetime.date.today().isoformat(),
     )
 
@@ -147,7 +154,7 @@ def run(options: Options) -> str:
         voice_edits.remove_voice(folder, options.name, options.out)
         return f"{target}: {options.name} and what was stated of it are removed"
     check_options(options)
-    voices = load_voices(folder)
+    voices = load_voices(folder) if has_file(folder / VOICES_FILE) else {}
     config = OmniConfig.load(folder)
     try:
         clip = read_clip(options.audio)

@@ -129,7 +129,8 @@ class Demo:
                 row = self._find_row(voice)
                 run(
                     *("tools/add_voice.py", model, "--name", voice, "--audio", self.data / row["audio"]),
-                    *("--text", row["text"], "--consent", LICENCE, "--own-token", "--out", target),
+                    *("--text", row["text"], "--consent", LICENCE, "--own-token", "--no-speaker-vector"),
+                    *("--out", target),
                 )
             model = target
 

@@ -45,7 +45,7 @@ class VoiceRecord:
       seconds: that the clip lasts.
       bos_token: the id that speech in this voice begins with.
       like: the voice whose id that is; None if the voice has an id of its own.
-      speaker_vector: where the speaker vector came from.
+      speaker_vector: where the speaker vector came from; None: it is zeros.
       added: date, as 2026-11-28.
     """
 
@@ -56,7 +56,7 @@ class VoiceRecord:
     seconds: float
     bos_token: int
     like: str | None
-    speaker_vector: str
+    speaker_vector: str | None
     added: str
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ def choose_token(folder: Path, voices: Mapping[str, Voice], config: OmniConfig) 
 
 
 def add_voice(folder: Path, voice: Voice, record: VoiceRecord, target: Path | None = None) -> None:
-    """Adds a voice; the values of the others stay as they are, bit by bit.
+    """Adds a voice; the values of the others stay as they are, bit by bit. There may be none yet.
 
     Args:
       folder: a checkpoint of ours.
@@ -113,7 +113,7 @@ def add_voice(folder: Path, voice: Voice, record: VoiceRecord, target: Path | No
         training run, which must not be changed in place.
       InputError: if there is a voice of this name.
     """
-    voices = load_voices(folder)
+    voices = load_voices(folder) if has_file(folder / VOICES_FILE) else {}
     if not is_voice_name(voice.name):
         raise InputError(f"{shown(voice.name)} is no name of a voice: 1 to 100 printable characters")
     if voice.name in voices:

@@ -52,6 +52,7 @@ class ClonedVoice:
       like: the voice of the checkpoint whose token the speech begins with. If None, that of the default voice; with
         ``ref_text`` that of no voice.
       speaker_vector: of the speaker, scaled to length 1; made of the clip by the model's ``speaker_model`` if None.
+        Without such a model it is zeros, if those of the checkpoint's voices are too.
     """
 
     ref_audio: Any
@@ -174,7 +175,7 @@ class SpeakerTable:
             check_clip_text(read_clip_text(self._processor, wanted.ref_text))
         if wanted.speaker_vector is not None:
             self._read_vector(wanted.speaker_vector)
-        elif self._speaker_model is None:
+        elif self._speaker_model is None and _have_vectors(voices):
             raise InputError(
                 "voice: there is no speaker vector; load the model with a speaker_model (--speaker-model), or give "
                 f"speaker_vector, {self._width} numbers"
@@ -218,8 +219,9 @@ class SpeakerTable:
 
     def _make_voice(self, clip: VoiceClip, token: int, vector: np.ndarray | None) -> Voice:
         if vector is None:
-            assert self._speaker_model is not None
-            vector = self._speaker_model(clip.samples)
+            # ``check`` has seen that a Token2Wav without a speaker model was trained without vectors
+            zeros = np.zeros(self._width, np.float32)
+            vector = zeros if self._speaker_model is None else self._speaker_model(clip.samples)
         return Voice(f"clip {clip.digest.hex()}", token, vector[None], clip.mel[None])
 
     def _make_clip(self, clip: VoiceClip, text: str, adapter: str | None) -> SpeechClip:
@@ -233,6 +235,11 @@ class SpeakerTable:
             return normalize_vector(value, self._width, "voice: speaker_vector")
         except (CheckpointError, ValueError, TypeError) as e:
             raise InputError(f"voice: speaker_vector is no list of {self._width} numbers: {e}") from e
+
+
+def _have_vectors(voices: Mapping[str, Voice]) -> bool:
+    """Whether any voice has a speaker vector: not so where Token2Wav was trained on rows without them."""
+    return any(np.any(voice.cond) for voice in voices.values())
 
 
 def _encode_silence(tokenizer: SpeechTokenizer) -> None:

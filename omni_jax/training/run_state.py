@@ -160,8 +160,9 @@ def trained_components(recipe: Recipe, objective: Objective) -> list[str]:
 
 
 def saved_components(objective: Objective, workdir: Path) -> list[str]:
-    """The components that the run's checkpoints have of their own, after ``prepare_workdir``: all that its loss reads and
-    that its folder has not taken from where it began. They train, or the run began with random ones.
+    """The components that the run's checkpoints have of their own, after ``prepare_workdir``.
+
+    They are what the loss reads and the checkpoint that the run began from had not, or what trains.
     """
     stored = store.components(workdir / MODEL_FOLDER)
     return [name for name in objective.components if name not in stored and name not in objective.initial_copies]

@@ -11,7 +11,7 @@ import pytest
 
 import omni_jax
 from omni_jax.checkpoint.export import to_hf
-from omni_jax.checkpoint.voices import Voice, load_voices, read_spk_dict
+from omni_jax.checkpoint.voices import VOICES_FILE, Voice, load_voices, read_spk_dict
 from omni_jax.processing.voice_clip import read_clip
 from tests.speaker_model import write_speaker_model
 from tools.add_voice import main
@@ -74,6 +74,23 @@ def test_a_token_of_its_own(model: Path, vector: Path, capsys: pytest.CaptureFix
     assert [voices[name].bos_token for name in ("Chelsie", "Ethan", "Ada", "Bea")] == [613, 611, 614, 615]
     assert "the embedding of this token is untrained" in capsys.readouterr().out
     assert json.loads((model / CONSENT_FILE).read_text())["Bea"]["like"] is None
+
+
+def test_the_first_voice_of_a_checkpoint(model: Path, vector: Path) -> None:
+    """One that was trained from nothing; and its clips, where Token2Wav knows no speaker vectors."""
+    (model / VOICES_FILE).unlink()
+    given = [argument for argument in arguments(model, vector) if argument not in ("--speaker-vector", str(vector))]
+    with pytest.raises(SystemExit, match="no voice yet that this one could begin like; give --own-token"):
+        main([*given, "--no-speaker-vector"])
+    with pytest.raises(SystemExit, match="one of --speaker-vector, --speaker-model and --no-speaker-vector"):
+        main([*given, "--own-token"])
+    main([*given, "--no-speaker-vector", "--own-token"])
+    (ada,) = load_voices(model).values()
+    assert ada.name == "Ada" and ada.bos_token == 603 and not ada.cond.any() and ada.ref_mel.shape[1] > 100
+    assert json.loads((model / CONSENT_FILE).read_text())["Ada"]["speaker_vector"] is None
+    clip = {"ref_audio": str(MEDIA / "speech.wav")}
+    loaded = omni_jax.load(model)
+    np.testing.assert_array_equal(loaded.synthesize([1, 2], voice=clip), loaded.synthesize([1, 2], voice="Ada"))
 
 
 def test_a_new_folder_leaves_the_old_one(model: Path, vector: Path, tmp_path: Path) -> None:
