@@ -44,5 +44,5 @@ RECIPES["token2wav-distill-mini"] = make_mini(
     data=dict(rows=2, streams=2, tokens=400),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, weight_decay=0.0, clip=1.0, ema=0.99),
     steps=300,
-    objective=FlowDistillationOptions(utterances=6, clip_frames=256, teacher_steps=1),
+    objective=FlowDistillationOptions(utterances=6, clip_frames=480, teacher_steps=1),
 )
