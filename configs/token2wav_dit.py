@@ -26,6 +26,6 @@ RECIPES["token2wav-dit-mini"] = make_mini(
     RECIPES["token2wav-dit-tiny"],
     data=dict(rows=2, streams=2, tokens=600),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, clip=1.0, ema=0.998),
-    steps=2000,
+    steps=1400,
     objective=FlowMatchingOptions(utterances=8, clip_frames=480),
 )

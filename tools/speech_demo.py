@@ -103,7 +103,7 @@ class Demo:
             run("tools/make_codes.py", self.data / f"{part}.jsonl", target, "--model", self.out / "tokenizer", *more)
 
     def train_dit(self) -> None:
-        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", self._sound_rows(), 2000)
+        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", self._sound_rows(), 1400)
 
     def _sound_rows(self) -> list[Path]:
         return [self.data / "train_codes.jsonl", self.data / "valid_codes.jsonl"]
