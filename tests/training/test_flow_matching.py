@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -74,6 +75,11 @@ def params(tiny_model: Path) -> dict[str, Any]:
     return store.load(tiny_model, ["token2wav"])
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def run_method(dit: DiT, params: Any, arguments: tuple[Any, ...], method: str) -> Any:
+    return dit.apply({"params": params}, *arguments, method=method)
+
+
 def loss_alone(dit: DiT, params: Any, batch: SpeechBatch, draws: Draws, row: int, number: int) -> float:
     """The squared errors of one utterance by itself, by what inference evaluates, weighted and added up."""
     length, begin = int(batch.length[row, number]), int(batch.begin[row, number])
@@ -87,7 +93,10 @@ def loss_alone(dit: DiT, params: Any, batch: SpeechBatch, draws: Draws, row: int
     clip = mel[clip_begin : clip_begin + clip_length]
     if not clip_length:
         clip = batch.clip[row, number, : batch.clip_length[row, number]]
-    apply: Any = lambda *args, method: dit.apply({"params": params}, *args, method=method)  # noqa: E731
+
+    def apply(*arguments: Any, method: str) -> Any:
+        return run_method(dit, params, arguments, method)
+
     voice, silence = apply(clip[None], np.array([len(clip)]), method="speakers")
     cond = batch.speaker[row, number]
     if draws.drops_sound[row, number]:
