@@ -25,7 +25,9 @@ from benchmarks.report import (
     save_figure,
     write_json,
 )
-from benchmarks.side import CODES_PER_SECOND, ReplyRequest, Side, SideProcess, Throughput
+from benchmarks.side import CODES_PER_SECOND, CONVERTED, ReplyRequest, Side, SideProcess, Throughput
+from omni_jax.checkpoint.model_files import TOKEN2WAV_FILE
+from omni_jax.models.ode_solver import Solver
 
 WORDS = "what do you hear and see when the rain falls over a town".split()
 
@@ -67,6 +69,7 @@ def batch(
     seconds: tuple[int, ...] = (1, 2, 3),
     slots: tuple[int, ...] = (1, 2, 4, 8, 16),
     text_batch: int = 16,
+    distilled_steps: int | None = None,
 ) -> None:
     """Throughput of spoken and of written replies, at the middle size with random parameters in float32.
 
@@ -87,13 +90,25 @@ def batch(
       seconds: of their replies, in turn.
       slots: of the scheduler, fewest first.
       text_batch: requests in each of PyTorch's batches.
+      distilled_steps: have omni_jax make the mel as a distilled DiT does, in so many steps of Euler's rule of one
+        evaluation each; PyTorch has the published 36 of two each. Parameters are random, so that it is the work of
+        such a DiT that is measured, and not its sound.
     """
     # before half an hour of work
-    check_at_least_one(requests=requests, seconds=seconds, slots=slots, text_batch=text_batch)
+    check_at_least_one(
+        requests=requests,
+        seconds=seconds,
+        slots=slots,
+        text_batch=text_batch,
+        distilled_steps=1 if distilled_steps is None else distilled_steps,
+    )
     check_picture(picture)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder, make_middle_config())
+        if distilled_steps is not None:
+            solver = Solver("euler", distilled_steps, guidance=False)
+            (folder / CONVERTED / TOKEN2WAV_FILE).write_text(solver.to_json(), encoding="utf-8")
         results = run_all(folder, make_requests(requests, seconds), slots, text_batch, json_out)
     print_results(results)
     if picture is not None:
