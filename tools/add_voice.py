@@ -31,9 +31,11 @@ from omni_jax.checkpoint.voices import VOICES_FILE, Voice, choose, load_voices
 from omni_jax.checks import printable
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.generation.components import load_speaker_model
 from omni_jax.plain_files import has_file
-from omni_jax.processing.speaker_vectors import OnnxSpeakerModel, normalize_vector
+from omni_jax.processing.speaker_vectors import normalize_vector
 from omni_jax.processing.voice_clip import VoiceClip, read_clip
+from omni_jax.speaker_verifier_config import SPEAKER_VERIFIER
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class Options:
     """Who agreed to this voice, when, and to what."""
     speaker_vector: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npy")] = None
     """The speaker vector, an array of numbers; it is scaled to length 1."""
-    speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx")] = None
-    """A network that makes it of the clip (CAM++); needs pip install -e '.[onnx]'."""
+    speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx|DIR")] = None
+    """A network that makes it of the clip: CAM++, which needs pip install -e '.[onnx]'; or a checkpoint of a run of
+    speaker-verifier. Without any, that of MODEL, if it has one."""
     no_speaker_vector: bool = False
     """Zeros in place of the vector, for a Token2Wav that was trained on rows without any."""
     like: str | None = None
@@ -76,12 +79,14 @@ def make_voice(options: Options, clip: VoiceClip, voices: Mapping[str, Voice], c
     """
     width = config.token2wav_config.dit_config.enc_emb_dim
     sources = (options.speaker_vector is not None, options.speaker_model is not None, options.no_speaker_vector)
-    if sum(sources) != 1:
+    model = load_speaker_model(resolve_checkpoint(options.model), config, options.speaker_model)
+    if sum(sources) > 1 or (sum(sources) == 0 and model is None):
         raise InputError("give one of --speaker-vector, --speaker-model and --no-speaker-vector")
     if options.no_speaker_vector:
         vector = np.zeros(width, np.float32)
-    elif options.speaker_model is not None:
-        vector = OnnxSpeakerModel(options.speaker_model, width)(clip.samples)
+    elif options.speaker_vector is None:
+        assert model is not None
+        vector = model(clip.samples)
     else:
         assert options.speaker_vector is not None
         vector = normalize_vector(read_vector(options.speaker_vector), width, str(options.speaker_vector))
@@ -114,6 +119,8 @@ def read_vector(path: Path) -> np.ndarray:
 def make_record(options: Options, clip: VoiceClip, voice: Voice, voices: Mapping[str, Voice]) -> VoiceRecord:
     assert options.audio is not None and options.text is not None and options.consent is not None
     source = options.speaker_vector or options.speaker_model
+    # without either the vector is zeros, or made by the checkpoint's own network
+    origin = None if options.no_speaker_vector else SPEAKER_VERIFIER
     return VoiceRecord(
         consent=options.consent,
         text=options.text,
@@ -122,7 +129,7 @@ def make_record(options: Options, clip: VoiceClip, voice: Voice, voices: Mapping
         seconds=round(clip.seconds, 3),
         bos_token=voice.bos_token,
         like=None if options.own_token else choose(voices, options.like).name,
-        speaker_vector=None if source is None else source.name,
+        speaker_vector=origin if source is None else source.name,
         added=datetime.date.today().isoformat(),
     )
 

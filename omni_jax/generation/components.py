@@ -21,6 +21,7 @@ from omni_jax.config import OmniConfig
 from omni_jax.engine.adapters import AdapterTable
 from omni_jax.engine.prefill import Engines
 from omni_jax.engine.request import ChunkSizes
+from omni_jax.engine.speaker_engine import SpeakerEngine
 from omni_jax.engine.speech_tokenizer_engine import SpeechTokenizerEngine
 from omni_jax.engine.talker_engine import APPEND_WIDTH, TalkerEngine
 from omni_jax.engine.thinker_engine import ThinkerEngine
@@ -34,6 +35,7 @@ from omni_jax.models import talker, thinker, token2wav
 from omni_jax.models.ode_solver import Solver
 from omni_jax.processing.speaker_vectors import OnnxSpeakerModel, SpeakerModel
 from omni_jax.sharding import batch_shards, param_shardings
+from omni_jax.speaker_verifier_config import SPEAKER_VERIFIER
 from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER
 
 
@@ -52,15 +54,24 @@ def choose_components(folder: Path, components: Sequence[str] | None) -> tuple[s
     return wanted
 
 
-def load_speaker_model(config: OmniConfig, path: str | os.PathLike[str] | None) -> SpeakerModel | None:
-    """What makes speaker vectors of clips, of an ONNX file; None if there is none.
+def load_speaker_model(folder: Path, config: OmniConfig, path: str | os.PathLike[str] | None) -> SpeakerModel | None:
+    """What makes speaker vectors of clips.
+
+    Args:
+      folder: the checkpoint.
+      config: of it.
+      path: an ONNX file, or a checkpoint with such a network, or a training run's folder; None: that of ``folder``, if
+        it has one.
 
     Raises:
       CheckpointError: if it cannot be loaded.
     """
-    if path is None:
-        return None
-    return OnnxSpeakerModel(Path(path), config.token2wav_config.dit_config.enc_emb_dim)
+    width = config.token2wav_config.dit_config.enc_emb_dim
+    if path is not None and not Path(path).is_dir():
+        return OnnxSpeakerModel(Path(path), width)
+    if path is not None:
+        return SpeakerEngine.load(resolve_checkpoint(Path(path)), width)
+    return SpeakerEngine.load(folder, width) if SPEAKER_VERIFIER in store.components(folder) else None
 
 
 def load_speech_tokenizer(

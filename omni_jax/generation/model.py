@@ -104,7 +104,8 @@ def load(
         head.
       adapters: folders of adapters of the Thinker (LoRA), as peft writes them or of training runs, by the names that
         requests choose them by. The adapter of a run whose folder is given as ``folder`` is merged instead.
-      speaker_model: an ONNX file that makes the speaker vectors of clips (``processing.speaker_vectors``).
+      speaker_model: what makes the speaker vectors of clips: an ONNX file (``processing.speaker_vectors``), or a
+        checkpoint with a network of this repository's; if None, ``folder``, if it has one.
       speech_tokenizer: a checkpoint whose speech tokenizer makes codes of clips; if None, ``folder``, if it has one.
 
     Raises:
@@ -122,7 +123,7 @@ def load(
     config = OmniConfig.load(folder)
     solver = Solver.load(folder).override(token2wav)
     processor = Processor.load(folder, access=access)
-    vectors = load_speaker_model(config, speaker_model)
+    vectors = load_speaker_model(folder, config, speaker_model)
     tokenizer = load_speech_tokenizer(folder, wanted, speech_tokenizer)
     folders = {name: Path(adapter) for name, adapter in adapters.items()}
     engines = load_engines(folder, config, wanted, number_format, mesh, chunk_sizes or ChunkSizes(), solver, folders)

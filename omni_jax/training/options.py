@@ -10,6 +10,7 @@ import tyro
 from omni_jax.checks import check_float, check_int
 from omni_jax.errors import InputError
 from omni_jax.models.ode_solver import MAX_STEPS
+from omni_jax.speaker_verifier_config import SpeakerVerifierConfig
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
 FLOAT_MAX = 3e38  # of float32
@@ -269,6 +270,28 @@ class VocoderOptions:
         check_float("objective.feature_weight", self.feature_weight, 0, FLOAT_MAX)
 
 
+@dataclass(frozen=True)
+class SpeakerVerifierOptions:
+    """Vectors of speakers, told from each other with an additive angular margin."""
+
+    model: Annotated[SpeakerVerifierConfig, tyro.conf.Suppress] = field(default_factory=SpeakerVerifierConfig)
+    """Its shape."""
+    speakers: tuple[str, ...] = ()
+    """Names of the voices that rows have; their number is part of the shape."""
+    perturbations: int = 6
+    """How many further speakers are made of each by moving pitch and formants; 0: none."""
+    margin: float = 0.2
+    """Radians that the angle to the own speaker counts as larger."""
+    scale: float = 30.0
+    """Of the logits."""
+
+    def check(self) -> None:
+        """Raises InputError if a field is out of its range."""
+        check_int("objective.perturbations", self.perturbations, 0)
+        check_float("objective.margin", self.margin, 0, 1.5)
+        check_float("objective.scale", self.scale, 0, FLOAT_MAX, above=True)
+
+
 ObjectiveOptions: TypeAlias = (
     NextTokenOptions
     | FlowMatchingOptions
@@ -278,4 +301,5 @@ ObjectiveOptions: TypeAlias = (
     | SpeechTokenizerOptions
     | VocoderOptions
     | CodeMatchingOptions
+    | SpeakerVerifierOptions
 )

@@ -14,6 +14,7 @@ from omni_jax.training.objectives.flow_distillation import make_flow_distillatio
 from omni_jax.training.objectives.flow_matching import make_flow_matching
 from omni_jax.training.objectives.lora import LoRA, add_lora
 from omni_jax.training.objectives.next_token import make_next_token
+from omni_jax.training.objectives.speaker_verifier import make_speaker_verifier
 from omni_jax.training.objectives.speech_tokenizer import make_speech_tokenizer
 from omni_jax.training.objectives.talker import make_next_code
 from omni_jax.training.objectives.talker_dpo import make_talker_dpo
@@ -24,6 +25,7 @@ from omni_jax.training.options import (
     FlowDistillationOptions,
     FlowMatchingOptions,
     NextTokenOptions,
+    SpeakerVerifierOptions,
     SpeechTokenizerOptions,
     TalkerDPOOptions,
     TalkerOptions,
@@ -41,6 +43,7 @@ _MAKERS: dict[type, Callable[[Recipe], Objective]] = {
     TalkerDPOOptions: make_talker_dpo,
     VocoderOptions: make_vocoder,
     CodeMatchingOptions: make_match_codes,
+    SpeakerVerifierOptions: make_speaker_verifier,
 }
 
 
