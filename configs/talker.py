@@ -64,12 +64,12 @@ _MINI: dict[str, Any] = dict(
 RECIPES["talker-pretrain-mini"] = make_mini(
     RECIPES["talker-pretrain-tiny"],
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.01),
-    steps=1500,
+    steps=1000,
     **_MINI,
 )
 RECIPES["talker-voices-mini"] = make_mini(
     RECIPES["talker-voices-tiny"],
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, weight_decay=0.01, no_decay=r".*/(bias|scale)|thinker/.*"),
-    steps=100,
+    steps=150,
     **_MINI,
 )

@@ -43,6 +43,6 @@ RECIPES["token2wav-distill-mini"] = make_mini(
     RECIPES["token2wav-distill-tiny"],
     data=dict(rows=2, streams=2, tokens=400),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, weight_decay=0.0, clip=1.0, ema=0.99),
-    steps=300,
+    steps=150,
     objective=FlowDistillationOptions(utterances=6, clip_frames=480, teacher_steps=1),
 )

@@ -52,7 +52,7 @@ class Options:
     """In each voice, to validate on and to measure with each."""
     measured: int = 12
     """Of these, how many in each voice are measured."""
-    preferences: int = 96
+    preferences: int = 48
     """Texts that pairs of answers are made of."""
     steps_scale: float = 1.0
     """Factor of the steps of every recipe; below 1 for a trial."""
@@ -111,10 +111,10 @@ class Demo:
     def train_vocoder(self) -> None:
         first = max(round(600 * self.options.steps_scale), 2)
         rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
-        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 700, "--phases.0.steps", first)
+        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 660, "--phases.0.steps", first)
 
     def distill(self) -> None:
-        self.train("token2wav-distill-mini", "distilled", self._with_voices(), self._sound_rows(), 300)
+        self.train("token2wav-distill-mini", "distilled", self._with_voices(), self._sound_rows(), 150)
 
     def _with_voices(self) -> Path:
         """The checkpoint to which the last voice was added."""
@@ -148,7 +148,7 @@ class Demo:
             target = self.data / f"{part}_flite.jsonl"
             self._keep_flite(self.data / f"{part}_codes.jsonl", target)
             rows.append(self._make_spoken(target))
-        self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows, 1500)
+        self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows, 1000)
 
     def _make_spoken(self, codes: Path) -> Path:
         target = codes.with_name(f"{codes.stem}_spoken.jsonl")
@@ -180,7 +180,7 @@ class Demo:
     def add_speaker(self) -> None:
         """Stage 3: all speakers, of whom one is new."""
         rows = [self._make_spoken(path) for path in self._sound_rows()]
-        self.train("talker-voices-mini", "talker3", self.out / "talker2", rows, 300, *self._new_voice())
+        self.train("talker-voices-mini", "talker3", self.out / "talker2", rows, 150, *self._new_voice())
 
     def _new_voice(self) -> tuple[object, ...]:
         token = load_voices(self._with_voices())[HIBARI_VOICE].bos_token
