@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
@@ -32,12 +33,15 @@ from omni_jax.data.sources import open_rows
 from omni_jax.evaluation.speaker_probe import SpeakerProbe
 from omni_jax.mini_config import NUM_CODES
 from omni_jax.plain_files import replace_file
+from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from tools.make_speech import FLITE_VOICES, HIBARI_VOICE, VOICES
 from tools.measure_speech import describe
 from tools.run_commands import Stages, run
 
 UNSEEN_VOICE = "kal16"  # of flite; nothing is trained on it
 UNSEEN_TEXT = "The small dog waited beside the river, and then it walked to the village."
+# folders of the stages that train, as they are drawn
+CURVES = ("tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
 LICENCE = "A synthesizer's voice, whose licence lets anyone use it; nobody's consent is needed."
 
 
@@ -238,8 +242,21 @@ class Demo:
         codes, _ = self._codes_of("train_codes.jsonl")
         return len(np.unique(np.concatenate(codes))) / NUM_CODES
 
+    def draw_curves(self) -> None:
+        """The loss of every stage, of training and of held-out rows."""
+        figure = Figure(figsize=(14, 6), layout="constrained")
+        for axes, name in zip(figure.subplots(2, 4).flat, CURVES, strict=False):
+            for file, style in ((METRICS_FILE, dict(linewidth=0.7)), (EVALUATIONS_FILE, dict(marker="o"))):
+                metrics = read_metrics(self.out / name / file)
+                axes.plot([values["step"] for values in metrics], [values["loss"] for values in metrics], **style)
+            axes.set_title(name)
+            axes.set_yscale("log" if name in ("dit", "vocoder") else "linear")
+            axes.grid(alpha=0.3)
+        figure.savefig(self.out / "curves.png", dpi=70)
+
     def report(self, stages: Stages) -> None:
         """Writes all figures into one file, and prints them."""
+        self.draw_curves()
         values: dict[str, Any] = {"minutes": {name: seconds / 60 for name, seconds in stages.seconds.items()}}
         values["codebook_use"] = self.codebook_use()
         values["speaker_probe"] = self.probe()
