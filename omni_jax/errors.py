@@ -17,6 +17,10 @@ class WrongReferenceError(InputError):
     """Log-probabilities of another model than the one that a run is measured against."""
 
 
+class UnknownVoiceError(InputError):
+    """Speech in a voice that a run was not told of."""
+
+
 class ConfigError(ValueError):
     """A configuration that the model cannot be built from: an unknown key, sizes that do not divide."""
 

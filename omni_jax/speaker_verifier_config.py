@@ -26,6 +26,7 @@ class SpeakerVerifierConfig(ConfigSection):
     channels: tuple[int, ...] = (512, 512, 512, 512, 1536)
     attention_channels: int = 128
     squeeze_channels: int = 128
+    segment: int = 300  # mel frames that it reads at a time
     num_speakers: int = 2  # that it is trained to tell, perturbed ones among them
     mel_dim: int = 80
 

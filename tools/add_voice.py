@@ -16,10 +16,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
+from jaxtyping import Float
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
@@ -27,12 +28,12 @@ from omni_jax.checkpoint import voice_edits
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checkpoint.voice_edits import VoiceRecord
 from omni_jax.checkpoint.voice_recipe import check_recipe
-from omni_jax.checkpoint.voices import VOICES_FILE, Voice, choose, load_voices
+from omni_jax.checkpoint.voices import Voice, choose
 from omni_jax.checks import printable
 from omni_jax.config import OmniConfig
+from omni_jax.engine.speaker_engine import SpeakerEngine
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.generation.components import load_speaker_model
-from omni_jax.plain_files import has_file
 from omni_jax.processing.speaker_vectors import normalize_vector
 from omni_jax.processing.voice_clip import VoiceClip, read_clip
 from omni_jax.speaker_verifier_config import SPEAKER_VERIFIER
@@ -70,26 +71,54 @@ class Options:
     """Remove the voice and its statement instead."""
 
 
-def make_voice(options: Options, clip: VoiceClip, voices: Mapping[str, Voice], config: OmniConfig) -> Voice:
-    """The voice of a clip.
+class SpeakerVector(NamedTuple):
+    """Of a clip.
+
+    Attributes:
+      numbers: of length 1; or zeros.
+      source: where they came from, for the record; None: they are zeros.
+    """
+
+    numbers: Float[np.ndarray, " width"]
+    source: str | None
+
+
+def make_vector(options: Options, clip: VoiceClip, config: OmniConfig) -> SpeakerVector:
+    """The speaker vector of a clip: a file's, or what a network makes of the clip.
 
     Raises:
-      InputError: if the options do not say where its speaker vector or its token is to come from.
-      CheckpointError: if the one or the other cannot be had.
+      InputError: if the options do not say where it is to come from, or the clip gives none.
+      CheckpointError, ConfigError: if it cannot be had from there.
     """
     width = config.token2wav_config.dit_config.enc_emb_dim
     sources = (options.speaker_vector is not None, options.speaker_model is not None, options.no_speaker_vector)
-    model = load_speaker_model(resolve_checkpoint(options.model), config, options.speaker_model)
-    if sum(sources) > 1 or (sum(sources) == 0 and model is None):
-        raise InputError("give one of --speaker-vector, --speaker-model and --no-speaker-vector")
+    one_of = "give one of --speaker-vector, --speaker-model and --no-speaker-vector"
+    if sum(sources) > 1:
+        raise InputError(one_of)
     if options.no_speaker_vector:
-        vector = np.zeros(width, np.float32)
-    elif options.speaker_vector is None:
-        assert model is not None
-        vector = model(clip.samples)
-    else:
-        assert options.speaker_vector is not None
-        vector = normalize_vector(read_vector(options.speaker_vector), width, str(options.speaker_vector))
+        return SpeakerVector(np.zeros(width, np.float32), None)
+    if options.speaker_vector is not None:
+        path = options.speaker_vector
+        return SpeakerVector(normalize_vector(read_vector(path), width, str(path)), path.name)
+    model = load_speaker_model(resolve_checkpoint(options.model), config, options.speaker_model)
+    if model is None:
+        raise InputError(f"{one_of}: {options.model} has no speaker verifier of its own")
+    vector = model(clip.samples)
+    if isinstance(model, SpeakerEngine):
+        return SpeakerVector(vector, f"{SPEAKER_VERIFIER} {model.fingerprint}")
+    assert options.speaker_model is not None
+    return SpeakerVector(vector, options.speaker_model.name)
+
+
+def make_voice(
+    options: Options, clip: VoiceClip, vector: SpeakerVector, voices: Mapping[str, Voice], config: OmniConfig
+) -> Voice:
+    """The voice of a clip.
+
+    Raises:
+      InputError: if the options do not say where its token is to come from.
+      CheckpointError: if it cannot be had.
+    """
     if options.own_token and options.like is not None:
         raise InputError("--like takes the token of another voice, and --own-token takes none; give one of them")
     if not voices and not options.own_token:
@@ -98,7 +127,7 @@ def make_voice(options: Options, clip: VoiceClip, voices: Mapping[str, Voice], c
         token = voice_edits.choose_token(resolve_checkpoint(options.model), voices, config)
     else:
         token = choose(voices, options.like).bos_token
-    return Voice(options.name, token, vector[None], clip.mel[None])
+    return Voice(options.name, token, vector.numbers[None], clip.mel[None])
 
 
 def read_vector(path: Path) -> np.ndarray:
@@ -116,11 +145,10 @@ def read_vector(path: Path) -> np.ndarray:
     return vector[0] if vector.ndim == 2 and len(vector) == 1 else vector
 
 
-def make_record(options: Options, clip: VoiceClip, voice: Voice, voices: Mapping[str, Voice]) -> VoiceRecord:
+def make_record(
+    options: Options, clip: VoiceClip, vector: SpeakerVector, voice: Voice, voices: Mapping[str, Voice]
+) -> VoiceRecord:
     assert options.audio is not None and options.text is not None and options.consent is not None
-    source = options.speaker_vector or options.speaker_model
-    # without either the vector is zeros, or made by the checkpoint's own network
-    origin = None if options.no_speaker_vector else SPEAKER_VERIFIER
     return VoiceRecord(
         consent=options.consent,
         text=options.text,
@@ -129,7 +157,7 @@ def make_record(options: Options, clip: VoiceClip, voice: Voice, voices: Mapping
         seconds=round(clip.seconds, 3),
         bos_token=voice.bos_token,
         like=None if options.own_token else choose(voices, options.like).name,
-        speaker_vector=origin if source is None else source.name,
+        speaker_vector=vector.source,
         added=datetime.date.today().isoformat(),
     )
 
@@ -161,14 +189,15 @@ def run(options: Options) -> str:
         voice_edits.remove_voice(folder, options.name, options.out)
         return f"{target}: {options.name} and what was stated of it are removed"
     check_options(options)
-    voices = load_voices(folder) if has_file(folder / VOICES_FILE) else {}
+    voices = voice_edits.read_voices(folder)
     config = OmniConfig.load(folder)
     try:
         clip = read_clip(options.audio)
     except InputError as e:
         raise InputError(f"--audio {options.audio}: {e}") from e
-    voice = make_voice(options, clip, voices, config)
-    record = make_record(options, clip, voice, voices)
+    vector = make_vector(options, clip, config)
+    voice = make_voice(options, clip, vector, voices, config)
+    record = make_record(options, clip, vector, voice, voices)
     voice_edits.add_voice(folder, voice, record, options.out)
     lines = [f"{target}: {voice.name} added, token {voice.bos_token}, a clip of {clip.seconds:.2f} s"]
     for finding in check_recipe(voice, config):

@@ -37,6 +37,12 @@ def fingerprint_codec(config: SpeechTokenizerConfig, params: Any) -> str:
     return _digest(config.to_json(), leaves, lambda path: [np.asarray(leaves[path])])
 
 
+def fingerprint_params(text: str, params: Any) -> str:
+    """Of a text that describes a network, and of all of its parameters."""
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
+    return _digest(text, leaves, lambda path: [np.asarray(leaves[path])])
+
+
 def find_codec(folder: Path | None) -> str | None:
     """``fingerprint_codec`` of the tokenizer of a checkpoint; None if there is none.
 

@@ -77,6 +77,16 @@ def read_records(folder: Path) -> dict[str, Any]:
     return read_object(path) if has_file(path) else {}
 
 
+def read_voices(folder: Path) -> dict[str, Voice]:
+    """The voices of a checkpoint of ours; none where it has no file of them.
+
+    Raises:
+      CheckpointError: if it is no checkpoint, or the file is damaged.
+    """
+    store.components(folder)  # for its error alone
+    return load_voices(folder) if has_file(folder / VOICES_FILE) else {}
+
+
 def choose_token(folder: Path, voices: Mapping[str, Voice], config: OmniConfig) -> int:
     """An id of the Thinker's vocabulary that stands for nothing yet, for a voice that the Talker is to be trained with.
 
@@ -113,7 +123,7 @@ def add_voice(folder: Path, voice: Voice, record: VoiceRecord, target: Path | No
         training run, which must not be changed in place.
       InputError: if there is a voice of this name.
     """
-    voices = load_voices(folder) if has_file(folder / VOICES_FILE) else {}
+    voices = read_voices(folder)
     if not is_voice_name(voice.name):
         raise InputError(f"{shown(voice.name)} is no name of a voice: 1 to 100 printable characters")
     if voice.name in voices:

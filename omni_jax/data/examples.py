@@ -19,7 +19,7 @@ from omni_jax.checks import redact
 from omni_jax.config import OmniConfig
 from omni_jax.data.rows import Document, VideoSound, read_row
 from omni_jax.data.sources import Row
-from omni_jax.errors import InputError, TooLongError, WrongCodecError, WrongReferenceError
+from omni_jax.errors import InputError, TooLongError, UnknownVoiceError, WrongCodecError, WrongReferenceError
 from omni_jax.processing.collate import CollatedMedia, collate_media, media_index_of
 from omni_jax.processing.layout import Prompt, lay_out
 from omni_jax.processing.processor import Processor
@@ -158,7 +158,7 @@ def examples_or_reject(read: Callable[[Row], list[T]], row: Row, too_long: TooLo
         is_fatal = too_long == "error"
         hint = ". data.too_long is error: split or skip such rows, or raise data.tokens" if is_fatal else ""
         return Reject(row.file, row.number, redact(str(e)) + hint, is_fatal)
-    except (WrongCodecError, WrongReferenceError) as e:
+    except (UnknownVoiceError, WrongCodecError, WrongReferenceError) as e:
         # the other rows are like it, and what they teach would be noise
         return Reject(row.file, row.number, redact(str(e)), is_fatal=True)
     except InputError as e:

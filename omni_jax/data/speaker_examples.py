@@ -22,10 +22,10 @@ from omni_jax.data.examples import Reject, examples_or_reject
 from omni_jax.data.rows import row_values
 from omni_jax.data.sounds import read_sound
 from omni_jax.data.sources import Row
-from omni_jax.errors import InputError
+from omni_jax.errors import UnknownVoiceError
 from omni_jax.processing.fetch import RemoteAccess
-from omni_jax.processing.speech_mel import NUM_BINS, RATE, speech_log_mel
-from omni_jax.processing.voice_clip import scale_clip
+from omni_jax.processing.speaker_mel import cut_segments, speaker_log_mel
+from omni_jax.processing.speech_mel import NUM_BINS, RATE
 from omni_jax.processing.voice_perturbation import perturb_voice
 
 # of pitch and formants; far enough from each other and from 1 that the voices are told apart
@@ -70,7 +70,6 @@ class PrepareSpeakers:
       speakers: names of the voices.
       perturbations: how many of ``PERTURBATIONS`` make further speakers of each.
       max_frames: of a clip.
-      min_frames: of a clip.
       access: from where sound may be fetched.
       media_root: the folder that it must lie within; None: that of the row's file.
     """
@@ -78,7 +77,6 @@ class PrepareSpeakers:
     speakers: tuple[str, ...]
     perturbations: int
     max_frames: int
-    min_frames: int
     access: RemoteAccess
     media_root: str | None = None
 
@@ -90,24 +88,22 @@ class PrepareSpeakers:
         """Clips of a row's sound as it is, and of each perturbation of it.
 
         Raises:
-          InputError: if the row is not what it should be, its voice is none of the speakers, or it has no sound.
+          UnknownVoiceError: if its voice is none of the speakers.
+          InputError: if the row is not what it should be, or its sound is silent or too short.
         """
         values = row_values(row)
         voice = values.get("voice")
         if voice not in self.speakers:
-            raise InputError(f"voice is {shown(voice)}; objective.speakers has {', '.join(self.speakers)}")
-        samples = scale_clip(read_sound(row, values, "audio", RATE, self.access, self.media_root))
+            known = ", ".join(self.speakers[:10])
+            raise UnknownVoiceError(f"voice is {shown(voice)}, which objective.speakers does not have: {known}")
+        samples = read_sound(row, values, "audio", RATE, self.access, self.media_root)
         found = []
         factors = ((1.0, 1.0), *PERTURBATIONS[: self.perturbations])
         for number, (pitch, formant) in enumerate(factors):
             perturbed = samples if number == 0 else perturb_voice(samples, RATE, pitch, formant)
-            mel = speech_log_mel(perturbed)
             speaker = number * len(self.speakers) + self.speakers.index(voice)
-            # as even as can be, so that no clip is short
-            for part in np.array_split(mel, -(-len(mel) // self.max_frames)):
-                if len(part) < self.min_frames:
-                    raise InputError(f"the sound has {len(mel)} frames of 10 ms; it must have {self.min_frames}")
-                found.append(SpeakerExample(part, speaker, row.name))
+            for segment in cut_segments(speaker_log_mel(perturbed), self.max_frames):
+                found.append(SpeakerExample(segment, speaker, row.name))
         return found
 
 

@@ -27,7 +27,7 @@ from omni_jax.processing.clip_text import read_clip_text
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.speaker_vectors import SpeakerModel, normalize_vector
 from omni_jax.processing.speech_mel import RATE
-from omni_jax.processing.voice_clip import VoiceClip
+from omni_jax.processing.voice_clip import PEAK, VoiceClip
 
 MAX_TEXT = 2000  # characters of what a clip of at most 30 seconds says
 MAX_CLIPS = 64  # whose voices are kept; each has up to a megabyte of the host's memory
@@ -145,11 +145,13 @@ class SpeakerTable:
         return self._speech_tokenizer is not None
 
     def warmup_jobs(self) -> list[WarmUpJob]:
-        """What compiles the speech tokenizer."""
-        tokenizer = self._speech_tokenizer
-        if tokenizer is None:
-            return []
-        return [WarmUpJob(functools.partial(_encode_silence, tokenizer))]
+        """What compiles the speech tokenizer and the network of speaker vectors."""
+        jobs = []
+        if self._speech_tokenizer is not None:
+            jobs.append(WarmUpJob(functools.partial(_encode_silence, self._speech_tokenizer)))
+        if self._speaker_model is not None:
+            jobs.append(WarmUpJob(functools.partial(_embed_noise, self._speaker_model)))
+        return jobs
 
     def check(self, voices: Mapping[str, Voice], wanted: str | ClonedVoice | None) -> None:
         """Checks all of a voice but its clip.
@@ -244,6 +246,11 @@ def _have_vectors(voices: Mapping[str, Voice]) -> bool:
 
 def _encode_silence(tokenizer: SpeechTokenizer) -> None:
     tokenizer.encode([np.zeros(RATE, np.float32)])
+
+
+def _embed_noise(model: SpeakerModel) -> None:
+    # silence has no speaker, and may have no vector
+    model(np.random.default_rng(0).uniform(-PEAK, PEAK, RATE).astype(np.float32))
 
 
 class _Latest(Generic[T]):

@@ -104,8 +104,7 @@ def load(
         head.
       adapters: folders of adapters of the Thinker (LoRA), as peft writes them or of training runs, by the names that
         requests choose them by. The adapter of a run whose folder is given as ``folder`` is merged instead.
-      speaker_model: what makes the speaker vectors of clips: an ONNX file (``processing.speaker_vectors``), or a
-        checkpoint with a network of this repository's; if None, ``folder``, if it has one.
+      speaker_model: an ONNX file or a checkpoint that makes speaker vectors of clips; if None, ``folder``, if it can.
       speech_tokenizer: a checkpoint whose speech tokenizer makes codes of clips; if None, ``folder``, if it has one.
 
     Raises:

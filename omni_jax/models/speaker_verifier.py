@@ -45,7 +45,8 @@ class SpeakerVerifier(nn.Module):
 
     def cosines(self, vectors: Float[Array, "B D"]) -> Float[jax.Array, "B S"]:
         """Of vectors and the directions of all speakers."""
-        return jnp.asarray(vectors) @ _normalize(self.speakers).T
+        # a TPU's bfloat16 passes would move small angles
+        return jnp.matmul(jnp.asarray(vectors), _normalize(self.speakers).T, precision="highest")  # [B, S]
 
 
 def margin_logits(
@@ -63,11 +64,11 @@ def margin_logits(
       scale: of all logits.
     """
     cosines = jnp.asarray(cosines, jnp.float32)  # [B, S]
-    sine = jnp.sqrt(jnp.maximum(1 - jnp.square(cosines), _LEAST_SINE))
-    wider = cosines * math.cos(margin) - sine * math.sin(margin)
-    wider = jnp.where(cosines > -math.cos(margin), wider, cosines - margin * math.sin(margin))
-    is_own = jnp.arange(cosines.shape[1])[None, :] == jnp.asarray(speakers)[:, None]
-    return scale * jnp.where(is_own, wider, cosines)
+    sine = jnp.sqrt(jnp.maximum(1 - jnp.square(cosines), _LEAST_SINE))  # [B, S]
+    wider = cosines * math.cos(margin) - sine * math.sin(margin)  # [B, S]
+    wider = jnp.where(cosines > -math.cos(margin), wider, cosines - margin * math.sin(margin))  # [B, S]
+    is_own = jnp.arange(cosines.shape[1])[None, :] == jnp.asarray(speakers)[:, None]  # [B, S]
+    return scale * jnp.where(is_own, wider, cosines)  # [B, S]
 
 
 def init_params(model: SpeakerVerifier, key: jax.Array) -> Any:

@@ -80,8 +80,9 @@ class ChatCommand:
     """A clip, 1 to 30 seconds, of the voice to speak in."""
     ref_text: str | None = None
     """What the clip says, word for word; without it, it gives the timbre alone."""
-    speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx")] = None
-    """A network that makes the speaker vector of a clip (CAM++)."""
+    speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx|DIR")] = None
+    """What makes the speaker vector of a clip: an ONNX file (CAM++), or a checkpoint with a speaker verifier; without
+    it, --model's own."""
     speech_tokenizer: Annotated[Path | None, _DIR] = None
     """A checkpoint whose speech tokenizer makes codes of clips whose text is given; without it, --model's own."""
     talker: TalkerOptions = field(default_factory=TalkerOptions)
@@ -161,8 +162,9 @@ class BatchCommand:
     kv_cache_dtype: Literal["int8"] | None = None
     """Keep what the language models remember of a dialogue, their keys and values, in 8 bits."""
     token2wav: Token2WavOptions = field(default_factory=Token2WavOptions)
-    speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx")] = None
-    """A network that makes the speaker vectors of clips (CAM++), for requests that bring a clip as their voice."""
+    speaker_model: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx|DIR")] = None
+    """What makes speaker vectors, for requests that bring a clip as their voice: an ONNX file (CAM++), or a checkpoint
+    with a speaker verifier; without it, --model's own."""
     speech_tokenizer: Annotated[Path | None, _DIR] = None
     """A checkpoint whose speech tokenizer makes codes of clips whose text is given; without it, --model's own."""
     adapters: Annotated[dict[str, Path], tyro.conf.arg(metavar="NAME DIR ...")] = field(default_factory=dict)

@@ -43,6 +43,10 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
             own = [path for path in trained if path.startswith("discriminators/")]
             assert bool(own) == (phase is not recipe.phases[0])
             continue
+        if name.startswith("speaker-verifier"):
+            assert {row.path.split("/")[1] for row in rows} == {"encoder", "speakers"}
+            assert all(row.path.startswith("speaker_verifier/") and row.learning_rate for row in rows)
+            continue
         # beside the model: adapters, and the DiT as it was where a distillation began
         of_model = [row for row in rows if not row.path.startswith(("lora/", "teacher/"))]
         teacher = {row.path: row.learning_rate for row in rows if row.path.startswith("teacher/")}
