@@ -36,7 +36,7 @@ RECIPES["speaker-verifier-mini"] = make_mini(
     RECIPES["speaker-verifier-tiny"],
     data=dict(rows=32, streams=2, tokens=200),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, weight_decay=2e-5, clip=1.0),
-    steps=400,
+    steps=150,
     objective=SpeakerVerifierOptions(
         SpeakerVerifierConfig(channels=(64, 64, 64, 64, 192), attention_channels=32, squeeze_channels=32)
     ),
