@@ -115,7 +115,7 @@ class Demo:
     def train_vocoder(self) -> None:
         first = max(round(600 * self.options.steps_scale), 2)
         rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
-        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 660, "--phases.0.steps", first)
+        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 630, "--phases.0.steps", first)
 
     def distill(self) -> None:
         self.train("token2wav-distill-mini", "distilled", self._with_voices(), self._sound_rows(), 150)

@@ -41,11 +41,13 @@ class SpeakerProbe:
             counts[self.speakers.index(speaker)] += self._count(of_utterance)
         # one more of each, so that a code that a speaker never had is not impossible
         smoothed = counts + 1
-        self._log_shares: Float[np.ndarray, "speakers codes"] = np.log(smoothed / smoothed.sum(axis=1, keepdims=True))
+        self._log_frequencies: Float[np.ndarray, "speakers codes"] = np.log(
+            smoothed / smoothed.sum(axis=1, keepdims=True)
+        )
 
     def guess(self, codes: Int[np.ndarray, " n"]) -> str:
         """The likeliest speaker of an utterance."""
-        return self.speakers[int(np.argmax(self._log_shares @ self._count(codes)))]
+        return self.speakers[int(np.argmax(self._log_frequencies @ self._count(codes)))]
 
     def accuracy(self, codes: Sequence[Int[np.ndarray, " n"]], speakers: Sequence[str]) -> float:
         """Share of utterances whose speaker it guesses.
