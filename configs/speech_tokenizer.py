@@ -42,11 +42,18 @@ RECIPES = recipes(
 RECIPES["speech-tokenizer-mini"] = make_mini(
     RECIPES["speech-tokenizer-tiny"],
     data=dict(rows=2, streams=2, tokens=1200),
-    phases=(Phase("content", (_CONTENT,), steps=300), Phase("sound", (_SOUND,))),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.01, clip=1.0),
+    phases=(Phase("content", (_CONTENT,), steps=100), Phase("sound", (_SOUND,))),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, weight_decay=0.01, clip=1.0),
     steps=2000,
     objective=SpeechTokenizerOptions(
-        mini_speech_tokenizer(), utterances=12, max_codes=400, max_labels=96, unquantized=0.5
+        mini_speech_tokenizer(),
+        utterances=12,
+        max_codes=400,
+        max_labels=96,
+        # of codes so small the words are learned from how they sound sooner than from their text
+        unquantized=0.1,
+        content_weight=0.5,
+        mel_weight=5.0,
     ),
 )
 
