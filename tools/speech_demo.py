@@ -2,7 +2,7 @@
 
     python tools/speech_demo.py out/speech        (make speech-demo)
 
-Speech comes from flite's voices slt, rms and awb and hibari's heart (``tools/make_speech.py``). The speech tokenizer
+The Thinker first learns to repeat a text. Speech comes from flite's voices slt, rms and awb and hibari's heart (``tools/make_speech.py``). The speech tokenizer
 learns codes of it, and Token2Wav's DiT and vocoder learn to make sound of them. The Talker learns to say a text in
 codes: first in flite's voices, then by preferences, then with the fourth voice as a new speaker. The DiT is distilled
 before the pairs are made, since their sound is then made in a tenth of the time. Run again, it goes on where it was
@@ -41,7 +41,7 @@ from tools.run_commands import Stages, run
 UNSEEN_VOICE = "kal16"  # of flite; nothing is trained on it
 UNSEEN_TEXT = "The small dog waited beside the river, and then it walked to the village."
 # folders of the stages that train, as they are drawn
-CURVES = ("tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
+CURVES = ("thinker", "tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
 NUM_DISTILLED = 8  # held-out rows whose published solve is compared with the student's
 LICENCE = "A synthesizer's voice, whose licence lets anyone use it; nobody's consent is needed."
 
@@ -100,12 +100,29 @@ class Demo:
         if not clip.exists():
             subprocess.run(["flite", "-voice", UNSEEN_VOICE, "-t", UNSEEN_TEXT, "-o", str(clip)], check=True)
 
+    def train_thinker(self) -> None:
+        """A Thinker that repeats what it is to read aloud, so that its hidden states say what comes."""
+        rows = []
+        for part in ("train", "valid"):
+            target = self.data / f"{part}_texts.jsonl"
+            lines = []
+            for row in open_rows(str(self.data / f"{part}.jsonl")):
+                text = row_values(row)["text"]
+                question = {"role": "user", "content": f"Read this aloud: {text}"}
+                lines.append(json.dumps({"messages": [question, {"role": "assistant", "content": text}]}) + "\n")
+            replace_file(target, "".join(lines).encode())
+            rows.append(target)
+        self.train(
+            *("thinker-sft-tiny", "thinker", "random", rows, 300, "--model", "mini"),
+            *("--phases.0.train.0.paths", "thinker/decoder/.*", "--data.rows", 4, "--data.tokens", 512),
+            *("--data.audio-blocks", 0, "--data.canvases", 0, "--remat", "none", "--checkpoint.every", 100),
+            *("--optimizer.learning-rate", 2e-3, "--optimizer.warmup", 50, "--log-every", 20),
+        )
+
     def train_tokenizer(self) -> None:
         first = max(round(100 * self.options.steps_scale), 2)
         rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
-        self.train(
-            "speech-tokenizer-mini", "tokenizer", "random", rows, 2000, "--model", "mini", "--phases.0.steps", first
-        )
+        self.train("speech-tokenizer-mini", "tokenizer", self.out / "thinker", rows, 2000, "--phases.0.steps", first)
 
     def make_codes(self) -> None:
         for part in ("train", "valid", "test"):
@@ -302,6 +319,7 @@ def main() -> None:
     demo.out.mkdir(parents=True, exist_ok=True)
     stages = Stages(demo.out / "stages.json")
     stages.run("data", demo.make_data)
+    stages.run("Thinker", demo.train_thinker)
     stages.run("speech tokenizer", demo.train_tokenizer)
     stages.run("codes", demo.make_codes)
     stages.run("DiT", demo.train_dit)
