@@ -2,12 +2,12 @@
 
     python tools/speech_demo.py out/speech        (make speech-demo)
 
-The Thinker first learns to repeat a text. Speech comes from flite's voices slt, rms and awb and hibari's heart (``tools/make_speech.py``). The speech tokenizer
-learns codes of it, and Token2Wav's DiT and vocoder learn to make sound of them. The Talker learns to say a text in
-codes: first in flite's voices, then by preferences, then with the fourth voice as a new speaker. The DiT is distilled
-before the pairs are made, since their sound is then made in a tenth of the time. Run again, it goes on where it was
-stopped.
-Figures are in OUT/report.json, curves in the folders of the stages.
+The Thinker first learns to repeat a text. Speech comes from flite's voices slt, rms and awb and hibari's heart
+(``tools/make_speech.py``). The speech tokenizer learns codes of it, and Token2Wav's DiT and vocoder learn to make sound
+of them. The Talker learns to say a text in codes: first in flite's voices, then by preferences, then with the fourth
+voice as a new speaker. The DiT is distilled before the pairs are made, since their sound is then made in a tenth of the
+time. Run again, it goes on where it was stopped. Figures are in OUT/report.json, curves in OUT/curves.png, sounds and
+spectrograms in OUT/measured.
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ from omni_jax.training.run_state import (
     init_state,
     prepare_workdir,
     restore_state,
-    saved_components,
     take_shape,
     to_checkpoint,
+    trained_components,
 )
 from omni_jax.training.samples import make_sample_request
 from omni_jax.training.step import TrainState, TrainStep, abstract_batch, jit_step, make_step
@@ -147,7 +147,7 @@ class _TrainLoop:
         self._sample_request = sample_request
         self._log_file: MetricsLog | None = None  # of the main process
         self._checkpoints = TrainCheckpoints(workdir, objective.components, recipe.checkpoint.keep)
-        self._saved_components = saved_components(objective, workdir)
+        self._saved_components = trained_components(recipe, objective)
 
         # by phase; a step must stay the same object, for jit compiles each anew
         self._steps: dict[str, TrainStep] = {}

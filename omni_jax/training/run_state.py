@@ -159,15 +159,6 @@ def trained_components(recipe: Recipe, objective: Objective) -> list[str]:
     return [name for name in objective.components if name in trained]
 
 
-def saved_components(objective: Objective, workdir: Path) -> list[str]:
-    """The components that the run's checkpoints have of their own, after ``prepare_workdir``.
-
-    They are what the loss reads and the checkpoint that the run began from had not, or what trains.
-    """
-    stored = store.components(workdir / MODEL_FOLDER)
-    return [name for name in objective.components if name not in stored and name not in objective.initial_copies]
-
-
 def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> TrainState:
     """The state of a run that has no checkpoint yet, after ``prepare_workdir``.
 
