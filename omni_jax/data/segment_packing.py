@@ -7,7 +7,7 @@ N samples of a row without the context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from flax import struct
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from omni_jax.batch import Array
 from omni_jax.data.segment_examples import FRAME_SAMPLES, PrepareSegments, SegmentExample
+from omni_jax.data.single_packing import SinglePart
 
 
 @struct.dataclass
@@ -25,30 +26,6 @@ class SegmentBatch:
     samples: Float[Array, "B N"] = struct.field(metadata={"logical_axes": ("batch", None)})
     # frames at which a segment can begin, from the first that is no context on; 0 in a row of padding
     places: Int[Array, " B"] = struct.field(metadata={"logical_axes": ("batch",)})
-
-
-@dataclass
-class SegmentPart:
-    """A stream's part of a batch in the making."""
-
-    rows: int
-    examples: list[SegmentExample] = field(default_factory=list)
-
-    @property
-    def full(self) -> bool:
-        return len(self.examples) == self.rows
-
-    @property
-    def names(self) -> list[str]:
-        """Of the rows whose examples were placed."""
-        return [example.name for example in self.examples]
-
-    def place(self, example: SegmentExample) -> bool:
-        """Puts an example into the next row; False if there is none."""
-        if self.full:
-            return False
-        self.examples.append(example)
-        return True
 
 
 @dataclass(frozen=True)
@@ -65,10 +42,10 @@ class SegmentPacking:
     rows: int
     mel_dim: int
 
-    def new_part(self) -> SegmentPart:
-        return SegmentPart(self.rows)
+    def new_part(self) -> SinglePart[SegmentExample]:
+        return SinglePart(self.rows)
 
-    def assemble(self, parts: Sequence[SegmentPart], *, first: int, streams: int) -> SegmentBatch:
+    def assemble(self, parts: Sequence[SinglePart[SegmentExample]], *, first: int, streams: int) -> SegmentBatch:
         """The batch of a process; nothing in it depends on which streams these are."""
         prepare = self.prepare
         batch = make_empty_batch(len(parts) * self.rows, prepare.segment, prepare.context, self.mel_dim)

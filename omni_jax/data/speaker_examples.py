@@ -10,7 +10,7 @@ Letters: B clips, T frames of a clip at most, M mel bins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from flax import struct
@@ -20,6 +20,7 @@ from omni_jax.batch import Array
 from omni_jax.checks import shown
 from omni_jax.data.examples import Reject, examples_or_reject
 from omni_jax.data.rows import row_values
+from omni_jax.data.single_packing import SinglePart
 from omni_jax.data.sounds import read_sound
 from omni_jax.data.sources import Row
 from omni_jax.errors import UnknownVoiceError
@@ -107,30 +108,6 @@ class PrepareSpeakers:
         return found
 
 
-@dataclass
-class SpeakerPart:
-    """A stream's part of a batch in the making."""
-
-    rows: int
-    examples: list[SpeakerExample] = field(default_factory=list)
-
-    @property
-    def full(self) -> bool:
-        return len(self.examples) == self.rows
-
-    @property
-    def names(self) -> list[str]:
-        """Of the rows whose examples were placed."""
-        return [example.name for example in self.examples]
-
-    def place(self, example: SpeakerExample) -> bool:
-        """Puts an example into the next row; False if there is none."""
-        if self.full:
-            return False
-        self.examples.append(example)
-        return True
-
-
 @dataclass(frozen=True)
 class SpeakerPacking:
     """Clips into ``SpeakerBatch``.
@@ -143,10 +120,10 @@ class SpeakerPacking:
     prepare: PrepareSpeakers
     rows: int
 
-    def new_part(self) -> SpeakerPart:
-        return SpeakerPart(self.rows)
+    def new_part(self) -> SinglePart[SpeakerExample]:
+        return SinglePart(self.rows)
 
-    def assemble(self, parts: Sequence[SpeakerPart], *, first: int, streams: int) -> SpeakerBatch:
+    def assemble(self, parts: Sequence[SinglePart[SpeakerExample]], *, first: int, streams: int) -> SpeakerBatch:
         """The batch of a process; nothing in it depends on which streams these are."""
         batch = make_empty_speakers(len(parts) * self.rows, self.prepare.max_frames)
         for number, part in enumerate(parts):
