@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from omni_jax.checks import check_float, check_int, shown
-from omni_jax.errors import ConfigError, InputError
-from omni_jax.plain_files import read_object
+from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.plain_files import has_file, read_object
 
 CONFIG_FILE = "config.json"
 
@@ -109,6 +109,32 @@ class ConfigSection:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             values[field.name] = _encode_value(getattr(self, field.name))
         return values
+
+
+class ComponentConfig(ConfigSection):
+    """What a component beside the published model is like, in a file of its own. Subclasses are dataclasses."""
+
+    FILE: ClassVar[str]  # in the folder of a checkpoint that has the component
+    NETWORK: ClassVar[str]  # what it is, for errors
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Of a checkpoint.
+
+        Raises:
+          CheckpointError: if it has none.
+          ConfigError: if the file describes none.
+        """
+        path = folder / cls.FILE
+        if not has_file(path):
+            raise CheckpointError(
+                f"{folder} has no {cls.FILE}, so no {cls.NETWORK}; train one (docs/speech-training.md)"
+            )
+        return cls.from_dict(read_object(path), str(path))
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
 def check_divides(where: str, part: str, part_size: int, total: str, total_size: int) -> None:

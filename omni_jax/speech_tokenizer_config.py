@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from omni_jax.config import AudioEncoderConfig
-from omni_jax.config_file import ConfigSection
-from omni_jax.errors import CheckpointError, ConfigError
-from omni_jax.plain_files import has_file, read_object
+from omni_jax.config_file import ComponentConfig
+from omni_jax.errors import ConfigError
 
 SPEECH_TOKENIZER_FILE = "speech_tokenizer.json"
 SPEECH_TOKENIZER = "speech_tokenizer"  # the component of a checkpoint
@@ -19,10 +16,12 @@ _AUDIO = AudioEncoderConfig()  # as published
 
 
 @dataclass(frozen=True)
-class SpeechTokenizerConfig(ConfigSection):
+class SpeechTokenizerConfig(ComponentConfig):
     """A tower like the audio encoder's with a vector quantizer in its middle (``WhisperEncoderVQ`` of qwen-tts)."""
 
     MODEL_TYPE = "omni_jax_speech_tokenizer"
+    FILE = SPEECH_TOKENIZER_FILE
+    NETWORK = "speech tokenizer"
 
     audio_config: AudioEncoderConfig = _AUDIO  # its blocks are those of the tokenizer
     quantizer_layer: int = 6  # layers before the quantizer
@@ -49,25 +48,6 @@ class SpeechTokenizerConfig(ConfigSection):
         audio = AudioEncoderConfig.tiny(encoder_layers=3, n_window=20)
         sizes: dict[str, Any] = dict(audio_config=audio, quantizer_layer=1, codebook_size=64, mel_channels=24)
         return cls(**{**sizes, **changes})
-
-    @classmethod
-    def load(cls, folder: Path) -> SpeechTokenizerConfig:
-        """Of a checkpoint.
-
-        Raises:
-          CheckpointError: if it has none.
-          ConfigError: if the file describes none.
-        """
-        path = folder / SPEECH_TOKENIZER_FILE
-        if not has_file(path):
-            raise CheckpointError(
-                f"{folder} has no {SPEECH_TOKENIZER_FILE}, so no speech tokenizer; train one (docs/speech-training.md)"
-            )
-        return cls.from_dict(read_object(path), str(path))
-
-    def to_json(self) -> str:
-        """The text of the file."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def with_blocks(self, n_window: int | None) -> SpeechTokenizerConfig:
         """The same with blocks of another length, in codes; no parameter depends on it. None: as it is."""

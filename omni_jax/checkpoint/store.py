@@ -384,6 +384,25 @@ def load(
     return params
 
 
+def load_unpublished(folder: Path, component: str, expected: Any) -> Any:
+    """The parameters of a component beside the published model, on the first device.
+
+    Args:
+      folder: the checkpoint.
+      component: one of ``UNPUBLISHED``.
+      expected: tree of what has the shapes that its description gives.
+
+    Raises:
+      CheckpointError: if it is missing or damaged, or has other shapes.
+    """
+    params = load(folder, [component])[component]
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
+    trouble = describe_differences(shapes, flatten_dict(params, sep="/"))
+    if trouble:
+        raise CheckpointError(f"{folder} does not hold the {component} that {component}.json describes:{trouble}")
+    return params
+
+
 def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

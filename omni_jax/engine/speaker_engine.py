@@ -14,12 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int
 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.fingerprint import fingerprint_params
-from omni_jax.checkpoint.name_map import describe_differences
 from omni_jax.errors import CheckpointError
 from omni_jax.models.speaker_verifier import SpeakerVerifier, abstract_params
 from omni_jax.processing.speaker_mel import cut_segments, speaker_log_mel
@@ -60,13 +58,8 @@ class SpeakerEngine:
         config = SpeakerVerifierConfig.load(folder)
         if width is not None and config.width != width:
             raise CheckpointError(f"{folder} makes speaker vectors of {config.width} numbers; Token2Wav takes {width}")
-        params = store.load(folder, [SPEAKER_VERIFIER])[SPEAKER_VERIFIER]
-        shapes: dict[str, Any] = flatten_dict(nn.unbox(abstract_params(SpeakerVerifier(config))), sep="/")
-        found: dict[str, Any] = flatten_dict(params, sep="/")
-        trouble = describe_differences({path: leaf.shape for path, leaf in shapes.items()}, found)
-        if trouble:
-            raise CheckpointError(f"{folder} does not hold the network that its file describes:{trouble}")
-        return cls(config, params)
+        expected = nn.unbox(abstract_params(SpeakerVerifier(config)))
+        return cls(config, store.load_unpublished(folder, SPEAKER_VERIFIER, expected))
 
     def __call__(self, samples: Float[np.ndarray, " n"]) -> Float[np.ndarray, " width"]:
         """The vector of a sound, float32 of length 1.

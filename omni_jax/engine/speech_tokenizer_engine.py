@@ -14,14 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int
 
 from omni_jax.batch import AudioBlocks
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.fingerprint import fingerprint_codec
-from omni_jax.checkpoint.name_map import describe_differences
-from omni_jax.errors import CheckpointError
 from omni_jax.models.speech_tokenizer import SpeechTokenizer, abstract_params
 from omni_jax.processing.audio import MelSettings, MelStream, log_mel
 from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER, SpeechTokenizerConfig
@@ -62,13 +59,8 @@ class SpeechTokenizerEngine:
           ConfigError: if that file describes none.
         """
         config = SpeechTokenizerConfig.load(folder)
-        params = store.load(folder, [SPEECH_TOKENIZER])[SPEECH_TOKENIZER]
-        shapes: dict[str, Any] = flatten_dict(nn.unbox(abstract_params(SpeechTokenizer(config))), sep="/")
-        found: dict[str, Any] = flatten_dict(params, sep="/")
-        trouble = describe_differences({path: leaf.shape for path, leaf in shapes.items()}, found)
-        if trouble:
-            raise CheckpointError(f"{folder} does not hold the speech tokenizer that its file describes:{trouble}")
-        return cls(config, params)
+        expected = nn.unbox(abstract_params(SpeechTokenizer(config)))
+        return cls(config, store.load_unpublished(folder, SPEECH_TOKENIZER, expected))
 
     def encode(self, sounds: Sequence[Float[np.ndarray, " n"]]) -> list[Int[np.ndarray, " codes"]]:
         """The codes of each sound, 50 a second and rounded up.
