@@ -43,7 +43,8 @@ from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_m
 from omni_jax.training.objectives import make_objective
 from omni_jax.training.recipe import RANDOM, CheckpointConfig, EvalConfig, Recipe
 from tools.add_voice import main as add_voice
-from tools.make_speaker_vectors import Options, main, make_speaker_vectors
+from tools.make_speaker_vectors import main, make_speaker_vectors
+from tools.sound_rows import SoundRowOptions
 
 TOLERANCE = 1e-5  # of losses and gradients: float32 sums in another order
 SEGMENT = 50
@@ -354,7 +355,7 @@ def test_a_vector_is_the_sum_of_those_of_the_segments(trained: Path) -> None:
 def test_rows_with_vectors(rows: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = rows.with_name("test.jsonl")
     out = rows.with_name("vectors.jsonl")
-    assert make_speaker_vectors(Options(str(source), out, trained)) == 0
+    assert make_speaker_vectors(SoundRowOptions(str(source), out, trained)) == 0
     engine = SpeakerEngine.load(step_folder(trained, STEPS))
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 6
@@ -368,18 +369,18 @@ def test_rows_with_vectors(rows: Path, trained: Path, capsys: pytest.CaptureFixt
     with ResumedRows(again, settings) as made:
         for number, line in enumerate(out.read_text().splitlines()[:2]):
             made.add(number, json.loads(line))
-    assert make_speaker_vectors(Options(str(source), again, trained)) == 0
+    assert make_speaker_vectors(SoundRowOptions(str(source), again, trained)) == 0
     assert again.read_text() == out.read_text()
     # what cannot be read
     bad = rows.with_name("bad.jsonl")
     bad.write_text(f'{{"audio": "none.wav"}}\n{source.read_text().splitlines()[0]}\n')
     other = rows.with_name("other.jsonl")
     capsys.readouterr()
-    assert main(Options(str(bad), other, trained)) == 1
+    assert main(SoundRowOptions(str(bad), other, trained)) == 1
     assert re.search(r"error: .*bad.jsonl:1: audio 'none.wav': no such file", capsys.readouterr().err)
-    assert main(Options(str(bad), other, trained, skip_bad=True)) == 0
+    assert main(SoundRowOptions(str(bad), other, trained, skip_bad=True)) == 0
     assert len(other.read_text().splitlines()) == 1
-    assert main(Options(str(source), trained / "x.jsonl", trained)) == 1
+    assert main(SoundRowOptions(str(source), trained / "x.jsonl", trained)) == 1
     assert "lies elsewhere" in capsys.readouterr().err
 
 
