@@ -49,7 +49,7 @@ RECIPES = {
     ),
     **recipes(
         "talker-realign",
-        "the Talker is fitted to a tuned Thinker again, on what the model has said itself",
+        "the Talker is fitted to a tuned Thinker again, on what the model has spoken itself",
         phases=(Phase("codes", (TALKER,)),),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup=100, weight_decay=0.01),
         steps=3_000,

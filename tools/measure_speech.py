@@ -92,8 +92,8 @@ class Sentence:
     """A row.
 
     Attributes:
-      text: what is said.
-      voice: who says it.
+      text: its words.
+      voice: name of the speaker's.
       samples: of the recording, at ``RATE``.
       codes: of the recording; None if the row has none.
       spoken: the row as a text to speak.

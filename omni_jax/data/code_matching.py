@@ -1,7 +1,7 @@
 """Sounds for a speech tokenizer whose codes are to be those of a Token2Wav: rows, and batches of both networks' blocks.
 
 Rows are those of ``speech_examples``, but ``codec_ids`` may be missing: then nobody knows the codes. Where they are
-there, they are codes that the Token2Wav's own Talker has said; rows of ``tools/self_distill.py`` have these, and their
+there, they are codes that the Token2Wav's own Talker has drawn; rows of ``tools/self_distill.py`` have these, and their
 sound, under ``speech`` and ``sound``. The blocks of the tokenizer are longer than those of the
 DiT, so each frame of the latter says where its code stands among the former.
 

@@ -4,7 +4,7 @@ The codebook is the table of codes of the DiT: what is quantized is compared wit
 of the tokenizer is the DiT's code of the same number. Two losses say which code a sound has. Flow: the velocity of the
 frozen DiT with the nearest embedding as the code of each frame, whose gradient passes straight through to what was
 quantized; so codes are those from which the DiT makes this sound. Codes: where the row has those that the model's own
-Talker has said, their cross-entropy, the logits being negative squared distances. Commitment keeps what is quantized
+Talker has drawn, their cross-entropy, the logits being negative squared distances. Commitment keeps what is quantized
 near its embedding.
 
 Letters: A blocks of the tokenizer, S positions of a block, E width of an embedding, K codes, B rows, N blocks of a row
