@@ -16,7 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +63,17 @@ class Options:
     """Factor of the steps of every recipe; below 1 for a trial."""
 
 
+def read_values(path: Path) -> list[dict[str, Any]]:
+    """The values of all rows of a file."""
+    return [row_values(row) for row in open_rows(str(path))]
+
+
+def write_values(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes rows as JSON lines, and returns the file."""
+    replace_file(path, "".join(json.dumps(values) + "\n" for values in rows).encode())
+    return path
+
+
 class Demo:
     """The stages, each a method; each reads what those before have left in the folder."""
 
@@ -93,9 +104,7 @@ class Demo:
 
     def make_data(self) -> None:
         options = self.options
-        run(
-            *("tools/make_speech.py", self.data, "--sentences", options.sentences, "--held-out", options.held_out),
-        )
+        run("tools/make_speech.py", self.data, "--sentences", options.sentences, "--held-out", options.held_out)
         clip = self.data / "unseen.wav"
         if not clip.exists():
             subprocess.run(["flite", "-voice", UNSEEN_VOICE, "-t", UNSEEN_TEXT, "-o", str(clip)], check=True)
@@ -104,14 +113,11 @@ class Demo:
         """A Thinker that repeats what it is to read aloud, so that its hidden states say what comes."""
         rows = []
         for part in ("train", "valid"):
-            target = self.data / f"{part}_texts.jsonl"
-            lines = []
-            for row in open_rows(str(self.data / f"{part}.jsonl")):
-                text = row_values(row)["text"]
-                question = {"role": "user", "content": f"Read this aloud: {text}"}
-                lines.append(json.dumps({"messages": [question, {"role": "assistant", "content": text}]}) + "\n")
-            replace_file(target, "".join(lines).encode())
-            rows.append(target)
+            dialogues = []
+            for values in read_values(self.data / f"{part}.jsonl"):
+                question = {"role": "user", "content": f"Read this aloud: {values['text']}"}
+                dialogues.append({"messages": [question, {"role": "assistant", "content": values["text"]}]})
+            rows.append(write_values(self.data / f"{part}_texts.jsonl", dialogues))
         self.train(
             *("thinker-sft-tiny", "thinker", "random", rows, 300, "--model", "mini"),
             *("--phases.0.train.0.paths", "thinker/decoder/.*", "--data.rows", 4, "--data.tokens", 512),
@@ -149,12 +155,8 @@ class Demo:
 
     def distill(self) -> None:
         # the teacher's published solve of a row takes as long as several steps, so few are held out
-        few = self.data / "valid_few.jsonl"
-        lines = []
-        for row in list(open_rows(str(self.data / "valid_codes.jsonl")))[:NUM_DISTILLED]:
-            lines.append(json.dumps(row_values(row)) + "\n")
-        replace_file(few, "".join(lines).encode())
-        rows = [self.data / "train_codes.jsonl", few]
+        few = read_values(self.data / "valid_codes.jsonl")[:NUM_DISTILLED]
+        rows = [self.data / "train_codes.jsonl", write_values(self.data / "valid_few.jsonl", few)]
         self.train("token2wav-distill-mini", "distilled", self._with_voices(), rows, 150, looks=2)
 
     def _with_voices(self) -> Path:
@@ -176,8 +178,7 @@ class Demo:
             model = target
 
     def _find_row(self, voice: str) -> dict[str, Any]:
-        for row in open_rows(str(self.data / "train.jsonl")):
-            values = row_values(row)
+        for values in read_values(self.data / "train.jsonl"):
             if values["voice"] == voice:
                 return values
         raise SystemExit(f"error: no row of {voice}")
@@ -199,11 +200,8 @@ class Demo:
 
     def prefer(self) -> None:
         """Stage 2: of four answers to a text, the best and the worst."""
-        texts = self.data / "texts.jsonl"
-        lines = []
-        for row in list(open_rows(str(self.data / "train_flite.jsonl")))[: self.options.preferences]:
-            lines.append(json.dumps({"text": row_values(row)["text"]}) + "\n")
-        replace_file(texts, "".join(lines).encode())
+        spoken = read_values(self.data / "train_flite.jsonl")[: self.options.preferences]
+        texts = write_values(self.data / "texts.jsonl", [{"text": values["text"]} for values in spoken])
         pairs = self.out / "pairs.jsonl"
         if not pairs.exists():
             run(
@@ -250,12 +248,7 @@ class Demo:
 
     def _keep_flite(self, source: Path, target: Path) -> None:
         """Rows of flite's voices."""
-        lines = []
-        for row in open_rows(str(source)):
-            values = row_values(row)
-            if values["voice"] in FLITE_VOICES:
-                lines.append(json.dumps(values) + "\n")
-        replace_file(target, "".join(lines).encode())
+        write_values(target, [values for values in read_values(source) if values["voice"] in FLITE_VOICES])
 
     def probe(self) -> dict[str, float]:
         """How often the speaker is guessed from codes: of the sounds, and of perturbed ones."""
@@ -268,8 +261,7 @@ class Demo:
     def _codes_of(self, name: str) -> tuple[list[np.ndarray], list[str]]:
         codes = []
         speakers = []
-        for row in open_rows(str(self.data / name)):
-            values = row_values(row)
+        for values in read_values(self.data / name):
             codes.append(np.array(values["codec_ids"]))
             speakers.append(values["voice"])
         return codes, speakers
