@@ -396,8 +396,9 @@ def load_unpublished(folder: Path, component: str, expected: Any) -> Any:
       CheckpointError: if it is missing or damaged, or has other shapes.
     """
     params = load(folder, [component])[component]
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
-    trouble = describe_differences(shapes, flatten_dict(params, sep="/"))
+    wanted: dict[str, Any] = flatten_dict(expected, sep="/")
+    found: dict[str, Any] = flatten_dict(params, sep="/")
+    trouble = describe_differences({path: leaf.shape for path, leaf in wanted.items()}, found)
     if trouble:
         raise CheckpointError(f"{folder} does not hold the {component} that {component}.json describes:{trouble}")
     return params
