@@ -8,7 +8,11 @@ Run it again with the same folder, and it goes on where it was. Told to stop by 
 
 from __future__ import annotations
 
+import os
 import sys
+
+# arrays of a row are small; threads for them only wait for each other, beside those that read other rows
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def main() -> int:

@@ -106,7 +106,7 @@ def make_mini(tiny: Recipe, *, data: Mapping[str, Any], **changes: Any) -> Recip
         model=mini_config(),
         data=dataclasses.replace(tiny.data, **data),
         remat="none",
-        checkpoint=CheckpointConfig(every=200),
+        checkpoint=CheckpointConfig(every=500),
         log_every=20,
         **changes,
     )

@@ -41,19 +41,21 @@ RECIPES = recipes(
 )
 RECIPES["speech-tokenizer-mini"] = make_mini(
     RECIPES["speech-tokenizer-tiny"],
-    data=dict(rows=2, streams=2, tokens=1200),
-    phases=(Phase("content", (_CONTENT,), steps=100), Phase("sound", (_SOUND,))),
+    data=dict(rows=1, tokens=600),
+    phases=(Phase("sound", (_SOUND,)),),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, weight_decay=0.01, clip=1.0),
-    steps=2000,
+    steps=5000,
     objective=SpeechTokenizerOptions(
         mini_speech_tokenizer(),
-        utterances=12,
+        utterances=8,
         max_codes=400,
         max_labels=96,
         # of codes so small the words are learned from how they sound sooner than from their text
-        unquantized=0.1,
+        unquantized=0.3,
+        codebook_decay=0.98,
         content_weight=0.5,
         mel_weight=5.0,
+        commitment_weight=0.25,
     ),
 )
 

@@ -17,19 +17,19 @@ from omni_jax.config import (
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
 WIDTH = 128  # of the Thinker
-NUM_CODES = 1024
+NUM_CODES = 4096
 
 
 def mini_speech_tokenizer() -> SpeechTokenizerConfig:
     """A tokenizer of 2 million parameters with blocks of a second."""
     audio = AudioEncoderConfig.tiny(
-        d_model=160, encoder_layers=5, encoder_attention_heads=4, encoder_ffn_dim=480, n_window=50, output_dim=WIDTH
+        d_model=160, encoder_layers=3, encoder_attention_heads=4, encoder_ffn_dim=480, n_window=50, output_dim=WIDTH
     )
-    return SpeechTokenizerConfig(audio, quantizer_layer=3, codebook_size=NUM_CODES, mel_channels=160)
+    return SpeechTokenizerConfig(audio, quantizer_layer=2, codebook_size=NUM_CODES, codebook_dim=32, mel_channels=160)
 
 
 def mini_config() -> OmniConfig:
-    """Every part at its size: a Thinker of 1.2 million parameters, speech of 1,024 codes.
+    """Every part at its size: a Thinker of 1.2 million parameters, speech of 4,096 codes.
 
     The ids of the Talker that are no codes lie behind those, as in the published model.
     """

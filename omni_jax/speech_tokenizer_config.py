@@ -26,6 +26,7 @@ class SpeechTokenizerConfig(ComponentConfig):
     audio_config: AudioEncoderConfig = _AUDIO  # its blocks are those of the tokenizer
     quantizer_layer: int = 6  # layers before the quantizer
     codebook_size: int = 8192
+    codebook_dim: int | None = None  # channels that are quantized; None: those of the layers, without linear maps
     num_labels: int = 257  # of the content: 0 is none, then the bytes of UTF-8
     mel_channels: int = 512  # of the decoder to mel
     mel_dim: int = 80
@@ -36,6 +37,11 @@ class SpeechTokenizerConfig(ComponentConfig):
             raise ConfigError(
                 f"quantizer_layer is {self.quantizer_layer}, but encoder_layers {layers}; one must come behind it"
             )
+
+    @property
+    def quantized_dim(self) -> int:
+        """Channels of a vector of the codebook."""
+        return self.codebook_dim or self.audio_config.d_model
 
     @property
     def block_codes(self) -> int:

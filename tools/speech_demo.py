@@ -126,9 +126,8 @@ class Demo:
         )
 
     def train_tokenizer(self) -> None:
-        first = max(round(100 * self.options.steps_scale), 2)
         rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
-        self.train("speech-tokenizer-mini", "tokenizer", self.out / "thinker", rows, 2000, "--phases.0.steps", first)
+        self.train("speech-tokenizer-mini", "tokenizer", self.out / "thinker", rows, 5000)
 
     def make_codes(self) -> None:
         for part in ("train", "valid", "test"):

@@ -16,7 +16,7 @@ from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER, SPEECH_TOKENIZER_
 
 _LENGTH = 16  # hexadecimal digits: two of a million models are alike with a chance of one in ten million
 # what codes follow from; what is trained behind the quantizer does not change them
-_CODE_PARTS = ("conv1/", "conv2/", "front/", "quantizer/codebook")
+_CODE_PARTS = ("conv1/", "conv2/", "front/", "project_in/", "quantizer/codebook")
 
 
 def fingerprint(folder: Path, components: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ more layers behind it. Blocks do not see each other, so they are a batch axis, a
 What the codes keep is decided by what is trained behind them: the text that is spoken (content), and the sound's mel.
 
 Letters: A blocks, T mel frames of a block, M mel bins, S positions after the second convolution (T / 2), D width,
-E width of the output, L labels of the content.
+Q channels of the codebook, E width of the output, L labels of the content.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ from omni_jax.models.audio_encoder import (
 from omni_jax.models.vector_quantizer import VectorQuantizer
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
-_MEL_KERNEL = 7  # positions, 140 ms
-_MEL_LAYERS = 3
+_MEL_KERNEL = 5  # positions, 100 ms
+_MEL_LAYERS = 2
+# of the log-mel of speech: the decoder begins there, since an optimizer's steps are small beside them
+_MEL_MEAN = -6.0
+_MEL_SCALE = 2.7
 
 
 class LayerStack(nn.Module):
@@ -62,7 +65,7 @@ class LayerStack(nn.Module):
 
 
 class MelDecoder(nn.Module):
-    """Quantized vectors to the log-mel of Token2Wav, two frames a position; convolutions within a block."""
+    """Quantized vectors to the log-mel of Token2Wav, two frames a position; residual convolutions within a block."""
 
     config: SpeechTokenizerConfig
     dtype: Dtype = jnp.float32
@@ -72,17 +75,20 @@ class MelDecoder(nn.Module):
     def __call__(self, x: Float[Array, "A S D"], valid: Bool[Array, "A S"]) -> Float[jax.Array, "A S*2 M"]:
         c = self.config
         kw = dtypes(self)
-        width = c.audio_config.d_model
-        is_valid = jnp.asarray(valid)[..., None]
-        x = jnp.asarray(x)
+        width = c.mel_channels
+        is_valid = jnp.asarray(valid)[..., None]  # [A, S, 1]
+        x = Linear((c.audio_config.d_model,), (width,), ("embed", "mlp"), name="proj_in", **kw)(x)  # [A, S, C]
         for number in range(_MEL_LAYERS):
+            y = LayerNorm(width, param_dtype=self.param_dtype, name=f"norm{number}")(x)  # [A, S, C]
             # padding is silence to its neighbours, whatever it holds
-            x = jnp.where(is_valid, x, 0)
-            x = Conv1D(width, c.mel_channels, _MEL_KERNEL, name=f"conv{number}", **kw)(x)  # [A, S, C]
-            x = jax.nn.gelu(x, approximate=False)
-            width = c.mel_channels
+            y = jnp.where(is_valid, y, 0)
+            y = Conv1D(width, 2 * width, _MEL_KERNEL, name=f"conv{number}", **kw)(y)  # [A, S, 2 C]
+            y = jax.nn.gelu(y, approximate=False)
+            x += Linear((2 * width,), (width,), ("embed", "mlp"), name=f"down{number}", **kw)(y)  # [A, S, C]
+        x = LayerNorm(width, param_dtype=self.param_dtype, name="norm")(x)
         x = Linear((width,), (2 * c.mel_dim,), ("mlp", "embed"), name="proj", **kw)(x)  # [A, S, 2 M]
-        return x.reshape(x.shape[0], -1, c.mel_dim)  # [A, 2 S, M]
+        mel = x.reshape(x.shape[0], -1, c.mel_dim)  # [A, 2 S, M]
+        return _MEL_MEAN + _MEL_SCALE * mel
 
 
 class SpeechTokenizer(nn.Module):
@@ -102,7 +108,12 @@ class SpeechTokenizer(nn.Module):
         stack: dict[str, Any] = dict(scan_layers=self.scan_layers, remat=self.remat, **kw)
         self.conv1, self.conv2 = make_convolutions(audio, kw)
         self.front = LayerStack(audio, c.quantizer_layer, **stack)
-        self.quantizer = VectorQuantizer(c.codebook_size, width)
+        self.quantizer = VectorQuantizer(c.codebook_size, c.quantized_dim)
+        # the reference's VectorQuantization has these maps where the codebook is narrower than the layers
+        self.has_maps = c.quantized_dim != width
+        if self.has_maps:
+            self.project_in = Linear((width,), (c.quantized_dim,), ("embed", "norm"), **kw)
+            self.project_out = Linear((c.quantized_dim,), (width,), ("norm", "embed"), **kw)
         self.quantized_proj = Linear((width,), (width,), ("mlp", "embed"), **kw)
         self.back = LayerStack(audio, audio.encoder_layers - c.quantizer_layer, **stack)
         self.norm = LayerNorm(width, param_dtype=self.param_dtype)
@@ -114,27 +125,30 @@ class SpeechTokenizer(nn.Module):
     def __call__(self, audio: AudioBlocks) -> tuple[jax.Array, jax.Array, jax.Array]:
         """All that it computes, for ``init_params``: the output, labels' logits and mel."""
         valid = valid_positions(audio)
-        x, _ = self.quantizer(self.features(audio))
+        x, _ = self.quantize(self.features(audio))
         x = self.project(x)
         hidden = self.hidden(x, valid)
         return self.output(hidden), self.content_logits(hidden), self.mel_decoder(x, valid)
 
-    def features(self, audio: AudioBlocks) -> Float[jax.Array, "A S D"]:
+    def features(self, audio: AudioBlocks) -> Float[jax.Array, "A S Q"]:
         """What is quantized at each position."""
-        return self.front(embed_mel(self.conv1, self.conv2, audio, self.dtype), valid_positions(audio))
+        x = self.front(embed_mel(self.conv1, self.conv2, audio, self.dtype), valid_positions(audio))  # [A, S, D]
+        return self.project_in(x) if self.has_maps else x
 
     def encode(self, audio: AudioBlocks) -> Int[jax.Array, "A S"]:
         """Codes; of a block that is not full the first ``(length + 1) // 2`` are sound."""
         return self.quantizer.encode(self.features(audio))
 
-    def quantize(self, features: Float[Array, "A S D"]) -> tuple[jax.Array, jax.Array]:
+    def quantize(self, features: Float[Array, "A S Q"]) -> tuple[jax.Array, jax.Array]:
         """The vectors of the nearest codes, with the gradient passed straight through, and the codes [A, S]."""
         return self.quantizer(features)
 
-    def project(self, x: Float[Array, "A S D"]) -> Float[jax.Array, "A S D"]:
+    def project(self, x: Float[Array, "A S Q"]) -> Float[jax.Array, "A S D"]:
         """Quantized vectors with their positions, as what is behind the quantizer takes them."""
+        x = jnp.asarray(x, self.dtype)
+        x = self.project_out(x) if self.has_maps else x  # [A, S, D]
         positions = jnp.asarray(sinusoidal_positions(x.shape[1], x.shape[2]), self.dtype)
-        return self.quantized_proj(jnp.asarray(x, self.dtype) + positions)  # [A, S, D]
+        return self.quantized_proj(x + positions)  # [A, S, D]
 
     def hidden(self, x: Float[Array, "A S D"], valid: Bool[Array, "A S"]) -> Float[jax.Array, "A S D"]:
         """Behind the last layer, before the norm."""

@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float, Int
 from omni_jax.batch import Array
 from omni_jax.layers.precision import full_precision
 
-DECAY = 0.99  # of the averages
 SMOOTHING = 1e-5  # that each code's count has at least, as a share (Laplace smoothing)
 DEAD_SHARE = 0.1  # of an even share of the vectors; a code with fewer is replaced
 
@@ -104,16 +103,17 @@ def sum_codes(
 
 
 def update_codebook(
-    params: Mapping[str, Float[Array, "N ..."]], found: CodeSums
+    params: Mapping[str, Float[Array, "N ..."]], found: CodeSums, decay: float
 ) -> dict[str, Float[jax.Array, "N ..."]]:
     """The parameters of a quantizer after a batch.
 
     Args:
       params: before it.
       found: what the batch has.
+      decay: of the averages, in a step.
     """
-    counts = DECAY * params["counts"] + (1 - DECAY) * found.counts  # [N]
-    sums = DECAY * params["sums"] + (1 - DECAY) * found.sums  # [N, D]
+    counts = decay * params["counts"] + (1 - decay) * found.counts  # [N]
+    sums = decay * params["sums"] + (1 - decay) * found.sums  # [N, D]
     total = jnp.sum(counts)
     num_codes = len(counts)
     smoothed = (counts + SMOOTHING) / (total + num_codes * SMOOTHING) * total  # [N]

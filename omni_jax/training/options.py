@@ -188,6 +188,8 @@ class SpeechTokenizerOptions:
     unquantized: float = 0.0
     """Share of the blocks whose vectors pass the quantizer unchanged while it trains, so that what is behind it learns
     before the codes say anything; from nothing a half is well."""
+    codebook_decay: float = 0.99
+    """Of the averages that the codebook follows from, in a step."""
     content_weight: float = 1.0
     """Factor of the loss of the text."""
     mel_weight: float = 1.0
@@ -208,6 +210,7 @@ class SpeechTokenizerOptions:
         check_int("objective.max_codes", self.max_codes, 1)
         check_int("objective.max_labels", self.max_labels, 1)
         check_float("objective.unquantized", self.unquantized, 0, 1)
+        check_float("objective.codebook_decay", self.codebook_decay, 0, 1)
         check_float("objective.content_weight", self.content_weight, 0, FLOAT_MAX)
         check_float("objective.mel_weight", self.mel_weight, 0, FLOAT_MAX)
         check_float("objective.commitment_weight", self.commitment_weight, 0, FLOAT_MAX)

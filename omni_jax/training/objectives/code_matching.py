@@ -243,9 +243,9 @@ def make_match_codes(recipe: Recipe) -> MatchCodes:
     config = options.model.with_blocks(options.block_codes)
     if config.codebook_size > dit.num_embeds + 1:
         raise ConfigError(f"the tokenizer has {config.codebook_size} codes, and the DiT {dit.num_embeds + 1}")
-    if config.audio_config.d_model < dit.emb_dim:
+    if config.quantized_dim < dit.emb_dim:
         raise ConfigError(
-            f"the tokenizer is {config.audio_config.d_model} wide, less than the {dit.emb_dim} of the embedding of a "
+            f"the codebook is {config.quantized_dim} wide, less than the {dit.emb_dim} of the embedding of a "
             "code of the DiT, which must fit in"
         )
     if dit.repeats != 2:

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2601.15621). Sound: the mean absolute error of the log-mel
 of the quantized vectors. Commitment: vectors are to stay near the codes that they become. The codebook has no gradient:
 it is an average over steps (``models.vector_quantizer``).
 
-Letters: B rows, N blocks of a row, A = B N blocks, T mel frames of a block, S positions of a block, D width, E width of
+Letters: B rows, N blocks of a row, A = B N blocks, T mel frames of a block, S positions of a block, D width, Q channels of the codebook, E width of
 the Thinker, U utterances of a row, P positions of an utterance at most, L labels.
 """
 
@@ -171,8 +171,8 @@ class TokenizeSpeech(Objective):
         speech = _speech_of(batch)
         model = self.model.bind({"params": params[SPEECH_TOKENIZER]})
         valid = valid_positions(speech.audio)  # [A, S]
-        features = model.features(speech.audio)  # [A, S, D]
-        vectors, codes = model.quantize(features)  # [A, S, D], [A, S]
+        features = model.features(speech.audio)  # [A, S, Q]
+        vectors, codes = model.quantize(features)  # [A, S, Q], [A, S]
         away = jnp.mean(jnp.square(features - jax.lax.stop_gradient(vectors)), axis=-1)  # [A, S]
         commitment = jnp.sum(jnp.where(valid, away, 0)) / denominators["codes"]
         total = options.commitment_weight * commitment
@@ -180,7 +180,7 @@ class TokenizeSpeech(Objective):
         if trained:
             # what is behind the quantizer begins to learn before codes say anything
             passes = jax.random.bernoulli(pass_key, options.unquantized, (len(valid), 1, 1))
-            vectors = jnp.where(passes, features, vectors)  # [A, S, D]
+            vectors = jnp.where(passes, features, vectors)  # [A, S, Q]
         inputs = model.project(vectors)  # [A, S, D]
         terms = {"commitment": commitment}
 
@@ -203,7 +203,7 @@ class TokenizeSpeech(Objective):
             terms["mel"] = sound
             total += options.mel_weight * sound
 
-        flat = features.reshape(-1, features.shape[-1])  # [A S, D]
+        flat = features.reshape(-1, features.shape[-1])  # [A S, Q]
         sums = sum_codes(flat, codes.reshape(-1), valid.reshape(-1), self._config.codebook_size, draw_key)
         # of the batches of a step the mean, which for one is the value
         share = jnp.sum(sums.counts) / denominators["codes"]
@@ -259,7 +259,7 @@ class TokenizeSpeech(Objective):
         }
 
     def apply_statistics(self, params: Params, statistics: Metrics, key: jax.Array) -> dict[str, jax.Array]:
-        new = update_codebook(params[SPEECH_TOKENIZER]["quantizer"], CodeSums(**statistics))
+        new = update_codebook(params[SPEECH_TOKENIZER]["quantizer"], CodeSums(**statistics), self.options.codebook_decay)
         return {f"{_QUANTIZER}/{name}": value for name, value in new.items()}
 
     def count_work(self, batch: TranscribedBatch | DialogueBatch) -> Metrics:
