@@ -58,18 +58,18 @@ RECIPES = {
 }
 
 _MINI: dict[str, Any] = dict(
-    data=dict(rows=2, streams=2, tokens=1024, audio_blocks=0, canvases=0),
-    objective=TalkerOptions(positions=2048, utterances=12, chunk=2048),
+    data=dict(rows=1, tokens=512, audio_blocks=0, canvases=0),
+    objective=TalkerOptions(positions=1024, utterances=6, chunk=1024),
 )
 RECIPES["talker-pretrain-mini"] = make_mini(
     RECIPES["talker-pretrain-tiny"],
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.01),
-    steps=1000,
+    steps=2500,
     **_MINI,
 )
 RECIPES["talker-voices-mini"] = make_mini(
     RECIPES["talker-voices-tiny"],
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, weight_decay=0.01, no_decay=r".*/(bias|scale)|thinker/.*"),
-    steps=150,
+    steps=300,
     **_MINI,
 )

@@ -41,8 +41,8 @@ RECIPES = {
 }
 RECIPES["token2wav-distill-mini"] = make_mini(
     RECIPES["token2wav-distill-tiny"],
-    data=dict(rows=2, streams=2, tokens=400),
+    data=dict(rows=1, tokens=300),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, weight_decay=0.0, clip=1.0, ema=0.99),
-    steps=150,
-    objective=FlowDistillationOptions(utterances=6, clip_frames=480, teacher_steps=1),
+    steps=200,
+    objective=FlowDistillationOptions(utterances=4, clip_frames=480, teacher_steps=1),
 )

@@ -24,8 +24,8 @@ RECIPES = recipes(
 )
 RECIPES["token2wav-dit-mini"] = make_mini(
     RECIPES["token2wav-dit-tiny"],
-    data=dict(rows=2, streams=2, tokens=600),
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, clip=1.0, ema=0.998),
-    steps=1400,
-    objective=FlowMatchingOptions(utterances=8, clip_frames=480),
+    data=dict(rows=1, tokens=300),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, clip=1.0, ema=0.999),
+    steps=3500,
+    objective=FlowMatchingOptions(utterances=4, clip_frames=480),
 )

@@ -142,21 +142,21 @@ class Demo:
             run("tools/make_codes.py", self.data / f"{part}.jsonl", target, "--model", self.out / "tokenizer", *more)
 
     def train_dit(self) -> None:
-        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", self._sound_rows(), 1400)
+        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", self._sound_rows(), 3500)
 
     def _sound_rows(self) -> list[Path]:
         return [self.data / "train_codes.jsonl", self.data / "valid_codes.jsonl"]
 
     def train_vocoder(self) -> None:
-        first = max(round(600 * self.options.steps_scale), 2)
+        first = max(round(800 * self.options.steps_scale), 2)
         rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
-        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 630, "--phases.0.steps", first)
+        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 830, "--phases.0.steps", first)
 
     def distill(self) -> None:
         # the teacher's published solve of a row takes as long as several steps, so few are held out
         few = read_values(self.data / "valid_codes.jsonl")[:NUM_DISTILLED]
         rows = [self.data / "train_codes.jsonl", write_values(self.data / "valid_few.jsonl", few)]
-        self.train("token2wav-distill-mini", "distilled", self._with_voices(), rows, 150, looks=2)
+        self.train("token2wav-distill-mini", "distilled", self._with_voices(), rows, 200, looks=2)
 
     def _with_voices(self) -> Path:
         """The checkpoint to which the last voice was added."""
@@ -189,7 +189,7 @@ class Demo:
             target = self.data / f"{part}_flite.jsonl"
             self._keep_flite(self.data / f"{part}_codes.jsonl", target)
             rows.append(self._make_spoken(target))
-        self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows, 1000)
+        self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows, 2500)
 
     def _make_spoken(self, codes: Path) -> Path:
         target = codes.with_name(f"{codes.stem}_spoken.jsonl")
@@ -218,7 +218,7 @@ class Demo:
     def add_speaker(self) -> None:
         """Stage 3: all speakers, of whom one is new."""
         rows = [self._make_spoken(path) for path in self._sound_rows()]
-        self.train("talker-voices-mini", "talker3", self.out / "talker2", rows, 150, *self._new_voice())
+        self.train("talker-voices-mini", "talker3", self.out / "talker2", rows, 300, *self._new_voice())
 
     def _new_voice(self) -> tuple[object, ...]:
         token = load_voices(self._with_voices())[HIBARI_VOICE].bos_token
