@@ -85,7 +85,7 @@ RECIPES |= _WITH_THINKER
 RECIPES |= recipes(
     "speech-tokenizer-match",
     "the codes that the Token2Wav of a checkpoint, as it is, makes the sound of",
-    phases=(Phase("match", (ParameterGroup("speech_tokenizer/(conv1|conv2|front)/.*"),)),),
+    phases=(Phase("match", (ParameterGroup("speech_tokenizer/(conv1|conv2|front|project_in)/.*"),)),),
     optimizer=OptimizerConfig(learning_rate=2e-4, warmup=5_000, weight_decay=0.01, clip=1.0),
     steps=200_000,
     tokens=3072,

@@ -26,7 +26,7 @@ class SpeechTokenizerConfig(ComponentConfig):
     audio_config: AudioEncoderConfig = _AUDIO  # its blocks are those of the tokenizer
     quantizer_layer: int = 6  # layers before the quantizer
     codebook_size: int = 8192
-    codebook_dim: int | None = None  # channels that are quantized; None: those of the layers, without linear maps
+    codebook_dim: int = _AUDIO.d_model  # channels that are quantized; linear maps unless they are those of the layers
     num_labels: int = 257  # of the content: 0 is none, then the bytes of UTF-8
     mel_channels: int = 512  # of the decoder to mel
     mel_dim: int = 80
@@ -39,11 +39,6 @@ class SpeechTokenizerConfig(ComponentConfig):
             )
 
     @property
-    def quantized_dim(self) -> int:
-        """Channels of a vector of the codebook."""
-        return self.codebook_dim or self.audio_config.d_model
-
-    @property
     def block_codes(self) -> int:
         """Codes of a full block, one for each two mel frames of 10 ms."""
         return self.audio_config.n_window
@@ -52,7 +47,9 @@ class SpeechTokenizerConfig(ComponentConfig):
     def tiny(cls, **changes: Any) -> SpeechTokenizerConfig:
         """Small enough for a test."""
         audio = AudioEncoderConfig.tiny(encoder_layers=3, n_window=20)
-        sizes: dict[str, Any] = dict(audio_config=audio, quantizer_layer=1, codebook_size=64, mel_channels=24)
+        sizes: dict[str, Any] = dict(
+            audio_config=audio, quantizer_layer=1, codebook_size=64, codebook_dim=audio.d_model, mel_channels=24
+        )
         return cls(**{**sizes, **changes})
 
     def with_blocks(self, n_window: int | None) -> SpeechTokenizerConfig:

@@ -108,12 +108,12 @@ class SpeechTokenizer(nn.Module):
         stack: dict[str, Any] = dict(scan_layers=self.scan_layers, remat=self.remat, **kw)
         self.conv1, self.conv2 = make_convolutions(audio, kw)
         self.front = LayerStack(audio, c.quantizer_layer, **stack)
-        self.quantizer = VectorQuantizer(c.codebook_size, c.quantized_dim)
+        self.quantizer = VectorQuantizer(c.codebook_size, c.codebook_dim)
         # the reference's VectorQuantization has these maps where the codebook is narrower than the layers
-        self.has_maps = c.quantized_dim != width
+        self.has_maps = c.codebook_dim != width
         if self.has_maps:
-            self.project_in = Linear((width,), (c.quantized_dim,), ("embed", "norm"), **kw)
-            self.project_out = Linear((c.quantized_dim,), (width,), ("norm", "embed"), **kw)
+            self.project_in = Linear((width,), (c.codebook_dim,), ("embed", "norm"), **kw)
+            self.project_out = Linear((c.codebook_dim,), (width,), ("norm", "embed"), **kw)
         self.quantized_proj = Linear((width,), (width,), ("mlp", "embed"), **kw)
         self.back = LayerStack(audio, audio.encoder_layers - c.quantizer_layer, **stack)
         self.norm = LayerNorm(width, param_dtype=self.param_dtype)

@@ -27,11 +27,17 @@ CONFIGS = {
         ),
         quantizer_layer=2,
         codebook_size=100,
+        codebook_dim=40,
         mel_channels=16,
     ),
+    "a codebook narrower than the layers": SpeechTokenizerConfig.tiny(codebook_dim=12),
 }
 # frames of each sound: full blocks and one that is not, an odd number of frames, less than a block
-LENGTHS = {"one layer before": (120, 73, 39), "two layers before, blocks of a second": (230, 107)}
+LENGTHS = {
+    "one layer before": (120, 73, 39),
+    "two layers before, blocks of a second": (230, 107),
+    "a codebook narrower than the layers": (97,),
+}
 _MODULES = {
     "attention/query": "attn.query",
     "attention/key": "attn.key",
@@ -42,7 +48,15 @@ _MODULES = {
     "mlp/down": "mlp.2",
     "mlp_norm": "mlp_ln",
 }
-_OWN = {"conv1": "conv1", "conv2": "conv2", "proj": "proj", "quantized_proj": "project_after_vq_pe", "norm": "ln_post"}
+_OWN = {
+    "conv1": "conv1",
+    "conv2": "conv2",
+    "project_in": "audio_quantizer.rvqs.0.layers.0.project_in",
+    "project_out": "audio_quantizer.rvqs.0.layers.0.project_out",
+    "proj": "proj",
+    "quantized_proj": "project_after_vq_pe",
+    "norm": "ln_post",
+}
 
 
 def tiny_ffn(config: SpeechTokenizerConfig) -> SpeechTokenizerConfig:
@@ -95,7 +109,7 @@ def make_reference(config: SpeechTokenizerConfig, params: dict[str, Any]) -> Any
         audio_vq_layers=config.quantizer_layer,
         audio_vq_type="GRVQ",
         audio_vq_codebook_size=config.codebook_size,
-        audio_vq_codebook_dim=audio.d_model,
+        audio_vq_codebook_dim=config.codebook_dim,
         audio_vq_pe=True,
         audio_vq_ds_rate=1,
     )

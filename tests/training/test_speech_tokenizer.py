@@ -30,7 +30,7 @@ from omni_jax.data.transcribed_examples import (
 )
 from omni_jax.engine.speech_tokenizer_engine import RATE, SpeechTokenizerEngine
 from omni_jax.errors import CheckpointError, ConfigError, InputError
-from omni_jax.models.vector_quantizer import DECAY, CodeSums, perplexity, sum_codes, update_codebook
+from omni_jax.models.vector_quantizer import CodeSums, perplexity, sum_codes, update_codebook
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.fetch import NO_ACCESS
 from omni_jax.processing.media import read_audio
@@ -107,7 +107,8 @@ def test_two_devices_have_the_codebook_of_one(rows: Path, tmp_path: Path) -> Non
         np.testing.assert_allclose(two["speech_tokenizer"]["quantizer"][name], value, atol=1e-4)
 
 
-def test_the_codebook_is_an_average() -> None:
+@pytest.mark.parametrize("decay", [0.99, 0.8])
+def test_the_codebook_is_an_average(decay: float) -> None:
     """Against the formulas of the paper, one code at a time; one code is not used any more."""
     x, codes = draw(1)
     codes[codes == 3] = 4
@@ -116,11 +117,11 @@ def test_the_codebook_is_an_average() -> None:
     sums = rng.standard_normal((8, 3)).astype(np.float32)
     params = {"codebook": sums / counts[:, None], "counts": counts, "sums": sums}
     found = sum_codes(x, codes, np.ones(len(x), bool), 8, jax.random.key(1))
-    new = update_codebook(params, found)
-    total = sum(DECAY * counts[code] + (1 - DECAY) * np.sum(codes == code) for code in range(8))
+    new = update_codebook(params, found, decay)
+    total = sum(decay * counts[code] + (1 - decay) * np.sum(codes == code) for code in range(8))
     for code in range(8):
-        count = DECAY * counts[code] + (1 - DECAY) * np.sum(codes == code)
-        mean = DECAY * sums[code] + (1 - DECAY) * x[codes == code].sum(axis=0)
+        count = decay * counts[code] + (1 - decay) * np.sum(codes == code)
+        mean = decay * sums[code] + (1 - decay) * x[codes == code].sum(axis=0)
         smoothed = (count + 1e-5) / (total + 8e-5) * total
         np.testing.assert_allclose(new["counts"][code], count, rtol=1e-5)
         np.testing.assert_allclose(new["codebook"][code], mean / smoothed, atol=TOLERANCE)
@@ -133,16 +134,16 @@ def test_codes_that_are_dead_are_replaced() -> None:
     params["sums"] = np.zeros((8, 3), np.float32)
     codes[(codes == 2) | (codes == 6)] = 0
     found = sum_codes(x, codes, np.ones(len(x), bool), 8, jax.random.key(4))
-    new = update_codebook(params, found)
+    new = update_codebook(params, found, 0.99)
     for code in (2, 6):
         np.testing.assert_array_equal(new["codebook"][code], found.candidates[code])
         # it lives on: the next batch that nothing is near to does not change it
         empty = CodeSums(found.counts.at[code].set(0), found.sums.at[code].set(0), found.candidates + 1)
-        again = update_codebook(new, empty)
+        again = update_codebook(new, empty, 0.99)
         np.testing.assert_allclose(again["codebook"][code], found.candidates[code], atol=1e-4)
     # padding alone says nothing
     nothing = sum_codes(x, codes, np.zeros(len(x), bool), 8, jax.random.key(4))
-    for name, value in update_codebook(params, nothing).items():
+    for name, value in update_codebook(params, nothing, 0.99).items():
         np.testing.assert_array_equal(value, params[name])
 
 

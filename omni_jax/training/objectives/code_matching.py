@@ -46,7 +46,7 @@ from omni_jax.training.recipe import Recipe
 _CODEBOOK = f"{SPEECH_TOKENIZER}/quantizer/codebook"
 _TABLE = "token2wav/dit/codec_embed/embedding"
 # what is computed of the tokenizer
-_FRONT = tuple(f"{SPEECH_TOKENIZER}/{part}/" for part in ("conv1", "conv2", "front"))
+_FRONT = tuple(f"{SPEECH_TOKENIZER}/{part}/" for part in ("conv1", "conv2", "front", "project_in"))
 _FLOAT32_BYTES = 4
 
 
@@ -243,9 +243,9 @@ def make_match_codes(recipe: Recipe) -> MatchCodes:
     config = options.model.with_blocks(options.block_codes)
     if config.codebook_size > dit.num_embeds + 1:
         raise ConfigError(f"the tokenizer has {config.codebook_size} codes, and the DiT {dit.num_embeds + 1}")
-    if config.quantized_dim < dit.emb_dim:
+    if config.codebook_dim < dit.emb_dim:
         raise ConfigError(
-            f"the codebook is {config.quantized_dim} wide, less than the {dit.emb_dim} of the embedding of a "
+            f"the codebook is {config.codebook_dim} wide, less than the {dit.emb_dim} of the embedding of a "
             "code of the DiT, which must fit in"
         )
     if dit.repeats != 2:

@@ -259,7 +259,9 @@ class TokenizeSpeech(Objective):
         }
 
     def apply_statistics(self, params: Params, statistics: Metrics, key: jax.Array) -> dict[str, jax.Array]:
-        new = update_codebook(params[SPEECH_TOKENIZER]["quantizer"], CodeSums(**statistics), self.options.codebook_decay)
+        new = update_codebook(
+            params[SPEECH_TOKENIZER]["quantizer"], CodeSums(**statistics), self.options.codebook_decay
+        )
         return {f"{_QUANTIZER}/{name}": value for name, value in new.items()}
 
     def count_work(self, batch: TranscribedBatch | DialogueBatch) -> Metrics:
