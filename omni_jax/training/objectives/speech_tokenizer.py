@@ -7,8 +7,8 @@ https://arxiv.org/abs/2601.15621). Sound: the mean absolute error of the log-mel
 of the quantized vectors. Commitment: vectors are to stay near the codes that they become. The codebook has no gradient:
 it is an average over steps (``models.vector_quantizer``).
 
-Letters: B rows, N blocks of a row, A = B N blocks, T mel frames of a block, S positions of a block, D width, Q channels of the codebook, E width of
-the Thinker, U utterances of a row, P positions of an utterance at most, L labels.
+Letters: B rows, N blocks of a row, A = B N blocks, T mel frames of a block, S positions of a block, D width, Q channels
+of the codebook, E width of the Thinker, U utterances of a row, P positions of an utterance at most, L labels.
 """
 
 from __future__ import annotations
