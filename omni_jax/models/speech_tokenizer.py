@@ -37,13 +37,11 @@ from omni_jax.models.audio_encoder import (
     valid_positions,
 )
 from omni_jax.models.vector_quantizer import VectorQuantizer
+from omni_jax.processing import speech_mel
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
 _MEL_KERNEL = 5  # positions, 100 ms
 _MEL_LAYERS = 2
-# of the log-mel of speech: the decoder begins there, since an optimizer's steps are small beside them
-_MEL_MEAN = -6.0
-_MEL_SCALE = 2.7
 
 
 class LayerStack(nn.Module):
@@ -88,7 +86,8 @@ class MelDecoder(nn.Module):
         x = LayerNorm(width, param_dtype=self.param_dtype, name="norm")(x)
         x = Linear((width,), (2 * c.mel_dim,), ("mlp", "embed"), name="proj", **kw)(x)  # [A, S, 2 M]
         mel = x.reshape(x.shape[0], -1, c.mel_dim)  # [A, 2 S, M]
-        return _MEL_MEAN + _MEL_SCALE * mel
+        # an optimizer's steps are small beside the numbers of a log-mel
+        return speech_mel.MEAN + speech_mel.DEVIATION * mel
 
 
 class SpeechTokenizer(nn.Module):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from omni_jax.data.config import DataConfig
@@ -108,6 +109,15 @@ class Objective(Protocol):
           ConfigError: if the checkpoint must have it.
         """
         ...
+
+    def initial_values(self, component: str, folder: Path) -> Mapping[str, np.ndarray]:
+        """Of a component that ``init_params`` made, arrays that begin with other values, by path in the component.
+
+        Args:
+          component: its name.
+          folder: the checkpoint that the run begins from.
+        """
+        return {}
 
     def check_start(self, folder: Path) -> None:
         """Looks at the checkpoint that a run is to begin from.

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from omni_jax.checkpoint import store
@@ -186,7 +187,11 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
             # made on the devices, each with its own part
             shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
             init = functools.partial(step.objective.init_params, name)
-            params[name] = jax.jit(init, out_shardings=shardings)(jax.random.key(recipe.seed))
+            fresh = jax.jit(init, out_shardings=shardings)(jax.random.key(recipe.seed))
+            flat: dict[str, Any] = flatten_dict(fresh, sep="/")
+            for path, value in step.objective.initial_values(name, folder).items():
+                flat[path] = jax.device_put(value.astype(flat[path].dtype), flat[path].sharding)
+            params[name] = unflatten_dict(flat, sep="/")
     params |= _load_copies(workdir, step, mesh)
     trained, frozen = split_params(params, step.scales)
     return _fill_state(step, abstract_state(step, mesh), 0, trained, step.objective.convert_frozen(frozen))

@@ -31,6 +31,7 @@ from omni_jax.data.transcribed_examples import (
 from omni_jax.engine.speech_tokenizer_engine import RATE, SpeechTokenizerEngine
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.models.vector_quantizer import CodeSums, perplexity, sum_codes, update_codebook
+from omni_jax.processing import speech_mel
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.fetch import NO_ACCESS
 from omni_jax.processing.media import read_audio
@@ -40,7 +41,8 @@ from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from omni_jax.training.objectives import make_objective
 from omni_jax.training.recipe import RANDOM, CheckpointConfig, EvalConfig, Recipe
-from omni_jax.training.run_state import prepare_workdir
+from omni_jax.training.run_state import init_state, prepare_workdir
+from omni_jax.training.step import make_step
 from tests.processes import run
 from tools.make_codes import Options, make_codes
 
@@ -334,6 +336,25 @@ def test_a_run_keeps_the_codec_of_its_checkpoint(trained: Path, tmp_path: Path) 
     recipe = dataclasses.replace(RECIPES["talker-pretrain-tiny"], init=folder)
     prepare_workdir(recipe, make_objective(recipe), tmp_path / "run", print)
     assert find_codec_of_rows(recipe, tmp_path / "run" / MODEL_FOLDER) == find_codec(folder)
+
+
+def test_a_dit_begins_with_the_codebook(trained: Path, tmp_path: Path) -> None:
+    """Codes that are near each other in the codebook are so among the embeddings, and the velocity has its mean."""
+    recipe = dataclasses.replace(RECIPES["token2wav-dit-tiny"], init=step_folder(trained, 12))
+    objective = make_objective(recipe)
+    prepare_workdir(recipe, objective, tmp_path / "run", print)
+    step = make_step(recipe, objective, recipe.phases[0], recipe.steps)
+    mesh = recipe.mesh.make()
+    with jax.set_mesh(mesh):
+        params = init_state(recipe, tmp_path / "run", step, mesh).params
+    dit = params["token2wav"]["dit"]
+    np.testing.assert_array_equal(dit["proj"]["bias"], speech_mel.MEAN)
+    codebook = store.load(step_folder(trained, 12), ["speech_tokenizer"])["speech_tokenizer"]["quantizer"]["codebook"]
+    standard = (codebook - codebook.mean(axis=0)) / codebook.std(axis=0)  # [codes, Q]
+    table = np.asarray(dit["codec_embed"]["embedding"])[: len(codebook)]
+    for code in range(0, len(codebook), 7):
+        near, ours = (np.sum(np.square(x - x[code]), axis=1) for x in (standard, table))
+        assert np.corrcoef(near, ours)[0, 1] > 0.5
 
 
 def find_codec_of_rows(recipe: Recipe, folder: Path) -> str | None:
