@@ -267,7 +267,7 @@ def test_recipes_that_cannot_be(recipe: Recipe, tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="the tokenizer has 67 codes, and the DiT 66"):
         make_objective(make(codebook_size=67))
-    with pytest.raises(ConfigError, match="the tokenizer is 32 wide, less than the 40 of the embedding of a code"):
+    with pytest.raises(ConfigError, match="the codebook is 32 wide, less than the 40 of the embedding of a code"):
         make_objective(make(DiTConfig.tiny(emb_dim=40)))
     with pytest.raises(ConfigError, match="a code of the DiT is 4 frames, and one of the tokenizer 2"):
         make_objective(make(DiTConfig.tiny(repeats=4)))
