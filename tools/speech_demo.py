@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
+from configs import RECIPES
 from omni_jax.checkpoint.voices import load_voices
 from omni_jax.data.rows import row_values
 from omni_jax.data.sources import open_rows
@@ -83,7 +84,14 @@ class Demo:
         self.data = self.out / "data"
 
     def train(
-        self, recipe: str, folder: str, init: object, rows: Sequence[object], steps: int, *more: object, looks: int = 6
+        self,
+        recipe: str,
+        folder: str,
+        init: object,
+        rows: Sequence[object],
+        *more: object,
+        steps: int = 0,
+        looks: int = 6,
     ) -> None:
         """Trains with a ``-mini`` recipe.
 
@@ -92,15 +100,18 @@ class Demo:
           folder: of the run.
           init: what it begins from.
           rows: to train on, and held-out ones.
-          steps: before they are scaled.
           more: options.
+          steps: before they are scaled; 0: those of the recipe.
           looks: how often the held-out rows are evaluated.
         """
-        steps = max(round(steps * self.options.steps_scale), 4)
+        steps = self._scale(steps or RECIPES[recipe].steps)
         run(
             *("train.py", recipe, "--workdir", self.out / folder, "--init", init, "--steps", steps),
             *("--data.train", rows[0], "--data.valid", rows[1], "--eval.every", max(steps // looks, 1), *more),
         )
+
+    def _scale(self, steps: int, least: int = 4) -> int:
+        return max(round(steps * self.options.steps_scale), least)
 
     def make_data(self) -> None:
         options = self.options
@@ -119,15 +130,16 @@ class Demo:
                 dialogues.append({"messages": [question, {"role": "assistant", "content": values["text"]}]})
             rows.append(write_values(self.data / f"{part}_texts.jsonl", dialogues))
         self.train(
-            *("thinker-sft-tiny", "thinker", "random", rows, 300, "--model", "mini"),
+            *("thinker-sft-tiny", "thinker", "random", rows, "--model", "mini"),
             *("--phases.0.train.0.paths", "thinker/decoder/.*", "--data.rows", 4, "--data.tokens", 512),
             *("--data.audio-blocks", 0, "--data.canvases", 0, "--remat", "none", "--checkpoint.every", 100),
             *("--optimizer.learning-rate", 2e-3, "--optimizer.warmup", 50, "--log-every", 20),
+            steps=300,
         )
 
     def train_tokenizer(self) -> None:
         rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
-        self.train("speech-tokenizer-mini", "tokenizer", self.out / "thinker", rows, 5000)
+        self.train("speech-tokenizer-mini", "tokenizer", self.out / "thinker", rows)
 
     def make_codes(self) -> None:
         for part in ("train", "valid", "test"):
@@ -142,21 +154,21 @@ class Demo:
             run("tools/make_codes.py", self.data / f"{part}.jsonl", target, "--model", self.out / "tokenizer", *more)
 
     def train_dit(self) -> None:
-        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", self._sound_rows(), 3500)
+        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", self._sound_rows())
 
     def _sound_rows(self) -> list[Path]:
         return [self.data / "train_codes.jsonl", self.data / "valid_codes.jsonl"]
 
     def train_vocoder(self) -> None:
-        first = max(round(800 * self.options.steps_scale), 2)
+        first = self._scale(RECIPES["vocoder-mini"].phases[0].steps or 0, least=2)
         rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]
-        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, 830, "--phases.0.steps", first)
+        self.train("vocoder-mini", "vocoder", self.out / "dit", rows, "--phases.0.steps", first)
 
     def distill(self) -> None:
         # the teacher's published solve of a row takes as long as several steps, so few are held out
         few = read_values(self.data / "valid_codes.jsonl")[:NUM_DISTILLED]
         rows = [self.data / "train_codes.jsonl", write_values(self.data / "valid_few.jsonl", few)]
-        self.train("token2wav-distill-mini", "distilled", self._with_voices(), rows, 200, looks=2)
+        self.train("token2wav-distill-mini", "distilled", self._with_voices(), rows, looks=2)
 
     def _with_voices(self) -> Path:
         """The checkpoint to which the last voice was added."""
@@ -189,7 +201,7 @@ class Demo:
             target = self.data / f"{part}_flite.jsonl"
             self._keep_flite(self.data / f"{part}_codes.jsonl", target)
             rows.append(self._make_spoken(target))
-        self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows, 2500)
+        self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows)
 
     def _make_spoken(self, codes: Path) -> Path:
         target = codes.with_name(f"{codes.stem}_spoken.jsonl")
@@ -212,13 +224,13 @@ class Demo:
         common = ("talker-dpo-mini", "--init", self.out / "talker1", "--data.train")
         if not scored.exists():
             run("tools/score_pairs.py", *common, pairs, "--out", scored)
-        steps = max(round(50 * self.options.steps_scale), 4)
+        steps = self._scale(RECIPES["talker-dpo-mini"].steps)
         run("train.py", *common, scored, "--workdir", self.out / "talker2", "--steps", steps)
 
     def add_speaker(self) -> None:
         """Stage 3: all speakers, of whom one is new."""
         rows = [self._make_spoken(path) for path in self._sound_rows()]
-        self.train("talker-voices-mini", "talker3", self.out / "talker2", rows, 300, *self._new_voice())
+        self.train("talker-voices-mini", "talker3", self.out / "talker2", rows, *self._new_voice())
 
     def _new_voice(self) -> tuple[object, ...]:
         token = load_voices(self._with_voices())[HIBARI_VOICE].bos_token

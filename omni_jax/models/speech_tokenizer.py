@@ -87,7 +87,7 @@ class MelDecoder(nn.Module):
         x = Linear((width,), (2 * c.mel_dim,), ("mlp", "embed"), name="proj", **kw)(x)  # [A, S, 2 M]
         mel = x.reshape(x.shape[0], -1, c.mel_dim)  # [A, 2 S, M]
         # an optimizer's steps are small beside the numbers of a log-mel
-        return speech_mel.MEAN + speech_mel.DEVIATION * mel
+        return speech_mel.LOG_MEAN + speech_mel.LOG_DEVIATION * mel
 
 
 class SpeechTokenizer(nn.Module):

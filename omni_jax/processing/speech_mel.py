@@ -25,9 +25,9 @@ _LEAST_POWER = 1e-9  # added under the root
 _LEAST_MAGNITUDE = 1e-5  # of a bin; its logarithm is -11.5
 _FRAMES_PER_FFT = 1024  # whose spectra are taken at a time
 
-# roughly, of the bins of speech: what networks that make a log-mel begin near
-MEAN = -6.0
-DEVIATION = 2.7
+# of the bins of speech, roughly, in nats: what networks that make a log-mel begin near
+LOG_MEAN = -6.0
+LOG_DEVIATION = 2.7
 LOG_FLOOR = math.log(_LEAST_MAGNITUDE)  # the least value that a bin can have
 FRAME_RATE = RATE // HOP  # Hz
 

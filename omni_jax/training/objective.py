@@ -111,11 +111,14 @@ class Objective(Protocol):
         ...
 
     def initial_values(self, component: str, folder: Path) -> Mapping[str, np.ndarray]:
-        """Of a component that ``init_params`` made, arrays that begin with other values, by path in the component.
+        """What replaces some of the parameters that ``init_params`` made, since the checkpoint says more.
 
         Args:
-          component: its name.
+          component: whose parameters they are.
           folder: the checkpoint that the run begins from.
+
+        Returns:
+          arrays of the shapes of those that they replace, by path within the component, as ``dit/proj/bias``.
         """
         return {}
 

@@ -348,7 +348,7 @@ def test_a_dit_begins_with_the_codebook(trained: Path, tmp_path: Path) -> None:
     with jax.set_mesh(mesh):
         params = init_state(recipe, tmp_path / "run", step, mesh).params
     dit = params["token2wav"]["dit"]
-    np.testing.assert_array_equal(dit["proj"]["bias"], speech_mel.MEAN)
+    np.testing.assert_array_equal(dit["proj"]["bias"], speech_mel.LOG_MEAN)
     codebook = store.load(step_folder(trained, 12), ["speech_tokenizer"])["speech_tokenizer"]["quantizer"]["codebook"]
     standard = (codebook - codebook.mean(axis=0)) / codebook.std(axis=0)  # [codes, Q]
     table = np.asarray(dit["codec_embed"]["embedding"])[: len(codebook)]

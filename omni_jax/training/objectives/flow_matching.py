@@ -90,7 +90,7 @@ class FlowMatching(PackedSpeechObjective):
     def initial_values(self, component: str, folder: Path) -> dict[str, np.ndarray]:
         """The velocity begins near its mean, and codes that are neighbours in the codebook with embeddings that are."""
         c = self.config
-        values = {"dit/proj/bias": np.full(c.mel_dim, speech_mel.MEAN, np.float32)}
+        values = {"dit/proj/bias": np.full(c.mel_dim, speech_mel.LOG_MEAN, np.float32)}
         if SPEECH_TOKENIZER in store.components(folder):
             codebook = store.open_leaf(folder, (SPEECH_TOKENIZER, "quantizer", "codebook"))(None)  # [codes, Q]
             values["dit/codec_embed/embedding"] = make_code_table(codebook, c.num_embeds + 1, c.emb_dim)
@@ -166,7 +166,7 @@ def make_flow_matching(recipe: Recipe) -> FlowMatching:
 def make_code_table(codebook: Float[np.ndarray, "codes Q"], rows: int, width: int) -> Float[np.ndarray, "rows width"]:
     """Embeddings of codes: a codebook's vectors, of deviation 1 in each channel, through a random linear map.
 
-    The map keeps who is whose neighbour. Rows behind the codes are zero.
+    The map keeps, roughly, which codes are near each other. Rows behind the codes are zero.
     """
     codes = min(len(codebook), rows)
     part = codebook[:codes]
