@@ -2,9 +2,10 @@
 
     python tools/make_spoken_rows.py codes.jsonl spoken.jsonl --clips 0.5
 
-Each row asks for the text to be read aloud (``--question``), and its answer is the text, spoken by the row's codes in
-the row's ``voice``. A share of them (``--clips``) is given another utterance of the voice to go on from, so that the
-Talker learns voices that it is shown; of those half have no name of a voice. The same seed gives the same rows.
+Each row asks for the text to be read aloud (``--question``), under the system prompt of speech, and its answer is the
+text, spoken by the row's codes in the row's ``voice``. A share of them (``--clips``) is given another utterance of the
+voice to go on from, so that the Talker learns voices that it is shown; of those half have no name of a voice.
+The same seed gives the same rows.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from omni_jax.data.rows import row_values
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import InputError
 from omni_jax.plain_files import replace_file
+from omni_jax.processing.read_aloud import QUESTION, make_dialogue
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Options:
 
     rows: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CODES.jsonl")]
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SPOKEN.jsonl")]
-    question: str = "Read this aloud: {text}"
+    question: str = QUESTION
     """What each row asks; {text} is its text."""
     clips: float = 0.0
     """Share of the rows that go on from another utterance of their voice."""
@@ -76,11 +78,7 @@ def make_row(
         speech["codec"] = values["codec"]
     if clip is not None:
         speech["ref"] = {"codec_ids": clip["codec_ids"], "text": clip["text"]}
-    messages = [
-        {"role": "user", "content": question.replace("{text}", values["text"])},
-        {"role": "assistant", "content": values["text"]},
-    ]
-    return {"messages": messages, "speech": speech}
+    return {"messages": make_dialogue(values["text"], question), "speech": speech}
 
 
 def make_rows(utterances: Sequence[Mapping[str, Any]], options: Options) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from omni_jax.data.sources import open_rows
 from omni_jax.evaluation.speaker_probe import SpeakerProbe
 from omni_jax.mini_config import NUM_CODES
 from omni_jax.plain_files import replace_file
+from omni_jax.processing.read_aloud import make_dialogue
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from tools.make_speech import FLITE_VOICES, HIBARI_VOICE, VOICES
 from tools.measure_speech import describe
@@ -126,8 +127,7 @@ class Demo:
         for part in ("train", "valid"):
             dialogues = []
             for values in read_values(self.data / f"{part}.jsonl"):
-                question = {"role": "user", "content": f"Read this aloud: {values['text']}"}
-                dialogues.append({"messages": [question, {"role": "assistant", "content": values["text"]}]})
+                dialogues.append({"messages": make_dialogue(values["text"])})
             rows.append(write_values(self.data / f"{part}_texts.jsonl", dialogues))
         self.train(
             *("thinker-sft-tiny", "thinker", "random", rows, "--model", "mini"),

@@ -25,9 +25,10 @@ from omni_jax.data.resumed_rows import ResumedRows
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.engine.outputs import Reply
 from omni_jax.errors import CheckpointError, ConfigError, InputError, JudgeError
-from omni_jax.evaluation.spoken_answers import QUESTION, SpokenText, make_seed, read_spoken_text, speak_texts
+from omni_jax.evaluation.spoken_answers import SpokenText, make_seed, read_spoken_text, speak_texts
 from omni_jax.generation.model import load
 from omni_jax.generation.options import Options as Request
+from omni_jax.processing.read_aloud import QUESTION
 
 # what is made of a row; or none, and the reason
 MadeRow: TypeAlias = tuple[dict[str, Any] | None, str]

@@ -17,11 +17,8 @@ from omni_jax.engine.request import BLOCK_SIZES, RequestState, SchedulerConfig
 from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.options import Options
-from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.files import folder_of
-
-QUESTION = "Read this aloud: {text}"
-TEXT_PLACE = "{text}"
+from omni_jax.processing.read_aloud import QUESTION, make_dialogue
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,8 @@ def read_spoken_text(row: Row, out: Path, question: str = QUESTION, media_root: 
         text = values.get("text")
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{row.name}: text is {shown(text)}; it must be what is to be spoken")
-        prompt = [
-            {"role": "system", "content": SPEECH_SYSTEM_PROMPT},
-            {"role": "user", "content": question.replace(TEXT_PLACE, text)},
-        ]
-        messages = [*prompt, {"role": "assistant", "content": text}]
-        return SpokenText(row.name, {"messages": messages}, prompt, text)
+        messages = make_dialogue(text, question)
+        return SpokenText(row.name, {"messages": messages}, messages[:-1], text)
     replies = find_last_replies([row], media_root=media_root)
     last = values["messages"][-1] if values["messages"] else None
     if not replies or not isinstance(last, Mapping) or last.get("role") != "assistant" or not replies[0].text.strip():

@@ -21,6 +21,7 @@ _MP4_PARENTS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"}
 _MP4_DATA = {b"moov", b"moof", b"mdat"}  # boxes that nothing can be missing from
 _EBML_MAGIC = bytes.fromhex("1A45DFA3")
 _SEGMENT_MAGIC = bytes.fromhex("18538067")
+_SAMPLE_TAGS = {1, 3, 0xFFFE}  # of WAV: integers, floats, and either with a longer header
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ def is_streamed_wav(file: BinaryIO) -> bool:
     # a program that cannot go back to its header leaves 0 there, or about the largest number of 31 or 32 bits; SoX
     # leaves a whole page less than that of 31
     return head[:4] == b"RIFF" and (size == 0 or size >= (1 << 31) - 4096)
+
+
+def is_pcm_wav(file: BinaryIO) -> bool:
+    """Whether the header of a WAV file comes first, as it does nearly always, and says that it holds plain samples."""
+    file.seek(0)
+    head = file.read(22)
+    tag = int.from_bytes(head[20:], "little")
+    return head[:4] == b"RIFF" and head[8:16] == b"WAVEfmt " and tag in _SAMPLE_TAGS
 
 
 def _is_box_name(name: bytes) -> bool:

@@ -34,7 +34,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 
 from omni_jax.errors import InputError
-from omni_jax.processing.container_bytes import check_header, check_tail, is_streamed_wav
+from omni_jax.processing.container_bytes import check_header, check_tail, is_pcm_wav, is_streamed_wav
 from omni_jax.processing.images import check_pixels
 from omni_jax.processing.sources import Source
 
@@ -61,6 +61,7 @@ _TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__versio
 # of the packets of a track; the larger of both
 _MAX_BAD_PACKETS = 2
 _MAX_BAD_SHARE = 0.01
+_PCM_PROBE_BYTES = 2048
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,15 @@ class _MediaFile:
 
 def open_container(file: BinaryIO) -> InputContainer:
     """A demuxer at the beginning of an open file, whose decoders make no frames that are far too large."""
+    # ffmpeg looks for another codec within the samples of a WAV file, which takes ten times as long as all else
+    probe_options = {"probesize": str(_PCM_PROBE_BYTES)} if is_pcm_wav(file) else {}
     file.seek(0)
     # a frame may be larger than its container says, and its memory is taken before it can be looked at; a quarter more,
     # because decoders round sides up
     decoder_options = {"max_pixels": str(MAX_FRAME_PIXELS * 5 // 4)}
     # without the list, ffmpeg guesses among all formats that it has, playlists of other files included; the options of
     # decoders are for those that look into the file as it is opened
-    options = {"format_whitelist": CONTAINER_FORMATS, **decoder_options}
+    options = {"format_whitelist": CONTAINER_FORMATS, **decoder_options, **probe_options}
     container = av.open(_MediaFile(file), "r", options=options, **_TAG_OPTIONS)
     for video in container.streams.video:
         if video.codec_context is not None:

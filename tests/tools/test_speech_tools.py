@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from omni_jax.data.sources import Row
+from omni_jax.evaluation.spoken_answers import read_spoken_text
 from tests.processes import run
 from tools.make_speech import VOICES, Options, make_rows, plan_utterances
 from tools.make_spoken_rows import Options as SpokenOptions
@@ -49,11 +51,13 @@ def utterances(count: int) -> list[dict]:
 
 def test_rows_for_the_talker() -> None:
     rows = make_spoken_rows(utterances(400), SpokenOptions("rows", Path("out"), clips=0.5))
-    assert rows[0]["messages"][0]["content"] == "Read this aloud: Text 0."
+    # the prompt of what the model is asked to speak
+    spoken = read_spoken_text(Row("rows.jsonl", 1, {"text": "Text 0."}), Path("out"))
+    assert rows[0]["messages"] == spoken.values["messages"]
     with_clip = 0
     without_name = 0
     for number, row in enumerate(rows):
-        assert row["messages"][1] == {"role": "assistant", "content": f"Text {number}."}
+        assert row["messages"][-1] == {"role": "assistant", "content": f"Text {number}."}
         speech = row["speech"]
         assert speech["codec_ids"] == [number] and speech["codec"] == "0f"
         if "ref" in speech:
@@ -86,4 +90,4 @@ def test_rows_as_a_command(tmp_path: Path) -> None:
     done = run("tools/make_spoken_rows.py", tmp_path / "rows.jsonl", tmp_path / "out.jsonl", "--question", "Say {text}")
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["messages"][0]["content"] for row in found] == ["Say Text 0.", "Say Text 1.", "Say Text 2."]
+    assert [row["messages"][1]["content"] for row in found] == ["Say Text 0.", "Say Text 1.", "Say Text 2."]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,7 @@ from omni_jax.processing.voice_perturbation import VoicePerturbation
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from omni_jax.training.objectives import make_objective
+from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.recipe import RANDOM, CheckpointConfig, EvalConfig, Recipe
 from omni_jax.training.run_state import init_state, prepare_workdir
 from omni_jax.training.step import make_step
@@ -349,9 +351,24 @@ def test_a_dit_begins_with_the_codebook(trained: Path, tmp_path: Path) -> None:
         params = init_state(recipe, tmp_path / "run", step, mesh).params
     dit = params["token2wav"]["dit"]
     np.testing.assert_array_equal(dit["proj"]["bias"], speech_mel.LOG_MEAN)
-    codebook = store.load(step_folder(trained, 12), ["speech_tokenizer"])["speech_tokenizer"]["quantizer"]["codebook"]
+    check_neighbours(np.asarray(dit["codec_embed"]["embedding"]), step_folder(trained, 12))
+
+
+def test_a_talker_begins_with_the_codebook(trained: Path) -> None:
+    """So do the embeddings and the logits of a Talker; they have the shapes of those that they replace."""
+    objective = make_objective(RECIPES["talker-pretrain-tiny"])
+    values = objective.initial_values("talker", step_folder(trained, 12))
+    shapes = flatten_params(nn.unbox(objective.abstract_params()["talker"]))
+    assert {path: value.shape for path, value in values.items()} == {path: shapes[path].shape for path in values}
+    check_neighbours(values["decoder/embed/embedding"], step_folder(trained, 12))
+    check_neighbours(values["decoder/head/kernel"].T, step_folder(trained, 12))
+
+
+def check_neighbours(table: np.ndarray, folder: Path) -> None:
+    """Asserts that the rows of codes are about as far from each other as their vectors in a checkpoint's codebook."""
+    codebook = store.load(folder, ["speech_tokenizer"])["speech_tokenizer"]["quantizer"]["codebook"]
     standard = (codebook - codebook.mean(axis=0)) / codebook.std(axis=0)  # [codes, Q]
-    table = np.asarray(dit["codec_embed"]["embedding"])[: len(codebook)]
+    table = table[: len(codebook)]
     for code in range(0, len(codebook), 7):
         near, ours = (np.sum(np.square(x - x[code]), axis=1) for x in (standard, table))
         assert np.corrcoef(near, ours)[0, 1] > 0.5

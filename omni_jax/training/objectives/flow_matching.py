@@ -27,14 +27,13 @@ from flax import struct
 from jaxtyping import Bool, Float
 
 from omni_jax.batch import Array
-from omni_jax.checkpoint import store
 from omni_jax.data.speech_packing import SpeechBatch
 from omni_jax.errors import ConfigError
 from omni_jax.models.dit import NULL_CODE, DiT
 from omni_jax.models.ode_solver import Solver
 from omni_jax.processing import speech_mel
 from omni_jax.sharding import map_over_batch
-from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER
+from omni_jax.training.code_vectors import read_code_vectors
 from omni_jax.training.objective import Loss, Metrics, Params
 from omni_jax.training.objectives.packed_speech import (
     Clips,
@@ -91,9 +90,13 @@ class FlowMatching(PackedSpeechObjective):
         """The velocity begins near its mean, and codes that are neighbours in the codebook with embeddings that are."""
         c = self.config
         values = {"dit/proj/bias": np.full(c.mel_dim, speech_mel.LOG_MEAN, np.float32)}
-        if SPEECH_TOKENIZER in store.components(folder):
-            codebook = store.open_leaf(folder, (SPEECH_TOKENIZER, "quantizer", "codebook"))(None)  # [codes, Q]
-            values["dit/codec_embed/embedding"] = make_code_table(codebook, c.num_embeds + 1, c.emb_dim)
+        vectors = read_code_vectors(folder, c.emb_dim)
+        if vectors is not None:
+            # rows behind the codes are zero
+            table = np.zeros((c.num_embeds + 1, c.emb_dim), np.float32)
+            count = min(len(vectors), len(table))
+            table[:count] = vectors[:count]
+            values["dit/codec_embed/embedding"] = table
         return values
 
     def loss(
@@ -161,20 +164,6 @@ def make_flow_matching(recipe: Recipe) -> FlowMatching:
     """
     assert isinstance(recipe.objective, FlowMatchingOptions)
     return FlowMatching(make_model(recipe), recipe.objective)
-
-
-def make_code_table(codebook: Float[np.ndarray, "codes Q"], rows: int, width: int) -> Float[np.ndarray, "rows width"]:
-    """Embeddings of codes: a codebook's vectors, of deviation 1 in each channel, through a random linear map.
-
-    The map keeps, roughly, which codes are near each other. Rows behind the codes are zero.
-    """
-    codes = min(len(codebook), rows)
-    part = codebook[:codes]
-    part = (part - part.mean(axis=0)) / np.maximum(part.std(axis=0), 1e-6)  # [codes, Q]
-    projection = np.random.default_rng(0).standard_normal((part.shape[1], width)) / np.sqrt(part.shape[1])
-    table = np.zeros((rows, width), np.float32)
-    table[:codes] = part @ projection
-    return table
 
 
 def frame_weights(batch: SpeechBatch, clips: Clips) -> Float[jax.Array, "B N F"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -32,6 +33,7 @@ from omni_jax.models.talker_conditioning import gather_rows, select_text, talker
 from omni_jax.models.thinker import Thinker
 from omni_jax.plain_files import has_file
 from omni_jax.processing.processor import Processor
+from omni_jax.training.code_vectors import read_code_vectors
 from omni_jax.training.losses import TokenLogProbs, token_log_probs
 from omni_jax.training.objective import Metrics, Objective, Params, Sample, SampleRequest
 from omni_jax.training.objectives.next_token import NextToken, chunk_of_mesh, count_pairs, divide_chunk
@@ -91,6 +93,30 @@ class TalkerObjective(Objective):
         if component == "talker":
             return nn.unbox(talker.init_params(self.model, key))
         return self.thinker.init_params(component, key)
+
+    def initial_values(self, component: str, folder: Path) -> dict[str, np.ndarray]:
+        """Codes that are neighbours in the speech tokenizer's codebook begin as neighbours, in embeddings and logits.
+
+        The embedding of a code is added to a hidden state of the Thinker, so that it begins about as large. Other ids
+        keep small ones: the padding code must not hide the token of the voice, whose embedding is small too.
+        """
+        if component != "talker":
+            return {}
+        c = self.config.talker_config
+        vectors = read_code_vectors(folder, c.embedding_size)
+        directions = read_code_vectors(folder, c.hidden_size, seed=1)
+        if vectors is None or directions is None:
+            return {}
+        rng = np.random.default_rng(2)
+        embedding = 0.02 * rng.standard_normal((c.vocab_size, c.embedding_size), np.float32)
+        head = rng.standard_normal((c.vocab_size, c.hidden_size), np.float32)
+        count = min(len(vectors), c.vocab_size)
+        embedding[:count] = vectors[:count]
+        head[:count] = directions[:count]
+        return {
+            "decoder/embed/embedding": embedding,
+            "decoder/head/kernel": np.ascontiguousarray(head.T) / np.sqrt(c.hidden_size),
+        }
 
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> SpokenPacking:
         prepare = PrepareSpoken(**self.prepare_arguments(data, processor, num_streams))
