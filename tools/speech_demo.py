@@ -131,10 +131,10 @@ class Demo:
             rows.append(write_values(self.data / f"{part}_texts.jsonl", dialogues))
         self.train(
             *("thinker-sft-tiny", "thinker", "random", rows, "--model", "mini"),
-            *("--phases.0.train.0.paths", "thinker/decoder/.*", "--data.rows", 4, "--data.tokens", 512),
-            *("--data.audio-blocks", 0, "--data.canvases", 0, "--remat", "none", "--checkpoint.every", 100),
+            *("--phases.0.train.0.paths", "thinker/decoder/.*", "--data.rows", 1, "--data.tokens", 512),
+            *("--data.audio-blocks", 0, "--data.canvases", 0, "--remat", "none", "--checkpoint.every", 500),
             *("--optimizer.learning-rate", 2e-3, "--optimizer.warmup", 50, "--log-every", 20),
-            steps=300,
+            steps=1500,
         )
 
     def train_tokenizer(self) -> None:

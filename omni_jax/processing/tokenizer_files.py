@@ -7,6 +7,8 @@ pre-split, NFC, byte-level pieces, and the 22 added tokens in their published or
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +77,20 @@ PREPROCESSOR: dict[str, Any] = {
 }
 
 
-def write_tokenizer(folder: Path, config: OmniConfig) -> None:
-    """Writes tokenizer.json, its companions, chat_template.json and preprocessor_config.json into ``folder``.
+def write_tokenizer(folder: Path, config: OmniConfig, texts: Sequence[str] = ()) -> None:
+    """Writes tokenizer.json, its companions, chat_template.json and preprocessor_config.json.
+
+    Args:
+      folder: where to.
+      config: of the model; it has the ids of special tokens.
+      texts: whose English words become tokens, as far as there is room; those of demonstrations if there are none.
 
     Raises:
       ConfigError: if the config's special ids do not follow the published order, or leave no room for 256 bytes.
     """
     # every id before the first added token is one of the vocabulary
     first = _first_added_id(config.thinker_config)
-    vocab, merges = _make_vocabulary(first)
+    vocab, merges = _make_vocabulary(first, _forms_in(texts) if texts else _forms_of(_WORDS.split()))
     folder.mkdir(parents=True, exist_ok=True)
     # the slow tokenizer of transformers reads these two, everything else tokenizer.json
     _write_json(folder / "vocab.json", vocab)
@@ -147,14 +154,23 @@ def _byte_pieces() -> list[str]:
     return [chr(code) for code in (*printable, *others)]
 
 
-def _make_vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _forms_of(words: Iterable[str]) -> list[str]:
+    """Words at the beginning of a text, and after a space."""
+    return [form for word in words for form in (word, "Ġ" + word)]
+
+
+def _forms_in(texts: Iterable[str]) -> list[str]:
+    """The words of texts, each with the space before it if there is one."""
+    return [word.replace(" ", "Ġ") for text in texts for word in re.findall(" ?[A-Za-z]+", text)]
+
+
+def _make_vocabulary(size: int, forms: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Bytes, prefixes of words, and fillers that no text reaches, ``size`` in all; and the merges that make them."""
     pieces = {piece: i for i, piece in enumerate(_byte_pieces())}
     pairs: set[tuple[str, str]] = set()
-    for word in _WORDS.split():
-        for form in (word, "Ġ" + word):  # at the beginning of a text, and after a space
-            for length in range(1, len(form)):
-                pairs.add((form[:length], form[length]))
+    for form in forms:
+        for length in range(1, len(form)):
+            pairs.add((form[:length], form[length]))
     # short ones first: a prefix must be a piece before a letter can be merged to it
     merges: list[tuple[str, str]] = []
     for prefix, letter in sorted(pairs, key=lambda pair: (len(pair[0]), pair)):

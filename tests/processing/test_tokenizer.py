@@ -5,8 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_jax.errors import CheckpointError
+from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
+from omni_jax.processing.read_aloud import PROMPT_TEXTS
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
-from omni_jax.processing.tokenizer_files import ADDED_TOKENS
+from omni_jax.processing.tokenizer_files import ADDED_TOKENS, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,14 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": {}}))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
         TextTokenizer.load(tmp_path)
+
+
+def test_words_of_texts_are_tokens(config, tmp_path):
+    """Of the texts that files are written for; words that are in none of them are letters."""
+    write_tokenizer(tmp_path, config, PROMPT_TEXTS)
+    tokenizer = TextTokenizer.load(tmp_path)
+    ids = tokenizer.encode([("speech", False), (" perceiving visual inputs", False)])
+    assert [tokenizer.decode([token]) for token in ids[-3:]] == [" perceiving", " visual", " inputs"]
+    # it is in the texts behind a space alone
+    assert len(ids) == len("speech") + 3
+    assert len(tokenizer.encode([(SPEECH_SYSTEM_PROMPT, False)])) < 40
