@@ -4,7 +4,8 @@
 
 Voices are flite's slt, rms and awb (``apt install flite``) and hibari's heart (``pip install omni_jax[speech-data]``),
 at several rates. Every sentence is spoken once; those of ``valid.jsonl`` and ``test.jsonl`` are in no other file. The
-grammar has about 200 words, so that every word of a held-out sentence is in others too. A row is
+grammar has about 200 words, so that every word of a held-out sentence is in others too. ``--phrases`` adds short
+phrases and lists of words to ``train.jsonl``, in which the text alone tells what comes next. A row is
 ``{"audio": ..., "text": ..., "voice": ..., "ref_audio": ...}``; ``ref_audio`` is another sound of the voice. The same
 seed gives the same files, and a command that was stopped goes on.
 """
@@ -53,6 +54,7 @@ SIDES = "near behind beside under above".split()
 PAST = "found painted carried opened cleaned dropped wanted bought repaired borrowed".split()
 MOTIONS = "walked ran jumped waited slept".split()
 ACTIONS = "carry bring open clean paint repair".split()
+WORDS = (*NAMES, *ADJECTIVES, *THINGS, *ANIMALS, *PLACES, *TIMES, *NUMBERS, *SIDES, *PAST, *MOTIONS, *ACTIONS)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     sentences: int = 600
     """To train on, in each voice."""
+    phrases: int = 0
+    """To train on beside them, in each voice."""
     held_out: int = 24
     """In each voice, of valid.jsonl and of test.jsonl each."""
     voices: tuple[str, ...] = VOICES
@@ -70,7 +74,7 @@ class Options:
 
 
 class Grammar:
-    """Draws sentences."""
+    """Draws sentences, and phrases."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
@@ -87,6 +91,13 @@ class Grammar:
 
     def sentence(self) -> str:
         return self._templates[int(self._rng.integers(len(self._templates)))]()
+
+    def phrase(self) -> str:
+        """One thing, or two to four words in any order."""
+        count = int(self._rng.integers(1, 5))
+        words = [f"the {self._thing()}"] if count == 1 else [self._draw(WORDS) for _ in range(count)]
+        phrase = ", ".join(words)
+        return f"{phrase[0].upper()}{phrase[1:]}."
 
     def _draw(self, words: Sequence[str]) -> str:
         return words[int(self._rng.integers(len(words)))]
@@ -132,15 +143,20 @@ def plan_utterances(options: Options) -> dict[str, list[Utterance]]:
     rng = np.random.default_rng(options.seed)
     grammar = Grammar(rng)
     used: set[str] = set()
-    counts = {"test": options.held_out, "valid": options.held_out, "train": options.sentences}
-    planned: dict[str, list[Utterance]] = {}
-    for part, count in counts.items():
-        planned[part] = []
-        for number in range(count):
+    planned: dict[str, list[Utterance]] = {"test": [], "valid": [], "train": []}
+    plans = (
+        ("test", options.held_out, grammar.sentence),
+        ("valid", options.held_out, grammar.sentence),
+        ("train", options.sentences, grammar.sentence),
+        ("train", options.phrases, grammar.phrase),
+    )
+    for part, count, draw in plans:
+        first = len(planned[part]) // len(options.voices)
+        for number in range(first, first + count):
             for voice in options.voices:
-                text = grammar.sentence()
+                text = draw()
                 while text in used:
-                    text = grammar.sentence()
+                    text = draw()
                 used.add(text)
                 path = Path("sounds", part, f"{voice}-{number:05d}.wav")
                 planned[part].append(Utterance(path, text, voice, RATES[int(rng.integers(len(RATES)))]))

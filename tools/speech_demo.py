@@ -45,6 +45,7 @@ UNSEEN_TEXT = "The small dog waited beside the river, and then it walked to the 
 # folders of the stages that train, as they are drawn
 CURVES = ("thinker", "tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
 NUM_DISTILLED = 8  # held-out rows whose published solve is compared with the student's
+NUM_PROBED = 1200  # rows that the speaker is guessed after
 LICENCE = "A synthesizer's voice, whose licence lets anyone use it; nobody's consent is needed."
 
 
@@ -53,8 +54,10 @@ class Options:
     """How much is made and trained."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    sentences: int = 600
+    sentences: int = 800
     """To train on, in each voice."""
+    phrases: int = 400
+    """To train on beside them, in each voice: short ones, and lists of words."""
     held_out: int = 24
     """In each voice, to validate on and to measure with each."""
     measured: int = 12
@@ -116,7 +119,10 @@ class Demo:
 
     def make_data(self) -> None:
         options = self.options
-        run("tools/make_speech.py", self.data, "--sentences", options.sentences, "--held-out", options.held_out)
+        run(
+            *("tools/make_speech.py", self.data, "--sentences", options.sentences, "--phrases", options.phrases),
+            *("--held-out", options.held_out),
+        )
         clip = self.data / "unseen.wav"
         if not clip.exists():
             subprocess.run(["flite", "-voice", UNSEEN_VOICE, "-t", UNSEEN_TEXT, "-o", str(clip)], check=True)
@@ -145,7 +151,9 @@ class Demo:
         for part in ("train", "valid", "test"):
             self._make_codes(part, f"{part}_codes")
         # of voices with other pitch and formants, for the probe
-        for part in ("train", "test"):
+        rows = read_values(self.data / "train.jsonl")[:NUM_PROBED]
+        write_values(self.data / "probed.jsonl", rows)
+        for part in ("probed", "test"):
             self._make_codes(part, f"{part}_perturbed", "--perturb")
 
     def _make_codes(self, part: str, name: str, *more: object) -> None:
@@ -264,9 +272,10 @@ class Demo:
     def probe(self) -> dict[str, float]:
         """How often the speaker is guessed from codes: of the sounds, and of perturbed ones."""
         found = {}
-        for name in ("codes", "perturbed"):
-            train = self._codes_of(f"train_{name}.jsonl")
-            found[name] = SpeakerProbe(*train, NUM_CODES).accuracy(*self._codes_of(f"test_{name}.jsonl"))
+        for name, train in (("codes", "train_codes.jsonl"), ("perturbed", "probed_perturbed.jsonl")):
+            codes, speakers = self._codes_of(train)
+            probe = SpeakerProbe(codes[:NUM_PROBED], speakers[:NUM_PROBED], NUM_CODES)
+            found[name] = probe.accuracy(*self._codes_of(f"test_{name}.jsonl"))
         return found
 
     def _codes_of(self, name: str) -> tuple[list[np.ndarray], list[str]]:

@@ -36,6 +36,19 @@ def test_the_words_of_held_out_sentences_are_in_others() -> None:
     assert words["test"] <= words["train"]
 
 
+def test_phrases_are_to_train_on() -> None:
+    """They come behind the sentences, which stay as they are; each has a file of its own."""
+    plain = plan_utterances(Options(Path("out"), sentences=30, held_out=2))
+    planned = plan_utterances(Options(Path("out"), sentences=30, held_out=2, phrases=20))
+    assert planned["test"] == plain["test"] and planned["valid"] == plain["valid"]
+    count = len(plain["train"])
+    assert planned["train"][:count] == plain["train"] and len(planned["train"]) == count + 20 * len(VOICES)
+    assert len({utterance.path for utterance in planned["train"]}) == len(planned["train"])
+    phrases = [utterance.text for utterance in planned["train"][count:]]
+    for phrase in phrases:
+        assert 1 <= len(re.findall("[A-Za-z]+", phrase)) <= 4 and phrase[0].isupper() and phrase.endswith(".")
+
+
 def test_clips_are_of_the_same_voice() -> None:
     planned = plan_utterances(Options(Path("out"), sentences=3, held_out=1))
     for row in make_rows(planned["train"]):
