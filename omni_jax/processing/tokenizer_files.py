@@ -83,14 +83,14 @@ def write_tokenizer(folder: Path, config: OmniConfig, texts: Sequence[str] = ())
     Args:
       folder: where to.
       config: of the model; it has the ids of special tokens.
-      texts: whose English words become tokens, as far as there is room; those of demonstrations if there are none.
+      texts: whose English words become tokens before others, as far as there is room.
 
     Raises:
       ConfigError: if the config's special ids do not follow the published order, or leave no room for 256 bytes.
     """
     # every id before the first added token is one of the vocabulary
     first = _first_added_id(config.thinker_config)
-    vocab, merges = _make_vocabulary(first, _forms_in(texts) if texts else _forms_of(_WORDS.split()))
+    vocab, merges = _make_vocabulary(first, (_forms_in(texts), _forms_of(_WORDS.split())))
     folder.mkdir(parents=True, exist_ok=True)
     # the slow tokenizer of transformers reads these two, everything else tokenizer.json
     _write_json(folder / "vocab.json", vocab)
@@ -164,19 +164,22 @@ def _forms_in(texts: Iterable[str]) -> list[str]:
     return [word.replace(" ", "Ġ") for text in texts for word in re.findall(" ?[A-Za-z]+", text)]
 
 
-def _make_vocabulary(size: int, forms: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Bytes, prefixes of words, and fillers that no text reaches, ``size`` in all; and the merges that make them."""
+def _make_vocabulary(size: int, groups: Iterable[Iterable[str]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Bytes, prefixes of words, and fillers that no text reaches, ``size`` in all; and the merges that make them.
+
+    Args:
+      size: of the vocabulary.
+      groups: of words, in byte-level characters; those that come first have the first claim to the room.
+    """
     pieces = {piece: i for i, piece in enumerate(_byte_pieces())}
-    pairs: set[tuple[str, str]] = set()
-    for form in forms:
-        for length in range(1, len(form)):
-            pairs.add((form[:length], form[length]))
-    # short ones first: a prefix must be a piece before a letter can be merged to it
     merges: list[tuple[str, str]] = []
-    for prefix, letter in sorted(pairs, key=lambda pair: (len(pair[0]), pair)):
-        if len(pieces) < size and prefix in pieces:
-            merges.append((prefix, letter))
-            pieces[prefix + letter] = len(pieces)
+    for forms in groups:
+        pairs = {(form[:length], form[length]) for form in forms for length in range(1, len(form))}
+        # short ones first: a prefix must be a piece before a letter can be merged to it
+        for prefix, letter in sorted(pairs, key=lambda pair: (len(pair[0]), pair)):
+            if len(pieces) < size and prefix in pieces and prefix + letter not in pieces:
+                merges.append((prefix, letter))
+                pieces[prefix + letter] = len(pieces)
     for i in range(len(pieces), size):
         pieces[f"filler{i}"] = i
     return pieces, merges
