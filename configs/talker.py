@@ -64,7 +64,7 @@ _MINI: dict[str, Any] = dict(
 RECIPES["talker-pretrain-mini"] = make_mini(
     RECIPES["talker-pretrain-tiny"],
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.01),
-    steps=2500,
+    steps=3000,
     **_MINI,
 )
 RECIPES["talker-voices-mini"] = make_mini(

@@ -29,6 +29,6 @@ RECIPES["talker-dpo-mini"] = make_mini(
     RECIPES["talker-dpo-tiny"],
     data=dict(rows=2, streams=2, tokens=512, audio_blocks=0, canvases=0),
     optimizer=OptimizerConfig(learning_rate=5e-5, warmup=5, weight_decay=0.0),
-    steps=50,
+    steps=30,
     objective=TalkerDPOOptions(positions=2048, pairs=6, chunk=2048),
 )

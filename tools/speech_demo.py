@@ -140,7 +140,7 @@ class Demo:
             *("--phases.0.train.0.paths", "thinker/decoder/.*", "--data.rows", 1, "--data.tokens", 512),
             *("--data.audio-blocks", 0, "--data.canvases", 0, "--remat", "none", "--checkpoint.every", 500),
             *("--optimizer.learning-rate", 2e-3, "--optimizer.warmup", 50, "--log-every", 20),
-            steps=1500,
+            steps=2000,
         )
 
     def train_tokenizer(self) -> None:

@@ -70,6 +70,6 @@ def test_words_of_texts_are_tokens(config, tmp_path):
     write_tokenizer(tmp_path, config, PROMPT_TEXTS)
     tokenizer = TextTokenizer.load(tmp_path)
     pieces = [tokenizer.decode([token]) for token in tokenizer.encode([(SPEECH_SYSTEM_PROMPT, False)])]
-    assert [" perceiving", " auditory", " and", " visual", " inputs", ","] == pieces[18:24]
+    assert pieces[18:24] == [" perceiving", " auditory", " and", " visual", " inputs", ","]
     assert len(pieces) < 40
     assert len(tokenizer.encode([("one", False)])) == 1 < len(tokenizer.encode([("picture", False)]))

@@ -89,7 +89,7 @@ class FlowMatching(PackedSpeechObjective):
     def initial_values(self, component: str, folder: Path) -> dict[str, np.ndarray]:
         """The velocity begins near its mean, and codes that are neighbours in the codebook with embeddings that are."""
         c = self.config
-        values = {"dit/proj/bias": np.full(c.mel_dim, speech_mel.LOG_MEAN, np.float32)}
+        values: dict[str, np.ndarray] = {"dit/proj/bias": np.full(c.mel_dim, speech_mel.LOG_MEAN, np.float32)}
         vectors = read_code_vectors(folder, c.emb_dim)
         if vectors is not None:
             # rows behind the codes are zero
