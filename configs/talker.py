@@ -58,7 +58,7 @@ RECIPES = {
 }
 
 _MINI: dict[str, Any] = dict(
-    data=dict(rows=1, tokens=768, audio_blocks=0, canvases=0),
+    data=dict(rows=1, tokens=512, audio_blocks=0, canvases=0),
     objective=TalkerOptions(positions=1024, utterances=6, chunk=1024),
 )
 RECIPES["talker-pretrain-mini"] = make_mini(

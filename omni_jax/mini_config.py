@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, TypeVar
+
 from omni_jax.config import (
     AudioEncoderConfig,
     BigVGANConfig,
@@ -16,8 +19,11 @@ from omni_jax.config import (
 )
 from omni_jax.speech_tokenizer_config import SpeechTokenizerConfig
 
+_Section = TypeVar("_Section", ThinkerConfig, TalkerConfig)
+
 WIDTH = 128  # of the Thinker
 NUM_CODES = 4096
+_TINY_PIECES = 512  # of the tiny model's vocabulary
 
 
 def mini_speech_tokenizer() -> SpeechTokenizerConfig:
@@ -28,15 +34,20 @@ def mini_speech_tokenizer() -> SpeechTokenizerConfig:
     return SpeechTokenizerConfig(audio, quantizer_layer=2, codebook_size=NUM_CODES, codebook_dim=32, mel_channels=160)
 
 
-def mini_config() -> OmniConfig:
+def mini_config(num_pieces: int = _TINY_PIECES) -> OmniConfig:
     """Every part at its size: a Thinker of 1.2 million parameters, speech of 4,096 codes.
 
     The ids of the Talker that are no codes lie behind those, as in the published model.
+
+    Args:
+      num_pieces: of the vocabulary, before the added tokens.
     """
     rope = RopeScaling(mrope_section=(4, 6, 6))
+    shift = num_pieces - _TINY_PIECES
     text = TextConfig.tiny(
         hidden_size=WIDTH, intermediate_size=384, num_hidden_layers=3, head_dim=32, rope_scaling=rope
     )
+    text = dataclasses.replace(text, vocab_size=text.vocab_size + shift)
     audio = AudioEncoderConfig.tiny(d_model=WIDTH, encoder_layers=3, encoder_ffn_dim=256, output_dim=WIDTH)
     vision = VisionEncoderConfig.tiny(out_hidden_size=WIDTH)
     talker = TalkerConfig.tiny(
@@ -76,7 +87,17 @@ def mini_config() -> OmniConfig:
         resblock_dilation_sizes=((1, 3),),
     )
     return OmniConfig(
-        ThinkerConfig.tiny(text_config=text, audio_config=audio, vision_config=vision),
-        talker,
+        _shift_text_ids(ThinkerConfig.tiny(text_config=text, audio_config=audio, vision_config=vision), shift),
+        _shift_text_ids(talker, shift),
         Token2WavConfig(dit_config=dit, bigvgan_config=vocoder),
     )
+
+
+def _shift_text_ids(config: _Section, shift: int) -> _Section:
+    """The ids of the Thinker's tokens that stand behind its pieces, moved on."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        is_id = field.name.endswith(("token_id", "token_index"))
+        if is_id and not field.name.startswith(("tts_codec", "user")):
+            changes[field.name] = getattr(config, field.name) + shift
+    return dataclasses.replace(config, **changes)

@@ -32,9 +32,10 @@ from omni_jax.checkpoint.voices import load_voices
 from omni_jax.data.rows import row_values
 from omni_jax.data.sources import open_rows
 from omni_jax.evaluation.speaker_probe import SpeakerProbe
-from omni_jax.mini_config import NUM_CODES
+from omni_jax.mini_config import NUM_CODES, mini_config
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.read_aloud import make_dialogue
+from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from tools.make_speech import FLITE_VOICES, HIBARI_VOICE, VOICES
 from tools.measure_speech import describe
@@ -45,6 +46,7 @@ UNSEEN_TEXT = "The small dog waited beside the river, and then it walked to the 
 # folders of the stages that train, as they are drawn
 CURVES = ("thinker", "tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
 NUM_DISTILLED = 8  # held-out rows whose published solve is compared with the student's
+NUM_PIECES = 1280  # of the vocabulary: every word of the grammar is a token
 NUM_PROBED = 1200  # rows that the speaker is guessed after
 LICENCE = "A synthesizer's voice, whose licence lets anyone use it; nobody's consent is needed."
 
@@ -136,12 +138,24 @@ class Demo:
                 dialogues.append({"messages": make_dialogue(values["text"])})
             rows.append(write_values(self.data / f"{part}_texts.jsonl", dialogues))
         self.train(
-            *("thinker-sft-tiny", "thinker", "random", rows, "--model", "mini"),
+            *("thinker-sft-tiny", "thinker", "random", rows, "--model", self._make_files(rows[0])),
             *("--phases.0.train.0.paths", "thinker/decoder/.*", "--data.rows", 1, "--data.tokens", 512),
             *("--data.audio-blocks", 0, "--data.canvases", 0, "--remat", "none", "--checkpoint.every", 500),
             *("--optimizer.learning-rate", 2e-3, "--optimizer.warmup", 50, "--log-every", 20),
             steps=2000,
         )
+
+    def _make_files(self, dialogues: Path) -> Path:
+        """What the model begins from: its sizes, and a vocabulary of what the dialogues say, prompts included."""
+        files = self.out / "files"
+        texts = []
+        for values in read_values(dialogues):
+            for message in values["messages"]:
+                texts += [message["role"], message["content"]]
+        config = mini_config(NUM_PIECES)
+        write_tokenizer(files, config, texts)
+        config.save(files)
+        return files
 
     def train_tokenizer(self) -> None:
         rows = [self.data / "train.jsonl", self.data / "valid.jsonl"]

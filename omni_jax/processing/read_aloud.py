@@ -6,8 +6,6 @@ from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 
 QUESTION = "Read this aloud: {text}"
 TEXT_PLACE = "{text}"
-# of the dialogue, all but the text itself
-PROMPT_TEXTS = (SPEECH_SYSTEM_PROMPT, QUESTION, "system", "user", "assistant")
 
 
 def make_dialogue(text: str, question: str = QUESTION) -> list[dict[str, str]]:

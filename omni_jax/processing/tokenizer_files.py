@@ -1,19 +1,19 @@
 """Writes the tokenizer and preprocessor files of a model that begins from nothing, and of those of tests.
 
-The vocabulary is small (256 bytes and the pieces of a few English words), but every rule is the published one: Qwen2's
-pre-split, NFC, byte-level pieces, and the 22 added tokens in their published order.
+The vocabulary is small: 256 bytes, and the pieces of a few English words or those that training on texts finds. Every
+rule is the published one: Qwen2's pre-split, NFC, byte-level pieces, and the 22 added tokens in their published order.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
 from omni_jax.config import OmniConfig, ThinkerConfig
 from omni_jax.errors import ConfigError
@@ -77,20 +77,20 @@ PREPROCESSOR: dict[str, Any] = {
 }
 
 
-def write_tokenizer(folder: Path, config: OmniConfig, texts: Sequence[str] = ()) -> None:
+def write_tokenizer(folder: Path, config: OmniConfig, texts: Iterable[str] | None = None) -> None:
     """Writes tokenizer.json, its companions, chat_template.json and preprocessor_config.json.
 
     Args:
       folder: where to.
       config: of the model; it has the ids of special tokens.
-      texts: whose English words become tokens before others, as far as there is room.
+      texts: that byte-level BPE is trained on; None: the pieces are those of some words of demonstrations.
 
     Raises:
       ConfigError: if the config's special ids do not follow the published order, or leave no room for 256 bytes.
     """
     # every id before the first added token is one of the vocabulary
     first = _first_added_id(config.thinker_config)
-    vocab, merges = _make_vocabulary(first, (_forms_in(texts), _forms_of(_WORDS.split())))
+    vocab, merges = _make_vocabulary(first) if texts is None else _train_vocabulary(first, texts)
     folder.mkdir(parents=True, exist_ok=True)
     # the slow tokenizer of transformers reads these two, everything else tokenizer.json
     _write_json(folder / "vocab.json", vocab)
@@ -105,13 +105,7 @@ def write_tokenizer(folder: Path, config: OmniConfig, texts: Sequence[str] = ())
 
 def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     """Qwen2's byte-level BPE over a vocabulary; the added tokens take the ids that follow it."""
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
-    split = pre_tokenizers.Split(Regex(PRE_SPLIT), "isolated")
-    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[assignment]
+    tokenizer = _plain_tokenizer(BPE(vocab=vocab, merges=merges))
     for token in ADDED_TOKENS:
         # never normalised, so that a name is found as it is written
         is_special = token not in PLAIN_TOKENS
@@ -120,6 +114,18 @@ def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tok
             tokenizer.add_special_tokens([added])
         else:
             tokenizer.add_tokens([added])
+    return tokenizer
+
+
+def _plain_tokenizer(model: BPE) -> Tokenizer:
+    """Qwen2's rules around a model, without added tokens."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    split = pre_tokenizers.Split(Regex(PRE_SPLIT), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[assignment]
     return tokenizer
 
 
@@ -154,35 +160,36 @@ def _byte_pieces() -> list[str]:
     return [chr(code) for code in (*printable, *others)]
 
 
-def _forms_of(words: Iterable[str]) -> list[str]:
-    """Words at the beginning of a text, and after a space."""
-    return [form for word in words for form in (word, "Ġ" + word)]
+def _train_vocabulary(size: int, texts: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Bytes, the pieces that BPE finds in texts, and fillers if those are too few, ``size`` in all; and the merges."""
+    tokenizer = _plain_tokenizer(BPE())
+    trainer = BpeTrainer(vocab_size=size, initial_alphabet=_byte_pieces(), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    pieces: dict[str, int] = model["vocab"]
+    return _fill(pieces, size), [(first, second) for first, second in model["merges"]]
 
 
-def _forms_in(texts: Iterable[str]) -> list[str]:
-    """The words of texts, each with the space before it if there is one."""
-    return [word.replace(" ", "Ġ") for text in texts for word in re.findall(" ?[A-Za-z]+", text)]
-
-
-def _make_vocabulary(size: int, groups: Iterable[Iterable[str]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Bytes, prefixes of words, and fillers that no text reaches, ``size`` in all; and the merges that make them.
-
-    Args:
-      size: of the vocabulary.
-      groups: of words, in byte-level characters; those that come first have the first claim to the room.
-    """
+def _make_vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Bytes, prefixes of words, and fillers, ``size`` in all; and the merges that make them."""
     pieces = {piece: i for i, piece in enumerate(_byte_pieces())}
+    pairs: set[tuple[str, str]] = set()
+    for word in _WORDS.split():
+        for form in (word, "Ġ" + word):  # at the beginning of a text, and after a space
+            for length in range(1, len(form)):
+                pairs.add((form[:length], form[length]))
+    # short ones first: a prefix must be a piece before a letter can be merged to it
     merges: list[tuple[str, str]] = []
-    for forms in groups:
-        pairs = {(form[:length], form[length]) for form in forms for length in range(1, len(form))}
-        # short ones first: a prefix must be a piece before a letter can be merged to it
-        for prefix, letter in sorted(pairs, key=lambda pair: (len(pair[0]), pair)):
-            if len(pieces) < size and prefix in pieces and prefix + letter not in pieces:
-                merges.append((prefix, letter))
-                pieces[prefix + letter] = len(pieces)
-    for i in range(len(pieces), size):
-        pieces[f"filler{i}"] = i
-    return pieces, merges
+    for prefix, letter in sorted(pairs, key=lambda pair: (len(pair[0]), pair)):
+        if len(pieces) < size and prefix in pieces:
+            merges.append((prefix, letter))
+            pieces[prefix + letter] = len(pieces)
+    return _fill(pieces, size), merges
+
+
+def _fill(pieces: dict[str, int], size: int) -> dict[str, int]:
+    """The pieces, with fillers that no text reaches."""
+    return pieces | {f"filler{i}": i for i in range(len(pieces), size)}
 
 
 def _make_tokenizer_config(first: int) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from omni_jax.config import OmniConfig
 from omni_jax.errors import ConfigError
 from omni_jax.mini_config import mini_config
 from omni_jax.plain_files import link_folder
-from omni_jax.processing.read_aloud import PROMPT_TEXTS
 from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.training.objective import Objective
 from omni_jax.training.optimizer import Moments, flatten_params, learning_rate_scales, split_params, with_moments
@@ -140,8 +139,7 @@ def _find_files(recipe: Recipe, workdir: Path) -> Path:
     if recipe.files is not None and recipe.files not in _SIZES:
         return Path(recipe.files)
     folder = workdir / _FILES_FOLDER
-    # the mini model learns to speak: tokens for the words of the prompt halve the dialogues
-    write_tokenizer(folder, recipe.model, PROMPT_TEXTS if recipe.files == "mini" else ())
+    write_tokenizer(folder, recipe.model)
     recipe.model.save(folder)
     return folder
 

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_jax.errors import CheckpointError
-from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
-from omni_jax.processing.read_aloud import PROMPT_TEXTS
+from omni_jax.mini_config import mini_config
+from omni_jax.processing.processor import Processor
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
 from omni_jax.processing.tokenizer_files import ADDED_TOKENS, write_tokenizer
 
@@ -65,11 +65,18 @@ def test_broken_files_are_named(tmp_path):
         TextTokenizer.load(tmp_path)
 
 
-def test_words_of_texts_are_tokens(config, tmp_path):
-    """Of the texts that files are written for, as they stand there; then of others, as far as there is room."""
-    write_tokenizer(tmp_path, config, PROMPT_TEXTS)
-    tokenizer = TextTokenizer.load(tmp_path)
-    pieces = [tokenizer.decode([token]) for token in tokenizer.encode([(SPEECH_SYSTEM_PROMPT, False)])]
-    assert pieces[18:24] == [" perceiving", " auditory", " and", " visual", " inputs", ","]
-    assert len(pieces) < 40
-    assert len(tokenizer.encode([("one", False)])) == 1 < len(tokenizer.encode([("picture", False)]))
+def test_bpe_of_texts(tmp_path):
+    """Words of the texts are tokens and other words are not; ids of added tokens stand behind all pieces."""
+    config = mini_config(600)
+    write_tokenizer(tmp_path, config, ["The quiet monkey.", "A quiet river, the monkey."] * 3)
+    config.save(tmp_path)
+    processor = Processor.load(tmp_path)
+    tokenizer = processor.tokenizer
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode([("A quiet monkey ran.", False)])]
+    assert pieces == ["A", " quiet", " monkey", " ", "r", "a", "n", "."]
+    assert tokenizer.special_id("<|endoftext|>") == 600
+    prompt = processor([{"role": "user", "content": "A quiet river"}])
+    assert processor.decode(prompt.tokens.tolist()).count("river") == 1
+    again = tmp_path / "again"
+    write_tokenizer(again, config, ["The quiet monkey.", "A quiet river, the monkey."] * 3)
+    assert (again / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
