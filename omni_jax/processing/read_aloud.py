@@ -5,7 +5,6 @@ from __future__ import annotations
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 
 QUESTION = "Read this aloud: {text}"
-TEXT_PLACE = "{text}"
 
 
 def make_dialogue(text: str, question: str = QUESTION) -> list[dict[str, str]]:
@@ -17,6 +16,6 @@ def make_dialogue(text: str, question: str = QUESTION) -> list[dict[str, str]]:
     """
     return [
         {"role": "system", "content": SPEECH_SYSTEM_PROMPT},
-        {"role": "user", "content": question.replace(TEXT_PLACE, text)},
+        {"role": "user", "content": question.replace("{text}", text)},
         {"role": "assistant", "content": text},
     ]

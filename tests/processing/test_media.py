@@ -10,6 +10,7 @@ from PIL import Image
 from omni_jax.errors import InputError
 from omni_jax.processing import containers, media
 from omni_jax.processing.audio import MelSettings
+from omni_jax.processing.container_bytes import is_pcm_wav
 from omni_jax.processing.vision import PixelSettings
 from tests.processing.conftest import MEDIA
 
@@ -71,6 +72,20 @@ def test_formats_give_the_same_sound(kind, codec, rate):
     expected = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000) * 16000 / 32768
     assert len(samples) == 16000
     np.testing.assert_allclose(samples[500:-500], expected[500:-500], atol=0.012)
+
+
+@pytest.mark.parametrize(
+    ("codec", "is_pcm"), [("pcm_s16le", True), ("pcm_f32le", True), ("adpcm_ms", False), ("pcm_mulaw", False)]
+)
+def test_only_wav_of_plain_samples_is_opened_without_a_search(codec, is_pcm):
+    """Files of other codecs, or whose header does not come first, are searched as ever, and read alike."""
+    data = make_sound(1.0, 16000, "wav", codec)
+    assert is_pcm_wav(io.BytesIO(data)) == is_pcm
+    junk = data[:12] + b"JUNK" + struct.pack("<I", 4) + bytes(4) + data[12:]
+    junk = junk[:4] + struct.pack("<I", len(junk) - 8) + junk[8:]
+    assert not is_pcm_wav(io.BytesIO(junk))
+    np.testing.assert_array_equal(media.read_audio(data, MEL), media.read_audio(junk, MEL))
+    assert not is_pcm_wav(io.BytesIO(make_sound(1.0, 16000, "flac", "flac")))
 
 
 def test_a_range_of_sound():
