@@ -58,12 +58,14 @@ RECIPES = {
 }
 
 _MINI: dict[str, Any] = dict(
-    data=dict(rows=1, tokens=512, audio_blocks=0, canvases=0),
-    objective=TalkerOptions(positions=1024, utterances=6, chunk=1024),
+    # rows of 512 positions: of longer ones more pairs are masked, since each holds several utterances
+    data=dict(rows=2, tokens=256, audio_blocks=0, canvases=0),
+    objective=TalkerOptions(positions=512, utterances=3, chunk=512),
 )
 RECIPES["talker-pretrain-mini"] = make_mini(
     RECIPES["talker-pretrain-tiny"],
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.01),
+    # the second moment over many steps: one has few codes, of 4,096
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup=100, b2=0.999, weight_decay=0.01),
     steps=3000,
     **_MINI,
 )

@@ -63,7 +63,7 @@ class Options:
     held_out: int = 24
     """In each voice, to validate on and to measure with each."""
     measured: int = 12
-    """Of these, how many in each voice are measured."""
+    """Of these, how many in each voice are measured; a third of them after the Talker's first two stages."""
     preferences: int = 48
     """Texts that pairs of answers are made of."""
     steps_scale: float = 1.0
@@ -96,7 +96,6 @@ class Demo:
         init: object,
         rows: Sequence[object],
         *more: object,
-        steps: int = 0,
         looks: int = 6,
     ) -> None:
         """Trains with a ``-mini`` recipe.
@@ -107,10 +106,9 @@ class Demo:
           init: what it begins from.
           rows: to train on, and held-out ones.
           more: options.
-          steps: before they are scaled; 0: those of the recipe.
           looks: how often the held-out rows are evaluated.
         """
-        steps = self._scale(steps or RECIPES[recipe].steps)
+        steps = self._scale(RECIPES[recipe].steps)
         run(
             *("train.py", recipe, "--workdir", self.out / folder, "--init", init, "--steps", steps),
             *("--data.train", rows[0], "--data.valid", rows[1], "--eval.every", max(steps // looks, 1), *more),
@@ -137,13 +135,7 @@ class Demo:
             for values in read_values(self.data / f"{part}.jsonl"):
                 dialogues.append({"messages": make_dialogue(values["text"])})
             rows.append(write_values(self.data / f"{part}_texts.jsonl", dialogues))
-        self.train(
-            *("thinker-sft-tiny", "thinker", "random", rows, "--model", self._make_files(rows[0])),
-            *("--phases.0.train.0.paths", "thinker/decoder/.*", "--data.rows", 1, "--data.tokens", 512),
-            *("--data.audio-blocks", 0, "--data.canvases", 0, "--remat", "none", "--checkpoint.every", 500),
-            *("--optimizer.learning-rate", 2e-3, "--optimizer.warmup", 50, "--log-every", 20),
-            steps=2000,
-        )
+        self.train("thinker-sft-mini", "thinker", "random", rows, "--model", self._make_files(rows[0]))
 
     def _make_files(self, dialogues: Path) -> Path:
         """What the model begins from: its sizes, and a vocabulary of what the dialogues say, prompts included."""
@@ -267,16 +259,17 @@ class Demo:
         kinds = ("--kinds", "source", "copy", "spoken", "cloned")
         self._measure(self.out / "talker3", "measured", self.data / "test_codes.jsonl", *kinds, *clip)
         self._measure(self._with_voices(), "measured_teacher", self.data / "test_codes.jsonl", "--kinds", "copy")
+        few = max(self.options.measured // 3, 1)
         for stage in ("talker1", "talker2"):
-            self._measure(self.out / stage, f"measured_{stage}", flite, "--kinds", "spoken")
+            self._measure(self.out / stage, f"measured_{stage}", flite, "--kinds", "spoken", sentences=few)
 
-    def _measure(self, model: Path, folder: str, rows: Path, *more: object) -> None:
+    def _measure(self, model: Path, folder: str, rows: Path, *more: object, sentences: int = 0) -> None:
         if not (self.out / folder / "report.json").exists():
             # of a command that was stopped
             shutil.rmtree(self.out / folder, ignore_errors=True)
             run(
                 *("tools/measure_speech.py", model, rows, "--voice-rows", self.data / "valid.jsonl"),
-                *("--sentences", self.options.measured, "--out", self.out / folder, *more),
+                *("--sentences", sentences or self.options.measured, "--out", self.out / folder, *more),
             )
 
     def _keep_flite(self, source: Path, target: Path) -> None:
