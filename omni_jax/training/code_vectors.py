@@ -11,24 +11,34 @@ from omni_jax.checkpoint import store
 from omni_jax.speech_tokenizer_config import SPEECH_TOKENIZER
 
 
-def read_code_vectors(folder: Path, width: int, seed: int = 0) -> Float[np.ndarray, "codes width"] | None:
-    """The codebook of a checkpoint's speech tokenizer through a random linear map.
-
-    The map keeps, roughly, which codes are near each other. Each element has a deviation of about 1.
+def read_codebook(folder: Path) -> Float[np.ndarray, "codes Q"] | None:
+    """The codebook of a checkpoint's speech tokenizer, with a mean of 0 and a deviation of 1 in each channel.
 
     Args:
       folder: the checkpoint.
-      width: of the vectors.
-      seed: of the map.
 
     Returns:
-      a vector for each code; None if the checkpoint has no speech tokenizer.
+      it; None if the checkpoint has no speech tokenizer.
     """
     if SPEECH_TOKENIZER not in store.components(folder):
         return None
     codebook = store.open_leaf(folder, (SPEECH_TOKENIZER, "quantizer", "codebook"))(None)  # [codes, Q]
-    # a deviation of 1 in each channel
-    codebook = (codebook - codebook.mean(axis=0)) / np.maximum(codebook.std(axis=0), 1e-6)  # [codes, Q]
+    return (codebook - codebook.mean(axis=0)) / np.maximum(codebook.std(axis=0), 1e-6)  # [codes, Q]
+
+
+def write_code_vectors(
+    table: Float[np.ndarray, "rows width"], codebook: Float[np.ndarray, "codes Q"], seed: int = 0
+) -> None:
+    """Gives codes the vectors that a random linear map makes of the codebook, with a deviation of about 1.
+
+    The map keeps, roughly, which codes are near each other.
+
+    Args:
+      table: its row of each code is written; those behind the codes stay.
+      codebook: see ``read_codebook``.
+      seed: of the map.
+    """
     channels = codebook.shape[1]
-    mapping = np.random.default_rng(seed).standard_normal((channels, width)) / np.sqrt(channels)  # [Q, width]
-    return (codebook @ mapping).astype(np.float32)
+    mapping = np.random.default_rng(seed).standard_normal((channels, table.shape[1])) / np.sqrt(channels)  # [Q, width]
+    count = min(len(codebook), len(table))
+    table[:count] = codebook[:count] @ mapping

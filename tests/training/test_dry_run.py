@@ -74,7 +74,8 @@ def test_every_parameter_is_in_the_plan(name: str) -> None:
             assert trained == own | new_voices
             continue
         assert rate["thinker/audio_encoder/bos_eos/embedding"] is None
-        assert rate["thinker/vision_encoder/merger/up/kernel"] is not None
+        # the small model learns from text alone
+        assert (rate["thinker/vision_encoder/merger/up/kernel"] is None) == (name == "thinker-sft-mini")
         assert (rate["thinker/decoder/norm/scale"] is None) == name.startswith("pretrain1")
         assert (rate["thinker/vision_encoder/patch_embed/kernel"] is None) == (phase.name in ("adapters", "dialogues"))
 

@@ -33,7 +33,7 @@ from omni_jax.models.dit import NULL_CODE, DiT
 from omni_jax.models.ode_solver import Solver
 from omni_jax.processing import speech_mel
 from omni_jax.sharding import map_over_batch
-from omni_jax.training.code_vectors import read_code_vectors
+from omni_jax.training.code_vectors import read_codebook, write_code_vectors
 from omni_jax.training.objective import Loss, Metrics, Params
 from omni_jax.training.objectives.packed_speech import (
     Clips,
@@ -90,12 +90,11 @@ class FlowMatching(PackedSpeechObjective):
         """The velocity begins near its mean, and codes that are neighbours in the codebook with embeddings that are."""
         c = self.config
         values: dict[str, np.ndarray] = {"dit/proj/bias": np.full(c.mel_dim, speech_mel.LOG_MEAN, np.float32)}
-        vectors = read_code_vectors(folder, c.emb_dim)
-        if vectors is not None:
+        codebook = read_codebook(folder)
+        if codebook is not None:
             # rows behind the codes are zero
             table = np.zeros((c.num_embeds + 1, c.emb_dim), np.float32)
-            count = min(len(vectors), len(table))
-            table[:count] = vectors[:count]
+            write_code_vectors(table, codebook)
             values["dit/codec_embed/embedding"] = table
         return values
 

@@ -33,7 +33,7 @@ from omni_jax.models.talker_conditioning import gather_rows, select_text, talker
 from omni_jax.models.thinker import Thinker
 from omni_jax.plain_files import has_file
 from omni_jax.processing.processor import Processor
-from omni_jax.training.code_vectors import read_code_vectors
+from omni_jax.training.code_vectors import read_codebook, write_code_vectors
 from omni_jax.training.losses import TokenLogProbs, token_log_probs
 from omni_jax.training.objective import Metrics, Objective, Params, Sample, SampleRequest
 from omni_jax.training.objectives.next_token import NextToken, chunk_of_mesh, count_pairs, divide_chunk
@@ -102,17 +102,15 @@ class TalkerObjective(Objective):
         """
         if component != "talker":
             return {}
-        c = self.config.talker_config
-        vectors = read_code_vectors(folder, c.embedding_size)
-        directions = read_code_vectors(folder, c.hidden_size, seed=1)
-        if vectors is None or directions is None:
+        codebook = read_codebook(folder)
+        if codebook is None:
             return {}
+        c = self.config.talker_config
         rng = np.random.default_rng(2)
         embedding = 0.02 * rng.standard_normal((c.vocab_size, c.embedding_size), np.float32)
         head = rng.standard_normal((c.vocab_size, c.hidden_size), np.float32)
-        count = min(len(vectors), c.vocab_size)
-        embedding[:count] = vectors[:count]
-        head[:count] = directions[:count]
+        write_code_vectors(embedding, codebook)
+        write_code_vectors(head, codebook, seed=1)
         return {
             "decoder/embed/embedding": embedding,
             "decoder/head/kernel": np.ascontiguousarray(head.T) / np.sqrt(c.hidden_size),
