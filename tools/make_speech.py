@@ -4,8 +4,8 @@
 
 Voices are flite's slt, rms and awb (``apt install flite``) and hibari's heart (``pip install omni_jax[speech-data]``),
 at several rates. Every sentence is spoken once; those of ``valid.jsonl`` and ``test.jsonl`` are in no other file. The
-grammar has about 200 words, so that every word of a held-out sentence is in others too. ``--phrases`` adds short
-phrases and lists of words to ``train.jsonl``, in which the text alone tells what comes next. A row is
+grammar has about 200 words, so that every word of a held-out sentence is in others too. ``--phrases`` writes short
+phrases and lists of words, in which the text alone tells what comes next, to ``phrases.jsonl``. A row is
 ``{"audio": ..., "text": ..., "voice": ..., "ref_audio": ...}``; ``ref_audio`` is another sound of the voice. The same
 seed gives the same files, and a command that was stopped goes on.
 """
@@ -65,7 +65,7 @@ class Options:
     sentences: int = 600
     """To train on, in each voice."""
     phrases: int = 0
-    """To train on beside them, in each voice."""
+    """In each voice, in a file of their own."""
     held_out: int = 24
     """In each voice, of valid.jsonl and of test.jsonl each."""
     voices: tuple[str, ...] = VOICES
@@ -143,16 +143,15 @@ def plan_utterances(options: Options) -> dict[str, list[Utterance]]:
     rng = np.random.default_rng(options.seed)
     grammar = Grammar(rng)
     used: set[str] = set()
-    planned: dict[str, list[Utterance]] = {"test": [], "valid": [], "train": []}
+    planned: dict[str, list[Utterance]] = {"test": [], "valid": [], "train": [], "phrases": []}
     plans = (
         ("test", options.held_out, grammar.sentence),
         ("valid", options.held_out, grammar.sentence),
         ("train", options.sentences, grammar.sentence),
-        ("train", options.phrases, grammar.phrase),
+        ("phrases", options.phrases, grammar.phrase),
     )
     for part, count, draw in plans:
-        first = len(planned[part]) // len(options.voices)
-        for number in range(first, first + count):
+        for number in range(count):
             for voice in options.voices:
                 text = draw()
                 while text in used:
@@ -160,7 +159,7 @@ def plan_utterances(options: Options) -> dict[str, list[Utterance]]:
                 used.add(text)
                 path = Path("sounds", part, f"{voice}-{number:05d}.wav")
                 planned[part].append(Utterance(path, text, voice, RATES[int(rng.integers(len(RATES)))]))
-    return planned
+    return {part: utterances for part, utterances in planned.items() if utterances}
 
 
 class Speaker:

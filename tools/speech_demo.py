@@ -45,6 +45,8 @@ UNSEEN_VOICE = "kal16"  # of flite; nothing is trained on it
 UNSEEN_TEXT = "The small dog waited beside the river, and then it walked to the village."
 # folders of the stages that train, as they are drawn
 CURVES = ("thinker", "tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
+# what the Thinker and the Talker train on; codes and sounds are learned from sentences alone, as those are measured
+TALKED = ("train", "phrases")
 NUM_DISTILLED = 8  # held-out rows whose published solve is compared with the student's
 NUM_PIECES = 1280  # of the vocabulary: every word of the grammar is a token
 NUM_PROBED = 1200  # rows that the speaker is guessed after
@@ -59,12 +61,12 @@ class Options:
     sentences: int = 800
     """To train on, in each voice."""
     phrases: int = 400
-    """To train on beside them, in each voice: short ones, and lists of words."""
+    """For the Thinker and the Talker beside them, in each voice: short ones, and lists of words."""
     held_out: int = 24
     """In each voice, to validate on and to measure with each."""
     measured: int = 12
     """Of these, how many in each voice are measured; a third of them after the Talker's first two stages."""
-    preferences: int = 48
+    preferences: int = 32
     """Texts that pairs of answers are made of."""
     steps_scale: float = 1.0
     """Factor of the steps of every recipe; below 1 for a trial."""
@@ -130,11 +132,12 @@ class Demo:
     def train_thinker(self) -> None:
         """A Thinker that repeats what it is to read aloud, so that its hidden states say what comes."""
         rows = []
-        for part in ("train", "valid"):
+        for name, parts in (("train", TALKED), ("valid", ("valid",))):
             dialogues = []
-            for values in read_values(self.data / f"{part}.jsonl"):
-                dialogues.append({"messages": make_dialogue(values["text"])})
-            rows.append(write_values(self.data / f"{part}_texts.jsonl", dialogues))
+            for part in parts:
+                for values in read_values(self.data / f"{part}.jsonl"):
+                    dialogues.append({"messages": make_dialogue(values["text"])})
+            rows.append(write_values(self.data / f"{name}_texts.jsonl", dialogues))
         self.train("thinker-sft-mini", "thinker", "random", rows, "--model", self._make_files(rows[0]))
 
     def _make_files(self, dialogues: Path) -> Path:
@@ -154,7 +157,7 @@ class Demo:
         self.train("speech-tokenizer-mini", "tokenizer", self.out / "thinker", rows)
 
     def make_codes(self) -> None:
-        for part in ("train", "valid", "test"):
+        for part in (*TALKED, "valid", "test"):
             self._make_codes(part, f"{part}_codes")
         # of voices with other pitch and formants, for the probe
         rows = read_values(self.data / "train.jsonl")[:NUM_PROBED]
@@ -211,9 +214,9 @@ class Demo:
     def train_talker(self) -> None:
         """Stage 1: the next code, in the voices of flite; a third of the rows goes on from a clip."""
         rows = []
-        for part in ("train", "valid"):
-            target = self.data / f"{part}_flite.jsonl"
-            self._keep_flite(self.data / f"{part}_codes.jsonl", target)
+        for name, parts in (("train", TALKED), ("valid", ("valid",))):
+            target = self.data / f"{name}_flite.jsonl"
+            self._keep_flite([self.data / f"{part}_codes.jsonl" for part in parts], target)
             rows.append(self._make_spoken(target))
         self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows)
 
@@ -253,7 +256,7 @@ class Demo:
     def measure(self) -> None:
         """Copies by the teacher's published solve and by the student's; speech after each stage of the Talker."""
         flite = self.data / "test_flite.jsonl"
-        self._keep_flite(self.data / "test_codes.jsonl", flite)
+        self._keep_flite([self.data / "test_codes.jsonl"], flite)
         # all that is spoken after stage 3, in an unseen voice too
         clip = ("--clip", self.data / "unseen.wav", "--clip-text", UNSEEN_TEXT)
         kinds = ("--kinds", "source", "copy", "spoken", "cloned")
@@ -272,9 +275,10 @@ class Demo:
                 *("--sentences", sentences or self.options.measured, "--out", self.out / folder, *more),
             )
 
-    def _keep_flite(self, source: Path, target: Path) -> None:
+    def _keep_flite(self, sources: Sequence[Path], target: Path) -> None:
         """Rows of flite's voices."""
-        write_values(target, [values for values in read_values(source) if values["voice"] in FLITE_VOICES])
+        rows = [values for source in sources for values in read_values(source) if values["voice"] in FLITE_VOICES]
+        write_values(target, rows)
 
     def probe(self) -> dict[str, float]:
         """How often the speaker is guessed from codes: of the sounds, and of perturbed ones."""

@@ -36,17 +36,16 @@ def test_the_words_of_held_out_sentences_are_in_others() -> None:
     assert words["test"] <= words["train"]
 
 
-def test_phrases_are_to_train_on() -> None:
-    """They come behind the sentences, which stay as they are; each has a file of its own."""
+def test_phrases_have_a_file_of_their_own() -> None:
+    """Those of sentences stay as they are."""
     plain = plan_utterances(Options(Path("out"), sentences=30, held_out=2))
     planned = plan_utterances(Options(Path("out"), sentences=30, held_out=2, phrases=20))
-    assert planned["test"] == plain["test"] and planned["valid"] == plain["valid"]
-    count = len(plain["train"])
-    assert planned["train"][:count] == plain["train"] and len(planned["train"]) == count + 20 * len(VOICES)
-    assert len({utterance.path for utterance in planned["train"]}) == len(planned["train"])
-    phrases = [utterance.text for utterance in planned["train"][count:]]
+    phrases = planned.pop("phrases")
+    assert planned == plain and len(phrases) == 20 * len(VOICES)
+    assert len({utterance.path for utterance in phrases}) == len(phrases)
     for phrase in phrases:
-        assert 1 <= len(re.findall("[A-Za-z]+", phrase)) <= 4 and phrase[0].isupper() and phrase.endswith(".")
+        text = phrase.text
+        assert 1 <= len(re.findall("[A-Za-z]+", text)) <= 4 and text[0].isupper() and text.endswith(".")
 
 
 def test_clips_are_of_the_same_voice() -> None:
