@@ -39,7 +39,7 @@ from omni_jax.data.sounds import read_sound
 from omni_jax.data.sources import open_rows
 from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.errors import CheckpointError, ConfigError, InputError, JudgeError
-from omni_jax.evaluation.recognizers import make_recognizer
+from omni_jax.evaluation.recognizers import CheckedRecognizer, make_recognizer
 from omni_jax.evaluation.speaker_similarity import SpeakerJudge, cosine
 from omni_jax.evaluation.sphinx_recognizer import SphinxRecognizer, split_words
 from omni_jax.evaluation.spoken_answers import SpokenText, make_seed, read_spoken_text, speak_texts
@@ -228,7 +228,7 @@ class Judges:
             words.update(split_words(sentence.text))
         self._recognizers: dict[str, Recognizer] = {
             "whisper": make_recognizer("whisper"),
-            "pocketsphinx_closed": SphinxRecognizer(words=sorted(words)),
+            "pocketsphinx_closed": CheckedRecognizer(SphinxRecognizer(words=sorted(words))),
         }
         self._speakers = SpeakerJudge()
         self.names = [judge.name for judge in (*self._recognizers.values(), self._speakers)]

@@ -45,8 +45,6 @@ UNSEEN_VOICE = "kal16"  # of flite; nothing is trained on it
 UNSEEN_TEXT = "The small dog waited beside the river, and then it walked to the village."
 # folders of the stages that train, as they are drawn
 CURVES = ("thinker", "tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
-# what the Thinker and the Talker train on; codes and sounds are learned from sentences alone, as those are measured
-TALKED = ("train", "phrases")
 NUM_DISTILLED = 8  # held-out rows whose published solve is compared with the student's
 NUM_PIECES = 1280  # of the vocabulary: every word of the grammar is a token
 NUM_PROBED = 1200  # rows that the speaker is guessed after
@@ -61,7 +59,7 @@ class Options:
     sentences: int = 800
     """To train on, in each voice."""
     phrases: int = 400
-    """For the Thinker and the Talker beside them, in each voice: short ones, and lists of words."""
+    """In each voice, short ones and lists of words, that the Thinker and the Talker train on too."""
     held_out: int = 24
     """In each voice, to validate on and to measure with each."""
     measured: int = 12
@@ -90,6 +88,8 @@ class Demo:
         self.options = options
         self.out = options.out.resolve()
         self.data = self.out / "data"
+        # what the Thinker and the Talker read; codes and sounds are learned from sentences alone, as those are measured
+        self.texts = {"train": ["train", "phrases"] if options.phrases else ["train"], "valid": ["valid"]}
 
     def train(
         self,
@@ -132,7 +132,7 @@ class Demo:
     def train_thinker(self) -> None:
         """A Thinker that repeats what it is to read aloud, so that its hidden states say what comes."""
         rows = []
-        for name, parts in (("train", TALKED), ("valid", ("valid",))):
+        for name, parts in self.texts.items():
             dialogues = []
             for part in parts:
                 for values in read_values(self.data / f"{part}.jsonl"):
@@ -157,7 +157,7 @@ class Demo:
         self.train("speech-tokenizer-mini", "tokenizer", self.out / "thinker", rows)
 
     def make_codes(self) -> None:
-        for part in (*TALKED, "valid", "test"):
+        for part in (*self.texts["train"], *self.texts["valid"], "test"):
             self._make_codes(part, f"{part}_codes")
         # of voices with other pitch and formants, for the probe
         rows = read_values(self.data / "train.jsonl")[:NUM_PROBED]
@@ -214,7 +214,7 @@ class Demo:
     def train_talker(self) -> None:
         """Stage 1: the next code, in the voices of flite; a third of the rows goes on from a clip."""
         rows = []
-        for name, parts in (("train", TALKED), ("valid", ("valid",))):
+        for name, parts in self.texts.items():
             target = self.data / f"{name}_flite.jsonl"
             self._keep_flite([self.data / f"{part}_codes.jsonl" for part in parts], target)
             rows.append(self._make_spoken(target))

@@ -62,7 +62,7 @@ class SphinxRecognizer:
             self.name += ", open vocabulary"
             return
         # without the second search, over the lattice of words: where any may follow any other it takes thirty times as
-        # long as the first, and finds no better ones
+        # long as the first, and is no better (docs/speech-training.md, Rewards)
         self._decoder = Decoder(samprate=_RATE, loglevel="FATAL", lm=None, bestpath=False)
         unknown = set()
         for sentence in closed:
@@ -87,8 +87,8 @@ class SphinxRecognizer:
         words = []
         for segment in decoder.seg():
             text = _VARIANT.sub("", segment.word)
-            # <s>, <sil>, [NOISE], ++breath++
-            if not text.startswith(("<", "[", "+")):
+            # <s>, <sil>, [NOISE], ++breath++, (NULL) where the grammar begins and ends
+            if not text.startswith(("<", "[", "+", "(")):
                 end = (segment.end_frame + 1) / _FRAMES_PER_SECOND
                 words.append(Word(text, segment.start_frame / _FRAMES_PER_SECOND, end))
         return Transcript(" ".join(word.text for word in words), tuple(words))
