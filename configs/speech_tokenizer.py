@@ -44,7 +44,7 @@ RECIPES["speech-tokenizer-mini"] = make_mini(
     data=dict(rows=1, tokens=600),
     phases=(Phase("sound", (_SOUND,)),),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, weight_decay=0.01, clip=1.0),
-    steps=5000,
+    steps=6000,
     objective=SpeechTokenizerOptions(
         mini_speech_tokenizer(),
         utterances=8,

@@ -26,6 +26,6 @@ RECIPES["token2wav-dit-mini"] = make_mini(
     RECIPES["token2wav-dit-tiny"],
     data=dict(rows=1, tokens=300),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, clip=1.0, ema=0.999),
-    steps=5500,
+    steps=6000,
     objective=FlowMatchingOptions(utterances=4, clip_frames=480),
 )
