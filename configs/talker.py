@@ -66,7 +66,7 @@ RECIPES["talker-pretrain-mini"] = make_mini(
     RECIPES["talker-pretrain-tiny"],
     # the second moment over many steps: one has few codes, of 4,096
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup=100, b2=0.999, weight_decay=0.01),
-    steps=2000,
+    steps=2600,
     **_MINI,
 )
 RECIPES["talker-voices-mini"] = make_mini(
