@@ -39,8 +39,8 @@ _GENTLE = (
 RECIPES["vocoder-mini"] = make_mini(
     RECIPES["vocoder-tiny"],
     data=dict(rows=4, tokens=40),
-    phases=(Phase("regression", (_VOCODER,), steps=1200), Phase("adversarial", _GENTLE)),
+    phases=(Phase("regression", (_VOCODER,), steps=3600), Phase("adversarial", _GENTLE)),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, b1=0.8, b2=0.99, weight_decay=0.01, clip=100.0),
-    steps=1230,
+    steps=3630,
     objective=VocoderOptions(context=6, channels=4, single_convs=True),
 )
