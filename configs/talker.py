@@ -71,7 +71,10 @@ RECIPES["talker-pretrain-mini"] = make_mini(
 )
 RECIPES["talker-voices-mini"] = make_mini(
     RECIPES["talker-voices-tiny"],
-    optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, weight_decay=0.01, no_decay=r".*/(bias|scale)|thinker/.*"),
-    steps=300,
+    # codes so small are those of one voice: a new voice has other ones, which are all learned here
+    optimizer=OptimizerConfig(
+        learning_rate=2e-3, warmup=50, b2=0.999, weight_decay=0.01, no_decay=r".*/(bias|scale)|thinker/.*"
+    ),
+    steps=1500,
     **_MINI,
 )
