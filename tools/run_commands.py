@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(*arguments: object) -> str:
     """Runs a program of the repository as on the command line, and returns what it printed.
 
+    Stopped by Ctrl-C, or by SIGTERM after ``exit_on_sigterm``, this process ends the program first and waits for it.
+
     Raises:
       SystemExit: if it fails.
     """
@@ -24,12 +27,30 @@ def run(*arguments: object) -> str:
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     lines = []
     assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    except KeyboardInterrupt:
+        # the terminal has told the program as well
+        process.communicate()
+        raise
+    except SystemExit:
+        process.terminate()
+        process.communicate()
+        raise
     if process.wait():
         raise SystemExit(f"error: {arguments[0]} ended with {process.returncode}; run the same command to go on")
     return "".join(lines)
+
+
+def exit_on_sigterm() -> None:
+    """Makes SIGTERM end this process as ``sys.exit`` does, so that ``run`` ends its program and ``Stages`` writes."""
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 class Stages:

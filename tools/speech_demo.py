@@ -39,7 +39,7 @@ from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from tools.make_speech import FLITE_VOICES, HIBARI_VOICE, VOICES
 from tools.measure_speech import describe
-from tools.run_commands import Stages, run
+from tools.run_commands import Stages, exit_on_sigterm, run
 
 UNSEEN_VOICE = "kal16"  # of flite; nothing is trained on it
 UNSEEN_TEXT = "The small dog waited beside the river, and then it walked to the village."
@@ -338,6 +338,7 @@ class Demo:
 
 
 def main() -> None:
+    exit_on_sigterm()
     demo = Demo(tyro.cli(Options, description=__doc__))
     demo.out.mkdir(parents=True, exist_ok=True)
     stages = Stages(demo.out / "stages.json")

@@ -31,7 +31,7 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from tools.run_commands import run
+from tools.run_commands import exit_on_sigterm, run
 
 HALVES = {
     "first": "one two three four five six seven eight nine ten eleven twelve".split(),
@@ -122,6 +122,7 @@ def measure(model: Path, rows: Sequence[Path], *options: object) -> dict[str, fl
 
 
 def main() -> None:
+    exit_on_sigterm()
     options = tyro.cli(Options, description=__doc__)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
