@@ -1,0 +1,176 @@
+"""The small world: what it draws, what it asks, and what it holds out."""
+
+import wave
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from omni_jax.data.rows import Dialogue, read_row, row_values
+from omni_jax.data.sources import open_rows
+from omni_jax.errors import InputError
+from tools import make_world as tool
+from tools.make_speech import Utterance
+from tools.world.items import PARTS, Item, Video, part_of
+from tools.world.pictures import FRAME_RATE, SIDE, Ground, Thing, draw_picture
+from tools.world.sounds import EFFECT_SECONDS, Placed, make_effect, mix_track
+from tools.world.tasks import SEGMENT_SECONDS, STYLES, Artist
+from tools.world.vocabulary import COLOURS, EFFECTS, SHAPES
+
+
+class ToneSpeaker:
+    """Speaks every text as a tone, in place of a synthesizer."""
+
+    def __init__(self, voices: tuple[str, ...]) -> None:
+        self.voices = voices
+
+    def write(self, utterance: Utterance, path: Path) -> None:
+        samples = 8000 * np.sin(np.arange(8000) / 10)
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes(samples.astype("<i2").tobytes())
+
+
+@pytest.fixture(autouse=True)
+def speaks_in_tones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "Speaker", ToneSpeaker)
+
+
+@pytest.fixture
+def artist() -> Artist:
+    return Artist(np.random.default_rng(0), STYLES["train"], ("slt",))
+
+
+def test_parts_share_no_combination(tmp_path: Path) -> None:
+    options = tool.Options(tmp_path, voices=("slt", "awb"))
+    keys = {}
+    for part in PARTS:
+        items = tool.draw_items(options, part, 12)
+        keys[part] = {item.key for item in items}
+        assert all(part_of(item.key) == part for item in items)
+        if part == "train":
+            # a held-out pair of colour and shape is in no picture of training either
+            assert all(part_of(key) == "train" for item in items for key in item.seen)
+    assert not keys["train"] & keys["test"] and not keys["train"] & keys["valid"] and not keys["valid"] & keys["test"]
+    # another seed asks other things, of the same part
+    others = tool.draw_items(tool.Options(tmp_path, seed=7), "test", 12)
+    assert {part_of(item.key) for item in others} == {"test"}
+    assert {item.key for item in others} != keys["test"]
+
+
+def test_every_task_has_items_of_every_part(tmp_path: Path) -> None:
+    names = set(Artist(np.random.default_rng(0), STYLES["train"], ("slt",)).tasks)
+    for part in PARTS:
+        assert {item.task.removesuffix("-voice") for item in tool.draw_items(tool.Options(tmp_path), part, 1)} == names
+
+
+def test_answers_are_balanced(artist: Artist) -> None:
+    """No answer is so frequent that guessing it pays."""
+    for task, most in (("colour", 0.25), ("shape", 0.25), ("place", 0.4), ("count", 0.3), ("direction", 0.4)):
+        answers = [artist.tasks[task]().turns[-1].answer for _ in range(200)]
+        words = "left right up down top bottom middle one two three four five six".split()
+        if task == "colour":
+            words = list(COLOURS)
+        elif task == "shape":
+            words = list(SHAPES)
+        counts = [sum(f"{word}" in answer.rstrip(".").split() for answer in answers) for word in words]
+        assert max(counts) / len(answers) < most, task
+
+
+def test_a_thing_has_its_colour() -> None:
+    for colour, value in COLOURS.items():
+        pixels = draw_picture([Thing("circle", colour, 0.3, 0.6)], Ground(20))
+        assert pixels.shape == (SIDE, SIDE, 3) and pixels.dtype == np.uint8
+        assert tuple(pixels[round(0.6 * SIDE), round(0.3 * SIDE)]) == value
+        assert tuple(pixels[5, 5]) == (20, 20, 20)
+    ring = draw_picture([Thing("ring", "red", 0.5, 0.5)], Ground(20))
+    assert tuple(ring[SIDE // 2, SIDE // 2]) == (20, 20, 20)
+
+
+def test_shapes_differ() -> None:
+    drawn = [draw_picture([Thing(shape, "white", 0.5, 0.5)], Ground(0)).astype(float) for shape in SHAPES]
+    for index, one in enumerate(drawn):
+        for other in drawn[:index]:
+            # a hundredth of the picture's pixels are others, at least
+            assert np.mean(np.abs(one - other).max(-1) > 100) > 0.01
+
+
+def test_effects_differ_and_mix() -> None:
+    spectra = []
+    for name in EFFECTS:
+        samples = make_effect(name, 1.0, 0)
+        assert len(samples) == EFFECT_SECONDS * 16_000 and np.abs(samples).max() <= 0.5
+        spectrum = np.abs(np.fft.rfft(samples))
+        spectra.append(spectrum / np.linalg.norm(spectrum))
+    for index, one in enumerate(spectra):
+        assert all(one @ other < 0.5 for other in spectra[:index])
+    with pytest.raises(ValueError, match="trumpet"):
+        make_effect("trumpet", 1.0, 0)
+    track = mix_track(2.0, [Placed(1.0, make_effect("drum", 1.0, 0))], 0.001, 0)
+    assert len(track) == 32_000
+    assert np.abs(track[:15_000]).max() < 0.01 < np.abs(track[16_000:20_000]).max()
+
+
+def _asked_segment(item: Item, video: Video) -> int:
+    """The segment in which the sound that is asked for is, as told by the picture of the answer."""
+    answer = item.turns[0].answer.rstrip(".").split()[-1]
+    colours = [picture.things[0].colour for picture in video.frames[:: round(SEGMENT_SECONDS * FRAME_RATE)]]
+    return colours.index(answer)
+
+
+def test_the_time_of_a_sound_says_which_colour_is_meant(artist: Artist) -> None:
+    for _ in range(50):
+        item = artist.colour_at_sound()
+        video = item.turns[0].media[0]
+        assert isinstance(video, Video) and video.sounds is not None
+        start = video.sounds[0][0]
+        segment = _asked_segment(item, video)
+        # the whole sound is in the time of its picture, and not at its edge
+        assert segment * SEGMENT_SECONDS + 0.3 < start
+        assert start + EFFECT_SECONDS + 0.3 < (segment + 1) * SEGMENT_SECONDS
+        # the same pictures with the sound elsewhere have another answer, so it cannot be read off them
+        assert len({picture.things[0].colour for picture in video.frames}) == 3
+
+
+def test_rows_can_be_read_and_made_again(tmp_path: Path) -> None:
+    options = tool.Options(tmp_path / "a", items=1, split="test", voices=("slt",), seed=3)
+    tool.make_world(options)
+    for source in open_rows(str(options.out / "test.jsonl")):
+        assert isinstance(read_row(source), Dialogue)
+        row = row_values(source)
+        for kind in ("images", "audios", "videos"):
+            for file in row.get(kind, ()):
+                assert (options.out / file).exists()
+        assert ("<audio>" in row["messages"][0]["content"]) == ("audios" in row)
+    again = tool.Options(tmp_path / "b", items=1, split="test", voices=("slt",), seed=3)
+    tool.make_world(again)
+    files = sorted(path.relative_to(options.out) for path in options.out.rglob("*.*"))
+    assert files == sorted(path.relative_to(again.out) for path in again.out.rglob("*.*"))
+    assert all((options.out / file).read_bytes() == (again.out / file).read_bytes() for file in files)
+    # what is there is kept, and what was lost is made again
+    kept = options.out / files[0]
+    kept.unlink()
+    tool.make_world(options)
+    assert kept.read_bytes() == (again.out / files[0]).read_bytes()
+
+
+def test_videos_have_their_length_and_their_sound(tmp_path: Path) -> None:
+    options = tool.Options(tmp_path, items=1, split="train", tasks=("word-at-shape", "repeats"), voices=("slt",))
+    tool.make_world(options)
+    expected = {"word-at-shape": (6.0, 1), "repeats": (8.0, 0)}
+    for source in open_rows(str(tmp_path / "train.jsonl")):
+        row = row_values(source)
+        seconds, tracks = expected[row["task"].removesuffix("-voice")]
+        with av.open(str(tmp_path / row["videos"][0])) as container:
+            assert len(container.streams.audio) == tracks
+            times = [frame.time for frame in container.decode(video=0)]
+        assert len(times) == seconds * FRAME_RATE and times[1] == pytest.approx(1 / FRAME_RATE)
+
+
+def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"taste.*there are transcribe"):
+        tool.make_world(tool.Options(tmp_path, tasks=("taste",)))
+    with pytest.raises(InputError, match="items"):
+        tool.make_world(tool.Options(tmp_path, items=0))
+    assert not list(tmp_path.iterdir())

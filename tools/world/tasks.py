@@ -1,0 +1,359 @@
+"""The tasks of the small world: each draws a question with its media and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from tools.world.items import Effect, Item, Part, Picture, Spoken, Turn, Video
+from tools.world.pictures import FRAME_RATE, Ground, Thing
+from tools.world.sounds import EFFECT_SECONDS
+from tools.world.vocabulary import (
+    COLOURS,
+    DAYS,
+    DIRECTIONS,
+    EFFECTS,
+    NUMBERS,
+    OPPOSITES,
+    PLACES,
+    SHAPES,
+    SIGNS,
+    plural,
+)
+
+_Choice = TypeVar("_Choice")
+
+SEGMENT_SECONDS = 2.0  # that each thing of a video with several is shown
+_SEGMENTS = 3
+_EDGE = 0.4  # seconds between a sound and the next change of the picture
+_ORDINALS = ("first", "second", "last")
+_NAMES = ("Alice", "Ben", "Clara", "David", "Emma", "Frank")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How things are drawn and spoken in a part of the data."""
+
+    rates: tuple[float, ...]
+    """Of speech."""
+    radii: tuple[float, float]
+    """Of things, in widths of the picture: the smallest and the largest."""
+    levels: tuple[int, ...]
+    """Of the ground."""
+    pitches: tuple[float, ...]
+    """Of sound effects."""
+
+
+_HELD_OUT = Style(rates=(0.95, 1.05), radii=(0.12, 0.15), levels=(16, 34), pitches=(0.96, 1.04))
+STYLES: dict[Part, Style] = {
+    "train": Style(rates=(0.9, 1.0, 1.1), radii=(0.11, 0.16), levels=(8, 24, 44), pitches=(0.92, 1.0, 1.08)),
+    "valid": _HELD_OUT,
+    "test": _HELD_OUT,
+}
+
+
+class Artist:
+    """Draws items of every task from one source of random numbers."""
+
+    def __init__(self, rng: np.random.Generator, style: Style, voices: Sequence[str]) -> None:
+        self._rng = rng
+        self._style = style
+        self._voices = tuple(voices)
+        self.tasks: dict[str, Callable[[], Item]] = {
+            "transcribe": self.transcribe,
+            "effect": self.effect,
+            "colour": self.colour,
+            "shape": self.shape,
+            "count": self.count,
+            "place": self.place,
+            "order": self.order,
+            "direction": self.direction,
+            "repeats": self.repeats,
+            "sign": self.sign,
+            "colour-at-sound": self.colour_at_sound,
+            "word-at-shape": self.word_at_shape,
+            "opposite": self.opposite,
+            "day": self.day,
+            "owner": self.owner,
+            "dialogue": self.dialogue,
+        }
+
+    # draws
+
+    def _draw(self, choices: Sequence[_Choice]) -> _Choice:
+        return choices[int(self._rng.integers(len(choices)))]
+
+    def _sample(self, choices: Sequence[_Choice], count: int) -> list[_Choice]:
+        return [choices[int(place)] for place in self._rng.permutation(len(choices))[:count]]
+
+    def draw_voice(self) -> tuple[str, float]:
+        """A voice and a rate."""
+        return self._draw(self._voices), self._draw(self._style.rates)
+
+    def _say(self, text: str) -> Spoken:
+        voice, rate = self.draw_voice()
+        return Spoken(text, voice, rate)
+
+    def _ground(self) -> Ground:
+        return Ground(self._draw(self._style.levels), float(self._rng.uniform(0, 6)), int(self._rng.integers(2**31)))
+
+    def _thing(self, shape: str, colour: str, place: tuple[float, float], room: float = 0.04) -> Thing:
+        """A thing about a place; room is how far from it, in widths of the picture."""
+        x, y = place
+        return Thing(
+            shape,
+            colour,
+            x + float(self._rng.uniform(-room, room)),
+            y + float(self._rng.uniform(-room, room)),
+            float(self._rng.uniform(*self._style.radii)),
+            float(self._rng.uniform(-0.25, 0.25)),
+        )
+
+    def _effect(self, name: str) -> Effect:
+        return Effect(name, self._draw(self._style.pitches), int(self._rng.integers(2**31)))
+
+    def _time_in(self, segment: int, length: float) -> float:
+        """When a sound starts that is in one segment of a video with its whole length."""
+        latest = SEGMENT_SECONDS - _EDGE - length
+        return segment * SEGMENT_SECONDS + float(self._rng.uniform(_EDGE, max(latest, _EDGE)))
+
+    # sounds
+
+    def transcribe(self) -> Item:
+        """A sentence that is heard."""
+        colour = self._draw(tuple(COLOURS))
+        shape = self._draw(SHAPES)
+        animal = self._draw(SIGNS)
+        count = int(self._rng.integers(2, len(NUMBERS) + 1))
+        day = self._draw(DAYS)
+        other = self._draw(SIGNS)
+        sentences = (
+            f"The {colour} {shape} is {_where(self._draw(tuple(PLACES)))}.",
+            f"There are {NUMBERS[count - 1]} {colour} {plural(shape, count)}.",
+            f"{self._draw(_NAMES)} saw a {animal} on {day}.",
+            f"The {self._draw(self._draw(OPPOSITES))} {animal} is near the {colour} {shape}.",
+            f"The {self._draw(EFFECTS)} came, and the {animal} followed the {other}.",
+            f"On {day} {self._draw(_NAMES)} painted the {shape} {colour}.",
+        )
+        sentence = self._draw(sentences)
+        question = self._draw(("What is said?", "Write down what you hear."))
+        return Item("transcribe", sentence, (Turn(question, sentence, (self._say(sentence),)),))
+
+    def effect(self) -> Item:
+        """Which of three effects came first, second or last; the video shows nothing, and only keeps the time."""
+        effects = self._sample(EFFECTS, _SEGMENTS)
+        which = int(self._rng.integers(_SEGMENTS))
+        sounds = tuple(
+            (self._time_in(segment, EFFECT_SECONDS), self._effect(name)) for segment, name in enumerate(effects)
+        )
+        video = Video(tuple(self._in_turn([()] * _SEGMENTS, self._ground())), sounds)
+        answer = f"The {effects[which]} came {_ORDINALS[which]}."
+        turn = Turn(f"Which sound came {_ORDINALS[which]}?", answer, (video,))
+        return Item("effect", f"sound {which} {' '.join(effects)}", (turn,))
+
+    # pictures
+
+    def _picture(self, things: Sequence[Thing]) -> Picture:
+        return Picture(tuple(things), self._ground())
+
+    def _two_things(self) -> tuple[list[Thing], list[str], list[str], list[str]]:
+        """Two things that differ in shape, colour and place."""
+        shapes = self._sample(SHAPES, 2)
+        colours = self._sample(tuple(COLOURS), 2)
+        places = self._sample([place for place in PLACES if place != "middle"], 2)
+        things = [
+            self._thing(shape, colour, PLACES[place])
+            for shape, colour, place in zip(shapes, colours, places, strict=True)
+        ]
+        return things, shapes, colours, places
+
+    def colour(self) -> Item:
+        """The colour of one of two things."""
+        things, shapes, colours, _ = self._two_things()
+        question = self._draw((f"What colour is the {shapes[0]}?", f"Which colour has the {shapes[0]}?"))
+        turn = Turn(question, f"The {shapes[0]} is {colours[0]}.", (self._picture(things),))
+        return Item("colour", f"{colours[0]} {shapes[0]}", (turn,), (f"{colours[1]} {shapes[1]}",))
+
+    def shape(self) -> Item:
+        """The shape of one of two things."""
+        things, shapes, colours, _ = self._two_things()
+        question = self._draw((f"What is {colours[0]}?", f"Which shape is {colours[0]}?"))
+        turn = Turn(question, f"The {shapes[0]} is {colours[0]}.", (self._picture(things),))
+        return Item("shape", f"{colours[0]} {shapes[0]}", (turn,), (f"{colours[1]} {shapes[1]}",))
+
+    def place(self) -> Item:
+        """Where one of two things is."""
+        things, shapes, colours, places = self._two_things()
+        name = f"{colours[0]} {shapes[0]}"
+        question = self._draw((f"Where is the {shapes[0]}?", f"Where is the {name}?"))
+        turn = Turn(question, f"The {name} is {_where(places[0])}.", (self._picture(things),))
+        return Item("place", f"{places[0]} {name}", (turn,), (name, f"{colours[1]} {shapes[1]}"))
+
+    def count(self) -> Item:
+        """How many things of a kind there are, among some of another."""
+        shape, other = self._sample(SHAPES, 2)
+        colour, other_colour = self._sample(tuple(COLOURS), 2)
+        count = int(self._rng.integers(1, len(NUMBERS) + 1))
+        rest = int(self._rng.integers(0, 3))
+        cells = [(0.17 + 0.33 * (cell % 3), 0.17 + 0.33 * (cell // 3)) for cell in range(9)]
+        kinds = [(shape, colour)] * count + [(other, other_colour)] * rest
+        places = self._sample(cells, len(kinds))
+        things = [self._thing(*kind, place, 0.015) for kind, place in zip(kinds, places, strict=True)]
+        question = self._draw((f"How many {plural(shape, 2)} are there?", f"Count the {plural(shape, 2)}."))
+        verb = "is" if count == 1 else "are"
+        answer = f"There {verb} {NUMBERS[count - 1]} {colour} {plural(shape, count)}."
+        turn = Turn(question, answer, (self._picture(things),))
+        return Item("count", f"{count} {colour} {shape}", (turn,), (f"{colour} {shape}", f"{other_colour} {other}"))
+
+    # silent videos
+
+    def _in_turn(self, pictures: Sequence[tuple[Thing, ...]], ground: Ground) -> list[Picture]:
+        frames: list[Picture] = []
+        for things in pictures:
+            frames += [Picture(things, ground)] * round(SEGMENT_SECONDS * FRAME_RATE)
+        return frames
+
+    def order(self) -> Item:
+        """Which of three shapes came first, second or last."""
+        shapes = self._sample(SHAPES, _SEGMENTS)
+        colours = self._sample(tuple(COLOURS), _SEGMENTS)
+        things = [(self._thing(*kind, (0.5, 0.5), 0.2),) for kind in zip(shapes, colours, strict=True)]
+        which = int(self._rng.integers(_SEGMENTS))
+        video = Video(tuple(self._in_turn(things, self._ground())))
+        turn = Turn(f"Which shape came {_ORDINALS[which]}?", f"The {shapes[which]} came {_ORDINALS[which]}.", (video,))
+        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
+        return Item("order", f"order {which} {' '.join(shapes)}", (turn,), seen)
+
+    def direction(self) -> Item:
+        """Which way a thing moves."""
+        shape = self._draw(SHAPES)
+        colour = self._draw(tuple(COLOURS))
+        way = self._draw(tuple(DIRECTIONS))
+        columns, rows = DIRECTIONS[way]
+        start = self._thing(shape, colour, (0.5 - 0.32 * columns, 0.5 - 0.32 * rows), 0.05)
+        ground = self._ground()
+        count = 4 * FRAME_RATE
+        frames = []
+        for index in range(count):
+            moved = 0.62 * index / (count - 1)
+            thing = Thing(shape, colour, start.x + moved * columns, start.y + moved * rows, start.radius, start.angle)
+            frames.append(Picture((thing,), ground))
+        answer = f"The {shape} moves {way}." if way in ("up", "down") else f"The {shape} moves to the {way}."
+        question = self._draw((f"Which way does the {shape} move?", f"Where does the {shape} go?"))
+        turn = Turn(question, answer, (Video(tuple(frames)),))
+        return Item("direction", f"move {way} {colour} {shape}", (turn,), (f"{colour} {shape}",))
+
+    def repeats(self) -> Item:
+        """How often a thing appears: a second each time, with a second between."""
+        shape = self._draw(SHAPES)
+        colour = self._draw(tuple(COLOURS))
+        count = int(self._rng.integers(1, 5))
+        ground = self._ground()
+        shown = sorted(self._sample(range(4), count))
+        frames: list[Picture] = []
+        for slot in range(4):
+            thing = self._thing(shape, colour, (0.5, 0.5), 0.2)
+            frames += [Picture((), ground)] * FRAME_RATE
+            frames += [Picture((thing,) if slot in shown else (), ground)] * FRAME_RATE
+        times = ("once", "two times", "three times", "four times")[count - 1]
+        turn = Turn(f"How often does the {shape} appear?", f"The {shape} appears {times}.", (Video(tuple(frames)),))
+        return Item("repeats", f"repeats {count} {colour} {shape}", (turn,), (f"{colour} {shape}",))
+
+    def sign(self) -> Item:
+        """Which word is drawn for a second."""
+        word = self._draw(SIGNS)
+        shape = self._draw(SHAPES)
+        colour = self._draw(tuple(COLOURS))
+        ground = self._ground()
+        thing = self._thing(shape, colour, PLACES[self._draw(("top", "bottom"))], 0.05)
+        second = int(self._rng.integers(1, 4))
+        frames: list[Picture] = []
+        for index in range(5):
+            frames += [Picture((thing,), ground, word if index == second else "")] * FRAME_RATE
+        turn = Turn("Which word is shown?", f"The word is {word}.", (Video(tuple(frames)),))
+        return Item("sign", f"sign {word} {colour} {shape}", (turn,), (f"{colour} {shape}",))
+
+    # videos with sound: only the time says which is meant
+
+    def colour_at_sound(self) -> Item:
+        """What colour was on screen when an effect sounded, beside another effect at another time."""
+        shape = self._draw(SHAPES)
+        colours = self._sample(tuple(COLOURS), _SEGMENTS)
+        effect, other = self._sample(EFFECTS, 2)
+        segments = self._sample(range(_SEGMENTS), 2)
+        things = [(self._thing(shape, colour, (0.5, 0.5), 0.1),) for colour in colours]
+        sounds = tuple(
+            (self._time_in(segment, EFFECT_SECONDS), self._effect(name))
+            for name, segment in zip((effect, other), segments, strict=True)
+        )
+        video = Video(tuple(self._in_turn(things, self._ground())), sounds)
+        question = f"What colour was the {shape} when the {effect} came?"
+        turn = Turn(question, f"The {shape} was {colours[segments[0]]}.", (video,))
+        seen = tuple(f"{colour} {shape}" for colour in colours)
+        return Item("colour-at-sound", f"at {effect} {segments[0]} {' '.join(colours)}", (turn,), seen)
+
+    def word_at_shape(self) -> Item:
+        """Which word was said while a shape was there."""
+        shapes = self._sample(SHAPES, _SEGMENTS)
+        colours = self._sample(tuple(COLOURS), _SEGMENTS)
+        words = self._sample(SIGNS, _SEGMENTS)
+        which = int(self._rng.integers(_SEGMENTS))
+        things = [(self._thing(*kind, (0.5, 0.5), 0.1),) for kind in zip(shapes, colours, strict=True)]
+        # words take some 0.6 s; the latest start leaves them a second
+        sounds = tuple((self._time_in(segment, 0.7), self._say(word)) for segment, word in enumerate(words))
+        video = Video(tuple(self._in_turn(things, self._ground())), sounds)
+        question = f"Which word was said while the {shapes[which]} was there?"
+        turn = Turn(question, f"The word was {words[which]}.", (video,))
+        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
+        return Item("word-at-shape", f"said {which} {shapes[which]} {' '.join(words)}", (turn,), seen)
+
+    # text alone
+
+    def opposite(self) -> Item:
+        """The opposite of a word."""
+        pair = self._draw(OPPOSITES)
+        word, answer = pair if self._rng.random() < 0.5 else pair[::-1]
+        animal = self._draw(SIGNS)
+        turn = Turn(f"The {animal} is not {word}. What is it?", f"The {animal} is {answer}.")
+        return Item("opposite", f"not {word} {animal}", (turn,))
+
+    def day(self) -> Item:
+        """The day after or before another."""
+        place = int(self._rng.integers(len(DAYS)))
+        name = self._draw(_NAMES)
+        step, word = self._draw(((1, "after"), (-1, "before")))
+        answer = DAYS[(place + step) % len(DAYS)]
+        turn = Turn(f"{name} comes the day {word} {DAYS[place]}. When?", f"{name} comes on {answer}.")
+        return Item("day", f"day {word} {DAYS[place]} {name}", (turn,))
+
+    def owner(self) -> Item:
+        """Who has what, of two that were named."""
+        names = self._sample(_NAMES, 2)
+        shapes = self._sample(SHAPES, 2)
+        colours = self._sample(tuple(COLOURS), 2)
+        has = [f"{name} has a {colour} {shape}." for name, colour, shape in zip(names, colours, shapes, strict=True)]
+        which = int(self._rng.integers(2))
+        turn = Turn(f"{' '.join(has)} What does {names[which]} have?", has[which])
+        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
+        return Item("owner", f"has {names[which]} {colours[which]} {shapes[which]}", (turn,), seen)
+
+    # two turns
+
+    def dialogue(self) -> Item:
+        """The colour of a thing, and then where it is."""
+        things, shapes, colours, places = self._two_things()
+        name = f"{colours[0]} {shapes[0]}"
+        turns = (
+            Turn(f"What colour is the {shapes[0]}?", f"The {shapes[0]} is {colours[0]}.", (self._picture(things),)),
+            Turn("And where is it?", f"It is {_where(places[0])}."),
+        )
+        return Item("dialogue", f"{places[0]} {name}", turns, (name, f"{colours[1]} {shapes[1]}"))
+
+
+def _where(place: str) -> str:
+    if place == "middle":
+        return "in the middle"
+    return f"on the {place}" if place in ("left", "right") else f"at the {place}"
