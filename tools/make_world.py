@@ -241,7 +241,7 @@ def make_world(options: Options) -> None:
     counts: dict[Part, int] = {part: options.items if part == "train" else -(-options.items // 10) for part in PARTS}
     if options.split is not None:
         counts = {options.split: options.items}
-    drawn = {part: draw_items(options, part, count) for part, count in counts.items()}
+    drawn: dict[Part, list[Item]] = {part: draw_items(options, part, count) for part, count in counts.items()}
     writer = MediaWriter(options)
     for part, items in drawn.items():
         write_part(options, part, items, writer)

@@ -13,7 +13,7 @@ COLOURS = {
     "purple": (150, 60, 200),
     "pink": (250, 150, 195),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 # where a thing is: its centre in widths of the picture from the left and from the top
 PLACES = {
