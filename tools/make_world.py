@@ -13,16 +13,15 @@ drawn and spoken with sizes, grounds, pitches and rates between those of trainin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import av
 import numpy as np
 import tyro
 from rich.console import Console
@@ -30,9 +29,11 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checks import check_int, printable
+from omni_jax.checks import check_float, check_int, printable
 from omni_jax.errors import InputError
 from omni_jax.plain_files import replace_file
+from omni_jax.processing.audio import MelSettings
+from omni_jax.processing.media import read_audio
 from tools.make_speech import VOICES, Speaker, Utterance
 from tools.world.items import PARTS, Effect, Item, Medium, Part, Picture, Spoken, Video, ask_by_voice, fits_part
 from tools.world.pictures import FRAME_RATE, SOUND_RATE, draw_picture, write_picture, write_video
@@ -41,7 +42,9 @@ from tools.world.tasks import STYLES, Artist
 
 _MOST_DRAWS = 10_000  # of one item, until one is of the part asked for
 _LOUDNESS = 0.6  # of the largest sample of what is said in a video
-_FIELDS = {"audio": "audios", "image": "images", "video": "videos"}
+# by the kind of a medium: the field of a row that lists it, and its file's format
+_FIELDS = {Spoken: "audios", Picture: "images", Video: "videos"}
+_FORMATS = {Spoken: "wav", Picture: "png", Video: "mp4"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _draw_item(artist: Artist, task: str, part: Part) -> Item:
 
 
 class MediaWriter:
-    """Writes the media of items, each once."""
+    """Writes media, each to the file that ``media_file`` names."""
 
     def __init__(self, options: Options) -> None:
         """Loads the synthesizers.
@@ -108,36 +111,23 @@ class MediaWriter:
         """
         self._out = options.out
         self._speaker = Speaker(options.voices)
-        (options.out / "speech").mkdir(parents=True, exist_ok=True)
+        (options.out / "media").mkdir(parents=True, exist_ok=True)
 
-    def write(self, medium: Medium, name: str) -> str:
-        """Writes a medium, unless it is there.
-
-        Args:
-          medium: it; speech has been spoken.
-          name: its file without a suffix, relative to the folder; speech has a name of its own, after what is said.
-
-        Returns:
-          The file, relative to the folder.
-        """
-        if isinstance(medium, Spoken):
-            return str(_speech_file(medium))
-        file = f"{name}.png" if isinstance(medium, Picture) else f"{name}.mp4"
+    def write(self, medium: Medium) -> None:
+        """Writes a medium, unless it is there; what is said in a video has been written before."""
+        file = media_file(medium)
         path = self._out / file
-        if not path.exists():
-            partial = path.with_name(f".{path.name}")
-            if isinstance(medium, Picture):
-                write_picture(partial, draw_picture(medium.things, medium.ground, medium.sign))
-            else:
-                write_video(partial, list(_draw_frames(medium)), self._mix(medium))
-            partial.rename(path)
-        return file
-
-    def speak(self, spoken: Spoken) -> None:
-        """Speaks, unless the file is there."""
-        file = _speech_file(spoken)
-        if not (self._out / file).exists():
-            self._speaker.write(Utterance(file, spoken.text, spoken.voice, spoken.rate), self._out / file)
+        if path.exists():
+            return
+        if isinstance(medium, Spoken):
+            self._speaker.write(Utterance(Path(file), medium.text, medium.voice, medium.rate), path)
+            return
+        partial = path.with_name(f".{path.name}")
+        if isinstance(medium, Picture):
+            write_picture(partial, draw_picture(medium.things, medium.ground, medium.sign))
+        else:
+            write_video(partial, list(_draw_frames(medium)), self._mix(medium))
+        partial.rename(path)
 
     def _mix(self, video: Video) -> np.ndarray | None:
         if video.sounds is None:
@@ -147,25 +137,33 @@ class MediaWriter:
             if isinstance(sound, Effect):
                 placed.append(Placed(start, make_effect(sound.name, sound.pitch, sound.seed)))
             else:
-                placed.append(Placed(start, _read_speech(self._out / _speech_file(sound))))
+                placed.append(Placed(start, _read_speech(self._out / media_file(sound))))
         return mix_track(len(video.frames) / FRAME_RATE, placed, video.noise, len(placed))
 
 
-def _speech_file(spoken: Spoken) -> Path:
-    """Relative to the folder."""
-    digest = zlib.crc32(spoken.text.encode())
-    return Path("speech", f"{spoken.voice}-{round(100 * spoken.rate)}-{digest:08x}.wav")
+def media_file(medium: Medium) -> str:
+    """The file of a medium, relative to the folder. It is named after all that is in the medium.
+
+    So files of other options can lie in the same folder, and none is taken for another.
+    """
+    digest = hashlib.sha256(repr(medium).encode()).hexdigest()[:20]
+    return f"media/{digest}.{_FORMATS[type(medium)]}"
 
 
-def _find_spoken(items: Sequence[Item]) -> list[Spoken]:
-    """All that is said in items, each once."""
-    found: dict[Spoken, None] = {}
+def _find_media(items: Sequence[Item]) -> tuple[list[Spoken], list[Picture | Video]]:
+    """All that is said in items, in videos too, and all that is drawn, each once."""
+    spoken: dict[Spoken, None] = {}
+    drawn: dict[Picture | Video, None] = {}
     for item in items:
         for turn in item.turns:
             for medium in turn.media:
-                sounds = (medium.sounds or ()) if isinstance(medium, Video) else ((0.0, medium),)
-                found.update({sound: None for _, sound in sounds if isinstance(sound, Spoken)})
-    return list(found)
+                if isinstance(medium, Spoken):
+                    spoken[medium] = None
+                    continue
+                drawn[medium] = None
+                if isinstance(medium, Video):
+                    spoken.update({sound: None for _, sound in medium.sounds or () if isinstance(sound, Spoken)})
+    return list(spoken), list(drawn)
 
 
 def _draw_frames(video: Video) -> Iterator[np.ndarray]:
@@ -181,52 +179,34 @@ def _draw_frames(video: Video) -> Iterator[np.ndarray]:
 
 def _read_speech(path: Path) -> np.ndarray:
     """[samples], float32, SOUND_RATE a second, without silence at either end."""
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
-    parts = []
-    with av.open(str(path)) as container:
-        for frame in container.decode(audio=0):
-            parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
-        parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
-    samples = np.concatenate(parts)
+    samples = read_audio(str(path), MelSettings(sampling_rate=SOUND_RATE))
     loud = np.flatnonzero(np.abs(samples) > 0.02 * np.abs(samples).max())
     samples = samples[loud[0] : loud[-1] + 1]
     return (_LOUDNESS * samples / np.abs(samples).max()).astype(np.float32)
 
 
-def write_item(writer: MediaWriter, item: Item, name: str) -> dict[str, Any]:
-    """Writes the media of an item.
-
-    Args:
-      writer: of media.
-      item: it.
-      name: of its files, relative to the folder.
-
-    Returns:
-      Its row.
-    """
+def make_row(item: Item) -> dict[str, Any]:
+    """The row of an item."""
     row: dict[str, Any] = {"task": item.task, "key": item.key, "messages": []}
-    for number, turn in enumerate(item.turns):
+    for turn in item.turns:
         row["messages"].append({"role": "user", "content": turn.content})
         row["messages"].append({"role": "assistant", "content": turn.answer})
-        for place, medium in enumerate(turn.media):
-            file = writer.write(medium, f"{name}-{number}{place}")
-            kind = "audio" if isinstance(medium, Spoken) else "image" if isinstance(medium, Picture) else "video"
-            row.setdefault(_FIELDS[kind], []).append(file)
+        for medium in turn.media:
+            row.setdefault(_FIELDS[type(medium)], []).append(media_file(medium))
     return row
 
 
 def write_part(options: Options, part: Part, items: Sequence[Item], writer: MediaWriter) -> None:
     """Writes the media of a part, and then its file of rows."""
-    (options.out / "media" / part).mkdir(parents=True, exist_ok=True)
-    names = [f"media/{part}/{options.seed}-{number:06d}" for number in range(len(items))]
-    spoken = _find_spoken(items)
+    spoken, drawn = _find_media(items)
     console = Console(stderr=True)
     with ThreadPoolExecutor(2) as pool:
-        speaking = pool.map(writer.speak, spoken)
-        list(track(speaking, total=len(spoken), description=f"speaking {part}", console=console))
-        drawing = pool.map(lambda item, name: write_item(writer, item, name), items, names)
-        rows = list(track(drawing, total=len(items), description=f"drawing {part}", console=console))
-    lines = [json.dumps(row) + "\n" for row in rows]
+        # what is said is written first, since videos hold it
+        for what, media in (("speaking", spoken), ("drawing", drawn)):
+            jobs = pool.map(writer.write, media)
+            for _ in track(jobs, total=len(media), description=f"{what} {part}", console=console):
+                pass
+    lines = [json.dumps(make_row(item)) + "\n" for item in items]
     replace_file(options.out / f"{part}.jsonl", "".join(lines).encode())
     print(f"{options.out / part}.jsonl: {len(lines)} rows")
 
@@ -238,6 +218,7 @@ def make_world(options: Options) -> None:
       InputError: if an option is out of its range, a task is unknown, or a synthesizer is missing.
     """
     check_int("items", options.items, 1, 1_000_000)
+    check_float("voiced", options.voiced, 0, 1)
     counts: dict[Part, int] = {part: options.items if part == "train" else -(-options.items // 10) for part in PARTS}
     if options.split is not None:
         counts = {options.split: options.items}

@@ -155,6 +155,18 @@ def test_rows_can_be_read_and_made_again(tmp_path: Path) -> None:
     assert kept.read_bytes() == (again.out / files[0]).read_bytes()
 
 
+def test_other_options_in_the_same_folder_keep_their_media_apart(tmp_path: Path) -> None:
+    """More items of the first tasks move those behind them; each row still names its own media."""
+    few = tool.Options(tmp_path / "a", items=1, split="test", tasks=("colour", "count"), voices=("slt",))
+    more = tool.Options(tmp_path / "a", items=2, split="test", tasks=("colour", "count"), voices=("slt",))
+    alone = tool.Options(tmp_path / "b", items=2, split="test", tasks=("colour", "count"), voices=("slt",))
+    for options in (few, more, alone):
+        tool.make_world(options)
+    assert (more.out / "test.jsonl").read_bytes() == (alone.out / "test.jsonl").read_bytes()
+    for path in alone.out.glob("media/*"):
+        assert path.read_bytes() == (more.out / "media" / path.name).read_bytes()
+
+
 def test_videos_have_their_length_and_their_sound(tmp_path: Path) -> None:
     options = tool.Options(tmp_path, items=1, split="train", tasks=("word-at-shape", "repeats"), voices=("slt",))
     tool.make_world(options)
@@ -173,4 +185,6 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         tool.make_world(tool.Options(tmp_path, tasks=("taste",)))
     with pytest.raises(InputError, match="items"):
         tool.make_world(tool.Options(tmp_path, items=0))
+    with pytest.raises(InputError, match="voiced"):
+        tool.make_world(tool.Options(tmp_path, voiced=2))
     assert not list(tmp_path.iterdir())
