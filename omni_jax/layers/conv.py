@@ -1,6 +1,6 @@
 """Convolutions over time.
 
-Letters: B batch, T frames, inputs and outputs: channels, taps of a kernel.
+Letters: B batch, T frames, F frequencies, inputs and outputs: channels, taps of a kernel.
 """
 
 from __future__ import annotations
@@ -143,3 +143,30 @@ def conv_taps(
 
     total = jnp.zeros((num_rows, num_frames, kernel.shape[2]), x.dtype)
     return jax.lax.fori_loop(0, kernel.shape[0], add_tap, total)
+
+
+def conv_products(
+    x: Float[jax.Array, "B F T inputs"], kernel: Float[jax.Array, "rows taps inputs outputs"], stride: int
+) -> Float[jax.Array, "B F T_out outputs"]:
+    """A convolution over frequencies and frames as one matrix product for each row of the kernel.
+
+    What all taps of a row read lies side by side, so that a product is ``taps * inputs`` deep.
+
+    Args:
+      x: half of the kernel's size in zeros is put on each side of it.
+      kernel: of odd sizes.
+      stride: over frames.
+    """
+    num_rows, num_taps, _, num_outputs = kernel.shape
+    batch, num_frequencies, num_frames, _ = x.shape
+    num_places = (num_frames - 1) // stride + 1
+    last = (num_places - 1) * stride  # frame that the first tap of the last place reads
+    rows_beside = (num_rows // 2, num_rows // 2)
+    frames_beside = (num_taps // 2, num_taps // 2)
+    padded = jnp.pad(x, ((0, 0), rows_beside, frames_beside, (0, 0)))
+    views = [jax.lax.slice_in_dim(padded, tap, tap + last + 1, stride, axis=2) for tap in range(num_taps)]
+    beside = jnp.stack(views, axis=1)  # [B, taps, F + rows - 1, T_out, inputs]
+    total = jnp.zeros((batch, num_frequencies, num_places, num_outputs), x.dtype)
+    for row in range(num_rows):
+        total += jnp.einsum("bkftc,kcd->bftd", beside[:, :, row : row + num_frequencies], kernel[row])
+    return total

@@ -8,6 +8,9 @@ segment of training or more than all of it, so that they would see padding; and 
 
 Kernels are trained as they are, without a normalization of weights.
 
+On a TPU the convolutions are matrix products (``conv_products``). As convolutions of 32 channels they would leave most
+of its matrix units idle, and its compiler takes half a minute for the gradients of some of them.
+
 Letters: B rows, N samples, p period, T frames, F frequencies, C channels.
 """
 
@@ -24,7 +27,7 @@ from flax.typing import Dtype
 from jaxtyping import Float
 
 from omni_jax.batch import Array
-from omni_jax.layers.conv import Conv1D
+from omni_jax.layers.conv import Conv1D, conv_products
 from omni_jax.layers.params import dtypes, param
 from omni_jax.layers.stft import Resolution, stft_magnitude
 
@@ -51,14 +54,16 @@ class Discriminators(nn.Module):
 
     Attributes:
       channels: of the first layer of each; 32 as published.
+      single_convs: whether every convolution is one of its own, which on a CPU takes half of the time.
     """
 
     channels: int = 32
+    single_convs: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        kw = dtypes(self)
+        kw: dict[str, Any] = dict(single_convs=self.single_convs, **dtypes(self))
         self.period = [PeriodDiscriminator(period, self.channels, **kw) for period in PERIODS]
         self.resolution = [ResolutionDiscriminator(resolution, self.channels, **kw) for resolution in RESOLUTIONS]
 
@@ -75,6 +80,7 @@ class PeriodDiscriminator(nn.Module):
 
     period: int
     channels: int
+    single_convs: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -93,10 +99,17 @@ class PeriodDiscriminator(nn.Module):
             for number, (multiple, stride) in enumerate(PERIOD_LAYERS):
                 channels = multiple * self.channels
                 layer = Conv1D(x.shape[2], channels, _PERIOD_KERNEL, stride, name=f"conv_{number}", **kw)
-                x = nn.leaky_relu(layer(x), _SLOPE)  # [B p, T, C]
+                x = nn.leaky_relu(self._apply(layer, x), _SLOPE)  # [B p, T, C]
                 maps.append(x)
-            maps.append(Conv1D(x.shape[2], 1, _LAST_KERNEL, name="conv_out", **kw)(x))
+            maps.append(self._apply(Conv1D(x.shape[2], 1, _LAST_KERNEL, name="conv_out", **kw), x))
             return tuple(x.reshape(num_rows, self.period, *x.shape[1:]) for x in maps)
+
+    def _apply(self, layer: Conv1D, x: Float[jax.Array, "Bp T C"]) -> Float[jax.Array, "Bp T_out C_out"]:
+        if self.single_convs:
+            return layer(x)
+        kernel, bias = layer.weights()
+        # as of one frequency
+        return conv_products(x[:, None], kernel[None], layer.stride)[:, 0] + bias
 
 
 class ResolutionDiscriminator(nn.Module):
@@ -104,6 +117,7 @@ class ResolutionDiscriminator(nn.Module):
 
     resolution: Resolution
     channels: int
+    single_convs: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -115,13 +129,14 @@ class ResolutionDiscriminator(nn.Module):
             padded = jnp.pad(jnp.asarray(samples, self.dtype), ((0, 0), (edge, edge)), mode="reflect")
             magnitude = stft_magnitude(padded, self.resolution)  # [B, T, F]
             x = magnitude.transpose(0, 2, 1)[..., None]  # [B, F, T, 1]
+            kw: dict[str, Any] = dict(single_convs=self.single_convs, **dtypes(self))
             maps = []
             for number, (kernel, stride) in enumerate(RESOLUTION_LAYERS):
-                layer = _Conv2D(x.shape[3], self.channels, kernel, stride, name=f"conv_{number}", **dtypes(self))
+                layer = _Conv2D(x.shape[3], self.channels, kernel, stride, name=f"conv_{number}", **kw)
                 x = nn.leaky_relu(layer(x), _SLOPE)  # [B, F, T, C]
                 maps.append(x)
             kernel = (_LAST_KERNEL, _LAST_KERNEL)
-            maps.append(_Conv2D(x.shape[3], 1, kernel, name="conv_out", **dtypes(self))(x))
+            maps.append(_Conv2D(x.shape[3], 1, kernel, name="conv_out", **kw)(x))
             return tuple(maps)
 
 
@@ -132,6 +147,7 @@ class _Conv2D(nn.Module):
     outputs: int
     kernel: tuple[int, int]
     stride: int = 1  # over frames
+    single_convs: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -141,6 +157,8 @@ class _Conv2D(nn.Module):
         shape = (*self.kernel, self.inputs, self.outputs)
         kernel = param(self, "kernel", init, shape, ("kernel", *_AXES)).astype(self.dtype)
         bias = param(self, "bias", nn.initializers.zeros, (self.outputs,), _AXES[2:]).astype(self.dtype)
+        if not self.single_convs:
+            return conv_products(x, kernel, self.stride) + bias
         padding = tuple((size // 2, size // 2) for size in self.kernel)
         y = jax.lax.conv_general_dilated(
             x, kernel, (1, self.stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")

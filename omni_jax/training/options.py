@@ -255,8 +255,8 @@ class VocoderOptions:
     channels: int = 32
     """Of the first layer of each discriminator; 32 as published."""
     single_convs: bool = False
-    """Compile each convolution of the vocoder by itself and not in a loop, which takes half the time on a CPU; a TPU's
-    compiler takes minutes."""
+    """Compile each convolution of the vocoder and the discriminators by itself, not as matrix products. A step takes
+    about half the time on a CPU; a TPU's compiler takes far longer."""
     mel_weight: float = 15.0
     """Factor of the error of the log-mel."""
     adversarial_weight: float = 1.0

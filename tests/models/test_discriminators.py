@@ -72,8 +72,10 @@ def by_resolution(weights: dict[str, torch.Tensor], x: torch.Tensor, resolution:
     return [x.permute(0, 2, 3, 1) for x in maps]  # [B, F, T, C]
 
 
-def test_discriminators_equal_pytorch(params: Any, samples: np.ndarray) -> None:
-    ours = jax.jit(lambda p, x: MODEL.apply({"params": p}, x))(params, samples)
+@pytest.mark.parametrize("single_convs", [False, True])
+def test_discriminators_equal_pytorch(params: Any, samples: np.ndarray, single_convs: bool) -> None:
+    model = Discriminators(MODEL.channels, single_convs)
+    ours = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, samples)
     x = torch.tensor(samples)
     theirs = []
     for number, period in enumerate(PERIODS):

@@ -266,7 +266,8 @@ def make_vocoder(recipe: Recipe) -> AdversarialVocoder:
     if recipe.eval.samples:
         raise ConfigError("eval.samples asks for answers, which a vocoder does not give")
     model = Token2Wav(config, precision="high")
-    objective = AdversarialVocoder(model, Discriminators(recipe.objective.channels), recipe.objective)
+    critics = Discriminators(recipe.objective.channels, recipe.objective.single_convs)
+    objective = AdversarialVocoder(model, critics, recipe.objective)
     # a run without discriminators needs none in memory or in its checkpoints
     paths = list(flatten_params(nn.unbox(objective.abstract_params())))
     for phase in recipe.phases:
