@@ -1,6 +1,7 @@
-"""Recipes by name. Each module makes those of one stage, for every size."""
+"""Recipes by name. Each module makes those of one stage, for every size; ``omni_tiny`` those of one small model."""
 
 from configs import (
+    omni_tiny,
     pretrain1,
     pretrain2,
     pretrain3,
@@ -28,4 +29,5 @@ RECIPES = {
     **token2wav_dit.RECIPES,
     **token2wav_distill.RECIPES,
     **vocoder.RECIPES,
+    **omni_tiny.RECIPES,
 }

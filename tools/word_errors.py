@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 import omni_jax
 from omni_jax.checks import check_int, printable
-from omni_jax.data.replies import LastReply, find_last_replies
+from omni_jax.data.replies import find_last_replies
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.evaluation.word_errors import WordErrors, count_word_errors
@@ -54,16 +54,28 @@ class Options:
     """Dialogues that are answered at once."""
 
 
-def answer(model: OmniModel, replies: Sequence[LastReply], options: Options) -> list[str]:
-    """What the model says in place of each reply; an error of one is an answer without words."""
-    adapter = None if options.adapter is None else _ADAPTER
+def answer(
+    model: OmniModel,
+    prompts: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    batch_size: int,
+    max_tokens: int,
+    adapter: str | None = None,
+) -> list[str]:
+    """What the model says to each prompt; where it fails, there is an answer without words.
+
+    Args:
+      model: which answers.
+      prompts: messages of each.
+      batch_size: prompts that are answered at once.
+      max_tokens: of an answer.
+      adapter: name of the one that answers.
+    """
     answers = []
-    starts = range(0, len(replies), options.batch_size)
+    starts = range(0, len(prompts), batch_size)
     for start in track(starts, description="answering", console=Console(stderr=True)):
-        prompts = [reply.prompt for reply in replies[start : start + options.batch_size]]
-        for found in model.generate_batch(
-            prompts, batch_size=options.batch_size, max_tokens=options.max_tokens, adapter=adapter
-        ):
+        batch = prompts[start : start + batch_size]
+        for found in model.generate_batch(batch, batch_size=batch_size, max_tokens=max_tokens, adapter=adapter):
             if found.error is not None:
                 print(f"not answered: {printable(str(found.error))}", file=sys.stderr)
             answers.append(found.text)
@@ -88,7 +100,13 @@ def measure(options: Options) -> dict[str, WordErrors]:
     errors = {}
     lines = []
     for path, replies in files.items():
-        answers = answer(model, replies, options)
+        answers = answer(
+            model,
+            [reply.prompt for reply in replies],
+            batch_size=options.batch_size,
+            max_tokens=options.max_tokens,
+            adapter=next(iter(adapters), None),
+        )
         errors[str(path)] = count_word_errors([reply.text for reply in replies], answers, options.language)
         for reply, text in zip(replies, answers, strict=True):
             line = {"row": reply.row, "expected": reply.text, "answer": text}

@@ -1,0 +1,116 @@
+"""omni-tiny: the model of this repository that is trained from nothing on two cores, with the stages of the 7B.
+
+python tools/train_tiny.py out/omni-tiny
+
+Its data are those of ``tools/make_world.py``. Published models begin with a language model that has read; here a stage
+of text comes first, ``language``. Token2Wav and the speech tokenizer are those of ``mini_config``.
+"""
+
+import dataclasses
+from typing import Any
+
+from configs import pretrain1, pretrain2, pretrain3, thinker_sft
+from configs.sizes import ADAPTERS, DECODER, ENCODERS, make_mini
+from omni_jax.config import AudioEncoderConfig, OmniConfig, VisionEncoderConfig
+from omni_jax.mini_config import mini_config
+from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase, Recipe
+
+WIDTH = 192  # of the Thinker
+# a video of six seconds with its sound is 260 tokens, on three canvases
+_MEDIA = dict(rows=4, streams=2, tokens=576, spans=160, audio_blocks=10, canvases=6, windows=4, max_pixels=112 * 112)
+_WARMUP = 100
+
+
+def omni_tiny_config(num_pieces: int) -> OmniConfig:
+    """A Thinker and encoders of five million parameters.
+
+    Args:
+      num_pieces: of the vocabulary, before the added tokens.
+    """
+    mini = mini_config(num_pieces)
+    text = dataclasses.replace(
+        mini.thinker_config.text_config,
+        hidden_size=WIDTH,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+    )
+    audio = AudioEncoderConfig.tiny(
+        d_model=WIDTH, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=512, output_dim=WIDTH
+    )
+    vision = VisionEncoderConfig.tiny(
+        depth=4,
+        hidden_size=128,
+        num_heads=4,
+        intermediate_size=384,
+        out_hidden_size=WIDTH,
+        fullatt_block_indexes=(1, 3),
+    )
+    return dataclasses.replace(
+        mini,
+        thinker_config=dataclasses.replace(
+            mini.thinker_config, text_config=text, audio_config=audio, vision_config=vision
+        ),
+        talker_config=dataclasses.replace(mini.talker_config, embedding_size=WIDTH),
+    )
+
+
+def _make(tiny: Recipe, phases: tuple[Phase, ...], *, steps: int, learning_rate: float, **changes: Any) -> Recipe:
+    """A recipe of one of the Thinker's stages.
+
+    Args:
+      tiny: the stage's recipe of the tiny size.
+      phases: what trains.
+      steps: of the run.
+      learning_rate: at the peak.
+      changes: of the data.
+    """
+    optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=_WARMUP, weight_decay=0.01)
+    made = make_mini(tiny, data={**_MEDIA, **changes}, phases=phases, optimizer=optimizer, steps=steps)
+    return dataclasses.replace(made, model=omni_tiny_config(num_pieces=512))
+
+
+_ADAPTERS = ParameterGroup(ADAPTERS)
+_ENCODERS = ParameterGroup(ENCODERS)
+_DECODER = ParameterGroup(DECODER)
+
+RECIPES = {
+    # what a published language model knows already
+    "language-omni-tiny": _make(
+        thinker_sft.RECIPES["thinker-sft-tiny"],
+        (Phase("text", (_DECODER,)),),
+        steps=1500,
+        learning_rate=2e-3,
+        audio_blocks=0,
+        canvases=0,
+    ),
+    # encoders begin at random, so that they train as fast as adapters
+    "pretrain1-omni-tiny": _make(
+        pretrain1.RECIPES["pretrain1-tiny"],
+        (Phase("adapters", (_ADAPTERS,), steps=300), Phase("encoders", (_ADAPTERS, _ENCODERS))),
+        steps=2000,
+        learning_rate=1e-3,
+    ),
+    "pretrain2-omni-tiny": _make(
+        pretrain2.RECIPES["pretrain2-tiny"],
+        (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
+        steps=12_000,
+        learning_rate=1e-3,
+    ),
+    "pretrain3-omni-tiny": _make(
+        pretrain3.RECIPES["pretrain3-tiny"],
+        (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
+        steps=1500,
+        learning_rate=5e-4,
+        rows=2,
+        tokens=1152,
+        spans=320,
+        audio_blocks=10,
+    ),
+    "thinker-sft-omni-tiny": _make(
+        thinker_sft.RECIPES["thinker-sft-tiny"],
+        (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
+        steps=3000,
+        learning_rate=3e-4,
+    ),
+}

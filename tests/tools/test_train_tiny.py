@@ -1,0 +1,128 @@
+"""omni-tiny's data and its score, without training it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import omni_jax
+from omni_jax.data.rows import Dialogue, Document, read_row, row_values
+from omni_jax.data.sources import open_rows
+from omni_jax.errors import InputError
+from tools import make_world, score_world
+from tools.score_world import Answered, Options, Score, ask, score
+from tools.train_tiny import JOINED, PAIR_TASKS, Training, join_dialogues
+from tools.train_tiny import Options as TrainingOptions
+
+
+def row(task: str, question: str, answer: str, **media: list[str]) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"task": task, "messages": messages, **media}
+
+
+ROWS = [
+    row("transcribe", "<audio>Write down what you hear.", "The sheep is new.", audios=["media/a.wav"]),
+    row("colour", "<image>What colour is the star?", "The star is red.", images=["media/b.png"]),
+    row("order-voice", "<video><audio>", "The ring came last.", videos=["media/c.mp4"], audios=["media/d.wav"]),
+    row("day", "Emma comes the day after Monday. When?", "Emma comes on Tuesday."),
+]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(values) + "\n" for values in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
+    made = Training(TrainingOptions(tmp_path))
+
+    def make(*arguments: object) -> str:
+        assert arguments[0] == "tools/make_world.py"
+        for part in ("train", "valid"):
+            write_rows(made.data / f"{part}.jsonl", ROWS)
+        return ""
+
+    monkeypatch.setattr("tools.train_tiny.run", make)
+    made.make_data()
+    return made
+
+
+def read_values(path: Path) -> list[dict[str, Any]]:
+    return [row_values(row) for row in open_rows(str(path))]
+
+
+def test_texts_are_documents_without_media(training: Training) -> None:
+    rows = list(open_rows(str(training.data / "train_texts.jsonl")))
+    assert all(isinstance(read_row(row), Document) for row in rows)
+    assert [row_values(row)["text"] for row in rows] == [
+        "Write down what you hear. The sheep is new.",
+        "What colour is the star? The star is red.",
+        "The ring came last.",
+        "Emma comes the day after Monday. When? Emma comes on Tuesday.",
+    ]
+
+
+def test_pairs_are_of_their_tasks(training: Training) -> None:
+    assert [values["task"] for values in read_values(training.data / "valid_pairs.jsonl")] == ["transcribe", "colour"]
+    tasks = make_world.Artist(make_world.np.random.default_rng(0), make_world.STYLES["train"], ("slt",)).tasks
+    assert set(PAIR_TASKS) <= set(tasks)
+
+
+def test_joined_dialogues_have_all_media_in_their_order(training: Training) -> None:
+    (joined,) = open_rows(str(training.data / "train_long.jsonl"))
+    content = read_row(joined)
+    assert isinstance(content, Dialogue)
+    assert [message["role"] for message in content.messages] == ["user", "assistant"] * JOINED
+    values = row_values(joined)
+    assert values["audios"] == ["media/a.wav", "media/d.wav"] and values["videos"] == ["media/c.mp4"]
+
+
+def test_joined_dialogues_are_far_from_each_other() -> None:
+    rows = [row("colour", f"question {i}", f"answer {i}") for i in range(2 * JOINED + 1)]
+    first, second = join_dialogues(rows)
+    questions = [message["content"] for message in first["messages"][::2]]
+    assert questions == ["question 0", "question 2", "question 4", "question 6"]
+    assert second["messages"][0]["content"] == "question 1"
+
+
+def test_score_counts_words_and_not_their_case() -> None:
+    answered = [
+        Answered("colour", "1", "The star is red.", "the star is red"),
+        Answered("colour", "2", "The star is red.", "The star is blue."),
+        Answered("count", "3", "There are two stars.", "There are 2 stars"),
+    ]
+    assert score(answered) == {"colour": Score(1, 2), "count": Score(1, 1)}
+
+
+def test_interval_is_that_of_wilson() -> None:
+    # Wilson's formula for 8 of 10, by hand
+    low, high = Score(8, 10).interval
+    assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
+
+
+def test_asks_so_many_of_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(model: object, prompts: Sequence[Any], **options: object) -> list[str]:
+        asked.extend(prompts)
+        return [f"answer {number}" for number in range(len(prompts))]
+
+    monkeypatch.setattr(omni_jax, "load", lambda *args, **options: None)
+    monkeypatch.setattr(score_world, "answer", answer)
+    rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, *ROWS, ROWS[3]])
+    answered = ask(Options(tmp_path, rows, most=1))
+    assert [a.task for a in answered] == ["transcribe", "colour", "order-voice", "day"]
+    assert [a.expected for a in answered] == [values["messages"][1]["content"] for values in ROWS]
+    assert [a.answer for a in answered] == ["answer 0", "answer 1", "answer 2", "answer 3"]
+    assert all(prompt[-1]["role"] == "user" for prompt in asked)
+
+
+def test_rows_without_a_task_are_named(tmp_path: Path) -> None:
+    values = {key: value for key, value in ROWS[3].items() if key != "task"}
+    rows = write_rows(tmp_path / "rows.jsonl", [ROWS[3], values])
+    with pytest.raises(InputError, match=r"rows.jsonl.*2.*has no task"):
+        ask(Options(tmp_path, rows))

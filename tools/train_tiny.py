@@ -1,0 +1,157 @@
+"""Trains omni-tiny from nothing, by the stages of this repository, and tells what it has learned.
+
+    python tools/train_tiny.py out/omni-tiny        (make train-tiny)
+
+Data are those of ``tools/make_world.py``, which needs flite. A stage of text comes first, in place of the language
+model that published stages begin from; then pretraining 1, 2 and 3 and instruction tuning. Run again, it goes on where
+it was stopped. What it answers on held-out rows is in OUT/answers.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
+
+from configs import RECIPES
+from configs.omni_tiny import omni_tiny_config
+from omni_jax.data.rows import row_values
+from omni_jax.data.sources import open_rows
+from omni_jax.plain_files import replace_file
+from omni_jax.processing.tokenizer_files import write_tokenizer
+from tools.run_commands import Stages, exit_on_sigterm, run
+
+NUM_PIECES = 768  # of the vocabulary: every word of the world is a token
+NUM_LOOKS = 6  # at held-out rows, of a stage
+# of pretraining 1: a medium and what it says or shows
+PAIR_TASKS = ("transcribe", "colour", "shape", "count", "place", "effect")
+JOINED = 4  # dialogues that follow each other in a row of pretraining 3
+_MEDIA_FIELDS = ("audios", "images", "videos")
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is made and trained."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    items: int = 2000
+    """Of each task to train on; a tenth of it is held out."""
+    steps_scale: float = 1.0
+    """Factor of the steps of every recipe; below 1 for a trial."""
+    scored: int = 100
+    """Held-out rows of each task that are answered at the end."""
+
+
+class Training:
+    """The stages, each a method; each reads what those before have left in the folder."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.out = options.out.resolve()
+        self.data = self.out / "data"  # with the media, which rows name relative to it
+
+    def make_data(self) -> None:
+        run("tools/make_world.py", self.data, "--items", self.options.items)
+        for part in ("train", "valid"):
+            rows = [row_values(row) for row in open_rows(str(self.data / f"{part}.jsonl"))]
+            self._write(f"{part}_texts", [{"text": text} for text in _texts(rows)])
+            self._write(f"{part}_pairs", [values for values in rows if values["task"] in PAIR_TASKS])
+            self._write(f"{part}_long", list(join_dialogues(rows)))
+
+    def _write(self, name: str, rows: Sequence[Values]) -> None:
+        replace_file(self._rows(name), "".join(json.dumps(values) + "\n" for values in rows).encode())
+
+    def _rows(self, name: str) -> Path:
+        return self.data / f"{name}.jsonl"
+
+    def learn_language(self) -> None:
+        files = self.out / "files"
+        config = omni_tiny_config(NUM_PIECES)
+        texts = [row_values(row)["text"] for row in open_rows(str(self._rows("train_texts")))]
+        write_tokenizer(files, config, texts)
+        config.save(files)
+        self._train("language", "random", "_texts", "--model", files)
+
+    def align(self) -> None:
+        self._train("pretrain1", self.out / "language", "_pairs")
+
+    def join(self) -> None:
+        self._train("pretrain2", self.out / "pretrain1", "")
+
+    def lengthen(self) -> None:
+        self._train("pretrain3", self.out / "pretrain2", "_long")
+
+    def tune(self) -> None:
+        self._train("thinker-sft", self.out / "pretrain3", "")
+
+    def _train(self, stage: str, init: object, rows: str, *more: object) -> None:
+        recipe = f"{stage}-omni-tiny"
+        scale = self.options.steps_scale
+        steps = max(round(RECIPES[recipe].steps * scale), 4)
+        # all phases but the last have a number of steps
+        for number, phase in enumerate(RECIPES[recipe].phases[:-1]):
+            more = (*more, f"--phases.{number}.steps", max(round((phase.steps or 0) * scale), 1))
+        run(
+            *("train.py", recipe, "--workdir", self.out / stage, "--init", init, "--steps", steps),
+            *("--data.train", self._rows(f"train{rows}"), "--data.valid", self._rows(f"valid{rows}")),
+            *("--eval.every", max(steps // NUM_LOOKS, 1), *more),
+        )
+
+    def score(self) -> None:
+        run(
+            *("tools/score_world.py", self.out / "thinker-sft", self._rows("test")),
+            *("--most", self.options.scored, "--out", self.out / "answers.jsonl"),
+        )
+
+
+def _texts(rows: Sequence[Values]) -> Iterator[str]:
+    """What is asked and answered in rows, without their media."""
+    for values in rows:
+        words = []
+        for message in values["messages"]:
+            text = message["content"]
+            for tag in ("<audio>", "<image>", "<video>"):
+                text = text.replace(tag, "")
+            if text:
+                words.append(text)
+        yield " ".join(words)
+
+
+def join_dialogues(rows: Sequence[Values]) -> Iterator[Values]:
+    """Rows of ``JOINED`` dialogues with all their media, each of other tasks, as rows come task by task."""
+    count = len(rows) // JOINED
+    for number in range(count):
+        joined: Values = {"task": "joined", "messages": []}
+        for values in rows[number::count][:JOINED]:
+            joined["messages"] += values["messages"]
+            for field in _MEDIA_FIELDS:
+                if field in values:
+                    joined[field] = [*joined.get(field, []), *values[field]]
+        yield joined
+
+
+def main() -> None:
+    exit_on_sigterm()
+    training = Training(tyro.cli(Options, description=__doc__))
+    training.out.mkdir(parents=True, exist_ok=True)
+    stages = Stages(training.out / "stages.json")
+    stages.run("data", training.make_data)
+    stages.run("language", training.learn_language)
+    stages.run("pretraining 1", training.align)
+    stages.run("pretraining 2", training.join)
+    stages.run("pretraining 3", training.lengthen)
+    stages.run("instruction tuning", training.tune)
+    stages.run("scoring", training.score)
+
+
+if __name__ == "__main__":
+    main()
