@@ -55,7 +55,7 @@ class SpeakerJudge:
             speech = self._preprocess(samples.astype(np.float32), rate)  # 16 kHz, without long silences
             if len(speech) < _LEAST_SECONDS * 16_000:
                 raise JudgeError(f"there is less than {_LEAST_SECONDS} s of speech in the sound")
-            return self._encoder.embed_utterance(speech).astype(np.float32)
+            return np.asarray(self._encoder.embed_utterance(speech), np.float32)
         except JudgeError:
             raise
         except Exception as e:
