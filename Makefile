@@ -1,6 +1,7 @@
 # make demo         converts a small random model, asks it about the media in tests/media, and has it speak its answer
 # make train-demo   trains a tiny random model in the paper's four stages, each from the last one's end
 # make speech-demo  takes a small model through all stages of speech, from nothing, and measures it; one to two hours on two cores
+# make train-tiny   trains omni-tiny's Thinker from nothing to hear, see and watch, and scores it; many hours on two cores
 # make test         every test, with PyTorch as the oracle; needs nothing done before
 # make test-long    what takes longer: whole benchmarks, several hosts, a Ray cluster, killed runs, parity as users compile it
 # make fuzz         154,000 mutants of pictures, sounds, videos, requests and checkpoints; 10 to 20 minutes on two cores
@@ -46,7 +47,7 @@ OLD_LOOPS = from importlib.metadata import version; \
 QUICKLY = JAX_DISABLE_MOST_OPTIMIZATIONS=true \
 	XLA_FLAGS="$$($(1)/python -c "$(OLD_LOOPS)") --xla_cpu_parallel_codegen_split_count=1"
 
-.PHONY: demo train-demo train-asr speech-demo test test-long fuzz audit test-aot check test-newest clean
+.PHONY: demo train-demo train-asr speech-demo train-tiny test test-long fuzz audit test-aot check test-newest clean
 
 demo: $(VENV)/installed-run
 ifdef MODEL
@@ -74,6 +75,9 @@ train-demo: $(VENV)/installed-run
 
 speech-demo: $(VENV)/installed-judges
 	$(BIN)/python tools/speech_demo.py out/speech
+
+train-tiny: $(VENV)/installed-judges
+	$(BIN)/python tools/train_tiny.py out/omni-tiny
 
 test: $(VENV)/installed-test
 	$(call QUICKLY,$(BIN)) $(BIN)/python $(PYTEST)

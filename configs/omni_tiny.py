@@ -16,8 +16,11 @@ from omni_jax.mini_config import mini_config
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase, Recipe
 
 WIDTH = 192  # of the Thinker
-# a video of six seconds with its sound is 260 tokens, on three canvases
-_MEDIA = dict(rows=4, streams=2, tokens=576, spans=160, audio_blocks=10, canvases=6, windows=4, max_pixels=112 * 112)
+# a video of six seconds with its sound is some 260 tokens, six windows and three blocks of sound
+_MEDIA = dict(
+    rows=4, streams=2, tokens=576, spans=160, audio_blocks=6, canvases=4, windows=4, max_pixels=112 * 112,
+    video_max_pixels=112 * 112,
+)  # fmt: skip
 _WARMUP = 100
 
 
@@ -105,7 +108,8 @@ RECIPES = {
         rows=2,
         tokens=1152,
         spans=320,
-        audio_blocks=10,
+        audio_blocks=20,
+        canvases=8,
     ),
     "thinker-sft-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
