@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
@@ -30,6 +31,7 @@ from tools.run_commands import Stages, exit_on_sigterm, run
 
 NUM_PIECES = 768  # of the vocabulary: every word of the world is a token
 NUM_LOOKS = 6  # at held-out rows, of a stage
+NUM_VALID = 500  # of these rows, drawn at random, so that a look takes seconds
 # of pretraining 1: a medium and what it says or shows
 PAIR_TASKS = ("transcribe", "colour", "shape", "count", "place", "effect")
 JOINED = 4  # dialogues that follow each other in a row of pretraining 3
@@ -63,6 +65,10 @@ class Training:
         run("tools/make_world.py", self.data, "--items", self.options.items)
         for part in ("train", "valid"):
             rows = [row_values(row) for row in open_rows(str(self.data / f"{part}.jsonl"))]
+            if part == "valid":
+                chosen = np.random.default_rng(0).permutation(len(rows))[:NUM_VALID]
+                rows = [rows[i] for i in sorted(chosen)]
+            self._write(f"{part}_all", rows)
             self._write(f"{part}_texts", [{"text": text} for text in _texts(rows)])
             self._write(f"{part}_pairs", [values for values in rows if values["task"] in PAIR_TASKS])
             self._write(f"{part}_long", list(join_dialogues(rows)))
@@ -79,19 +85,19 @@ class Training:
         texts = [row_values(row)["text"] for row in open_rows(str(self._rows("train_texts")))]
         write_tokenizer(files, config, texts)
         config.save(files)
-        self._train("language", "random", "_texts", "--model", files)
+        self._train("language", "random", "texts", "--model", files)
 
     def align(self) -> None:
-        self._train("pretrain1", self.out / "language", "_pairs")
+        self._train("pretrain1", self.out / "language", "pairs")
 
     def join(self) -> None:
-        self._train("pretrain2", self.out / "pretrain1", "")
+        self._train("pretrain2", self.out / "pretrain1", "all")
 
     def lengthen(self) -> None:
-        self._train("pretrain3", self.out / "pretrain2", "_long")
+        self._train("pretrain3", self.out / "pretrain2", "long")
 
     def tune(self) -> None:
-        self._train("thinker-sft", self.out / "pretrain3", "")
+        self._train("thinker-sft", self.out / "pretrain3", "all")
 
     def _train(self, stage: str, init: object, rows: str, *more: object) -> None:
         recipe = f"{stage}-omni-tiny"
@@ -102,7 +108,7 @@ class Training:
             more = (*more, f"--phases.{number}.steps", max(round((phase.steps or 0) * scale), 1))
         run(
             *("train.py", recipe, "--workdir", self.out / stage, "--init", init, "--steps", steps),
-            *("--data.train", self._rows(f"train{rows}"), "--data.valid", self._rows(f"valid{rows}")),
+            *("--data.train", self._rows(f"train_{rows}"), "--data.valid", self._rows(f"valid_{rows}")),
             *("--eval.every", max(steps // NUM_LOOKS, 1), *more),
         )
 

@@ -72,6 +72,14 @@ def test_pairs_are_of_their_tasks(training: Training) -> None:
     assert set(PAIR_TASKS) <= set(tasks)
 
 
+def test_few_held_out_rows_are_looked_at(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.train_tiny.NUM_VALID", 2)
+    training.make_data()
+    assert read_values(training.data / "train_all.jsonl") == ROWS
+    few = read_values(training.data / "valid_all.jsonl")
+    assert len(few) == 2 and all(values in ROWS for values in few)
+
+
 def test_joined_dialogues_have_all_media_in_their_order(training: Training) -> None:
     (joined,) = open_rows(str(training.data / "train_long.jsonl"))
     content = read_row(joined)
