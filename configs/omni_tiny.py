@@ -69,8 +69,14 @@ def _make(tiny: Recipe, phases: tuple[Phase, ...], *, steps: int, learning_rate:
       changes: of the data.
     """
     optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=_WARMUP, weight_decay=0.01)
-    made = make_mini(tiny, data={**_MEDIA, **changes}, phases=phases, optimizer=optimizer, steps=steps)
-    return dataclasses.replace(made, model=omni_tiny_config(num_pieces=512))
+    return make_mini(
+        tiny,
+        data={**_MEDIA, **changes},
+        model=omni_tiny_config(num_pieces=512),
+        phases=phases,
+        optimizer=optimizer,
+        steps=steps,
+    )
 
 
 _ADAPTERS = ParameterGroup(ADAPTERS)

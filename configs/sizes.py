@@ -93,17 +93,18 @@ def recipes(
     return made
 
 
-def make_mini(tiny: Recipe, *, data: Mapping[str, Any], **changes: Any) -> Recipe:
-    """A tiny recipe for the model of ``mini_config``, which two cores train in minutes (docs/speech-training.md).
+def make_mini(tiny: Recipe, *, data: Mapping[str, Any], model: OmniConfig | None = None, **changes: Any) -> Recipe:
+    """A tiny recipe for a model that two cores train (docs/speech-training.md).
 
     Args:
       tiny: the recipe.
       data: budgets that are others.
+      model: its shape; that of ``mini_config`` if none is given.
       changes: other fields of the recipe.
     """
     return dataclasses.replace(
         tiny,
-        model=mini_config(),
+        model=mini_config() if model is None else model,
         data=dataclasses.replace(tiny.data, **data),
         remat="none",
         checkpoint=CheckpointConfig(every=500),

@@ -93,6 +93,8 @@ def ask(options: Options) -> list[Answered]:
       CheckpointError, ConfigError, InputError: where there are none.
     """
     check_int("--batch-size", options.batch_size, 1)
+    if options.most is not None:
+        check_int("--most", options.most, 1)
     chosen: list[tuple[str, LastReply]] = []
     counts: dict[str, int] = {}
     for row in open_rows(str(options.rows)):

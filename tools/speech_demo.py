@@ -16,7 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from configs import RECIPES
 from omni_jax.checkpoint.voices import load_voices
-from omni_jax.data.rows import row_values
-from omni_jax.data.sources import open_rows
 from omni_jax.evaluation.speaker_probe import SpeakerProbe
 from omni_jax.mini_config import NUM_CODES, mini_config
 from omni_jax.plain_files import replace_file
@@ -39,6 +37,7 @@ from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from tools.make_speech import FLITE_VOICES, HIBARI_VOICE, VOICES
 from tools.measure_speech import describe
+from tools.row_files import read_values, write_values
 from tools.run_commands import Stages, exit_on_sigterm, run
 
 UNSEEN_VOICE = "kal16"  # of flite; nothing is trained on it
@@ -68,17 +67,6 @@ class Options:
     """Texts that pairs of answers are made of."""
     steps_scale: float = 1.0
     """Factor of the steps of every recipe; below 1 for a trial."""
-
-
-def read_values(path: Path) -> list[dict[str, Any]]:
-    """The values of all rows of a file."""
-    return [row_values(row) for row in open_rows(str(path))]
-
-
-def write_values(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes rows as JSON lines, and returns the file."""
-    replace_file(path, "".join(json.dumps(values) + "\n" for values in rows).encode())
-    return path
 
 
 class Demo:

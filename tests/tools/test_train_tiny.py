@@ -12,6 +12,7 @@ from omni_jax.data.rows import Dialogue, Document, read_row, row_values
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
 from tools import make_world, score_world
+from tools.row_files import read_values
 from tools.score_world import Answered, Options, Score, ask, score
 from tools.train_tiny import JOINED, PAIR_TASKS, Training, join_dialogues
 from tools.train_tiny import Options as TrainingOptions
@@ -49,10 +50,6 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     monkeypatch.setattr("tools.train_tiny.run", make)
     made.make_data()
     return made
-
-
-def read_values(path: Path) -> list[dict[str, Any]]:
-    return [row_values(row) for row in open_rows(str(path))]
 
 
 def test_texts_are_documents_without_media(training: Training) -> None:
@@ -134,3 +131,8 @@ def test_rows_without_a_task_are_named(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [ROWS[3], values])
     with pytest.raises(InputError, match=r"rows.jsonl.*2.*has no task"):
         ask(Options(tmp_path, rows))
+
+
+def test_no_rows_are_no_request(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--most.* 0"):
+        ask(Options(tmp_path, write_rows(tmp_path / "rows.jsonl", ROWS), most=0))
