@@ -88,29 +88,29 @@ RECIPES = {
     "language-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
         (Phase("text", (_DECODER,)),),
-        steps=1500,
-        learning_rate=2e-3,
+        steps=600,
+        learning_rate=1e-3,
         audio_blocks=0,
         canvases=0,
     ),
     # encoders begin at random, so that they train as fast as adapters
     "pretrain1-omni-tiny": _make(
         pretrain1.RECIPES["pretrain1-tiny"],
-        (Phase("adapters", (_ADAPTERS,), steps=300), Phase("encoders", (_ADAPTERS, _ENCODERS))),
-        steps=2000,
+        (Phase("adapters", (_ADAPTERS,), steps=100), Phase("encoders", (_ADAPTERS, _ENCODERS))),
+        steps=900,
         learning_rate=1e-3,
     ),
     "pretrain2-omni-tiny": _make(
         pretrain2.RECIPES["pretrain2-tiny"],
         (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
-        steps=12_000,
+        steps=9000,
         learning_rate=1e-3,
     ),
     "pretrain3-omni-tiny": _make(
         pretrain3.RECIPES["pretrain3-tiny"],
         (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
-        steps=1500,
-        learning_rate=5e-4,
+        steps=600,
+        learning_rate=3e-4,
         rows=2,
         tokens=1152,
         spans=320,
@@ -120,7 +120,7 @@ RECIPES = {
     "thinker-sft-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
         (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
-        steps=3000,
+        steps=1800,
         learning_rate=3e-4,
     ),
 }

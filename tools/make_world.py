@@ -41,6 +41,8 @@ from tools.world.sounds import Placed, make_effect, mix_track
 from tools.world.tasks import STYLES, Artist
 
 _MOST_DRAWS = 10_000  # of one item, until one is of the part asked for
+# tasks whose questions are of what is said, and are not asked by voice
+_NOT_VOICED = ("transcribe", "phrase", "read")
 _LOUDNESS = 0.6  # of the largest sample of what is said in a video
 # by the kind of a medium: the field of a row that lists it, and its file's format
 _FIELDS = {Spoken: "audios", Picture: "images", Video: "videos"}
@@ -86,8 +88,7 @@ def draw_items(options: Options, part: Part, count: int) -> list[Item]:
         for _ in range(count):
             item = _draw_item(artist, name, part)
             items.append(item)
-            # what is heard already is not asked by voice
-            if name != "transcribe" and (part != "train" or rng.random() < options.voiced):
+            if name not in _NOT_VOICED and (part != "train" or rng.random() < options.voiced):
                 items.append(ask_by_voice(item, *artist.draw_voice()))
     return items
 

@@ -16,6 +16,8 @@ from omni_jax.layers.lora import LoRAKernel, multiply_adapter
 from omni_jax.layers.params import param
 from omni_jax.layers.quantized import QuantizedKernel, multiply_quantized
 
+EMBEDDING_STD = 0.02  # that the entries of an embedding table begin with
+
 
 class Linear(nn.Module):
     """Contracts the last ``len(inputs)`` axes of its argument with a kernel of shape ``inputs + outputs``.
@@ -27,14 +29,15 @@ class Linear(nn.Module):
     outputs: tuple[int, ...]
     axes: tuple[str, ...]  # logical names of inputs + outputs
     use_bias: bool = True
+    gain: float = 1.0  # how large initial outputs are, in terms of inputs
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[jax.Array, "*batch_and_outputs"]:
         n = len(self.inputs)
-        # by the number of inputs, so that outputs are about as large as inputs
-        std = 1.0 / math.sqrt(math.prod(self.inputs))
+        # by the number of inputs, so that without a gain outputs are about as large as inputs
+        std = self.gain / math.sqrt(math.prod(self.inputs))
         kernel: Any = param(self, "kernel", nn.initializers.normal(std), self.inputs + self.outputs, self.axes)
         adapter: LoRAKernel | None = None
         if isinstance(kernel, LoRAKernel):
@@ -65,6 +68,6 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[jax.Array, "*batch width"]:
-        table = param(self, "embedding", nn.initializers.normal(0.02), (self.rows, self.width), self.axes)
+        table = param(self, "embedding", nn.initializers.normal(EMBEDDING_STD), (self.rows, self.width), self.axes)
         # cast after the lookup: before it, the whole table would be converted
         return jnp.take(table, ids, axis=0).astype(self.dtype)

@@ -22,7 +22,7 @@ from omni_jax.batch import AudioBlocks
 from omni_jax.config import AudioEncoderConfig
 from omni_jax.layers.attention import Mask, SelfAttention, attention
 from omni_jax.layers.conv import Conv1D
-from omni_jax.layers.linear import Embedding, Linear
+from omni_jax.layers.linear import EMBEDDING_STD, Embedding, Linear
 from omni_jax.layers.mlp import GeluMLP
 from omni_jax.layers.norm import LayerNorm
 from omni_jax.layers.params import dtypes
@@ -76,7 +76,8 @@ class AudioEncoder(nn.Module):
         self.norm = LayerNorm(c.d_model, param_dtype=self.param_dtype)
         # in every checkpoint and read by no release: the tokens around sound have ordinary embeddings
         self.bos_eos = Embedding(2, c.output_dim, ("norm", "embed"), param_dtype=self.param_dtype)
-        self.proj = Linear((c.d_model,), (c.output_dim,), ("mlp", "embed"), **kw)
+        # features begin as large as the embeddings of text that they stand between
+        self.proj = Linear((c.d_model,), (c.output_dim,), ("mlp", "embed"), gain=EMBEDDING_STD, **kw)
 
     def __call__(self, audio: AudioBlocks) -> Float[jax.Array, "A tokens E"]:
         """Of each block's tokens the first ``((length - 1) // 2 + 1) // 2`` are sound, the rest is padding."""

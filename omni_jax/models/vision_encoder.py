@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from omni_jax.batch import VisionFrames
 from omni_jax.config import VisionEncoderConfig
 from omni_jax.layers.attention import Mask, SelfAttention, attention
-from omni_jax.layers.linear import Linear
+from omni_jax.layers.linear import EMBEDDING_STD, Linear
 from omni_jax.layers.mlp import GatedMLP
 from omni_jax.layers.norm import RMSNorm
 from omni_jax.layers.params import dtypes
@@ -129,7 +129,9 @@ class Merger(nn.Module):
         x = constrain(x.reshape(*x.shape[:2], -1, width), "batch", None, None, None)  # [F, W, cells, 4 D]
         x = jax.nn.gelu(Linear((width,), (width,), ("mlp", "embed"), name="up", **kw)(x), approximate=False)
         x = constrain(x, "batch", None, None, None)
-        x = Linear((width,), (c.out_hidden_size,), ("mlp", "embed"), name="down", **kw)(x)  # [F, W, cells, E]
+        # cells begin as large as the embeddings of text that they stand between
+        down = Linear((width,), (c.out_hidden_size,), ("mlp", "embed"), gain=EMBEDDING_STD, name="down", **kw)
+        x = down(x)  # [F, W, cells, E]
         return constrain(x, "batch", None, None, None)
 
 

@@ -11,10 +11,11 @@ import omni_jax
 from omni_jax.data.rows import Dialogue, Document, read_row, row_values
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
+from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from tools import make_world, score_world
 from tools.row_files import read_values
 from tools.score_world import Answered, Options, Score, ask, score
-from tools.train_tiny import JOINED, PAIR_TASKS, Training, join_dialogues
+from tools.train_tiny import CAPTION_TASKS, JOINED, Training, join_dialogues
 from tools.train_tiny import Options as TrainingOptions
 
 
@@ -31,6 +32,9 @@ ROWS = [
 ]
 
 
+CAPTIONS = [row("describe", "<image>What do you see?", "Two red stars.", images=["media/e.png"])]
+
+
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(values) + "\n" for values in rows), encoding="utf-8")
@@ -43,8 +47,12 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
 
     def make(*arguments: object) -> str:
         assert arguments[0] == "tools/make_world.py"
-        for part in ("train", "valid"):
-            write_rows(made.data / f"{part}.jsonl", ROWS)
+        assert isinstance(arguments[1], Path)
+        if arguments[1] == made.data:
+            for part in ("train", "valid"):
+                write_rows(made.data / f"{part}.jsonl", ROWS)
+        else:
+            write_rows(arguments[1] / "train.jsonl", CAPTIONS)
         return ""
 
     monkeypatch.setattr("tools.train_tiny.run", make)
@@ -60,21 +68,32 @@ def test_texts_are_documents_without_media(training: Training) -> None:
         "What colour is the star? The star is red.",
         "The ring came last.",
         "Emma comes the day after Monday. When? Emma comes on Tuesday.",
+        "What do you see? Two red stars.",
     ]
 
 
-def test_pairs_are_of_their_tasks(training: Training) -> None:
-    assert [values["task"] for values in read_values(training.data / "valid_pairs.jsonl")] == ["transcribe", "colour"]
+def test_captions_are_of_their_tasks(training: Training) -> None:
+    (caption,) = read_values(training.data / "train_captions.jsonl")
+    # media are found from the folder of this file
+    assert caption["images"] == ["captions/media/e.png"]
+    assert [values["task"] for values in read_values(training.data / "valid_captions.jsonl")] == ["transcribe"]
     tasks = make_world.Artist(make_world.np.random.default_rng(0), make_world.STYLES["train"], ("slt",)).tasks
-    assert set(PAIR_TASKS) <= set(tasks)
+    assert set(CAPTION_TASKS) <= set(tasks)
+
+
+def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training) -> None:
+    rows = read_values(training.data / "train_all.jsonl")
+    assert [values["messages"][0]["role"] for values in rows] == ["system", "user", "user", "user"]
+    assert rows[0]["messages"][0]["content"] == SPEECH_SYSTEM_PROMPT
+    assert rows[0]["messages"][1:] == ROWS[0]["messages"]
 
 
 def test_few_held_out_rows_are_looked_at(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.train_tiny.NUM_VALID", 2)
     training.make_data()
-    assert read_values(training.data / "train_all.jsonl") == ROWS
+    assert len(read_values(training.data / "train_all.jsonl")) == len(ROWS)
     few = read_values(training.data / "valid_all.jsonl")
-    assert len(few) == 2 and all(values in ROWS for values in few)
+    assert len(few) == 2 and {values["task"] for values in few} < {values["task"] for values in ROWS}
 
 
 def test_joined_dialogues_have_all_media_in_their_order(training: Training) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from omni_jax.processing.read_aloud import QUESTION
 from tools.world.items import Effect, Item, Part, Picture, Spoken, Turn, Video
 from tools.world.pictures import FRAME_RATE, Ground, Thing
 from tools.world.sounds import EFFECT_SECONDS
@@ -28,9 +29,11 @@ _Choice = TypeVar("_Choice")
 
 SEGMENT_SECONDS = 2.0  # that each thing of a video with several is shown
 _SEGMENTS = 3
+_WORD_SECONDS = 0.7  # kept free for a word, which takes some 0.6; until the edge it has a second and more
 _EDGE = 0.4  # seconds between a sound and the next change of the picture
 _ORDINALS = ("first", "second", "last")
 _NAMES = ("Alice", "Ben", "Clara", "David", "Emma", "Frank")
+_WORDS = (*COLOURS, *SHAPES, *NUMBERS, *PLACES, *EFFECTS, *SIGNS, *sum(OPPOSITES, ()), *DAYS, *_NAMES)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ class Artist:
         self._voices = tuple(voices)
         self.tasks: dict[str, Callable[[], Item]] = {
             "transcribe": self.transcribe,
+            "phrase": self.phrase,
             "effect": self.effect,
+            "describe": self.describe,
+            "narrate": self.narrate,
             "colour": self.colour,
             "shape": self.shape,
             "count": self.count,
@@ -79,6 +85,7 @@ class Artist:
             "day": self.day,
             "owner": self.owner,
             "dialogue": self.dialogue,
+            "read": self.read,
         }
 
     # draws
@@ -122,8 +129,7 @@ class Artist:
 
     # sounds
 
-    def transcribe(self) -> Item:
-        """A sentence that is heard."""
+    def _sentence(self) -> str:
         colour = self._draw(tuple(COLOURS))
         shape = self._draw(SHAPES)
         animal = self._draw(SIGNS)
@@ -138,9 +144,23 @@ class Artist:
             f"The {self._draw(EFFECTS)} came, and the {animal} followed the {other}.",
             f"On {day} {self._draw(_NAMES)} painted the {shape} {colour}.",
         )
-        sentence = self._draw(sentences)
-        question = self._draw(("What is said?", "Write down what you hear."))
-        return Item("transcribe", sentence, (Turn(question, sentence, (self._say(sentence),)),))
+        return self._draw(sentences)
+
+    def transcribe(self) -> Item:
+        """A sentence that is heard."""
+        sentence = self._sentence()
+        return Item("transcribe", sentence, (self._heard(sentence),))
+
+    def _heard(self, text: str) -> Turn:
+        return Turn(self._draw(("What is said?", "Write down what you hear.")), text, (self._say(text),))
+
+    def phrase(self) -> Item:
+        """One to three words that are heard, in any order, so that no word follows from the others."""
+        text = self._phrase()
+        return Item("phrase", text, (self._heard(text),))
+
+    def _phrase(self) -> str:
+        return _sentence(" ".join(self._sample(_WORDS, int(self._rng.integers(1, 4)))))
 
     def effect(self) -> Item:
         """Which of three effects came first, second or last; the video shows nothing, and only keeps the time."""
@@ -192,16 +212,47 @@ class Artist:
         turn = Turn(question, f"The {name} is {_where(places[0])}.", (self._picture(things),))
         return Item("place", f"{places[0]} {name}", (turn,), (name, f"{colours[1]} {shapes[1]}"))
 
+    def describe(self) -> Item:
+        """All that a picture shows: two things and their places, or numbers of two kinds of things."""
+        if self._rng.random() < 0.5:
+            things, shapes, colours, places = self._two_things()
+            parts = {
+                place: f"a {colour} {shape} {_where(place)}"
+                for shape, colour, place in zip(shapes, colours, places, strict=True)
+            }
+            order = tuple(PLACES)
+        else:
+            shapes = self._sample(SHAPES, 2)
+            colours = self._sample(tuple(COLOURS), 2)
+            counts = [int(self._rng.integers(1, len(NUMBERS) + 1)), int(self._rng.integers(0, 3))]
+            things = self._scatter(shapes, colours, counts)
+            parts = {
+                colour: f"{NUMBERS[count - 1]} {colour} {plural(shape, count)}"
+                for shape, colour, count in zip(shapes, colours, counts, strict=True)
+                if count
+            }
+            order = tuple(COLOURS)
+        # what is named first does not depend on what is drawn
+        answer = _sentence(" and ".join(parts[name] for name in order if name in parts))
+        turn = Turn(self._draw(("What do you see?", "Describe the picture.")), answer, (self._picture(things),))
+        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
+        return Item("describe", answer, (turn,), seen)
+
+    def _scatter(self, shapes: Sequence[str], colours: Sequence[str], counts: Sequence[int]) -> list[Thing]:
+        """Numbers of things of several kinds, in cells of three rows and columns."""
+        cells = [(0.17 + 0.33 * (cell % 3), 0.17 + 0.33 * (cell // 3)) for cell in range(9)]
+        kinds: list[tuple[str, str]] = []
+        for shape, colour, count in zip(shapes, colours, counts, strict=True):
+            kinds += [(shape, colour)] * count
+        places = self._sample(cells, len(kinds))
+        return [self._thing(*kind, place, 0.015) for kind, place in zip(kinds, places, strict=True)]
+
     def count(self) -> Item:
         """How many things of a kind there are, among some of another."""
         shape, other = self._sample(SHAPES, 2)
         colour, other_colour = self._sample(tuple(COLOURS), 2)
         count = int(self._rng.integers(1, len(NUMBERS) + 1))
-        rest = int(self._rng.integers(0, 3))
-        cells = [(0.17 + 0.33 * (cell % 3), 0.17 + 0.33 * (cell // 3)) for cell in range(9)]
-        kinds = [(shape, colour)] * count + [(other, other_colour)] * rest
-        places = self._sample(cells, len(kinds))
-        things = [self._thing(*kind, place, 0.015) for kind, place in zip(kinds, places, strict=True)]
+        things = self._scatter((shape, other), (colour, other_colour), (count, int(self._rng.integers(0, 3))))
         question = self._draw((f"How many {plural(shape, 2)} are there?", f"Count the {plural(shape, 2)}."))
         verb = "is" if count == 1 else "are"
         answer = f"There {verb} {NUMBERS[count - 1]} {colour} {plural(shape, count)}."
@@ -278,6 +329,29 @@ class Artist:
 
     # videos with sound: only the time says which is meant
 
+    def narrate(self) -> Item:
+        """All that happens in a video, in turn: what is there, with the effect or the word that is heard."""
+        shapes = self._sample(SHAPES, _SEGMENTS)
+        colours = self._sample(tuple(COLOURS), _SEGMENTS)
+        heard = [self._draw((*EFFECTS, *self._sample(SIGNS, len(EFFECTS)), "")) for _ in range(_SEGMENTS)]
+        sounds: list[tuple[float, Effect | Spoken]] = []
+        parts = []
+        for segment, (shape, colour, name) in enumerate(zip(shapes, colours, heard, strict=True)):
+            part = f"a {colour} {shape}"
+            if name in EFFECTS:
+                sounds.append((self._time_in(segment, EFFECT_SECONDS), self._effect(name)))
+                part += f" with a {name}"
+            elif name:
+                sounds.append((self._time_in(segment, _WORD_SECONDS), self._say(name)))
+                part += f" and the word {name}"
+            parts.append(part)
+        things = [(self._thing(*kind, (0.5, 0.5), 0.2),) for kind in zip(shapes, colours, strict=True)]
+        video = Video(tuple(self._in_turn(things, self._ground())), tuple(sounds))
+        answer = _sentence(", then ".join(parts))
+        turn = Turn(self._draw(("What happens?", "Tell what happens.")), answer, (video,))
+        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
+        return Item("narrate", answer, (turn,), seen)
+
     def colour_at_sound(self) -> Item:
         """What colour was on screen when an effect sounded, beside another effect at another time."""
         shape = self._draw(SHAPES)
@@ -302,8 +376,7 @@ class Artist:
         words = self._sample(SIGNS, _SEGMENTS)
         which = int(self._rng.integers(_SEGMENTS))
         things = [(self._thing(*kind, (0.5, 0.5), 0.1),) for kind in zip(shapes, colours, strict=True)]
-        # words take some 0.6 s; the latest start leaves them a second
-        sounds = tuple((self._time_in(segment, 0.7), self._say(word)) for segment, word in enumerate(words))
+        sounds = tuple((self._time_in(segment, _WORD_SECONDS), self._say(word)) for segment, word in enumerate(words))
         video = Video(tuple(self._in_turn(things, self._ground())), sounds)
         question = f"Which word was said while the {shapes[which]} was there?"
         turn = Turn(question, f"The word was {words[which]}.", (video,))
@@ -340,6 +413,11 @@ class Artist:
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("owner", f"has {names[which]} {colours[which]} {shapes[which]}", (turn,), seen)
 
+    def read(self) -> Item:
+        """A text that is to be read aloud."""
+        text = self._sentence() if self._rng.random() < 0.7 else self._phrase()
+        return Item("read", text, (Turn(QUESTION.replace("{text}", text), text),))
+
     # two turns
 
     def dialogue(self) -> Item:
@@ -351,6 +429,10 @@ class Artist:
             Turn("And where is it?", f"It is {_where(places[0])}."),
         )
         return Item("dialogue", f"{places[0]} {name}", turns, (name, f"{colours[1]} {shapes[1]}"))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _where(place: str) -> str:
