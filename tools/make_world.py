@@ -5,7 +5,8 @@
 
 Pictures and videos are drawn, sound effects are computed, and speech is that of flite's voices slt, rms and awb
 (``apt install flite``) and hibari's heart (``pip install omni_jax[speech-data]``). A row is a dialogue in the format of
-training (docs/data.md) with its ``task`` and its ``key``, the combination that it asks for. Which part a key belongs to
+training (docs/data.md) with its ``task``, its ``key``, the combination that it asks for, and the ``voice`` that speaks
+in it beside a video. Which part a key belongs to
 follows from the key alone, so that items of any seed are held out if they are of ``valid`` or ``test``; these are
 drawn and spoken with sizes, grounds, pitches and rates between those of training, too. Tasks whose name ends with
 ``-voice`` are asked by voice. The same seed gives the same files, and a command that was stopped goes on.
@@ -38,11 +39,9 @@ from tools.make_speech import VOICES, Speaker, Utterance
 from tools.world.items import PARTS, Effect, Item, Medium, Part, Picture, Spoken, Video, ask_by_voice, fits_part
 from tools.world.pictures import FRAME_RATE, SOUND_RATE, draw_picture, write_picture, write_video
 from tools.world.sounds import Placed, make_effect, mix_track
-from tools.world.tasks import STYLES, Artist
+from tools.world.tasks import NOT_VOICED, STYLES, Artist
 
 _MOST_DRAWS = 10_000  # of one item, until one is of the part asked for
-# tasks whose questions are of what is said, and are not asked by voice
-_NOT_VOICED = ("transcribe", "phrase", "read")
 _LOUDNESS = 0.6  # of the largest sample of what is said in a video
 # by the kind of a medium: the field of a row that lists it, and its file's format
 _FIELDS = {Spoken: "audios", Picture: "images", Video: "videos"}
@@ -88,7 +87,7 @@ def draw_items(options: Options, part: Part, count: int) -> list[Item]:
         for _ in range(count):
             item = _draw_item(artist, name, part)
             items.append(item)
-            if name not in _NOT_VOICED and (part != "train" or rng.random() < options.voiced):
+            if name not in NOT_VOICED and (part != "train" or rng.random() < options.voiced):
                 items.append(ask_by_voice(item, *artist.draw_voice()))
     return items
 
@@ -193,6 +192,8 @@ def make_row(item: Item) -> dict[str, Any]:
         row["messages"].append({"role": "user", "content": turn.content})
         row["messages"].append({"role": "assistant", "content": turn.answer})
         for medium in turn.media:
+            if isinstance(medium, Spoken):
+                row["voice"] = medium.voice
             row.setdefault(_FIELDS[type(medium)], []).append(media_file(medium))
     return row
 

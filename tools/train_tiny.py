@@ -33,7 +33,7 @@ NUM_LOOKS = 6  # at held-out rows, of a stage
 NUM_VALID = 500  # of these rows, drawn at random, so that a look takes seconds
 # of pretraining 1: a medium and all that it says or shows. From one question about a picture the encoders learn little:
 # they learn from twelve thousand descriptions in minutes what they do not learn from as many questions
-CAPTION_TASKS = ("transcribe", "describe", "narrate", "phrase")
+CAPTION_TASKS = ("transcribe", "describe", "narrate", "phrase", "hear")
 JOINT_WEIGHTS = (3, 2)  # of rows of all tasks and of captions, in pretraining 2
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
 JOINED = 4  # dialogues that follow each other in a row of pretraining 3

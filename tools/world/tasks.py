@@ -32,6 +32,8 @@ _SEGMENTS = 3
 _WORD_SECONDS = 0.7  # kept free for a word, which takes some 0.6; until the edge it has a second and more
 _EDGE = 0.4  # seconds between a sound and the next change of the picture
 _ORDINALS = ("first", "second", "last")
+# tasks whose questions are of what is said, and are not asked by voice
+NOT_VOICED = ("transcribe", "phrase", "read", "hear")
 _NAMES = ("Alice", "Ben", "Clara", "David", "Emma", "Frank")
 _WORDS = (*COLOURS, *SHAPES, *NUMBERS, *PLACES, *EFFECTS, *SIGNS, *sum(OPPOSITES, ()), *DAYS, *_NAMES)
 
@@ -86,6 +88,7 @@ class Artist:
             "owner": self.owner,
             "dialogue": self.dialogue,
             "read": self.read,
+            "hear": self.hear,
         }
 
     # draws
@@ -417,6 +420,15 @@ class Artist:
         """A text that is to be read aloud."""
         text = self._sentence() if self._rng.random() < 0.7 else self._phrase()
         return Item("read", text, (Turn(QUESTION.replace("{text}", text), text),))
+
+    # of other tasks
+
+    def hear(self) -> Item:
+        """A question or an answer of another task that is heard."""
+        name = self._draw([name for name in self.tasks if name not in NOT_VOICED])
+        item = self.tasks[name]()
+        text = self._draw((item.turns[0].question, item.turns[0].answer))
+        return Item("hear", text, (self._heard(text),), (item.key, *item.seen))
 
     # two turns
 
