@@ -88,7 +88,7 @@ RECIPES = {
     "language-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
         (Phase("text", (_DECODER,)),),
-        steps=600,
+        steps=400,
         learning_rate=1e-3,
         audio_blocks=0,
         canvases=0,
@@ -103,7 +103,7 @@ RECIPES = {
     "pretrain2-omni-tiny": _make(
         pretrain2.RECIPES["pretrain2-tiny"],
         (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
-        steps=9000,
+        steps=2800,
         learning_rate=1e-3,
     ),
     "pretrain3-omni-tiny": _make(
@@ -120,7 +120,7 @@ RECIPES = {
     "thinker-sft-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
         (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
-        steps=1800,
-        learning_rate=3e-4,
+        steps=6000,
+        learning_rate=6e-4,
     ),
 }

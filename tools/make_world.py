@@ -5,11 +5,11 @@
 
 Pictures and videos are drawn, sound effects are computed, and speech is that of flite's voices slt, rms and awb
 (``apt install flite``) and hibari's heart (``pip install omni_jax[speech-data]``). A row is a dialogue in the format of
-training (docs/data.md) with its ``task``, its ``key``, the combination that it asks for, and the ``voice`` that speaks
-in it beside a video. Which part a key belongs to
-follows from the key alone, so that items of any seed are held out if they are of ``valid`` or ``test``; these are
-drawn and spoken with sizes, grounds, pitches and rates between those of training, too. Tasks whose name ends with
-``-voice`` are asked by voice. The same seed gives the same files, and a command that was stopped goes on.
+training (docs/data.md) with its ``task`` and its ``key``, the combination that it asks for; where a user speaks,
+``voice`` says in whose voice. Which part a key belongs to follows from the key alone, so that items of any seed are
+held out if they are of ``valid`` or ``test``; these are drawn and spoken with sizes, grounds, pitches and rates between
+those of training, too. Tasks whose name ends with ``-voice`` are asked by voice. The same seed gives the same files,
+and a command that was stopped goes on.
 """
 
 from __future__ import annotations
