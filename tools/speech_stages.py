@@ -1,0 +1,201 @@
+"""The stages that teach a checkpoint to speak, from a Thinker to several voices (docs/speech-training.md).
+
+Each is a method, reads what those before have left in the folder, and goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs import RECIPES
+from omni_jax.checkpoint.voices import load_voices
+from tools.make_speech import FLITE_VOICES, HIBARI_VOICE, VOICES
+from tools.row_files import read_values, write_values
+from tools.run_commands import run
+
+# folders of the stages that train, in their order
+TRAINED = ("tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
+NUM_DISTILLED = 8  # held-out rows whose published solve is compared with the student's
+LICENCE = "A synthesizer's voice, whose licence lets anyone use it; nobody's consent is needed."
+
+
+@dataclass(frozen=True)
+class SpeechData:
+    """Rows of sounds, each with ``audio``, ``text``, ``voice`` and ``ref_audio`` (``tools/make_speech.py``).
+
+    Attributes:
+      folder: of the files of rows.
+      sounds: names of the files that codes, the DiT and the vocoder are learned from, by part: train and valid.
+      texts: names of the files that the Talker learns from, by part.
+      test: name of the file that is measured.
+    """
+
+    folder: Path
+    sounds: Mapping[str, str]
+    texts: Mapping[str, Sequence[str]]
+    test: str = "test"
+
+    def rows(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+
+class SpeechStages:
+    """What follows the Thinker's stages."""
+
+    def __init__(self, out: Path, data: SpeechData, *, thinker: Path, steps_scale: float, preferences: int) -> None:
+        """Trains nothing yet.
+
+        Args:
+          out: folder of the runs.
+          data: what is spoken.
+          thinker: the checkpoint to begin from.
+          steps_scale: factor of the steps of every recipe.
+          preferences: texts that pairs of answers are made of.
+        """
+        self.out = out
+        self.data = data
+        self._thinker = thinker
+        self._steps_scale = steps_scale
+        self._preferences = preferences
+
+    def train(
+        self, recipe: str, folder: str, init: object, rows: Sequence[object], *more: object, looks: int = 6
+    ) -> None:
+        """Trains with a ``-mini`` recipe.
+
+        Args:
+          recipe: its name.
+          folder: of the run.
+          init: what it begins from.
+          rows: to train on, and held-out ones.
+          more: options.
+          looks: how often the held-out rows are evaluated.
+        """
+        steps = self.scale(RECIPES[recipe].steps)
+        run(
+            *("train.py", recipe, "--workdir", self.out / folder, "--init", init, "--steps", steps),
+            *("--data.train", rows[0], "--data.valid", rows[1], "--eval.every", max(steps // looks, 1), *more),
+        )
+
+    def scale(self, steps: int, least: int = 4) -> int:
+        """Steps of a run of this length."""
+        return max(round(steps * self._steps_scale), least)
+
+    def train_tokenizer(self) -> None:
+        self.train("speech-tokenizer-mini", "tokenizer", self._thinker, self._sound_rows())
+
+    def _sound_rows(self, suffix: str = "") -> list[Path]:
+        return [self.data.rows(f"{self.data.sounds[part]}{suffix}") for part in ("train", "valid")]
+
+    def make_codes(self) -> None:
+        names = [*self.data.sounds.values(), *itertools.chain(*self.data.texts.values()), self.data.test]
+        for name in dict.fromkeys(names):
+            self.make_codes_of(name, f"{name}_codes")
+
+    def make_codes_of(self, name: str, target: str, *more: object) -> None:
+        """Adds codes to the rows of a file, with options of ``tools/make_codes.py``."""
+        path = self.data.rows(target)
+        if not path.exists():
+            run("tools/make_codes.py", self.data.rows(name), path, "--model", self.out / "tokenizer", *more)
+
+    def train_dit(self) -> None:
+        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", self._sound_rows("_codes"))
+
+    def train_vocoder(self) -> None:
+        first = self.scale(RECIPES["vocoder-mini"].phases[0].steps or 0, least=2)
+        self.train("vocoder-mini", "vocoder", self.out / "dit", self._sound_rows(), "--phases.0.steps", first)
+
+    def add_voices(self) -> None:
+        """Each voice with a clip of its own."""
+        model: Path = self.out / "vocoder"
+        for voice in VOICES:
+            target = self.out / "voices" / voice
+            if not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                row = self._find_row(voice)
+                run(
+                    *("tools/add_voice.py", model, "--name", voice, "--audio", self.data.folder / row["audio"]),
+                    *("--text", row["text"], "--consent", LICENCE, "--own-token", "--no-speaker-vector"),
+                    *("--out", target),
+                )
+            model = target
+
+    def _find_row(self, voice: str) -> dict[str, Any]:
+        for values in read_values(self.data.rows(self.data.sounds["train"])):
+            if values["voice"] == voice:
+                return values
+        raise SystemExit(f"error: no row of {voice}")
+
+    @property
+    def with_voices(self) -> Path:
+        """The checkpoint to which the last voice was added."""
+        return self.out / "voices" / VOICES[-1]
+
+    def distill(self) -> None:
+        # the teacher's published solve of a row takes as long as several steps, so few are held out
+        train, valid = self._sound_rows("_codes")
+        few = read_values(valid)[:NUM_DISTILLED]
+        rows = [train, write_values(self.data.rows("valid_few"), few)]
+        self.train("token2wav-distill-mini", "distilled", self.with_voices, rows, looks=2)
+
+    def train_talker(self) -> None:
+        """Stage 1: the next code, in the voices of flite; a third of the rows goes on from a clip."""
+        rows = []
+        for part, names in self.data.texts.items():
+            target = self.data.rows(f"{part}_flite")
+            keep_flite([self.data.rows(f"{name}_codes") for name in names], target)
+            rows.append(self._make_spoken(target))
+        self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows)
+
+    def _make_spoken(self, codes: Path) -> Path:
+        target = codes.with_name(f"{codes.stem}_spoken.jsonl")
+        if not target.exists():
+            run("tools/make_spoken_rows.py", codes, target, "--clips", 0.33)
+        return target
+
+    def prefer(self) -> None:
+        """Stage 2: of four answers to a text, the best and the worst."""
+        spoken = read_values(self.data.rows("train_flite"))[: self._preferences]
+        texts = write_values(self.data.rows("texts"), [{"text": values["text"]} for values in spoken])
+        pairs = self.out / "pairs.jsonl"
+        if not pairs.exists():
+            run(
+                *("tools/make_pairs.py", texts, pairs, "--model", self.out / "talker1", "--recognizer", "whisper"),
+                # bad answers too: all answers of so small a model have errors, and some have fewer
+                *("--voices", *FLITE_VOICES, "--max-codes", 400, "--pairs.bad-below", -2.0),
+            )
+        scored = self.out / "scored.jsonl"
+        common = ("talker-dpo-mini", "--init", self.out / "talker1", "--data.train")
+        if not scored.exists():
+            run("tools/score_pairs.py", *common, pairs, "--out", scored)
+        steps = self.scale(RECIPES["talker-dpo-mini"].steps)
+        run("train.py", *common, scored, "--workdir", self.out / "talker2", "--steps", steps)
+
+    def add_speaker(self) -> None:
+        """Stage 3: all speakers, of whom one is new."""
+        rows = [self._make_spoken(path) for path in self._sound_rows("_codes")]
+        token = load_voices(self.with_voices)[HIBARI_VOICE].bos_token
+        self.train(
+            "talker-voices-mini", "talker3", self.out / "talker2", rows, "--objective.voices", HIBARI_VOICE, token
+        )
+
+    def measure(self, model: Path, folder: str, rows: Path, voice_rows: Path, sentences: int, *more: object) -> None:
+        """Measures speech (``tools/measure_speech.py``) into a folder of this name, unless that is complete."""
+        if not (self.out / folder / "report.json").exists():
+            # of a command that was stopped
+            shutil.rmtree(self.out / folder, ignore_errors=True)
+            run(
+                *("tools/measure_speech.py", model, rows, "--voice-rows", voice_rows),
+                *("--sentences", sentences, "--out", self.out / folder, *more),
+            )
+
+
+def keep_flite(sources: Sequence[Path], target: Path) -> Path:
+    """Writes the rows of flite's voices."""
+    rows = [values for source in sources for values in read_values(source) if values["voice"] in FLITE_VOICES]
+    return write_values(target, rows)
