@@ -6,14 +6,16 @@
 Pictures and videos are drawn, sound effects are computed, and speech is that of flite's voices slt, rms and awb
 (``apt install flite``) and hibari's heart (``pip install omni_jax[speech-data]``). A row is a dialogue in the format of
 training (docs/data.md) with its ``task`` and its ``key``, the combination that it asks for; where a user speaks,
-``voice`` says in whose voice. Which part a key belongs to follows from the key alone, so that items of any seed are
-held out if they are of ``valid`` or ``test``; these are drawn and spoken with sizes, grounds, pitches and rates between
-those of training, too. Tasks whose name ends with ``-voice`` are asked by voice. The same seed gives the same files,
-and a command that was stopped goes on.
+``voice`` says in whose voice. With ``--spoken`` some last answers are spoken, too, and their rows name the sound and
+its voice as ``reply``. Which part a key belongs to follows from the key alone, so that items of any seed are held out
+if they are of ``valid`` or ``test``; these are drawn and spoken with sizes, grounds, pitches and rates between those of
+training, too. Tasks whose name ends with ``-voice`` are asked by voice. The same seed gives the same files, and a
+command that was stopped goes on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -63,6 +65,8 @@ class Options:
     """Items asked by voice for each asked in text, of training; held-out ones are all asked both ways."""
     voices: tuple[str, ...] = VOICES
     """Of slt, rms, awb and heart."""
+    spoken: float = 0.0
+    """Share of the items whose last answer is spoken, too."""
     seed: int = 0
 
 
@@ -89,7 +93,18 @@ def draw_items(options: Options, part: Part, count: int) -> list[Item]:
             items.append(item)
             if name not in NOT_VOICED and (part != "train" or rng.random() < options.voiced):
                 items.append(ask_by_voice(item, *artist.draw_voice()))
-    return items
+    return _speak_answers(items, options, part)
+
+
+def _speak_answers(items: Sequence[Item], options: Options, part: Part) -> list[Item]:
+    """The same items, some with a spoken answer; what else is in them does not depend on how many."""
+    rng = np.random.default_rng((options.seed, PARTS.index(part), 1))
+    artist = Artist(rng, STYLES[part], options.voices)
+    spoken = []
+    for item in items:
+        reply = Spoken(item.turns[-1].answer, *artist.draw_voice())
+        spoken.append(dataclasses.replace(item, reply=reply) if rng.random() < options.spoken else item)
+    return spoken
 
 
 def _draw_item(artist: Artist, task: str, part: Part) -> Item:
@@ -155,6 +170,8 @@ def _find_media(items: Sequence[Item]) -> tuple[list[Spoken], list[Picture | Vid
     spoken: dict[Spoken, None] = {}
     drawn: dict[Picture | Video, None] = {}
     for item in items:
+        if item.reply is not None:
+            spoken[item.reply] = None
         for turn in item.turns:
             for medium in turn.media:
                 if isinstance(medium, Spoken):
@@ -195,6 +212,8 @@ def make_row(item: Item) -> dict[str, Any]:
             if isinstance(medium, Spoken):
                 row["voice"] = medium.voice
             row.setdefault(_FIELDS[type(medium)], []).append(media_file(medium))
+    if item.reply is not None:
+        row["reply"] = {"audio": media_file(item.reply), "voice": item.reply.voice}
     return row
 
 
@@ -221,6 +240,7 @@ def make_world(options: Options) -> None:
     """
     check_int("items", options.items, 1, 1_000_000)
     check_float("voiced", options.voiced, 0, 1)
+    check_float("spoken", options.spoken, 0, 1)
     counts: dict[Part, int] = {part: options.items if part == "train" else -(-options.items // 10) for part in PARTS}
     if options.split is not None:
         counts = {options.split: options.items}

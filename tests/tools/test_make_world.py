@@ -1,5 +1,6 @@
 """The small world: what it draws, what it asks, and what it holds out."""
 
+import dataclasses
 import wave
 from pathlib import Path
 
@@ -153,6 +154,23 @@ def test_rows_can_be_read_and_made_again(tmp_path: Path) -> None:
     kept.unlink()
     tool.make_world(options)
     assert kept.read_bytes() == (again.out / files[0]).read_bytes()
+
+
+def test_some_answers_are_spoken_and_all_else_stays(tmp_path: Path) -> None:
+    options = dict(items=40, split="train", tasks=("opposite",), voices=("slt", "awb"), seed=3)
+    silent = tool.draw_items(tool.Options(tmp_path, **options), "train", 40)
+    items = tool.draw_items(tool.Options(tmp_path, spoken=0.5, **options), "train", 40)
+    assert silent == [dataclasses.replace(item, reply=None) for item in items]
+    replies = [item.reply for item in items if item.reply]
+    assert 0.3 < len(replies) / len(items) < 0.7
+    assert {reply.voice for reply in replies} == {"slt", "awb"}
+    for item in items:
+        assert item.reply is None or item.reply.text == item.turns[-1].answer
+
+    tool.make_world(tool.Options(tmp_path, **{**options, "items": 2}, spoken=1.0))
+    for source in open_rows(str(tmp_path / "train.jsonl")):
+        reply = row_values(source)["reply"]
+        assert reply["voice"] in ("slt", "awb") and (tmp_path / reply["audio"]).exists()
 
 
 def test_other_options_in_the_same_folder_keep_their_media_apart(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ class Item:
     turns: tuple[Turn, ...]
     seen: tuple[str, ...] = ()
     """Other combinations that it shows; in training they are all of training."""
+    reply: Spoken | None = None
+    """The last answer, spoken."""
 
 
 def part_of(key: str) -> Part:
