@@ -9,7 +9,7 @@ of text comes first, ``language``. Token2Wav and the speech tokenizer are those 
 import dataclasses
 from typing import Any
 
-from configs import pretrain1, pretrain2, pretrain3, thinker_sft
+from configs import pretrain1, pretrain2, pretrain3, talker, thinker_sft
 from configs.sizes import ADAPTERS, DECODER, ENCODERS, make_mini
 from omni_jax.config import AudioEncoderConfig, OmniConfig, VisionEncoderConfig
 from omni_jax.mini_config import mini_config
@@ -79,6 +79,19 @@ def _make(tiny: Recipe, phases: tuple[Phase, ...], *, steps: int, learning_rate:
     )
 
 
+def _make_talker(stage: str, steps: int) -> Recipe:
+    """A recipe of the Talker with the media of dialogues, which those of ``mini`` have no room for.
+
+    Args:
+      stage: of the Talker.
+      steps: of the run.
+    """
+    mini = talker.RECIPES[f"{stage}-mini"]
+    media = {name: _MEDIA[name] for name in ("windows", "max_pixels", "video_max_pixels")}
+    data = dataclasses.replace(mini.data, **media, streams=2, tokens=448, spans=128, audio_blocks=5, canvases=3)
+    return dataclasses.replace(mini, model=omni_tiny_config(num_pieces=512), data=data, steps=steps)
+
+
 _ADAPTERS = ParameterGroup(ADAPTERS)
 _ENCODERS = ParameterGroup(ENCODERS)
 _DECODER = ParameterGroup(DECODER)
@@ -123,4 +136,6 @@ RECIPES = {
         steps=6000,
         learning_rate=6e-4,
     ),
+    "talker-pretrain-omni-tiny": _make_talker("talker-pretrain", steps=8000),
+    "talker-voices-omni-tiny": _make_talker("talker-voices", steps=4000),
 }

@@ -99,7 +99,9 @@ class Demo:
                 for values in read_values(self.data / f"{part}.jsonl"):
                     dialogues.append({"messages": make_dialogue(values["text"])})
             rows.append(write_values(self.data / f"{name}_texts.jsonl", dialogues))
-        self.speech.train("thinker-sft-mini", "thinker", "random", rows, "--model", self._make_files(rows[0]))
+        train, valid = rows
+        model = self._make_files(train)
+        self.speech.train("thinker-sft-mini", "thinker", "random", [train], [valid], "--model", model)
 
     def _make_files(self, dialogues: Path) -> Path:
         """What the model begins from: its sizes, and a vocabulary of what the dialogues say, prompts included."""

@@ -5,6 +5,7 @@ Each is a method, reads what those before have left in the folder, and goes on w
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,12 +33,14 @@ class SpeechData:
       folder: of the files of rows.
       sounds: names of the files that codes, the DiT and the vocoder are learned from, by part: train and valid.
       texts: names of the files that the Talker learns from, by part.
+      replies: names of files of dialogues with a spoken reply that it learns from beside them, by part.
       test: name of the file that is measured.
     """
 
     folder: Path
     sounds: Mapping[str, str]
     texts: Mapping[str, Sequence[str]]
+    replies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     test: str = "test"
 
     def rows(self, name: str) -> Path:
@@ -47,7 +50,16 @@ class SpeechData:
 class SpeechStages:
     """What follows the Thinker's stages."""
 
-    def __init__(self, out: Path, data: SpeechData, *, thinker: Path, steps_scale: float, preferences: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        data: SpeechData,
+        *,
+        thinker: Path,
+        steps_scale: float,
+        preferences: int,
+        talker_size: str = "mini",
+    ) -> None:
         """Trains nothing yet.
 
         Args:
@@ -56,30 +68,40 @@ class SpeechStages:
           thinker: the checkpoint to begin from.
           steps_scale: factor of the steps of every recipe.
           preferences: texts that pairs of answers are made of.
+          talker_size: of the recipes of the Talker's stages 1 and 3.
         """
         self.out = out
         self.data = data
         self._thinker = thinker
         self._steps_scale = steps_scale
         self._preferences = preferences
+        self._talker_size = talker_size
 
     def train(
-        self, recipe: str, folder: str, init: object, rows: Sequence[object], *more: object, looks: int = 6
+        self,
+        recipe: str,
+        folder: str,
+        init: object,
+        train: Sequence[Path],
+        valid: Sequence[Path],
+        *more: object,
+        looks: int = 6,
     ) -> None:
-        """Trains with a ``-mini`` recipe.
+        """Trains with a recipe.
 
         Args:
           recipe: its name.
           folder: of the run.
           init: what it begins from.
-          rows: to train on, and held-out ones.
+          train: files of rows.
+          valid: of held-out rows.
           more: options.
           looks: how often the held-out rows are evaluated.
         """
         steps = self.scale(RECIPES[recipe].steps)
         run(
             *("train.py", recipe, "--workdir", self.out / folder, "--init", init, "--steps", steps),
-            *("--data.train", rows[0], "--data.valid", rows[1], "--eval.every", max(steps // looks, 1), *more),
+            *("--data.train", *train, "--data.valid", *valid, "--eval.every", max(steps // looks, 1), *more),
         )
 
     def scale(self, steps: int, least: int = 4) -> int:
@@ -87,13 +109,16 @@ class SpeechStages:
         return max(round(steps * self._steps_scale), least)
 
     def train_tokenizer(self) -> None:
-        self.train("speech-tokenizer-mini", "tokenizer", self._thinker, self._sound_rows())
+        self.train("speech-tokenizer-mini", "tokenizer", self._thinker, *self._sound_rows())
 
-    def _sound_rows(self, suffix: str = "") -> list[Path]:
-        return [self.data.rows(f"{self.data.sounds[part]}{suffix}") for part in ("train", "valid")]
+    def _sound_rows(self, suffix: str = "") -> tuple[list[Path], list[Path]]:
+        """Files to train on, and held-out ones."""
+        train, valid = ([self.data.rows(f"{self.data.sounds[part]}{suffix}")] for part in ("train", "valid"))
+        return train, valid
 
     def make_codes(self) -> None:
-        names = [*self.data.sounds.values(), *itertools.chain(*self.data.texts.values()), self.data.test]
+        data = self.data
+        names = [*data.sounds.values(), *itertools.chain(*data.texts.values()), *data.replies.values(), data.test]
         for name in dict.fromkeys(names):
             self.make_codes_of(name, f"{name}_codes")
 
@@ -104,11 +129,11 @@ class SpeechStages:
             run("tools/make_codes.py", self.data.rows(name), path, "--model", self.out / "tokenizer", *more)
 
     def train_dit(self) -> None:
-        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", self._sound_rows("_codes"))
+        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", *self._sound_rows("_codes"))
 
     def train_vocoder(self) -> None:
         first = self.scale(RECIPES["vocoder-mini"].phases[0].steps or 0, least=2)
-        self.train("vocoder-mini", "vocoder", self.out / "dit", self._sound_rows(), "--phases.0.steps", first)
+        self.train("vocoder-mini", "vocoder", self.out / "dit", *self._sound_rows(), "--phases.0.steps", first)
 
     def add_voices(self) -> None:
         """Each voice with a clip of its own."""
@@ -138,25 +163,31 @@ class SpeechStages:
 
     def distill(self) -> None:
         # the teacher's published solve of a row takes as long as several steps, so few are held out
-        train, valid = self._sound_rows("_codes")
-        few = read_values(valid)[:NUM_DISTILLED]
-        rows = [train, write_values(self.data.rows("valid_few"), few)]
-        self.train("token2wav-distill-mini", "distilled", self.with_voices, rows, looks=2)
+        train, (valid,) = self._sound_rows("_codes")
+        few = write_values(self.data.rows("valid_few"), read_values(valid)[:NUM_DISTILLED])
+        self.train("token2wav-distill-mini", "distilled", self.with_voices, train, [few], looks=2)
 
     def train_talker(self) -> None:
-        """Stage 1: the next code, in the voices of flite; a third of the rows goes on from a clip."""
-        rows = []
+        """Stage 1: the next code, in the voices of flite; a third of the texts goes on from a clip."""
+        rows = {}
         for part, names in self.data.texts.items():
-            target = self.data.rows(f"{part}_flite")
-            keep_flite([self.data.rows(f"{name}_codes") for name in names], target)
-            rows.append(self._make_spoken(target))
-        self.train("talker-pretrain-mini", "talker1", self.out / "distilled", rows)
+            codes = keep_flite([self.data.rows(f"{name}_codes") for name in names], self.data.rows(f"{part}_flite"))
+            rows[part] = [self._make_spoken(codes)]
+            if part in self.data.replies:
+                replies = self.data.rows(f"{self.data.replies[part]}_codes")
+                rows[part].append(_make_replies(keep_flite([replies], self.data.rows(f"{part}_replies_flite"))))
+        self._train_talker("talker-pretrain", "talker1", self.out / "distilled", rows)
 
     def _make_spoken(self, codes: Path) -> Path:
-        target = codes.with_name(f"{codes.stem}_spoken.jsonl")
+        target = _spoken(codes)
         if not target.exists():
             run("tools/make_spoken_rows.py", codes, target, "--clips", 0.33)
         return target
+
+    def _train_talker(
+        self, stage: str, folder: str, init: Path, rows: Mapping[str, Sequence[Path]], *more: object
+    ) -> None:
+        self.train(f"{stage}-{self._talker_size}", folder, init, rows["train"], rows["valid"], *more)
 
     def prefer(self) -> None:
         """Stage 2: of four answers to a text, the best and the worst."""
@@ -178,11 +209,14 @@ class SpeechStages:
 
     def add_speaker(self) -> None:
         """Stage 3: all speakers, of whom one is new."""
-        rows = [self._make_spoken(path) for path in self._sound_rows("_codes")]
+        rows = {}
+        for part, name in self.data.sounds.items():
+            rows[part] = [self._make_spoken(self.data.rows(f"{name}_codes"))]
+            if part in self.data.replies:
+                rows[part].append(_make_replies(self.data.rows(f"{self.data.replies[part]}_codes")))
         token = load_voices(self.with_voices)[HIBARI_VOICE].bos_token
-        self.train(
-            "talker-voices-mini", "talker3", self.out / "talker2", rows, "--objective.voices", HIBARI_VOICE, token
-        )
+        voices = ("--objective.voices", HIBARI_VOICE, token)
+        self._train_talker("talker-voices", "talker3", self.out / "talker2", rows, *voices)
 
     def measure(self, model: Path, folder: str, rows: Path, voice_rows: Path, sentences: int, *more: object) -> None:
         """Measures speech (``tools/measure_speech.py``) into a folder of this name, unless that is complete."""
@@ -199,3 +233,22 @@ def keep_flite(sources: Sequence[Path], target: Path) -> Path:
     """Writes the rows of flite's voices."""
     rows = [values for source in sources for values in read_values(source) if values["voice"] in FLITE_VOICES]
     return write_values(target, rows)
+
+
+def make_reply_row(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The Talker's row of a dialogue (docs/data.md).
+
+    Args:
+      values: the dialogue, with the ``codec_ids`` of its reply in a ``voice``, and ``codec``.
+    """
+    row = {name: values[name] for name in ("messages", "audios", "images", "videos") if name in values}
+    row["speech"] = {name: values[name] for name in ("codec_ids", "codec", "voice")}
+    return row
+
+
+def _make_replies(codes: Path) -> Path:
+    return write_values(_spoken(codes), [make_reply_row(values) for values in read_values(codes)])
+
+
+def _spoken(codes: Path) -> Path:
+    return codes.with_name(f"{codes.stem}_spoken.jsonl")

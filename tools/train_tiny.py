@@ -27,6 +27,7 @@ from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.tokenizer_files import write_tokenizer
 from tools.row_files import read_values, write_values
 from tools.run_commands import Stages, exit_on_sigterm, run
+from tools.speech_stages import SpeechData, SpeechStages
 
 NUM_PIECES = 768  # of the vocabulary: every word of the world and of its prompts is a token
 NUM_LOOKS = 6  # at held-out rows, of a stage
@@ -35,6 +36,9 @@ NUM_VALID = 500  # of these rows, drawn at random, so that a look takes seconds
 # they learn from twelve thousand descriptions in minutes what they do not learn from as many questions
 CAPTION_TASKS = ("transcribe", "describe", "narrate", "phrase", "hear")
 JOINT_WEIGHTS = (3, 2)  # of rows of all tasks and of captions, in pretraining 2
+HEARD_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say
+NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
+NUM_PREFERENCES = 64  # texts that pairs of answers are made of
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
 JOINED = 4  # dialogues that follow each other in a row of pretraining 3
 _MEDIA_FIELDS = ("audios", "images", "videos")
@@ -64,9 +68,23 @@ class Training:
         self.options = options
         self.out = options.out.resolve()
         self.data = self.out / "data"  # with the media, which rows name relative to it
+        self.speech = SpeechStages(
+            self.out,
+            SpeechData(
+                self.data,
+                sounds={part: f"{part}_sounds" for part in ("train", "valid")},
+                texts={part: [f"{part}_speech"] for part in ("train", "valid")},
+                replies={part: f"{part}_replies" for part in ("train", "valid")},
+                test="test_sounds",
+            ),
+            thinker=self.out / "thinker-sft",
+            steps_scale=options.steps_scale,
+            preferences=NUM_PREFERENCES,
+            talker_size="omni-tiny",
+        )
 
     def make_data(self) -> None:
-        run("tools/make_world.py", self.data, "--items", self.options.items)
+        run("tools/make_world.py", self.data, "--items", self.options.items, "--spoken", 0.25)
         run(
             *("tools/make_world.py", self.data / "captions", "--items", self.options.captions, "--split", "train"),
             *("--tasks", *CAPTION_TASKS, "--voiced", 0, "--seed", 1),
@@ -83,6 +101,13 @@ class Training:
             self._write(f"{part}_captions", described)
             self._write(f"{part}_long", list(join_dialogues(rows)))
             self._write(f"{part}_all", list(with_system_prompts(rows)))
+        for part, count in NUM_SOUNDS.items():
+            rows = read_values(self._rows(part))
+            self._write(f"{part}_replies", list(find_replies(rows)))
+            if part == "train":
+                rows = [*rows, *read_captions(self._rows("captions/train"))]
+            self._write(f"{part}_speech", list(find_speech(rows, HEARD_TASKS)))
+            self._write(f"{part}_sounds", list(find_speech(rows, ("transcribe",)))[:count])
 
     def _write(self, name: str, rows: Sequence[Values]) -> None:
         write_values(self._rows(name), rows)
@@ -155,6 +180,26 @@ def read_captions(path: Path) -> list[Values]:
     return rows
 
 
+def find_speech(rows: Sequence[Values], tasks: Sequence[str]) -> Iterator[Values]:
+    """What is heard in rows of some tasks, with its text, its voice and another sound of that voice."""
+    heard = [values for values in rows if values["task"] in tasks]
+    previous = {values["voice"]: values["audios"][0] for values in heard}
+    for values in heard:
+        (audio,) = values["audios"]
+        voice = values["voice"]
+        text = values["messages"][-1]["content"]
+        yield {"audio": audio, "text": text, "voice": voice, "ref_audio": previous[voice]}
+        previous[voice] = audio
+
+
+def find_replies(rows: Sequence[Values]) -> Iterator[Values]:
+    """Dialogues whose last answer is spoken, under the system prompt of speech."""
+    for values in rows:
+        if "reply" in values:
+            messages = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}, *values["messages"]]
+            yield {**values, **values["reply"], "text": messages[-1]["content"], "messages": messages}
+
+
 def with_system_prompts(rows: Sequence[Values]) -> Iterator[Values]:
     """The same rows, of which one in ``SPEECH_SHARE`` begins with the system prompt of spoken replies."""
     for number, values in enumerate(rows):
@@ -192,6 +237,16 @@ def main() -> None:
     stages.run("pretraining 3", training.lengthen)
     stages.run("instruction tuning", training.tune)
     stages.run("scoring", training.score)
+    speech = training.speech
+    stages.run("speech tokenizer", speech.train_tokenizer)
+    stages.run("codes", speech.make_codes)
+    stages.run("DiT", speech.train_dit)
+    stages.run("vocoder", speech.train_vocoder)
+    stages.run("voices", speech.add_voices)
+    stages.run("distilled DiT", speech.distill)
+    stages.run("Talker 1", speech.train_talker)
+    stages.run("Talker 2", speech.prefer)
+    stages.run("Talker 3", speech.add_speaker)
 
 
 if __name__ == "__main__":

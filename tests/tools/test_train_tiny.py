@@ -15,20 +15,26 @@ from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from tools import make_world, score_world
 from tools.row_files import read_values
 from tools.score_world import Answered, Options, Score, ask, score
-from tools.train_tiny import CAPTION_TASKS, JOINED, Training, join_dialogues
+from tools.speech_stages import make_reply_row
+from tools.train_tiny import CAPTION_TASKS, JOINED, Training, find_speech, join_dialogues
 from tools.train_tiny import Options as TrainingOptions
 
 
-def row(task: str, question: str, answer: str, **media: list[str]) -> dict[str, Any]:
+def row(task: str, question: str, answer: str, **media: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"task": task, "messages": messages, **media}
 
 
 ROWS = [
-    row("transcribe", "<audio>Write down what you hear.", "The sheep is new.", audios=["media/a.wav"]),
+    row("transcribe", "<audio>Write down what you hear.", "The sheep is new.", audios=["media/a.wav"], voice="slt"),
     row("colour", "<image>What colour is the star?", "The star is red.", images=["media/b.png"]),
     row("order-voice", "<video><audio>", "The ring came last.", videos=["media/c.mp4"], audios=["media/d.wav"]),
-    row("day", "Emma comes the day after Monday. When?", "Emma comes on Tuesday."),
+    row(
+        "day",
+        "Emma comes the day after Monday. When?",
+        "Emma comes on Tuesday.",
+        reply={"audio": "media/f.wav", "voice": "awb"},
+    ),
 ]
 
 
@@ -49,7 +55,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
         assert arguments[0] == "tools/make_world.py"
         assert isinstance(arguments[1], Path)
         if arguments[1] == made.data:
-            for part in ("train", "valid"):
+            for part in ("train", "valid", "test"):
                 write_rows(made.data / f"{part}.jsonl", ROWS)
         else:
             write_rows(arguments[1] / "train.jsonl", CAPTIONS)
@@ -86,6 +92,33 @@ def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training
     assert [values["messages"][0]["role"] for values in rows] == ["system", "user", "user", "user"]
     assert rows[0]["messages"][0]["content"] == SPEECH_SYSTEM_PROMPT
     assert rows[0]["messages"][1:] == ROWS[0]["messages"]
+
+
+def test_what_is_heard_is_said_and_answers_too(training: Training) -> None:
+    for name in ("sounds", "speech"):
+        (said,) = read_values(training.data / f"train_{name}.jsonl")
+        assert said == {
+            "audio": "media/a.wav",
+            "text": "The sheep is new.",
+            "voice": "slt",
+            "ref_audio": "media/a.wav",
+        }
+    (reply,) = read_values(training.data / "valid_replies.jsonl")
+    assert [reply[name] for name in ("audio", "voice", "text")] == ["media/f.wav", "awb", "Emma comes on Tuesday."]
+    assert [message["role"] for message in reply["messages"]] == ["system", "user", "assistant"]
+    spoken = make_reply_row({**reply, "codec_ids": [1, 2], "codec": "c"})
+    assert spoken == {
+        "messages": reply["messages"],
+        "speech": {"codec_ids": [1, 2], "codec": "c", "voice": "awb"},
+    }
+
+
+def test_another_sound_of_a_voice_is_the_one_before() -> None:
+    rows = [
+        row("phrase", "<audio>What is said?", str(i), audios=[f"{i}.wav"], voice=voice)
+        for i, voice in enumerate(("slt", "awb", "slt"))
+    ]
+    assert [values["ref_audio"] for values in find_speech(rows, ("phrase",))] == ["2.wav", "1.wav", "0.wav"]
 
 
 def test_few_held_out_rows_are_looked_at(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
