@@ -36,7 +36,7 @@ NUM_VALID = 500  # of these rows, drawn at random, so that a look takes seconds
 # they learn from twelve thousand descriptions in minutes what they do not learn from as many questions
 CAPTION_TASKS = ("transcribe", "describe", "narrate", "phrase", "hear")
 JOINT_WEIGHTS = (3, 2)  # of rows of all tasks and of captions, in pretraining 2
-HEARD_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say
+SPEECH_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
@@ -106,7 +106,7 @@ class Training:
             self._write(f"{part}_replies", list(find_replies(rows)))
             if part == "train":
                 rows = [*rows, *read_captions(self._rows("captions/train"))]
-            self._write(f"{part}_speech", list(find_speech(rows, HEARD_TASKS)))
+            self._write(f"{part}_speech", list(find_speech(rows, SPEECH_TASKS)))
             self._write(f"{part}_sounds", list(find_speech(rows, ("transcribe",)))[:count])
 
     def _write(self, name: str, rows: Sequence[Values]) -> None:
@@ -182,9 +182,9 @@ def read_captions(path: Path) -> list[Values]:
 
 def find_speech(rows: Sequence[Values], tasks: Sequence[str]) -> Iterator[Values]:
     """What is heard in rows of some tasks, with its text, its voice and another sound of that voice."""
-    heard = [values for values in rows if values["task"] in tasks]
-    previous = {values["voice"]: values["audios"][0] for values in heard}
-    for values in heard:
+    recorded = [values for values in rows if values["task"] in tasks]
+    previous = {values["voice"]: values["audios"][0] for values in recorded}
+    for values in recorded:
         (audio,) = values["audios"]
         voice = values["voice"]
         text = values["messages"][-1]["content"]

@@ -94,10 +94,10 @@ def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training
     assert rows[0]["messages"][1:] == ROWS[0]["messages"]
 
 
-def test_what_is_heard_is_said_and_answers_too(training: Training) -> None:
+def test_transcribed_sounds_and_spoken_answers_become_rows(training: Training) -> None:
     for name in ("sounds", "speech"):
-        (said,) = read_values(training.data / f"train_{name}.jsonl")
-        assert said == {
+        (spoken,) = read_values(training.data / f"train_{name}.jsonl")
+        assert spoken == {
             "audio": "media/a.wav",
             "text": "The sheep is new.",
             "voice": "slt",
@@ -115,7 +115,7 @@ def test_what_is_heard_is_said_and_answers_too(training: Training) -> None:
 
 def test_another_sound_of_a_voice_is_the_one_before() -> None:
     rows = [
-        row("phrase", "<audio>What is said?", str(i), audios=[f"{i}.wav"], voice=voice)
+        row("phrase", "<audio>What is spoken?", str(i), audios=[f"{i}.wav"], voice=voice)
         for i, voice in enumerate(("slt", "awb", "slt"))
     ]
     assert [values["ref_audio"] for values in find_speech(rows, ("phrase",))] == ["2.wav", "1.wav", "0.wav"]

@@ -152,15 +152,15 @@ class Artist:
     def transcribe(self) -> Item:
         """A sentence that is heard."""
         sentence = self._sentence()
-        return Item("transcribe", sentence, (self._heard(sentence),))
+        return Item("transcribe", sentence, (self._ask_what_is_spoken(sentence),))
 
-    def _heard(self, text: str) -> Turn:
+    def _ask_what_is_spoken(self, text: str) -> Turn:
         return Turn(self._draw(("What is said?", "Write down what you hear.")), text, (self._say(text),))
 
     def phrase(self) -> Item:
         """One to three words that are heard, in any order, so that no word follows from the others."""
         text = self._phrase()
-        return Item("phrase", text, (self._heard(text),))
+        return Item("phrase", text, (self._ask_what_is_spoken(text),))
 
     def _phrase(self) -> str:
         return _sentence(" ".join(self._sample(_WORDS, int(self._rng.integers(1, 4)))))
@@ -336,10 +336,10 @@ class Artist:
         """All that happens in a video, in turn: what is there, with the effect or the word that is heard."""
         shapes = self._sample(SHAPES, _SEGMENTS)
         colours = self._sample(tuple(COLOURS), _SEGMENTS)
-        heard = [self._draw((*EFFECTS, *self._sample(SIGNS, len(EFFECTS)), "")) for _ in range(_SEGMENTS)]
+        names = [self._draw((*EFFECTS, *self._sample(SIGNS, len(EFFECTS)), "")) for _ in range(_SEGMENTS)]
         sounds: list[tuple[float, Effect | Spoken]] = []
         parts = []
-        for segment, (shape, colour, name) in enumerate(zip(shapes, colours, heard, strict=True)):
+        for segment, (shape, colour, name) in enumerate(zip(shapes, colours, names, strict=True)):
             part = f"a {colour} {shape}"
             if name in EFFECTS:
                 sounds.append((self._time_in(segment, EFFECT_SECONDS), self._effect(name)))
@@ -428,7 +428,7 @@ class Artist:
         name = self._draw([name for name in self.tasks if name not in NOT_VOICED])
         item = self.tasks[name]()
         text = self._draw((item.turns[0].question, item.turns[0].answer))
-        return Item("hear", text, (self._heard(text),), (item.key, *item.seen))
+        return Item("hear", text, (self._ask_what_is_spoken(text),), (item.key, *item.seen))
 
     # two turns
 
