@@ -1,0 +1,42 @@
+"""A packed checkpoint has the same values in another dtype, and nothing of a run."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from omni_jax.checkpoint import store
+from omni_jax.checkpoint.voices import load_voices
+from omni_jax.errors import CheckpointError
+from tools.pack_checkpoint import Options, pack_checkpoint
+
+
+def test_all_components_are_cast(tiny_model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "packed"
+    num_bytes = pack_checkpoint(Options(tiny_model, target, dtype="bfloat16"))
+    source = store.load(tiny_model)
+    packed = store.load(target)
+    assert store.components(target) == {name: ["bfloat16"] for name in source}
+    assert num_bytes == 2 * sum(leaf.size for leaf in jax.tree.leaves(source))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a.astype(jnp.bfloat16)), np.asarray(b)), source, packed
+    )
+    assert load_voices(target).keys() == load_voices(tiny_model).keys()
+    with pytest.raises(CheckpointError, match="exists already"):
+        pack_checkpoint(Options(tiny_model, target))
+
+
+def test_some_components_keep_their_bits(tiny_model: Path, tmp_path: Path) -> None:
+    # a file of a run, which is left behind
+    run = Path(shutil.copytree(tiny_model, tmp_path / "run"))
+    (run / "run.json").write_text("{}")
+    target = tmp_path / "packed"
+    pack_checkpoint(Options(run, target, components=("thinker",)))
+    assert list(store.components(target)) == ["thinker"]
+    jax.tree.map(np.testing.assert_array_equal, store.load(tiny_model, ["thinker"]), store.load(target))
+    assert not (target / "run.json").exists() and (target / "tokenizer.json").exists()
+    with pytest.raises(CheckpointError, match="has no speech_tokenizer"):
+        pack_checkpoint(Options(run, tmp_path / "other", components=("speech_tokenizer",)))

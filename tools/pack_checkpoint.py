@@ -1,0 +1,91 @@
+"""Writes what a training run has made as a checkpoint to hand on: some components, cast, without the state of the run.
+
+    python tools/pack_checkpoint.py out/omni-tiny/pretrain2 checkpoints/omni-tiny --dtype bfloat16
+
+All components are cast, those of speech too. Compare what the copy answers with what the run's checkpoint answers
+(``tools/score_world.py``, ``tools/measure_speech.py``) before it is handed on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
+
+from omni_jax.checkpoint import store
+from omni_jax.checkpoint.train_checkpoints import FILES_FILE, RUN_FILE, resolve_checkpoint
+from omni_jax.checks import printable
+from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.plain_files import copy_file, has_file
+from omni_jax.training.optimizer import flatten_params
+
+# of a checkpoint of a training run: what only the run needs
+_RUN_FILES = (RUN_FILE, FILES_FILE, "_CHECKPOINT_METADATA", "commit_success.txt", store.ABOUT_FILE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to read and write."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """A checkpoint, or the folder of a run, whose latest is taken."""
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Where to; nothing may be there yet."""
+    components: tuple[str, ...] = ()
+    """What to keep; all but discriminators if nothing is said."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """What all of it is cast to; it keeps its own if left out."""
+
+
+def pack_checkpoint(options: Options) -> int:
+    """Writes the copy; returns the bytes of its arrays.
+
+    Raises:
+      CheckpointError, ConfigError: if the source is no checkpoint or has no such component, or the target exists.
+    """
+    source = resolve_checkpoint(options.source)
+    found = store.components(source)
+    wanted = options.components or tuple(name for name in found if name != "discriminators")
+    leaves = []
+    for component, tree in store.load(source, wanted).items():
+        for path, array in flatten_params(tree).items():
+            leaves.append(_make_leaf((component, *path.split("/")), array, options.dtype))
+
+    def write_beside(folder: Path) -> None:
+        for path in sorted(source.iterdir()):
+            if has_file(path) and path.name not in _RUN_FILES:
+                copy_file(path, folder / path.name)
+
+    store.save(options.target, leaves, write_beside)
+    return sum(leaf.nbytes for leaf in leaves)
+
+
+def _make_leaf(path: tuple[str, ...], array: jax.Array, dtype: str | None) -> store.Leaf:
+    cast = np.asarray(array if dtype is None else array.astype(jnp.dtype(dtype)))
+
+    def read() -> Iterator[np.ndarray]:
+        yield cast
+
+    return store.Leaf(path, cast.shape, cast.dtype, stacked=False, read=read)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    try:
+        num_bytes = pack_checkpoint(options)
+    except (CheckpointError, ConfigError) as e:
+        raise SystemExit(f"error: {printable(str(e))}") from None
+    print(f"{options.target}: {num_bytes / 2**20:.1f} MiB of parameters")
+
+
+if __name__ == "__main__":
+    main()
