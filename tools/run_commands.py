@@ -60,20 +60,25 @@ class Stages:
 
     Attributes:
       seconds: of each stage, over all starts.
+      devices: what each stage ran on, where that is told.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: str | None = None) -> None:
         """Reads what earlier starts have done.
 
         Args:
           path: the file.
+          device: what this start runs on.
         """
         self._path = path
+        self._device = device
         self.seconds: dict[str, float] = {}
+        self.devices: dict[str, str] = {}
         self._complete: list[str] = []
         if path.exists():
             values = json.loads(path.read_text(encoding="utf-8"))
             self.seconds = values["seconds"]
+            self.devices = values.get("devices", {})
             self._complete = values["complete"]
 
     def run(self, name: str, work: Callable[[], None]) -> None:
@@ -89,6 +94,8 @@ class Stages:
             self._complete.append(name)
         finally:
             self.seconds[name] = before + time.monotonic() - started
-            values = {"complete": self._complete, "seconds": self.seconds}
+            if self._device is not None:
+                self.devices[name] = self._device
+            values = {"complete": self._complete, "seconds": self.seconds, "devices": self.devices}
             replace_file(self._path, (json.dumps(values, indent=2) + "\n").encode())
         print(f"{name}: {self.seconds[name] / 60:.1f} minutes", flush=True)

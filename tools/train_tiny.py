@@ -10,11 +10,14 @@ pictures and sounds it did not use yet.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -23,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from configs import RECIPES
 from configs.omni_tiny import omni_tiny_config
+from omni_jax.plain_files import replace_file
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.tokenizer_files import write_tokenizer
+from tools.make_speech import VOICES
 from tools.row_files import read_values, write_values
 from tools.run_commands import Stages, exit_on_sigterm, run
 from tools.speech_stages import SpeechData, SpeechStages
@@ -40,6 +45,7 @@ SPEECH_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Ta
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
+STAGES_FILE = "stages.json"  # the log
 JOINED = 4  # dialogues that follow each other in a row of pretraining 3
 _MEDIA_FIELDS = ("audios", "images", "videos")
 
@@ -59,6 +65,22 @@ class Options:
     """Factor of the steps of every recipe; below 1 for a trial."""
     scored: int = 100
     """Held-out rows of each task that are answered at the end."""
+    begin: Path | None = None
+    """A checkpoint with the log of its stages, such as checkpoints/omni-tiny: these do not train again."""
+
+
+class Stage(NamedTuple):
+    """A part of the training.
+
+    Attributes:
+      name: in the log.
+      work: what it does.
+      folder: of the checkpoint that it makes, relative to the output; None: it makes none.
+    """
+
+    name: str
+    work: Callable[[], None]
+    folder: str | None = None
 
 
 class Training:
@@ -82,6 +104,48 @@ class Training:
             preferences=NUM_PREFERENCES,
             talker_size="omni-tiny",
         )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """In their order."""
+        speech = self.speech
+        return (
+            Stage("data", self.make_data),
+            Stage("language", self.learn_language, "language"),
+            Stage("pretraining 1", self.align, "pretrain1"),
+            Stage("pretraining 2", self.join, "pretrain2"),
+            Stage("pretraining 3", self.lengthen, "pretrain3"),
+            Stage("instruction tuning", self.tune, "thinker-sft"),
+            Stage("scoring", self.score),
+            Stage("speech tokenizer", speech.train_tokenizer, "tokenizer"),
+            Stage("codes", speech.make_codes),
+            Stage("DiT", speech.train_dit, "dit"),
+            Stage("vocoder", speech.train_vocoder, "vocoder"),
+            Stage("voices", speech.add_voices, f"voices/{VOICES[-1]}"),
+            Stage("distilled DiT", speech.distill, "distilled"),
+            Stage("Talker 1", speech.train_talker, "talker1"),
+            Stage("Talker 2", speech.prefer, "talker2"),
+            Stage("Talker 3", speech.add_speaker, "talker3"),
+        )
+
+    def begin(self, checkpoint: Path) -> None:
+        """Lets a checkpoint stand for those of all stages in its log; what these write beside is made again.
+
+        Raises:
+          SystemExit: if it has no log.
+        """
+        log = checkpoint / STAGES_FILE
+        if not log.is_file():
+            raise SystemExit(f"error: {checkpoint} has no {STAGES_FILE}, the log of the stages that made it")
+        values = json.loads(log.read_text(encoding="utf-8"))
+        made = [stage for stage in self.stages if stage.name in values["complete"] and stage.folder]
+        for stage in made:
+            assert stage.folder is not None
+            link = self.out / stage.folder
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(checkpoint)
+        values["complete"] = [stage.name for stage in made]
+        replace_file(self.out / STAGES_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
     def make_data(self) -> None:
         run("tools/make_world.py", self.data, "--items", self.options.items, "--spoken", 0.25)
@@ -225,28 +289,26 @@ def join_dialogues(rows: Sequence[Values]) -> Iterator[Values]:
         yield joined
 
 
+def describe_device() -> str:
+    """What programs train on here, for the log."""
+    # asked of another process: one that has asked holds the device
+    program = "import jax; print(jax.default_backend(), jax.device_count(), jax.devices()[0].device_kind)"
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    backend, count, kind = found.strip().split(maxsplit=2)
+    return f"{os.cpu_count()} CPU cores" if backend == "cpu" else f"{count} x {kind}"
+
+
 def main() -> None:
     exit_on_sigterm()
-    training = Training(tyro.cli(Options, description=__doc__))
+    options = tyro.cli(Options, description=__doc__)
+    training = Training(options)
     training.out.mkdir(parents=True, exist_ok=True)
-    stages = Stages(training.out / "stages.json")
-    stages.run("data", training.make_data)
-    stages.run("language", training.learn_language)
-    stages.run("pretraining 1", training.align)
-    stages.run("pretraining 2", training.join)
-    stages.run("pretraining 3", training.lengthen)
-    stages.run("instruction tuning", training.tune)
-    stages.run("scoring", training.score)
-    speech = training.speech
-    stages.run("speech tokenizer", speech.train_tokenizer)
-    stages.run("codes", speech.make_codes)
-    stages.run("DiT", speech.train_dit)
-    stages.run("vocoder", speech.train_vocoder)
-    stages.run("voices", speech.add_voices)
-    stages.run("distilled DiT", speech.distill)
-    stages.run("Talker 1", speech.train_talker)
-    stages.run("Talker 2", speech.prefer)
-    stages.run("Talker 3", speech.add_speaker)
+    log = training.out / STAGES_FILE
+    if options.begin is not None and not log.exists():
+        training.begin(options.begin.resolve())
+    stages = Stages(log, describe_device())
+    for stage in training.stages:
+        stages.run(stage.name, stage.work)
 
 
 if __name__ == "__main__":
