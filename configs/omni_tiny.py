@@ -101,7 +101,7 @@ RECIPES = {
     "language-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
         (Phase("text", (_DECODER,)),),
-        steps=400,
+        steps=1200,
         learning_rate=1e-3,
         audio_blocks=0,
         canvases=0,
@@ -110,8 +110,11 @@ RECIPES = {
     "pretrain1-omni-tiny": _make(
         pretrain1.RECIPES["pretrain1-tiny"],
         (Phase("adapters", (_ADAPTERS,), steps=100), Phase("encoders", (_ADAPTERS, _ENCODERS))),
-        steps=900,
+        steps=1800,
         learning_rate=1e-3,
+        # rows of one picture or of one short sound
+        audio_blocks=10,
+        canvases=1,
     ),
     "pretrain2-omni-tiny": _make(
         pretrain2.RECIPES["pretrain2-tiny"],

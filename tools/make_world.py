@@ -38,6 +38,7 @@ from omni_jax.plain_files import replace_file
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.media import read_audio
 from tools.make_speech import VOICES, Speaker, Utterance
+from tools.world.captions import ask_in_text
 from tools.world.items import PARTS, Effect, Item, Medium, Part, Picture, Spoken, Video, ask_by_voice, fits_part
 from tools.world.pictures import FRAME_RATE, SOUND_RATE, draw_picture, write_picture, write_video
 from tools.world.sounds import Placed, make_effect, mix_track
@@ -65,6 +66,8 @@ class Options:
     """Items asked by voice for each asked in text, of training; held-out ones are all asked both ways."""
     voices: tuple[str, ...] = VOICES
     """Of slt, rms, awb and heart."""
+    in_text: bool = False
+    """Write what pictures, sounds and videos hold in their place, so that nothing but text is asked."""
     spoken: float = 0.0
     """Share of the items whose last answer is spoken, too."""
     seed: int = 0
@@ -93,6 +96,8 @@ def draw_items(options: Options, part: Part, count: int) -> list[Item]:
             items.append(item)
             if name not in NOT_VOICED and (part != "train" or rng.random() < options.voiced):
                 items.append(ask_by_voice(item, *artist.draw_voice()))
+    if options.in_text:
+        items = [ask_in_text(item) for item in items]
     return _speak_answers(items, options, part)
 
 

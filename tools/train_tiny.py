@@ -37,10 +37,11 @@ from tools.speech_stages import SpeechData, SpeechStages
 NUM_PIECES = 768  # of the vocabulary: every word of the world and of its prompts is a token
 NUM_LOOKS = 6  # at held-out rows, of a stage
 NUM_VALID = 500  # of these rows, drawn at random, so that a look takes seconds
-# of pretraining 1: a medium and all that it says or shows. From one question about a picture the encoders learn little:
-# they learn from twelve thousand descriptions in minutes what they do not learn from as many questions
-CAPTION_TASKS = ("transcribe", "describe", "narrate", "phrase", "hear")
-JOINT_WEIGHTS = (3, 2)  # of rows of all tasks and of captions, in pretraining 2
+# of pretraining 1: a picture or a sound, and all that it shows or says. From questions about pictures encoders learn
+# little: from twelve thousand descriptions they learn in minutes what they do not learn from as many questions
+CAPTION_TASKS = ("transcribe", "phrase", "hear", "describe")
+NARRATIONS = "narrate"  # the same of videos, which take five times as long; for pretraining 2
+JOINT_WEIGHTS = (3, 1, 1)  # of rows of all tasks, of captions and of narrations, in pretraining 2
 SPEECH_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
@@ -61,6 +62,8 @@ class Options:
     """Of each task to train on; a tenth of it is held out."""
     captions: int = 15_000
     """Of each task of captions, beside those, to train on."""
+    texts: int = 8000
+    """Of each task in text alone, to learn language from."""
     steps_scale: float = 1.0
     """Factor of the steps of every recipe; below 1 for a trial."""
     scored: int = 100
@@ -151,7 +154,11 @@ class Training:
         run("tools/make_world.py", self.data, "--items", self.options.items, "--spoken", 0.25)
         run(
             *("tools/make_world.py", self.data / "captions", "--items", self.options.captions, "--split", "train"),
-            *("--tasks", *CAPTION_TASKS, "--voiced", 0, "--seed", 1),
+            *("--tasks", *CAPTION_TASKS, NARRATIONS, "--voiced", 0, "--seed", 1),
+        )
+        run(
+            *("tools/make_world.py", self.data / "text", "--items", self.options.texts, "--in-text"),
+            *("--voiced", 0, "--seed", 2),
         )
         for part in ("train", "valid"):
             rows = read_values(self._rows(part))
@@ -160,9 +167,11 @@ class Training:
             else:
                 chosen = np.random.default_rng(0).permutation(len(rows))[:NUM_VALID]
                 rows = [rows[i] for i in sorted(chosen)]
-                described = [values for values in rows if values["task"] in CAPTION_TASKS]
-            self._write(f"{part}_texts", [{"text": text} for text in _texts([*rows, *described])])
-            self._write(f"{part}_captions", described)
+                described = rows
+            self._write(f"{part}_captions", [values for values in described if values["task"] in CAPTION_TASKS])
+            self._write(f"{part}_narrations", [values for values in described if values["task"] == NARRATIONS])
+            texts = read_values(self._rows(f"text/{part}"))
+            self._write(f"{part}_texts", texts if part == "train" else texts[:: max(len(texts) // NUM_VALID, 1)])
             self._write(f"{part}_long", list(join_dialogues(rows)))
             self._write(f"{part}_all", list(with_system_prompts(rows)))
         for part, count in NUM_SOUNDS.items():
@@ -183,7 +192,9 @@ class Training:
         files = self.out / "files"
         config = omni_tiny_config(NUM_PIECES)
         prompts = f"system\n{SPEECH_SYSTEM_PROMPT}\nsystem\nYou are a helpful assistant.\nuser\nassistant\n"
-        texts = [prompts + values["text"] for values in read_values(self._rows("train_texts"))]
+        texts = []
+        for values in read_values(self._rows("train_texts")):
+            texts.append(prompts + " ".join(message["content"] for message in values["messages"]))
         write_tokenizer(files, config, texts)
         config.save(files)
         self._train("language", "random", ["texts"], "--model", files)
@@ -192,7 +203,9 @@ class Training:
         self._train("pretrain1", self.out / "language", ["captions"])
 
     def join(self) -> None:
-        self._train("pretrain2", self.out / "pretrain1", ["all", "captions"], "--data.weights", *JOINT_WEIGHTS)
+        self._train(
+            "pretrain2", self.out / "pretrain1", ["all", "captions", "narrations"], "--data.weights", *JOINT_WEIGHTS
+        )
 
     def lengthen(self) -> None:
         self._train("pretrain3", self.out / "pretrain2", ["long"])
@@ -219,19 +232,6 @@ class Training:
             *("tools/score_world.py", self.out / "thinker-sft", self._rows("test")),
             *("--most", self.options.scored, "--out", self.out / "answers.jsonl"),
         )
-
-
-def _texts(rows: Sequence[Values]) -> Iterator[str]:
-    """What is asked and answered in rows, without their media."""
-    for values in rows:
-        words = []
-        for message in values["messages"]:
-            text = message["content"]
-            for tag in ("<audio>", "<image>", "<video>"):
-                text = text.replace(tag, "")
-            if text:
-                words.append(text)
-        yield " ".join(words)
 
 
 def read_captions(path: Path) -> list[Values]:

@@ -13,11 +13,12 @@ from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
 from tools import make_world as tool
 from tools.make_speech import Utterance
-from tools.world.items import PARTS, Item, Video, part_of
+from tools.world.captions import describe_medium
+from tools.world.items import PARTS, Item, Picture, Video, part_of
 from tools.world.pictures import FRAME_RATE, SIDE, Ground, Thing, draw_picture
 from tools.world.sounds import EFFECT_SECONDS, Placed, make_effect, mix_track
 from tools.world.tasks import SEGMENT_SECONDS, STYLES, Artist
-from tools.world.vocabulary import COLOURS, EFFECTS, SHAPES
+from tools.world.vocabulary import COLOURS, EFFECTS, SHAPES, SIGNS
 
 
 class ToneSpeaker:
@@ -154,6 +155,35 @@ def test_rows_can_be_read_and_made_again(tmp_path: Path) -> None:
     kept.unlink()
     tool.make_world(options)
     assert kept.read_bytes() == (again.out / files[0]).read_bytes()
+
+
+def test_a_question_in_text_says_what_media_hold(tmp_path: Path) -> None:
+    options = tool.Options(tmp_path, items=1, split="train", voiced=1.0, in_text=True, seed=1)
+    tool.make_world(options)
+    rows = {row_values(row)["task"]: row_values(row) for row in open_rows(str(tmp_path / "train.jsonl"))}
+    assert not list((tmp_path / "media").iterdir())
+    for row in rows.values():
+        words = " ".join(message["content"] for message in row["messages"] if message["role"] == "user")
+        assert "<" not in words and not {"audios", "images", "videos"} & row.keys()
+    for task in ("transcribe", "describe", "narrate"):
+        question, answer = (message["content"] for message in rows[f"{task}-text"]["messages"])
+        assert question.startswith(answer)
+    for task in ("colour", "order", "colour-at-sound", "word-at-shape", "sign"):
+        question, answer = (message["content"] for message in rows[f"{task}-text"]["messages"])
+        # each word that the answer adds to the question's own is in what stands for the medium
+        medium = question.split(".")[0].lower().replace(",", "").split()
+        assert [word for word in answer.rstrip(".").split() if word in (*COLOURS, *SHAPES, *SIGNS) and word in medium]
+    direction = rows["direction-text"]["messages"]
+    assert direction[1]["content"].split("moves ")[1].rstrip(".") in direction[0]["content"].split(".")[0]
+
+
+def test_the_article_follows_the_colour() -> None:
+    things = [Thing("star", "orange", 0.2, 0.5), Thing("ring", "blue", 0.5, 0.2)]
+    picture = Picture(tuple(things), Ground())
+    assert describe_medium(picture) == "An orange star on the left and a blue ring at the top."
+    three = Picture((*things, Thing("ring", "blue", 0.5, 0.8)), Ground())
+    assert describe_medium(three) == "Two blue rings and one orange star."
+    assert describe_medium(Picture((), Ground(), "dog")) == "Nothing and the word dog."
 
 
 def test_some_answers_are_spoken_and_all_else_stays(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import omni_jax
-from omni_jax.data.rows import Dialogue, Document, read_row, row_values
+from omni_jax.data.rows import Dialogue, read_row, row_values
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
@@ -16,7 +16,7 @@ from tools import make_world, score_world
 from tools.row_files import read_values
 from tools.score_world import Answered, Options, Score, ask, score
 from tools.speech_stages import make_reply_row
-from tools.train_tiny import CAPTION_TASKS, JOINED, Training, find_speech, join_dialogues
+from tools.train_tiny import CAPTION_TASKS, JOINED, NARRATIONS, Training, find_speech, join_dialogues
 from tools.train_tiny import Options as TrainingOptions
 
 
@@ -38,7 +38,11 @@ ROWS = [
 ]
 
 
-CAPTIONS = [row("describe", "<image>What do you see?", "Two red stars.", images=["media/e.png"])]
+CAPTIONS = [
+    row("describe", "<image>What do you see?", "Two red stars.", images=["media/e.png"]),
+    row("narrate", "<video>What happens?", "A star, then a ring.", videos=["media/g.mp4"]),
+]
+TEXTS = [row("colour-text", "A red star and a blue ring. What colour is the star?", "The star is red.")]
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -54,11 +58,9 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     def make(*arguments: object) -> str:
         assert arguments[0] == "tools/make_world.py"
         assert isinstance(arguments[1], Path)
-        if arguments[1] == made.data:
-            for part in ("train", "valid", "test"):
-                write_rows(made.data / f"{part}.jsonl", ROWS)
-        else:
-            write_rows(arguments[1] / "train.jsonl", CAPTIONS)
+        rows = {made.data: ROWS, made.data / "captions": CAPTIONS, made.data / "text": TEXTS}[arguments[1]]
+        for part in ("train", "valid", "test"):
+            write_rows(arguments[1] / f"{part}.jsonl", rows)
         return ""
 
     monkeypatch.setattr("tools.train_tiny.run", make)
@@ -66,25 +68,19 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     return made
 
 
-def test_texts_are_documents_without_media(training: Training) -> None:
-    rows = list(open_rows(str(training.data / "train_texts.jsonl")))
-    assert all(isinstance(read_row(row), Document) for row in rows)
-    assert [row_values(row)["text"] for row in rows] == [
-        "Write down what you hear. The sheep is new.",
-        "What colour is the star? The star is red.",
-        "The ring came last.",
-        "Emma comes the day after Monday. When? Emma comes on Tuesday.",
-        "What do you see? Two red stars.",
-    ]
+def test_language_is_learned_from_text_alone(training: Training) -> None:
+    assert read_values(training.data / "train_texts.jsonl") == TEXTS
+    assert read_values(training.data / "valid_texts.jsonl") == TEXTS
 
 
 def test_captions_are_of_their_tasks(training: Training) -> None:
     (caption,) = read_values(training.data / "train_captions.jsonl")
+    (narration,) = read_values(training.data / "train_narrations.jsonl")
     # media are found from the folder of this file
-    assert caption["images"] == ["captions/media/e.png"]
+    assert caption["images"] == ["captions/media/e.png"] and narration["videos"] == ["captions/media/g.mp4"]
     assert [values["task"] for values in read_values(training.data / "valid_captions.jsonl")] == ["transcribe"]
     tasks = make_world.Artist(make_world.np.random.default_rng(0), make_world.STYLES["train"], ("slt",)).tasks
-    assert set(CAPTION_TASKS) <= set(tasks)
+    assert {*CAPTION_TASKS, NARRATIONS} <= set(tasks)
 
 
 def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training) -> None:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from omni_jax.processing.read_aloud import QUESTION
+from tools.world.captions import capitalize, name_place, name_thing
 from tools.world.items import Effect, Item, Part, Picture, Spoken, Turn, Video
 from tools.world.pictures import FRAME_RATE, Ground, Thing
 from tools.world.sounds import EFFECT_SECONDS
@@ -140,7 +141,7 @@ class Artist:
         day = self._draw(DAYS)
         other = self._draw(SIGNS)
         sentences = (
-            f"The {colour} {shape} is {_where(self._draw(tuple(PLACES)))}.",
+            f"The {colour} {shape} is {name_place(self._draw(tuple(PLACES)))}.",
             f"There are {NUMBERS[count - 1]} {colour} {plural(shape, count)}.",
             f"{self._draw(_NAMES)} saw a {animal} on {day}.",
             f"The {self._draw(self._draw(OPPOSITES))} {animal} is near the {colour} {shape}.",
@@ -163,7 +164,7 @@ class Artist:
         return Item("phrase", text, (self._ask_what_is_spoken(text),))
 
     def _phrase(self) -> str:
-        return _sentence(" ".join(self._sample(_WORDS, int(self._rng.integers(1, 4)))))
+        return capitalize(" ".join(self._sample(_WORDS, int(self._rng.integers(1, 4)))))
 
     def effect(self) -> Item:
         """Which of three effects came first, second or last; the video shows nothing, and only keeps the time."""
@@ -212,7 +213,7 @@ class Artist:
         things, shapes, colours, places = self._two_things()
         name = f"{colours[0]} {shapes[0]}"
         question = self._draw((f"Where is the {shapes[0]}?", f"Where is the {name}?"))
-        turn = Turn(question, f"The {name} is {_where(places[0])}.", (self._picture(things),))
+        turn = Turn(question, f"The {name} is {name_place(places[0])}.", (self._picture(things),))
         return Item("place", f"{places[0]} {name}", (turn,), (name, f"{colours[1]} {shapes[1]}"))
 
     def describe(self) -> Item:
@@ -220,7 +221,7 @@ class Artist:
         if self._rng.random() < 0.5:
             things, shapes, colours, places = self._two_things()
             parts = {
-                place: f"a {colour} {shape} {_where(place)}"
+                place: f"{name_thing(colour, shape)} {name_place(place)}"
                 for shape, colour, place in zip(shapes, colours, places, strict=True)
             }
             order = tuple(PLACES)
@@ -236,7 +237,7 @@ class Artist:
             }
             order = tuple(COLOURS)
         # what is named first does not depend on what is drawn
-        answer = _sentence(" and ".join(parts[name] for name in order if name in parts))
+        answer = capitalize(" and ".join(parts[name] for name in order if name in parts))
         turn = Turn(self._draw(("What do you see?", "Describe the picture.")), answer, (self._picture(things),))
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("describe", answer, (turn,), seen)
@@ -340,7 +341,7 @@ class Artist:
         sounds: list[tuple[float, Effect | Spoken]] = []
         parts = []
         for segment, (shape, colour, name) in enumerate(zip(shapes, colours, names, strict=True)):
-            part = f"a {colour} {shape}"
+            part = name_thing(colour, shape)
             if name in EFFECTS:
                 sounds.append((self._time_in(segment, EFFECT_SECONDS), self._effect(name)))
                 part += f" with a {name}"
@@ -350,7 +351,7 @@ class Artist:
             parts.append(part)
         things = [(self._thing(*kind, (0.5, 0.5), 0.2),) for kind in zip(shapes, colours, strict=True)]
         video = Video(tuple(self._in_turn(things, self._ground())), tuple(sounds))
-        answer = _sentence(", then ".join(parts))
+        answer = capitalize(", then ".join(parts))
         turn = Turn(self._draw(("What happens?", "Tell what happens.")), answer, (video,))
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("narrate", answer, (turn,), seen)
@@ -410,7 +411,10 @@ class Artist:
         names = self._sample(_NAMES, 2)
         shapes = self._sample(SHAPES, 2)
         colours = self._sample(tuple(COLOURS), 2)
-        has = [f"{name} has a {colour} {shape}." for name, colour, shape in zip(names, colours, shapes, strict=True)]
+        has = [
+            f"{name} has {name_thing(colour, shape)}."
+            for name, colour, shape in zip(names, colours, shapes, strict=True)
+        ]
         which = int(self._rng.integers(2))
         turn = Turn(f"{' '.join(has)} What does {names[which]} have?", has[which])
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
@@ -438,16 +442,6 @@ class Artist:
         name = f"{colours[0]} {shapes[0]}"
         turns = (
             Turn(f"What colour is the {shapes[0]}?", f"The {shapes[0]} is {colours[0]}.", (self._picture(things),)),
-            Turn("And where is it?", f"It is {_where(places[0])}."),
+            Turn("And where is it?", f"It is {name_place(places[0])}."),
         )
         return Item("dialogue", f"{places[0]} {name}", turns, (name, f"{colours[1]} {shapes[1]}"))
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def _where(place: str) -> str:
-    if place == "middle":
-        return "in the middle"
-    return f"on the {place}" if place in ("left", "right") else f"at the {place}"
