@@ -1,7 +1,7 @@
 # make demo         converts a small random model, asks it about the media in tests/media, and has it speak its answer
 # make train-demo   trains a tiny random model in the paper's four stages, each from the last one's end
 # make speech-demo  takes a small model through all stages of speech, from nothing, and measures it; one to two hours on two cores
-# make train-tiny   takes omni-tiny's Thinker through its stages, from nothing, and scores it; hours on two cores, and it uses no pictures or sounds yet
+# make train-tiny   takes omni-tiny through all its stages, from nothing, and scores it; hours on two cores (docs/omni-tiny.md)
 # make test         every test, with PyTorch as the oracle; needs nothing done before
 # make test-long    what takes longer: whole benchmarks, several hosts, a Ray cluster, killed runs, parity as users compile it
 # make fuzz         154,000 mutants of pictures, sounds, videos, requests and checkpoints; 10 to 20 minutes on two cores

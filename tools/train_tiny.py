@@ -2,10 +2,11 @@
 
     python tools/train_tiny.py out/omni-tiny        (make train-tiny)
 
-Data are those of ``tools/make_world.py``, which needs flite. A stage of text comes first, in place of the language
-model that published stages begin from; then pretraining 1, 2 and 3 and instruction tuning. Run again, it goes on where
-it was stopped. What it answers on held-out rows is in OUT/answers.jsonl. In the trials so far it learned tasks of text;
-pictures and sounds it did not use yet.
+Data are those of ``tools/make_world.py``, which needs flite. First comes a stage of text, ``language``, in place of the
+language model that published stages begin from: it learns to answer the world's questions about media whose content it
+reads in words. Then come pretraining 1, 2 and 3, instruction tuning, and the stages of speech. Run again, it goes on
+where it was stopped; ``--begin checkpoints/omni-tiny`` goes on from what is shipped. What the Thinker answers on
+held-out rows is in OUT/answers.jsonl. Of the whole, the stages up to pretraining 1 have been run (docs/omni-tiny.md).
 """
 
 from __future__ import annotations
