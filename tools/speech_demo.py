@@ -35,6 +35,7 @@ from tools.make_speech import VOICES
 from tools.measure_speech import describe
 from tools.row_files import read_values, write_values
 from tools.run_commands import Stages, exit_on_sigterm, run
+from tools.run_recipe import run_recipe
 from tools.speech_stages import TRAINED, SpeechData, SpeechStages, keep_flite
 
 UNSEEN_VOICE = "kal16"  # of flite; nothing is trained on it
@@ -100,8 +101,11 @@ class Demo:
                     dialogues.append({"messages": make_dialogue(values["text"])})
             rows.append(write_values(self.data / f"{name}_texts.jsonl", dialogues))
         train, valid = rows
-        model = self._make_files(train)
-        self.speech.train("thinker-sft-mini", "thinker", "random", [train], [valid], "--model", model)
+        run_recipe(
+            *("thinker-sft-mini", self.out / "thinker", "random", [train], [valid]),
+            *("--model", self._make_files(train)),
+            steps_scale=self.options.steps_scale,
+        )
 
     def _make_files(self, dialogues: Path) -> Path:
         """What the model begins from: its sizes, and a vocabulary of what the dialogues say, prompts included."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs import RECIPES
 from omni_jax.checkpoint.voices import load_voices
 from tools.make_speech import FLITE_VOICES, HIBARI_VOICE, VOICES
 from tools.row_files import read_values, write_values
 from tools.run_commands import run
+from tools.run_recipe import run_recipe
 
 # folders of the stages that train, in their order
 TRAINED = ("tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
@@ -77,39 +77,20 @@ class SpeechStages:
         self._preferences = preferences
         self._talker_size = talker_size
 
-    def train(
+    def _train(
         self,
         recipe: str,
         folder: str,
-        init: object,
+        init: Path,
         train: Sequence[Path],
         valid: Sequence[Path],
         *more: object,
-        looks: int = 6,
+        **kw: int,
     ) -> None:
-        """Trains with a recipe.
-
-        Args:
-          recipe: its name.
-          folder: of the run.
-          init: what it begins from.
-          train: files of rows.
-          valid: of held-out rows.
-          more: options.
-          looks: how often the held-out rows are evaluated.
-        """
-        steps = self.scale(RECIPES[recipe].steps)
-        run(
-            *("train.py", recipe, "--workdir", self.out / folder, "--init", init, "--steps", steps),
-            *("--data.train", *train, "--data.valid", *valid, "--eval.every", max(steps // looks, 1), *more),
-        )
-
-    def scale(self, steps: int, least: int = 4) -> int:
-        """Steps of a run of this length."""
-        return max(round(steps * self._steps_scale), least)
+        run_recipe(recipe, self.out / folder, init, train, valid, *more, steps_scale=self._steps_scale, **kw)
 
     def train_tokenizer(self) -> None:
-        self.train("speech-tokenizer-mini", "tokenizer", self._thinker, *self._sound_rows())
+        self._train("speech-tokenizer-mini", "tokenizer", self._thinker, *self._sound_rows())
 
     def _sound_rows(self, suffix: str = "") -> tuple[list[Path], list[Path]]:
         """Files to train on, and held-out ones."""
@@ -129,11 +110,10 @@ class SpeechStages:
             run("tools/make_codes.py", self.data.rows(name), path, "--model", self.out / "tokenizer", *more)
 
     def train_dit(self) -> None:
-        self.train("token2wav-dit-mini", "dit", self.out / "tokenizer", *self._sound_rows("_codes"))
+        self._train("token2wav-dit-mini", "dit", self.out / "tokenizer", *self._sound_rows("_codes"))
 
     def train_vocoder(self) -> None:
-        first = self.scale(RECIPES["vocoder-mini"].phases[0].steps or 0, least=2)
-        self.train("vocoder-mini", "vocoder", self.out / "dit", *self._sound_rows(), "--phases.0.steps", first)
+        self._train("vocoder-mini", "vocoder", self.out / "dit", *self._sound_rows())
 
     def add_voices(self) -> None:
         """Each voice with a clip of its own."""
@@ -165,7 +145,7 @@ class SpeechStages:
         # the teacher's published solve of a row takes as long as several steps, so few are held out
         train, (valid,) = self._sound_rows("_codes")
         few = write_values(self.data.rows("valid_few"), read_values(valid)[:NUM_DISTILLED])
-        self.train("token2wav-distill-mini", "distilled", self.with_voices, train, [few], looks=2)
+        self._train("token2wav-distill-mini", "distilled", self.with_voices, train, [few], evaluations=2)
 
     def train_talker(self) -> None:
         """Stage 1: the next code, in the voices of flite; a third of the texts goes on from a clip."""
@@ -187,7 +167,7 @@ class SpeechStages:
     def _train_talker(
         self, stage: str, folder: str, init: Path, rows: Mapping[str, Sequence[Path]], *more: object
     ) -> None:
-        self.train(f"{stage}-{self._talker_size}", folder, init, rows["train"], rows["valid"], *more)
+        self._train(f"{stage}-{self._talker_size}", folder, init, rows["train"], rows["valid"], *more)
 
     def prefer(self) -> None:
         """Stage 2: of four answers to a text, the best and the worst."""
@@ -201,11 +181,12 @@ class SpeechStages:
                 *("--voices", *FLITE_VOICES, "--max-codes", 400, "--pairs.bad-below", -2.0),
             )
         scored = self.out / "scored.jsonl"
-        common = ("talker-dpo-mini", "--init", self.out / "talker1", "--data.train")
         if not scored.exists():
-            run("tools/score_pairs.py", *common, pairs, "--out", scored)
-        steps = self.scale(RECIPES["talker-dpo-mini"].steps)
-        run("train.py", *common, scored, "--workdir", self.out / "talker2", "--steps", steps)
+            run(
+                *("tools/score_pairs.py", "talker-dpo-mini", "--init", self.out / "talker1"),
+                *("--data.train", pairs, "--out", scored),
+            )
+        self._train("talker-dpo-mini", "talker2", self.out / "talker1", [scored], [])
 
     def add_speaker(self) -> None:
         """Stage 3: all speakers, of whom one is new."""

@@ -25,7 +25,6 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from configs import RECIPES
 from configs.omni_tiny import omni_tiny_config
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
@@ -33,11 +32,11 @@ from omni_jax.processing.tokenizer_files import write_tokenizer
 from tools.make_speech import VOICES
 from tools.row_files import read_values, write_values
 from tools.run_commands import Stages, exit_on_sigterm, run
+from tools.run_recipe import run_recipe
 from tools.speech_stages import SpeechData, SpeechStages
 
 NUM_PIECES = 768  # of the vocabulary: every word of the world and of its prompts is a token
-NUM_LOOKS = 6  # at held-out rows, of a stage
-NUM_VALID = 500  # of these rows, drawn at random, so that a look takes seconds
+NUM_VALID = 500  # held-out rows that stages look at, drawn at random, so that a look takes seconds
 # of pretraining 1: a picture or a sound, and all that it shows or says. From questions about pictures encoders learn
 # little: from twelve thousand descriptions they learn in minutes what they do not learn from as many questions
 CAPTION_TASKS = ("transcribe", "phrase", "hear", "describe")
@@ -215,18 +214,9 @@ class Training:
         self._train("thinker-sft", self.out / "pretrain3", ["all"])
 
     def _train(self, stage: str, init: object, rows: Sequence[str], *more: object) -> None:
-        recipe = f"{stage}-omni-tiny"
+        files = [[self._rows(f"{part}_{name}") for name in rows] for part in ("train", "valid")]
         scale = self.options.steps_scale
-        steps = max(round(RECIPES[recipe].steps * scale), 4)
-        # all phases but the last have a number of steps
-        for number, phase in enumerate(RECIPES[recipe].phases[:-1]):
-            more = (*more, f"--phases.{number}.steps", max(round((phase.steps or 0) * scale), 1))
-        run(
-            *("train.py", recipe, "--workdir", self.out / stage, "--init", init, "--steps", steps),
-            *("--data.train", *[self._rows(f"train_{name}") for name in rows]),
-            *("--data.valid", *[self._rows(f"valid_{name}") for name in rows]),
-            *("--eval.every", max(steps // NUM_LOOKS, 1), *more),
-        )
+        run_recipe(f"{stage}-omni-tiny", self.out / stage, init, *files, *more, steps_scale=scale)
 
     def score(self) -> None:
         run(
