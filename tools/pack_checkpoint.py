@@ -22,14 +22,11 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.train_checkpoints import FILES_FILE, RUN_FILE, resolve_checkpoint
+from omni_jax.checkpoint.train_checkpoints import RUN_FILES, resolve_checkpoint
 from omni_jax.checks import printable
 from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.plain_files import copy_file, has_file
 from omni_jax.training.optimizer import flatten_params
-
-# of a checkpoint of a training run: what only the run needs
-_RUN_FILES = (RUN_FILE, FILES_FILE, "_CHECKPOINT_METADATA", "commit_success.txt", store.ABOUT_FILE)
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def pack_checkpoint(options: Options) -> int:
 
     def write_beside(folder: Path) -> None:
         for path in sorted(source.iterdir()):
-            if has_file(path) and path.name not in _RUN_FILES:
+            if has_file(path) and path.name not in (*RUN_FILES, store.ABOUT_FILE):
                 copy_file(path, folder / path.name)
 
     store.save(options.target, leaves, write_beside)

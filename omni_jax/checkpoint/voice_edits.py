@@ -20,7 +20,7 @@ from typing import Any
 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.model_files import CONSENT_FILE
-from omni_jax.checkpoint.train_checkpoints import FILES_FILE, RUN_FILE
+from omni_jax.checkpoint.train_checkpoints import FILES_FILE, RUN_FILES
 from omni_jax.checkpoint.voices import VOICES_FILE, Voice, check, choose, is_voice_name, load_voices, make_archive
 from omni_jax.checks import shown
 from omni_jax.config import OmniConfig
@@ -29,8 +29,6 @@ from omni_jax.plain_files import copy_file, has_file, link_folder, read_object, 
 from omni_jax.processing.tokenizer import TextTokenizer
 
 _PARAMS = "params"
-# of a checkpoint of a training run: what only the run needs
-_RUN_FILES = (RUN_FILE, FILES_FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def _copy_checkpoint(folder: Path, target: Path, voices: Mapping[str, Voice], re
     store.components(folder)  # for its error alone
     with store.new_folder(target) as unfinished:
         for path in sorted(folder.iterdir()):
-            if has_file(path) and path.name not in (*_RUN_FILES, VOICES_FILE, CONSENT_FILE):
+            if has_file(path) and path.name not in (*RUN_FILES, VOICES_FILE, CONSENT_FILE):
                 copy_file(path, unfinished / path.name)
         link_folder(folder / _PARAMS, unfinished / _PARAMS, folder)
         _write_voices(unfinished, voices)
