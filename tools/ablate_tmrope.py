@@ -72,7 +72,7 @@ class Variant:
       plain: one id for each token, on all axes.
       ordinal: a frame is one time id after the one before it, however long it lasts.
       sound_first: within each chunk.
-      rate: factor of the frame rate that is said where it answers, not where it trains.
+      frame_rate_factor: what the frame rate is multiplied by where the model answers, not where it trains.
     """
 
     about: str
@@ -80,7 +80,7 @@ class Variant:
     plain: bool = False
     ordinal: bool = False
     sound_first: bool = False
-    rate: float = 1.0
+    frame_rate_factor: float = 1.0
 
 
 VARIANTS = {
@@ -93,7 +93,7 @@ VARIANTS = {
     "chunks-4": Variant("(e) chunks of four seconds", chunk_seconds=4),
 }
 # (f) of the published rules, where it answers
-RATES = {"half-rate": 0.5, "double-rate": 2.0}
+FRAME_RATE_FACTORS = {"half-frame-rate": 0.5, "double-frame-rate": 2.0}
 
 
 @dataclass(frozen=True)
@@ -164,17 +164,17 @@ def layout_of(variant: Variant) -> Iterator[None]:
 
     cells = layout.VisionInput.cells
 
-    def cells_at_rate(video: layout.VisionInput, merge: int) -> Grid:
+    def cells_at_frame_rate(video: layout.VisionInput, merge: int) -> Grid:
         grid = cells(video, merge)
-        return dataclasses.replace(grid, seconds=grid.seconds / variant.rate)
+        return dataclasses.replace(grid, seconds=grid.seconds / variant.frame_rate_factor)
 
     with contextlib.ExitStack() as patches:
         if variant.sound_first:
             # tokens and their ids are laid out by the same function, in two modules
             for module in (layout, mrope):
                 patches.enter_context(mock.patch.object(module, "interleave", sound_first))
-        if variant.rate != 1:
-            patches.enter_context(mock.patch.object(layout.VisionInput, "cells", cells_at_rate))
+        if variant.frame_rate_factor != 1:
+            patches.enter_context(mock.patch.object(layout.VisionInput, "cells", cells_at_frame_rate))
         yield
 
 
@@ -240,14 +240,14 @@ class Ablation:
         """Trains and scores what has not been."""
         for seed in range(self._options.seeds):
             for name, variant in VARIANTS.items():
-                rates = {name: 1.0} | (RATES if name == "tmrope" else {})
-                wanted = [scored for scored in rates if f"{scored} {seed}" not in self._found]
+                factors = {name: 1.0} | (FRAME_RATE_FACTORS if name == "tmrope" else {})
+                wanted = [scored for scored in factors if f"{scored} {seed}" not in self._found]
                 if wanted:
                     workdir = self._options.out / f"{name}-{seed}"
                     print(f"{name}, seed {seed}: {variant.about}")
                     self._train_variant(workdir, variant, seed)
                     for scored in wanted:
-                        own = dataclasses.replace(variant, rate=rates[scored])
+                        own = dataclasses.replace(variant, frame_rate_factor=factors[scored])
                         self._found[f"{scored} {seed}"] = self._score(workdir, own, seed)
                         replace_file(self._path, (json.dumps(self._found, indent=2) + "\n").encode())
         show(self._found)
@@ -284,7 +284,7 @@ def mean_and_interval(accuracies: Sequence[float]) -> tuple[float, float]:
 def show(found: dict[str, dict[str, Any]]) -> None:
     """Prints the share of right answers of each variant, over its seeds."""
     table = Table("variant", *TIMING_TASKS)
-    for name in (*VARIANTS, *RATES):
+    for name in (*VARIANTS, *FRAME_RATE_FACTORS):
         runs = [counts for key, counts in found.items() if key.rsplit(" ", 1)[0] == name]
         cells = []
         for task in TIMING_TASKS:

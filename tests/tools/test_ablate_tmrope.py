@@ -20,7 +20,7 @@ VIDEO = Interleaved(Grid(3, 2, 2, 2.0), 150)
 
 
 def position_ids(variant: Variant) -> np.ndarray:
-    """[3, 1, S] of two examples in a row: a text with a video, and a text."""
+    """[3, T] of two examples in a row: a text with a video, and a text."""
     first = [Text(3), Grid(2, 2, 2, 1.0), Text(2)]
     begin = sum(segment.length for segment in first)
     spans = [*mrope.resolve_spans(first, CONFIG), *mrope.resolve_spans([Text(4)], CONFIG, begin=begin)]
@@ -68,9 +68,9 @@ def test_chunks_have_their_length(seconds: int, lengths: int) -> None:
     assert sum(chunk.is_audio for chunk in layout.interleave(video, config)) == lengths
 
 
-def test_a_wrong_rate_moves_the_frames_where_it_answers() -> None:
+def test_a_wrong_frame_rate_moves_the_frames() -> None:
     video = VisionInput(np.zeros((16, 4), np.float32), (2, 4, 2), "video", seconds_per_grid=1.0)
-    with layout_of(dataclasses.replace(VARIANTS["tmrope"], rate=2.0)):
+    with layout_of(dataclasses.replace(VARIANTS["tmrope"], frame_rate_factor=2.0)):
         assert video.cells(2) == Grid(2, 2, 1, 0.5)
     assert video.cells(2) == Grid(2, 2, 1, 1.0)
 
