@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from omni_jax.processing.read_aloud import QUESTION
-from tools.world.captions import capitalize, name_place, name_thing
+from tools.world.captions import capitalize, describe_medium, name_place, name_thing
 from tools.world.items import Effect, Item, Part, Picture, Spoken, Turn, Video
 from tools.world.pictures import FRAME_RATE, Ground, Thing
 from tools.world.sounds import EFFECT_SECONDS
@@ -219,26 +219,15 @@ class Artist:
     def describe(self) -> Item:
         """All that a picture shows: two things and their places, or numbers of two kinds of things."""
         if self._rng.random() < 0.5:
-            things, shapes, colours, places = self._two_things()
-            parts = {
-                place: f"{name_thing(colour, shape)} {name_place(place)}"
-                for shape, colour, place in zip(shapes, colours, places, strict=True)
-            }
-            order = tuple(PLACES)
+            things, shapes, colours, _ = self._two_things()
         else:
             shapes = self._sample(SHAPES, 2)
             colours = self._sample(tuple(COLOURS), 2)
             counts = [int(self._rng.integers(1, len(NUMBERS) + 1)), int(self._rng.integers(0, 3))]
             things = self._scatter(shapes, colours, counts)
-            parts = {
-                colour: f"{NUMBERS[count - 1]} {colour} {plural(shape, count)}"
-                for shape, colour, count in zip(shapes, colours, counts, strict=True)
-                if count
-            }
-            order = tuple(COLOURS)
-        # what is named first does not depend on what is drawn
-        answer = capitalize(" and ".join(parts[name] for name in order if name in parts))
-        turn = Turn(self._draw(("What do you see?", "Describe the picture.")), answer, (self._picture(things),))
+        picture = self._picture(things)
+        answer = describe_medium(picture)
+        turn = Turn(self._draw(("What do you see?", "Describe the picture.")), answer, (picture,))
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("describe", answer, (turn,), seen)
 
@@ -339,19 +328,14 @@ class Artist:
         colours = self._sample(tuple(COLOURS), _SEGMENTS)
         names = [self._draw((*EFFECTS, *self._sample(SIGNS, len(EFFECTS)), "")) for _ in range(_SEGMENTS)]
         sounds: list[tuple[float, Effect | Spoken]] = []
-        parts = []
-        for segment, (shape, colour, name) in enumerate(zip(shapes, colours, names, strict=True)):
-            part = name_thing(colour, shape)
+        for segment, name in enumerate(names):
             if name in EFFECTS:
                 sounds.append((self._time_in(segment, EFFECT_SECONDS), self._effect(name)))
-                part += f" with a {name}"
             elif name:
                 sounds.append((self._time_in(segment, _WORD_SECONDS), self._say(name)))
-                part += f" and the word {name}"
-            parts.append(part)
         things = [(self._thing(*kind, (0.5, 0.5), 0.2),) for kind in zip(shapes, colours, strict=True)]
         video = Video(tuple(self._in_turn(things, self._ground())), tuple(sounds))
-        answer = capitalize(", then ".join(parts))
+        answer = describe_medium(video)
         turn = Turn(self._draw(("What happens?", "Tell what happens.")), answer, (video,))
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("narrate", answer, (turn,), seen)
