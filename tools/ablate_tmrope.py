@@ -183,7 +183,7 @@ def make_recipe(options: Options, rows: Path, seed: int) -> Recipe:
     recipe = RECIPES["pretrain2-omni-tiny"]
     return dataclasses.replace(
         recipe,
-        init=str(options.init),
+        init=options.init,
         steps=options.steps,
         seed=seed,
         data=dataclasses.replace(recipe.data, train=(str(rows),), seed=seed),
@@ -289,7 +289,7 @@ def show(found: dict[str, dict[str, Any]]) -> None:
         cells = []
         for task in TIMING_TASKS:
             mean, half = mean_and_interval([counts[task]["right"] / counts[task]["asked"] for counts in runs])
-            cells.append(f"{mean:.1%} ± {half:.1%}")
+            cells.append(f"{mean:.1%}" if np.isnan(half) else f"{mean:.1%} ± {half:.1%}")
         table.add_row(name, *cells)
     Console().print(table)
 
