@@ -130,7 +130,8 @@ class MediaWriter:
           InputError: if one is missing.
         """
         self._out = options.out
-        self._speaker = Speaker(options.voices)
+        # texts alone need no synthesizer
+        self._speaker = None if options.in_text else Speaker(options.voices)
         (options.out / "media").mkdir(parents=True, exist_ok=True)
 
     def write(self, medium: Medium) -> None:
@@ -140,6 +141,7 @@ class MediaWriter:
         if path.exists():
             return
         if isinstance(medium, Spoken):
+            assert self._speaker is not None
             self._speaker.write(Utterance(Path(file), medium.text, medium.voice, medium.rate), path)
             return
         partial = path.with_name(f".{path.name}")

@@ -39,8 +39,8 @@ NUM_PIECES = 768  # of the vocabulary: every word of the world and of its prompt
 NUM_VALID = 500  # held-out rows that stages look at, drawn at random, so that a look takes seconds
 # of pretraining 1: a picture or a sound, and all that it shows or says. From questions about pictures encoders learn
 # little: from twelve thousand descriptions they learn in minutes what they do not learn from as many questions
-CAPTION_TASKS = ("transcribe", "phrase", "hear", "describe")
-NARRATIONS = "narrate"  # the same of videos, which take five times as long; for pretraining 2
+CAPTION_TASKS = ("transcribe", "phrase", "hear", "describe", "picture-dialogue")
+NARRATION_TASKS = ("narrate", "video-dialogue")  # the same of videos, which take five times as long; for pretraining 2
 JOINT_WEIGHTS = (3, 1, 1)  # of rows of all tasks, of captions and of narrations, in pretraining 2
 SPEECH_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
@@ -113,8 +113,10 @@ class Training:
         """In their order."""
         speech = self.speech
         return (
-            Stage("data", self.make_data),
+            Stage("texts", self.make_texts),
+            Stage("lists", self.learn_to_copy, "lists"),
             Stage("language", self.learn_language, "language"),
+            Stage("data", self.make_data),
             Stage("pretraining 1", self.align, "pretrain1"),
             Stage("pretraining 2", self.join, "pretrain2"),
             Stage("pretraining 3", self.lengthen, "pretrain3"),
@@ -150,15 +152,29 @@ class Training:
         values["complete"] = [stage.name for stage in made]
         replace_file(self.out / STAGES_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
+    def make_texts(self) -> None:
+        folder = self.data / "text"
+        in_text = ("--in-text", "--voiced", 0, "--seed", 2)
+        run("tools/make_world.py", folder, "--items", self.options.texts, *in_text)
+        run("tools/make_world.py", folder / "lists", "--items", 2 * self.options.texts, "--tasks", "list", *in_text)
+        for part in ("train", "valid"):
+            for name, path in (("texts", folder), ("lists", folder / "lists")):
+                rows = read_values(path / f"{part}.jsonl")
+                self._write(f"{part}_{name}", rows if part == "train" else rows[:: max(len(rows) // NUM_VALID, 1)])
+        files = self.out / "files"
+        config = omni_tiny_config(NUM_PIECES)
+        prompts = f"system\n{SPEECH_SYSTEM_PROMPT}\nsystem\nYou are a helpful assistant.\nuser\nassistant\n"
+        texts = []
+        for values in read_values(self._rows("train_texts")):
+            texts.append(prompts + " ".join(message["content"] for message in values["messages"]))
+        write_tokenizer(files, config, texts)
+        config.save(files)
+
     def make_data(self) -> None:
         run("tools/make_world.py", self.data, "--items", self.options.items, "--spoken", 0.25)
         run(
             *("tools/make_world.py", self.data / "captions", "--items", self.options.captions, "--split", "train"),
-            *("--tasks", *CAPTION_TASKS, NARRATIONS, "--voiced", 0, "--seed", 1),
-        )
-        run(
-            *("tools/make_world.py", self.data / "text", "--items", self.options.texts, "--in-text"),
-            *("--voiced", 0, "--seed", 2),
+            *("--tasks", *CAPTION_TASKS, *NARRATION_TASKS, "--voiced", 0, "--seed", 1),
         )
         for part in ("train", "valid"):
             rows = read_values(self._rows(part))
@@ -169,9 +185,7 @@ class Training:
                 rows = [rows[i] for i in sorted(chosen)]
                 described = rows
             self._write(f"{part}_captions", [values for values in described if values["task"] in CAPTION_TASKS])
-            self._write(f"{part}_narrations", [values for values in described if values["task"] == NARRATIONS])
-            texts = read_values(self._rows(f"text/{part}"))
-            self._write(f"{part}_texts", texts if part == "train" else texts[:: max(len(texts) // NUM_VALID, 1)])
+            self._write(f"{part}_narrations", [values for values in described if values["task"] in NARRATION_TASKS])
             self._write(f"{part}_long", list(join_dialogues(rows)))
             self._write(f"{part}_all", list(with_system_prompts(rows)))
         for part, count in NUM_SOUNDS.items():
@@ -188,16 +202,11 @@ class Training:
     def _rows(self, name: str) -> Path:
         return self.data / f"{name}.jsonl"
 
+    def learn_to_copy(self) -> None:
+        self._train("lists", "random", ["lists"], "--model", self.out / "files")
+
     def learn_language(self) -> None:
-        files = self.out / "files"
-        config = omni_tiny_config(NUM_PIECES)
-        prompts = f"system\n{SPEECH_SYSTEM_PROMPT}\nsystem\nYou are a helpful assistant.\nuser\nassistant\n"
-        texts = []
-        for values in read_values(self._rows("train_texts")):
-            texts.append(prompts + " ".join(message["content"] for message in values["messages"]))
-        write_tokenizer(files, config, texts)
-        config.save(files)
-        self._train("language", "random", ["texts"], "--model", files)
+        self._train("language", self.out / "lists", ["texts"])
 
     def align(self) -> None:
         self._train("pretrain1", self.out / "language", ["captions"])

@@ -248,6 +248,8 @@ class SelfAttention(nn.Module):
     head_dim: int
     key_bias: bool = True
     out_bias: bool = True
+    bias_std: float = 0.0  # that the entries of biases of queries and keys begin with
+    out_gain: float = 1.0  # how large initial results are, in terms of what heads give
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -261,9 +263,11 @@ class SelfAttention(nn.Module):
         heads = (self.heads, self.head_dim)
         kv_heads = (self.kv_heads, self.head_dim)
         kv_axes = ("embed", "kv_heads", "head_dim")
-        q = Linear((self.width,), heads, ("embed", "heads", "head_dim"), name="query", **kw)(x)  # [..., T, N, H]
-        k = Linear((self.width,), kv_heads, kv_axes, use_bias=self.key_bias, name="key", **kw)(x)  # [..., T, K, H]
+        biased = dict(kw, bias_std=self.bias_std)
+        q = Linear((self.width,), heads, ("embed", "heads", "head_dim"), name="query", **biased)(x)  # [..., T, N, H]
+        k = Linear((self.width,), kv_heads, kv_axes, use_bias=self.key_bias, name="key", **biased)(x)  # [..., T, K, H]
         v = Linear((self.width,), kv_heads, kv_axes, name="value", **kw)(x)
         y, state = attend(q, k, v)
-        out = Linear(heads, (self.width,), ("heads", "head_dim", "embed"), use_bias=self.out_bias, name="out", **kw)
+        out_axes = ("heads", "head_dim", "embed")
+        out = Linear(heads, (self.width,), out_axes, use_bias=self.out_bias, gain=self.out_gain, name="out", **kw)
         return out(y), state  # [..., T, D]

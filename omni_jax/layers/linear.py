@@ -16,7 +16,9 @@ from omni_jax.layers.lora import LoRAKernel, multiply_adapter
 from omni_jax.layers.params import param
 from omni_jax.layers.quantized import QuantizedKernel, multiply_quantized
 
-EMBEDDING_STD = 0.02  # that the entries of an embedding table begin with
+# that the entries of an embedding table begin with: as much as layers add to them at first, so that tokens can be told
+# apart by all layers from the first step
+EMBEDDING_STD = 0.5
 
 
 class Linear(nn.Module):
@@ -30,6 +32,7 @@ class Linear(nn.Module):
     axes: tuple[str, ...]  # logical names of inputs + outputs
     use_bias: bool = True
     gain: float = 1.0  # how large initial outputs are, in terms of inputs
+    bias_std: float = 0.0  # that the entries of the bias begin with
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -53,7 +56,8 @@ class Linear(nn.Module):
         if adapter is not None:
             y += multiply_adapter(jnp.asarray(x), adapter, n, self.dtype)
         if self.use_bias:
-            y += param(self, "bias", nn.initializers.zeros, self.outputs, self.axes[n:]).astype(self.dtype)
+            initial = nn.initializers.normal(self.bias_std)
+            y += param(self, "bias", initial, self.outputs, self.axes[n:]).astype(self.dtype)
         return y
 
 

@@ -17,6 +17,7 @@ class GatedMLP(nn.Module):
     width: int
     hidden: int
     use_bias: bool
+    out_gain: float = 1.0  # how large initial results are, in terms of hidden units
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -25,7 +26,8 @@ class GatedMLP(nn.Module):
         kw = dict(dtypes(self), use_bias=self.use_bias)
         gate = Linear((self.width,), (self.hidden,), ("embed", "mlp"), name="gate", **kw)(x)  # [..., hidden]
         up = Linear((self.width,), (self.hidden,), ("embed", "mlp"), name="up", **kw)(x)
-        return Linear((self.hidden,), (self.width,), ("mlp", "embed"), name="down", **kw)(jax.nn.silu(gate) * up)
+        down = Linear((self.hidden,), (self.width,), ("mlp", "embed"), gain=self.out_gain, name="down", **kw)
+        return down(jax.nn.silu(gate) * up)
 
 
 class GeluMLP(nn.Module):

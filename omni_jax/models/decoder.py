@@ -194,6 +194,11 @@ class _Carry:
     cache: KVCache | None
 
 
+# that the entries of biases of queries and keys begin with. Rotated, they make each head prefer some distances from the
+# first step. From biases of 0 it takes many steps until one looks at the previous token: their product begins at 0
+_BIAS_STD = 2.0
+
+
 class DecoderLayer(nn.Module):
     """One pre-norm layer (reference ``Qwen2_5OmniDecoderLayer``; docs/reference.md, 6).
 
@@ -210,6 +215,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[_Carry, None]:
         c = self.config
         kw = dtypes(self)
+        # both parts of all layers together then begin by adding about as much as one (GPT-2, section 2.3)
+        gain = (2 * c.num_hidden_layers) ** -0.5
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache | None]:
             # keys are cached after the rotation, so a position is rotated once
@@ -224,11 +231,13 @@ class DecoderLayer(nn.Module):
         with jax.named_scope("decoder_attention"):
             y = RMSNorm(c.hidden_size, c.rms_norm_eps, self.param_dtype, name="attention_norm")(carry.x)
             heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-            y, cache = SelfAttention(c.hidden_size, *heads, out_bias=False, name="attention", **kw)(y, attend)
+            initial = dict(bias_std=_BIAS_STD, out_gain=gain)
+            project = SelfAttention(c.hidden_size, *heads, out_bias=False, name="attention", **initial, **kw)
+            y, cache = project(y, attend)
             x = constrain(carry.x + y, "batch", "sequence", "width")  # [B, S, D]
         with jax.named_scope("decoder_mlp"):
             y = RMSNorm(c.hidden_size, c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x)
-            x = x + GatedMLP(c.hidden_size, c.intermediate_size, False, name="mlp", **kw)(y)
+            x = x + GatedMLP(c.hidden_size, c.intermediate_size, False, out_gain=gain, name="mlp", **kw)(y)
             x = constrain(x, "batch", "sequence", "width")  # [B, S, D]
         return _Carry(x, cache), None
 

@@ -61,13 +61,14 @@ def _name_things(things: Sequence[Thing]) -> str:
     if len(things) == 1:
         return name_thing(things[0].colour, things[0].shape)
     placed = {_find_place(thing): thing for thing in things}
-    if len(things) == len(placed) == 2 and None not in placed:
+    kinds = {(thing.colour, thing.shape) for thing in things}
+    if len(things) == len(placed) == max(len(kinds), 2) and None not in placed:
         names = []
         for place in PLACES:
             if place in placed:
                 thing = placed[place]
                 names.append(f"{name_thing(thing.colour, thing.shape)} {name_place(place)}")
-        return " and ".join(names)
+        return f"{', '.join(names[:-1])} and {names[-1]}"
     counts: dict[tuple[str, str], int] = {}
     for thing in things:
         kind = (thing.colour, thing.shape)

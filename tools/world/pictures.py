@@ -77,6 +77,23 @@ def _heart() -> list[tuple[float, float]]:
     return [(float(a), float(b)) for a, b in zip(x / 16, -y / 16, strict=True)]
 
 
+def _angles(start: float, end: float) -> list[float]:
+    return [float(angle) for angle in np.linspace(start, end, 30)]
+
+
+def _moon() -> list[tuple[float, float]]:
+    """A crescent: the left of a circle without the circle that is half a radius to the right of it."""
+    outer = [(1.15 * math.cos(angle), 1.15 * math.sin(angle)) for angle in _angles(0.3 * math.pi, 1.7 * math.pi)]
+    tip_x, tip_y = outer[-1]
+    inner_end = math.atan2(tip_y, tip_x - 0.5)
+    radius = math.hypot(tip_x - 0.5, tip_y)
+    inner = [
+        (0.5 + radius * math.cos(angle), radius * math.sin(angle))
+        for angle in _angles(inner_end, -inner_end - 2 * math.pi)
+    ]
+    return [*outer, *inner]
+
+
 _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "circle": _points(48, (1.0,)),
     "ring": _points(48, (1.0,)),
@@ -89,6 +106,10 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
         *((0.35, 1.1), (-0.35, 1.1), (-0.35, 0.35), (-1.1, 0.35), (-1.1, -0.35), (-0.35, -0.35)),
     ],
     "heart": _heart(),
+    "arrow": [(-1.2, -0.35), (0.1, -0.35), (0.1, -1), (1.2, 0), (0.1, 1), (0.1, 0.35), (-1.2, 0.35)],
+    "moon": _moon(),
+    "drop": [(0, -1.35), *((0.8 * math.cos(angle), 0.3 + 0.8 * math.sin(angle)) for angle in _angles(-0.4, 3.54))],
+    "house": [(0, -1.25), (1.15, -0.25), (0.8, -0.25), (0.8, 1), (-0.8, 1), (-0.8, -0.25), (-1.15, -0.25)],
 }
 # presets of little work: these pictures and sounds are simple
 _X264 = {"crf": "18", "threads": "1", "preset": "veryfast"}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 import numpy as np
 
 from omni_jax.processing.read_aloud import QUESTION
-from tools.world.captions import capitalize, describe_medium, name_place, name_thing
-from tools.world.items import Effect, Item, Part, Picture, Spoken, Turn, Video
+from tools.world import texts
+from tools.world.captions import capitalize, describe_medium, name_place
+from tools.world.draws import draw, sample
+from tools.world.items import Effect, Item, Medium, Part, Picture, Spoken, Turn, Video
 from tools.world.pictures import FRAME_RATE, Ground, Thing
 from tools.world.sounds import EFFECT_SECONDS
 from tools.world.vocabulary import (
@@ -18,25 +21,24 @@ from tools.world.vocabulary import (
     DAYS,
     DIRECTIONS,
     EFFECTS,
+    NAMES,
     NUMBERS,
     OPPOSITES,
     PLACES,
     SHAPES,
     SIGNS,
+    WORDS,
     plural,
 )
-
-_Choice = TypeVar("_Choice")
 
 SEGMENT_SECONDS = 2.0  # that each thing of a video with several is shown
 _SEGMENTS = 3
 _WORD_SECONDS = 0.7  # kept free for a word, which takes some 0.6; until the edge it has a second and more
 _EDGE = 0.4  # seconds between a sound and the next change of the picture
+_APART = tuple(place for place in PLACES if place != "middle")  # things at these do not touch
 _ORDINALS = ("first", "second", "last")
 # tasks whose questions are of what is said, and are not asked by voice
-NOT_VOICED = ("transcribe", "phrase", "read", "hear")
-_NAMES = ("Alice", "Ben", "Clara", "David", "Emma", "Frank")
-_WORDS = (*COLOURS, *SHAPES, *NUMBERS, *PLACES, *EFFECTS, *SIGNS, *sum(OPPOSITES, ()), *DAYS, *_NAMES)
+NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear")
 
 
 @dataclass(frozen=True)
@@ -84,32 +86,31 @@ class Artist:
             "sign": self.sign,
             "colour-at-sound": self.colour_at_sound,
             "word-at-shape": self.word_at_shape,
-            "opposite": self.opposite,
-            "day": self.day,
-            "owner": self.owner,
+            "opposite": partial(texts.opposite, rng),
+            "day": partial(texts.day, rng),
+            "owner": partial(texts.owner, rng),
             "dialogue": self.dialogue,
+            "list": partial(texts.word_list, rng),
             "read": self.read,
             "hear": self.hear,
+            "picture-dialogue": self.picture_dialogue,
+            "video-dialogue": self.video_dialogue,
         }
 
     # draws
 
-    def _draw(self, choices: Sequence[_Choice]) -> _Choice:
-        return choices[int(self._rng.integers(len(choices)))]
-
-    def _sample(self, choices: Sequence[_Choice], count: int) -> list[_Choice]:
-        return [choices[int(place)] for place in self._rng.permutation(len(choices))[:count]]
-
     def draw_voice(self) -> tuple[str, float]:
         """A voice and a rate."""
-        return self._draw(self._voices), self._draw(self._style.rates)
+        return draw(self._rng, self._voices), draw(self._rng, self._style.rates)
 
     def _say(self, text: str) -> Spoken:
         voice, rate = self.draw_voice()
         return Spoken(text, voice, rate)
 
     def _ground(self) -> Ground:
-        return Ground(self._draw(self._style.levels), float(self._rng.uniform(0, 6)), int(self._rng.integers(2**31)))
+        return Ground(
+            draw(self._rng, self._style.levels), float(self._rng.uniform(0, 6)), int(self._rng.integers(2**31))
+        )
 
     def _thing(self, shape: str, colour: str, place: tuple[float, float], room: float = 0.04) -> Thing:
         """A thing about a place; room is how far from it, in widths of the picture."""
@@ -124,7 +125,7 @@ class Artist:
         )
 
     def _effect(self, name: str) -> Effect:
-        return Effect(name, self._draw(self._style.pitches), int(self._rng.integers(2**31)))
+        return Effect(name, draw(self._rng, self._style.pitches), int(self._rng.integers(2**31)))
 
     def _time_in(self, segment: int, length: float) -> float:
         """When a sound starts that is in one segment of a video with its whole length."""
@@ -134,21 +135,21 @@ class Artist:
     # sounds
 
     def _sentence(self) -> str:
-        colour = self._draw(tuple(COLOURS))
-        shape = self._draw(SHAPES)
-        animal = self._draw(SIGNS)
+        colour = draw(self._rng, tuple(COLOURS))
+        shape = draw(self._rng, SHAPES)
+        animal = draw(self._rng, SIGNS)
         count = int(self._rng.integers(2, len(NUMBERS) + 1))
-        day = self._draw(DAYS)
-        other = self._draw(SIGNS)
+        day = draw(self._rng, DAYS)
+        other = draw(self._rng, SIGNS)
         sentences = (
-            f"The {colour} {shape} is {name_place(self._draw(tuple(PLACES)))}.",
+            f"The {colour} {shape} is {name_place(draw(self._rng, tuple(PLACES)))}.",
             f"There are {NUMBERS[count - 1]} {colour} {plural(shape, count)}.",
-            f"{self._draw(_NAMES)} saw a {animal} on {day}.",
-            f"The {self._draw(self._draw(OPPOSITES))} {animal} is near the {colour} {shape}.",
-            f"The {self._draw(EFFECTS)} came, and the {animal} followed the {other}.",
-            f"On {day} {self._draw(_NAMES)} painted the {shape} {colour}.",
+            f"{draw(self._rng, NAMES)} saw a {animal} on {day}.",
+            f"The {draw(self._rng, draw(self._rng, OPPOSITES))} {animal} is near the {colour} {shape}.",
+            f"The {draw(self._rng, EFFECTS)} came, and the {animal} followed the {other}.",
+            f"On {day} {draw(self._rng, NAMES)} painted the {shape} {colour}.",
         )
-        return self._draw(sentences)
+        return draw(self._rng, sentences)
 
     def transcribe(self) -> Item:
         """A sentence that is heard."""
@@ -156,7 +157,7 @@ class Artist:
         return Item("transcribe", sentence, (self._ask_what_is_spoken(sentence),))
 
     def _ask_what_is_spoken(self, text: str) -> Turn:
-        return Turn(self._draw(("What is said?", "Write down what you hear.")), text, (self._say(text),))
+        return Turn(draw(self._rng, ("What is said?", "Write down what you hear.")), text, (self._say(text),))
 
     def phrase(self) -> Item:
         """One to three words that are heard, in any order, so that no word follows from the others."""
@@ -164,11 +165,11 @@ class Artist:
         return Item("phrase", text, (self._ask_what_is_spoken(text),))
 
     def _phrase(self) -> str:
-        return capitalize(" ".join(self._sample(_WORDS, int(self._rng.integers(1, 4)))))
+        return capitalize(" ".join(sample(self._rng, WORDS, int(self._rng.integers(1, 4)))))
 
     def effect(self) -> Item:
         """Which of three effects came first, second or last; the video shows nothing, and only keeps the time."""
-        effects = self._sample(EFFECTS, _SEGMENTS)
+        effects = sample(self._rng, EFFECTS, _SEGMENTS)
         which = int(self._rng.integers(_SEGMENTS))
         sounds = tuple(
             (self._time_in(segment, EFFECT_SECONDS), self._effect(name)) for segment, name in enumerate(effects)
@@ -185,9 +186,9 @@ class Artist:
 
     def _two_things(self) -> tuple[list[Thing], list[str], list[str], list[str]]:
         """Two things that differ in shape, colour and place."""
-        shapes = self._sample(SHAPES, 2)
-        colours = self._sample(tuple(COLOURS), 2)
-        places = self._sample([place for place in PLACES if place != "middle"], 2)
+        shapes = sample(self._rng, SHAPES, 2)
+        colours = sample(self._rng, tuple(COLOURS), 2)
+        places = sample(self._rng, _APART, 2)
         things = [
             self._thing(shape, colour, PLACES[place])
             for shape, colour, place in zip(shapes, colours, places, strict=True)
@@ -197,14 +198,14 @@ class Artist:
     def colour(self) -> Item:
         """The colour of one of two things."""
         things, shapes, colours, _ = self._two_things()
-        question = self._draw((f"What colour is the {shapes[0]}?", f"Which colour has the {shapes[0]}?"))
+        question = draw(self._rng, (f"What colour is the {shapes[0]}?", f"Which colour has the {shapes[0]}?"))
         turn = Turn(question, f"The {shapes[0]} is {colours[0]}.", (self._picture(things),))
         return Item("colour", f"{colours[0]} {shapes[0]}", (turn,), (f"{colours[1]} {shapes[1]}",))
 
     def shape(self) -> Item:
         """The shape of one of two things."""
         things, shapes, colours, _ = self._two_things()
-        question = self._draw((f"What is {colours[0]}?", f"Which shape is {colours[0]}?"))
+        question = draw(self._rng, (f"What is {colours[0]}?", f"Which shape is {colours[0]}?"))
         turn = Turn(question, f"The {shapes[0]} is {colours[0]}.", (self._picture(things),))
         return Item("shape", f"{colours[0]} {shapes[0]}", (turn,), (f"{colours[1]} {shapes[1]}",))
 
@@ -212,7 +213,7 @@ class Artist:
         """Where one of two things is."""
         things, shapes, colours, places = self._two_things()
         name = f"{colours[0]} {shapes[0]}"
-        question = self._draw((f"Where is the {shapes[0]}?", f"Where is the {name}?"))
+        question = draw(self._rng, (f"Where is the {shapes[0]}?", f"Where is the {name}?"))
         turn = Turn(question, f"The {name} is {name_place(places[0])}.", (self._picture(things),))
         return Item("place", f"{places[0]} {name}", (turn,), (name, f"{colours[1]} {shapes[1]}"))
 
@@ -221,13 +222,13 @@ class Artist:
         if self._rng.random() < 0.5:
             things, shapes, colours, _ = self._two_things()
         else:
-            shapes = self._sample(SHAPES, 2)
-            colours = self._sample(tuple(COLOURS), 2)
+            shapes = sample(self._rng, SHAPES, 2)
+            colours = sample(self._rng, tuple(COLOURS), 2)
             counts = [int(self._rng.integers(1, len(NUMBERS) + 1)), int(self._rng.integers(0, 3))]
             things = self._scatter(shapes, colours, counts)
         picture = self._picture(things)
         answer = describe_medium(picture)
-        turn = Turn(self._draw(("What do you see?", "Describe the picture.")), answer, (picture,))
+        turn = Turn(draw(self._rng, ("What do you see?", "Describe the picture.")), answer, (picture,))
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("describe", answer, (turn,), seen)
 
@@ -237,16 +238,16 @@ class Artist:
         kinds: list[tuple[str, str]] = []
         for shape, colour, count in zip(shapes, colours, counts, strict=True):
             kinds += [(shape, colour)] * count
-        places = self._sample(cells, len(kinds))
+        places = sample(self._rng, cells, len(kinds))
         return [self._thing(*kind, place, 0.015) for kind, place in zip(kinds, places, strict=True)]
 
     def count(self) -> Item:
         """How many things of a kind there are, among some of another."""
-        shape, other = self._sample(SHAPES, 2)
-        colour, other_colour = self._sample(tuple(COLOURS), 2)
+        shape, other = sample(self._rng, SHAPES, 2)
+        colour, other_colour = sample(self._rng, tuple(COLOURS), 2)
         count = int(self._rng.integers(1, len(NUMBERS) + 1))
         things = self._scatter((shape, other), (colour, other_colour), (count, int(self._rng.integers(0, 3))))
-        question = self._draw((f"How many {plural(shape, 2)} are there?", f"Count the {plural(shape, 2)}."))
+        question = draw(self._rng, (f"How many {plural(shape, 2)} are there?", f"Count the {plural(shape, 2)}."))
         verb = "is" if count == 1 else "are"
         answer = f"There {verb} {NUMBERS[count - 1]} {colour} {plural(shape, count)}."
         turn = Turn(question, answer, (self._picture(things),))
@@ -262,8 +263,8 @@ class Artist:
 
     def order(self) -> Item:
         """Which of three shapes came first, second or last."""
-        shapes = self._sample(SHAPES, _SEGMENTS)
-        colours = self._sample(tuple(COLOURS), _SEGMENTS)
+        shapes = sample(self._rng, SHAPES, _SEGMENTS)
+        colours = sample(self._rng, tuple(COLOURS), _SEGMENTS)
         things = [(self._thing(*kind, (0.5, 0.5), 0.2),) for kind in zip(shapes, colours, strict=True)]
         which = int(self._rng.integers(_SEGMENTS))
         video = Video(tuple(self._in_turn(things, self._ground())))
@@ -273,9 +274,9 @@ class Artist:
 
     def direction(self) -> Item:
         """Which way a thing moves."""
-        shape = self._draw(SHAPES)
-        colour = self._draw(tuple(COLOURS))
-        way = self._draw(tuple(DIRECTIONS))
+        shape = draw(self._rng, SHAPES)
+        colour = draw(self._rng, tuple(COLOURS))
+        way = draw(self._rng, tuple(DIRECTIONS))
         columns, rows = DIRECTIONS[way]
         start = self._thing(shape, colour, (0.5 - 0.32 * columns, 0.5 - 0.32 * rows), 0.05)
         ground = self._ground()
@@ -286,17 +287,17 @@ class Artist:
             thing = Thing(shape, colour, start.x + moved * columns, start.y + moved * rows, start.radius, start.angle)
             frames.append(Picture((thing,), ground))
         answer = f"The {shape} moves {way}." if way in ("up", "down") else f"The {shape} moves to the {way}."
-        question = self._draw((f"Which way does the {shape} move?", f"Where does the {shape} go?"))
+        question = draw(self._rng, (f"Which way does the {shape} move?", f"Where does the {shape} go?"))
         turn = Turn(question, answer, (Video(tuple(frames)),))
         return Item("direction", f"move {way} {colour} {shape}", (turn,), (f"{colour} {shape}",))
 
     def repeats(self) -> Item:
         """How often a thing appears: a second each time, with a second between."""
-        shape = self._draw(SHAPES)
-        colour = self._draw(tuple(COLOURS))
+        shape = draw(self._rng, SHAPES)
+        colour = draw(self._rng, tuple(COLOURS))
         count = int(self._rng.integers(1, 5))
         ground = self._ground()
-        shown = sorted(self._sample(range(4), count))
+        shown = sorted(sample(self._rng, range(4), count))
         frames: list[Picture] = []
         for slot in range(4):
             thing = self._thing(shape, colour, (0.5, 0.5), 0.2)
@@ -308,11 +309,11 @@ class Artist:
 
     def sign(self) -> Item:
         """Which word is drawn for a second."""
-        word = self._draw(SIGNS)
-        shape = self._draw(SHAPES)
-        colour = self._draw(tuple(COLOURS))
+        word = draw(self._rng, SIGNS)
+        shape = draw(self._rng, SHAPES)
+        colour = draw(self._rng, tuple(COLOURS))
         ground = self._ground()
-        thing = self._thing(shape, colour, PLACES[self._draw(("top", "bottom"))], 0.05)
+        thing = self._thing(shape, colour, PLACES[draw(self._rng, ("top", "bottom"))], 0.05)
         second = int(self._rng.integers(1, 4))
         frames: list[Picture] = []
         for index in range(5):
@@ -324,9 +325,17 @@ class Artist:
 
     def narrate(self) -> Item:
         """All that happens in a video, in turn: what is there, with the effect or the word that is heard."""
-        shapes = self._sample(SHAPES, _SEGMENTS)
-        colours = self._sample(tuple(COLOURS), _SEGMENTS)
-        names = [self._draw((*EFFECTS, *self._sample(SIGNS, len(EFFECTS)), "")) for _ in range(_SEGMENTS)]
+        video, shapes, colours, _ = self._happenings()
+        answer = describe_medium(video)
+        turn = Turn(draw(self._rng, ("What happens?", "Tell what happens.")), answer, (video,))
+        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
+        return Item("narrate", answer, (turn,), seen)
+
+    def _happenings(self) -> tuple[Video, list[str], list[str], list[str]]:
+        """A video of several things, with the shape and the colour of each and what is heard with it, if anything."""
+        shapes = sample(self._rng, SHAPES, _SEGMENTS)
+        colours = sample(self._rng, tuple(COLOURS), _SEGMENTS)
+        names = [draw(self._rng, (*EFFECTS, *sample(self._rng, SIGNS, len(EFFECTS)), "")) for _ in range(_SEGMENTS)]
         sounds: list[tuple[float, Effect | Spoken]] = []
         for segment, name in enumerate(names):
             if name in EFFECTS:
@@ -335,17 +344,14 @@ class Artist:
                 sounds.append((self._time_in(segment, _WORD_SECONDS), self._say(name)))
         things = [(self._thing(*kind, (0.5, 0.5), 0.2),) for kind in zip(shapes, colours, strict=True)]
         video = Video(tuple(self._in_turn(things, self._ground())), tuple(sounds))
-        answer = describe_medium(video)
-        turn = Turn(self._draw(("What happens?", "Tell what happens.")), answer, (video,))
-        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
-        return Item("narrate", answer, (turn,), seen)
+        return video, shapes, colours, names
 
     def colour_at_sound(self) -> Item:
         """What colour was on screen when an effect sounded, beside another effect at another time."""
-        shape = self._draw(SHAPES)
-        colours = self._sample(tuple(COLOURS), _SEGMENTS)
-        effect, other = self._sample(EFFECTS, 2)
-        segments = self._sample(range(_SEGMENTS), 2)
+        shape = draw(self._rng, SHAPES)
+        colours = sample(self._rng, tuple(COLOURS), _SEGMENTS)
+        effect, other = sample(self._rng, EFFECTS, 2)
+        segments = sample(self._rng, range(_SEGMENTS), 2)
         things = [(self._thing(shape, colour, (0.5, 0.5), 0.1),) for colour in colours]
         sounds = tuple(
             (self._time_in(segment, EFFECT_SECONDS), self._effect(name))
@@ -359,9 +365,9 @@ class Artist:
 
     def word_at_shape(self) -> Item:
         """Which word was said while a shape was there."""
-        shapes = self._sample(SHAPES, _SEGMENTS)
-        colours = self._sample(tuple(COLOURS), _SEGMENTS)
-        words = self._sample(SIGNS, _SEGMENTS)
+        shapes = sample(self._rng, SHAPES, _SEGMENTS)
+        colours = sample(self._rng, tuple(COLOURS), _SEGMENTS)
+        words = sample(self._rng, SIGNS, _SEGMENTS)
         which = int(self._rng.integers(_SEGMENTS))
         things = [(self._thing(*kind, (0.5, 0.5), 0.1),) for kind in zip(shapes, colours, strict=True)]
         sounds = tuple((self._time_in(segment, _WORD_SECONDS), self._say(word)) for segment, word in enumerate(words))
@@ -371,38 +377,7 @@ class Artist:
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("word-at-shape", f"said {which} {shapes[which]} {' '.join(words)}", (turn,), seen)
 
-    # text alone
-
-    def opposite(self) -> Item:
-        """The opposite of a word."""
-        pair = self._draw(OPPOSITES)
-        word, answer = pair if self._rng.random() < 0.5 else pair[::-1]
-        animal = self._draw(SIGNS)
-        turn = Turn(f"The {animal} is not {word}. What is it?", f"The {animal} is {answer}.")
-        return Item("opposite", f"not {word} {animal}", (turn,))
-
-    def day(self) -> Item:
-        """The day after or before another."""
-        place = int(self._rng.integers(len(DAYS)))
-        name = self._draw(_NAMES)
-        step, word = self._draw(((1, "after"), (-1, "before")))
-        answer = DAYS[(place + step) % len(DAYS)]
-        turn = Turn(f"{name} comes the day {word} {DAYS[place]}. When?", f"{name} comes on {answer}.")
-        return Item("day", f"day {word} {DAYS[place]} {name}", (turn,))
-
-    def owner(self) -> Item:
-        """Who has what, of two that were named."""
-        names = self._sample(_NAMES, 2)
-        shapes = self._sample(SHAPES, 2)
-        colours = self._sample(tuple(COLOURS), 2)
-        has = [
-            f"{name} has {name_thing(colour, shape)}."
-            for name, colour, shape in zip(names, colours, shapes, strict=True)
-        ]
-        which = int(self._rng.integers(2))
-        turn = Turn(f"{' '.join(has)} What does {names[which]} have?", has[which])
-        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
-        return Item("owner", f"has {names[which]} {colours[which]} {shapes[which]}", (turn,), seen)
+    # text alone; more are in ``tools.world.texts``
 
     def read(self) -> Item:
         """A text that is to be read aloud."""
@@ -413,9 +388,9 @@ class Artist:
 
     def hear(self) -> Item:
         """A question or an answer of another task that is heard."""
-        name = self._draw([name for name in self.tasks if name not in NOT_VOICED])
+        name = draw(self._rng, [name for name in self.tasks if name not in NOT_VOICED])
         item = self.tasks[name]()
-        text = self._draw((item.turns[0].question, item.turns[0].answer))
+        text = draw(self._rng, (item.turns[0].question, item.turns[0].answer))
         return Item("hear", text, (self._ask_what_is_spoken(text),), (item.key, *item.seen))
 
     # two turns
@@ -429,3 +404,51 @@ class Artist:
             Turn("And where is it?", f"It is {name_place(places[0])}."),
         )
         return Item("dialogue", f"{places[0]} {name}", turns, (name, f"{colours[1]} {shapes[1]}"))
+
+    # several questions about the same medium: one that is encoded once then teaches several times as much
+
+    def picture_dialogue(self) -> Item:
+        """Some of all colours, shapes and places of two to four things are asked for."""
+        count = int(self._rng.integers(2, 5))
+        shapes = sample(self._rng, SHAPES, count)
+        colours = sample(self._rng, tuple(COLOURS), count)
+        places = sample(self._rng, _APART, count)
+        things = [
+            self._thing(shape, colour, PLACES[place])
+            for shape, colour, place in zip(shapes, colours, places, strict=True)
+        ]
+        asked = []
+        for shape, colour, place in zip(shapes, colours, places, strict=True):
+            name = f"{colour} {shape}"
+            asked += [
+                (f"What colour is the {shape}?", f"The {shape} is {colour}."),
+                (f"What is {colour}?", f"The {shape} is {colour}."),
+                (f"Where is the {shape}?", f"The {name} is {name_place(place)}."),
+                (f"What is {name_place(place)}?", f"The {name} is {name_place(place)}."),
+            ]
+        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
+        return self._ask_several("picture-dialogue", self._picture(things), asked, seen)
+
+    def video_dialogue(self) -> Item:
+        """Some of all that happens in a video, as ``narrate`` tells it, is asked for."""
+        video, shapes, colours, names = self._happenings()
+        asked = []
+        for shape, colour, name, ordinal in zip(shapes, colours, names, _ORDINALS, strict=True):
+            asked += [
+                (f"What colour was the {shape}?", f"The {shape} was {colour}."),
+                (f"Which shape was {colour}?", f"The {shape} was {colour}."),
+                (f"Which shape came {ordinal}?", f"The {shape} came {ordinal}."),
+            ]
+            if name in EFFECTS and names.count(name) == 1:
+                asked.append((f"What was there when the {name} came?", f"The {colour} {shape} was there."))
+                asked.append((f"Which sound came with the {shape}?", f"The {name} came with the {shape}."))
+            elif name in SIGNS:
+                asked.append((f"Which word was said while the {shape} was there?", f"The word was {name}."))
+        seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
+        return self._ask_several("video-dialogue", video, asked, seen)
+
+    def _ask_several(self, task: str, medium: Medium, asked: Sequence[tuple[str, str]], seen: tuple[str, ...]) -> Item:
+        turns = [Turn(question, answer) for question, answer in sample(self._rng, asked, 6)]
+        turns[0] = dataclasses.replace(turns[0], media=(medium,))
+        key = " ".join(turn.answer for turn in turns)
+        return Item(task, key, tuple(turns), seen)

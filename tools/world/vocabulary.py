@@ -12,8 +12,13 @@ COLOURS = {
     "orange": (245, 140, 30),
     "purple": (150, 60, 200),
     "pink": (250, 150, 195),
+    "cyan": (60, 215, 220),
+    "brown": (150, 90, 45),
 }
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
+SHAPES: tuple[str, ...] = (
+    *("circle", "square", "triangle", "star", "cross", "ring"),
+    *("diamond", "heart", "arrow", "moon", "drop", "house"),
+)
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 # where a thing is: its centre in widths of the picture from the left and from the top
 PLACES = {
@@ -37,6 +42,10 @@ OPPOSITES = (
     ("light", "heavy"),
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+NAMES = ("Alice", "Ben", "Clara", "David", "Emma", "Frank")
+# those of which there are lists
+WORDS = (*COLOURS, *SHAPES, *NUMBERS, *PLACES, *EFFECTS, *SIGNS, *sum(OPPOSITES, ()), *DAYS, *NAMES)
 
 
 def plural(shape: str, count: int) -> str:
