@@ -111,14 +111,15 @@ RECIPES = {
     # what a published language model knows already: to copy, and then the rest. Small steps, since it is their number
     # that counts: with four times as many tokens in each it took as many
     "lists-omni-tiny": _make_text(steps=1000, learning_rate=1e-3),
-    "language-omni-tiny": _make_text(steps=8000, learning_rate=6e-4),
+    "language-omni-tiny": _make_text(steps=4000, learning_rate=6e-4),
     # encoders begin at random, so that they train as fast as adapters
     "pretrain1-omni-tiny": _make(
         pretrain1.RECIPES["pretrain1-tiny"],
         (Phase("adapters", (_ADAPTERS,), steps=100), Phase("encoders", (_ADAPTERS, _ENCODERS))),
-        steps=1800,
-        learning_rate=1e-3,
-        # rows of one picture or of one short sound
+        steps=6000,
+        learning_rate=7e-4,
+        # small steps here too; rows of one picture or of one short sound
+        rows=2,
         audio_blocks=10,
         canvases=1,
     ),

@@ -60,7 +60,7 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     items: int = 2000
     """Of each task to train on; a tenth of it is held out."""
-    captions: int = 15_000
+    captions: int = 12_000
     """Of each task of captions, beside those, to train on."""
     texts: int = 8000
     """Of each task in text alone, to learn language from."""

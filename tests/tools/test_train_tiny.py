@@ -12,11 +12,12 @@ from omni_jax.data.rows import Dialogue, read_row, row_values
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
+from omni_jax.processing.tokenizer import TextTokenizer
 from tools import make_world, score_world
 from tools.row_files import read_values
 from tools.score_world import Answered, Options, Score, ask, score
 from tools.speech_stages import make_reply_row
-from tools.train_tiny import CAPTION_TASKS, JOINED, NARRATIONS, Training, find_speech, join_dialogues
+from tools.train_tiny import CAPTION_TASKS, JOINED, NARRATION_TASKS, Training, find_speech, join_dialogues
 from tools.train_tiny import Options as TrainingOptions
 
 
@@ -42,6 +43,7 @@ CAPTIONS = [
     row("describe", "<image>What do you see?", "Two red stars.", images=["media/e.png"]),
     row("narrate", "<video>What happens?", "A star, then a ring.", videos=["media/g.mp4"]),
 ]
+LISTS = [row("list-text", "Read this aloud: star red dog", "star red dog")]
 TEXTS = [row("colour-text", "A red star and a blue ring. What colour is the star?", "The star is red.")]
 
 
@@ -58,12 +60,18 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     def make(*arguments: object) -> str:
         assert arguments[0] == "tools/make_world.py"
         assert isinstance(arguments[1], Path)
-        rows = {made.data: ROWS, made.data / "captions": CAPTIONS, made.data / "text": TEXTS}[arguments[1]]
+        rows = {
+            made.data: ROWS,
+            made.data / "captions": CAPTIONS,
+            made.data / "text": TEXTS,
+            made.data / "text" / "lists": LISTS,
+        }[arguments[1]]
         for part in ("train", "valid", "test"):
             write_rows(arguments[1] / f"{part}.jsonl", rows)
         return ""
 
     monkeypatch.setattr("tools.train_tiny.run", make)
+    made.make_texts()
     made.make_data()
     return made
 
@@ -71,6 +79,10 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
 def test_language_is_learned_from_text_alone(training: Training) -> None:
     assert read_values(training.data / "train_texts.jsonl") == TEXTS
     assert read_values(training.data / "valid_texts.jsonl") == TEXTS
+    assert read_values(training.data / "train_lists.jsonl") == LISTS
+    # with the tokenizer, whose words are those of the texts
+    tokenizer = TextTokenizer.load(training.out / "files")
+    assert len(tokenizer.encode([(" colour", False)])) == 1
 
 
 def test_captions_are_of_their_tasks(training: Training) -> None:
@@ -80,7 +92,7 @@ def test_captions_are_of_their_tasks(training: Training) -> None:
     assert caption["images"] == ["captions/media/e.png"] and narration["videos"] == ["captions/media/g.mp4"]
     assert [values["task"] for values in read_values(training.data / "valid_captions.jsonl")] == ["transcribe"]
     tasks = make_world.Artist(make_world.np.random.default_rng(0), make_world.STYLES["train"], ("slt",)).tasks
-    assert {*CAPTION_TASKS, NARRATIONS} <= set(tasks)
+    assert {*CAPTION_TASKS, *NARRATION_TASKS} <= set(tasks)
 
 
 def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training) -> None:

@@ -145,6 +145,13 @@ def draw_picture(things: Sequence[Thing], ground: Ground, sign: str = "") -> np.
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
 
+def read_frames(path: Path) -> tuple[list[np.ndarray], bool]:
+    """All frames of a video, each [height, width, 3], uint8, and whether it has sound."""
+    with av.open(str(path)) as container:
+        has_sound = bool(container.streams.audio)
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], has_sound
+
+
 def write_picture(path: Path, pixels: np.ndarray) -> None:
     """Writes a picture as PNG.
 

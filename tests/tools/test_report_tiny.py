@@ -1,0 +1,93 @@
+"""The report on omni-tiny: what is there is told with its numbers, what is not has no section."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from omni_jax.errors import InputError
+from tools.report_tiny import MARKERS, count_confusions, insert, make_report, make_table
+from tools.score_world import Answered
+
+PAGE = f"# A page\n\nbefore\n\n{MARKERS[0]}\nold\n{MARKERS[1]}\n\nafter\n"
+
+
+def answer(task: str, expected: str, answered: str) -> Answered:
+    return Answered(task, "row", expected, answered)
+
+
+ANSWERED = [
+    answer("colour", "The star is red.", "The star is red."),
+    answer("colour", "The star is red.", "The star is blue."),
+    answer("colour-voice", "The ring is blue.", "The ring is"),
+    answer("count", "There are two red stars.", "There are three red stars."),
+    answer("transcribe", "The dog is old.", "The dog is cold."),
+]
+
+
+def test_a_table_is_markdown() -> None:
+    assert make_table(("a", "b"), [("x", "1")]) == "| a | b |\n|---|---:|\n| x | 1 |\n"
+
+
+def test_confusions_are_counted_by_the_last_word_of_the_kind() -> None:
+    counts = count_confusions(ANSWERED, ("red", "blue"), ("colour",))
+    # by voice too; an answer without such a word is in the last column
+    assert counts.tolist() == [[1, 1, 0], [0, 0, 1]]
+    # colours of other tasks do not count, nor do plurals hide a word
+    assert count_confusions(ANSWERED, ("star",), ("count",)).tolist() == [[1, 0]]
+
+
+def test_the_report_stands_between_the_markers() -> None:
+    page = insert(PAGE, "new\n")
+    assert "old" not in page and "before" in page and "after" in page
+    assert insert(page, "new\n") == page
+    for wrong in ("no markers", MARKERS[1] + MARKERS[0], PAGE + PAGE):
+        with pytest.raises(InputError, match="once and in this order"):
+            insert(wrong, "new")
+
+
+def write(path: Path, values: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values) + "\n")
+
+
+def test_tells_what_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    page = tmp_path / "omni-tiny.md"
+    out.mkdir()
+    with pytest.raises(InputError, match="nothing to report"):
+        make_report(out, page)
+
+    log = {"complete": ["texts", "lists"], "seconds": {"texts": 60, "lists": 90}, "devices": {}}
+    log["devices"] = dict.fromkeys(log["seconds"], "2 CPU cores")
+    write(out / "stages.json", log)
+    write(out / "lists" / "best.json", {"step": 9, "loss": 0.25})
+    lines = [{"step": 5, "loss": 0.5, "since": 0}, {"step": 9, "loss": 0.25, "since": 0}]
+    (out / "lists" / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = make_report(out, page)
+    assert "| texts | 1.0 | 2 CPU cores |  |" in report and "| lists | 1.5 | 2 CPU cores | 0.2500 |" in report
+    assert (tmp_path / "omni_tiny_curves.png").stat().st_size > 1000
+    assert "Answers" not in report and "Ablation" not in report
+
+    (out / "answers.jsonl").write_text("".join(json.dumps(vars(a)) + "\n" for a in ANSWERED))
+    write(
+        out / "ablation.json",
+        {f"tmrope {seed}": {task: {"right": 1 + seed, "asked": 4} for task in TASKS} for seed in (0, 1)},
+    )
+    write(out / "robustness.json", {"5 % lost": {"order": {"right": 9, "asked": 10, "refused": 0, "failed": 0}}})
+    judged = {"sentences": 12, "whisper": {"word_errors": 0.125}, "own_voice": 0.75}
+    write(out / "speech.json", {"model": "m", "judges": {}, "spoken": judged})
+    report = make_report(out, page)
+    # one of two in text, none of one by voice (Wilson)
+    assert "| colour | 2 | 50.0 % | 9.5 to 90.5 | 1 | 0.0 % | 0.0 to 79.3 |" in report
+    assert "Word errors of 1 items of transcribe: 25.0 %" in report
+    assert (tmp_path / "omni_tiny_confusions.png").stat().st_size > 1000
+    # of 25 and 50 %: the mean, and 12.7 times the standard error
+    assert "| as published | 37.5 ± 158.8 |" in report
+    assert "| 5 % lost | 90.0 % (59.6 to 98.2) |" in report
+    assert "| spoken | 12 |  | 12.5 % | 75.0 % |" in report
+
+
+TASKS = ("colour-at-sound", "word-at-shape", "effect", "order", "direction", "narrate")

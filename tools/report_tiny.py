@@ -1,0 +1,308 @@
+"""The report on omni-tiny: tables and pictures of what its runs have left behind, written into a page.
+
+    python tools/report_tiny.py out/omni-tiny --page docs/omni-tiny.md
+
+Reads from OUT, where it is there:
+
+* ``stages.json`` and the runs' ``eval.jsonl``, of ``tools/train_tiny.py``;
+* ``answers.jsonl``, of ``tools/score_world.py``;
+* ``ablation.json``, of ``tools/ablate_tmrope.py``;
+* ``robustness.json``, of ``tools/robustness.py``;
+* ``speech.json``, which is the ``report.json`` of ``tools/measure_speech.py``.
+
+What is not there has no section. The page keeps what it says outside the two markers between which the report stands;
+pictures lie beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
+
+from omni_jax.checks import printable
+from omni_jax.errors import InputError
+from omni_jax.evaluation.word_errors import count_word_errors
+from omni_jax.plain_files import replace_file
+from tools import train_tiny
+from tools.ablate_tmrope import FRAME_RATE_FACTORS, TIMING_TASKS, VARIANTS, mean_and_interval
+from tools.row_files import read_values
+from tools.score_world import Answered, Score, score
+from tools.world.vocabulary import COLOURS, EFFECTS, NUMBERS, PLACES, SHAPES, SIGNS
+
+# an optional dependency; without it there is nothing to do here
+try:
+    from matplotlib import pyplot
+except ImportError:
+    sys.exit("pictures need matplotlib: pip install -e '.[plots]'")
+
+MARKERS = ("<!-- report -->", "<!-- end of report -->")
+# of answers, each with the tasks whose answers have one of its words
+_KINDS: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {
+    "colours": (tuple(COLOURS), ("colour", "colour-at-sound")),
+    "shapes": (SHAPES, ("shape", "order")),
+    "numbers": (NUMBERS, ("count",)),
+    "places": (tuple(PLACES), ("place", "dialogue")),
+    "effects": (EFFECTS, ("effect",)),
+    "words": (SIGNS, ("sign", "word-at-shape")),
+}
+_TRANSCRIPTIONS = ("transcribe", "phrase", "hear")
+_VOICE = "-voice"  # that names of tasks end with that are asked by voice
+_NO_WORD = "none of them"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is reported."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder of the training."""
+    page: Path
+    """The page, which has the two markers."""
+
+
+def make_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first are of numbers."""
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _with_interval(found: Score) -> tuple[str, str]:
+    low, high = found.interval
+    return _percent(found.right / found.asked), f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def tell_stages(out: Path) -> str:
+    """The table of stages that are complete: their time, their device and their held-out loss."""
+    log = json.loads((out / train_tiny.STAGES_FILE).read_text(encoding="utf-8"))
+    rows = []
+    for stage in train_tiny.Training(train_tiny.Options(out)).stages:
+        if stage.name in log["complete"]:
+            best = out / stage.folder / "best.json" if stage.folder else None
+            loss = "" if best is None or not best.exists() else f"{json.loads(best.read_text())['loss']:.4f}"
+            rows.append((stage.name, f"{log['seconds'][stage.name] / 60:.1f}", log["devices"][stage.name], loss))
+    return make_table(("stage", "minutes", "device", "held-out loss"), rows)
+
+
+def draw_curves(out: Path, picture: Path) -> bool:
+    """Draws the held-out losses of all stages, each against its own steps; False if there are none."""
+    curves = {}
+    for stage in train_tiny.Training(train_tiny.Options(out)).stages:
+        path = out / stage.folder / "eval.jsonl" if stage.folder else None
+        if path is not None and path.exists():
+            values = [v for v in read_values(path) if "loss" in v]
+            curves[stage.name] = ([v["step"] for v in values], [v["loss"] for v in values])
+    if not curves:
+        return False
+    columns = min(len(curves), 4)
+    rows = -(-len(curves) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    for axis, (name, (steps, losses)) in zip(axes.flat, curves.items(), strict=False):
+        axis.plot(steps, losses, marker=".")
+        axis.set(title=name, xlabel="step", ylabel="held-out loss")
+        axis.set_ylim(bottom=min(0.0, *losses))
+    _save(figure, picture)
+    return True
+
+
+def _save(figure: Any, picture: Path) -> None:
+    # without the date and the version, so that the same figures give the same file
+    figure.savefig(picture, dpi=90, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def tell_answers(answered: Sequence[Answered]) -> str:
+    """The table of tasks, each asked in text and by voice side by side."""
+    scores = score(answered)
+    rows = []
+    for task in sorted({name.removesuffix(_VOICE) for name in scores}):
+        cells = [task]
+        for name in (task, task + _VOICE):
+            if name in scores:
+                right, interval = _with_interval(scores[name])
+                cells += [str(scores[name].asked), right, interval]
+            else:
+                cells += ["", "", ""]
+        rows.append(cells)
+    heads = ("task", "in text", "right", "95 %", "by voice", "right", "95 %")
+    told = make_table(heads, rows)
+    for task in _TRANSCRIPTIONS:
+        of_task = [a for a in answered if a.task == task]
+        if of_task:
+            errors = count_word_errors([a.expected for a in of_task], [a.answer for a in of_task])
+            low, high = errors.interval
+            told += (
+                f"\nWord errors of {len(of_task)} items of {task}: "
+                f"{_percent(errors.rate)} ({100 * low:.1f} to {100 * high:.1f}).\n"
+            )
+    return told
+
+
+def count_confusions(answered: Sequence[Answered], words: Sequence[str], tasks: Sequence[str]) -> np.ndarray:
+    """How often each word was answered where another was expected.
+
+    Args:
+      answered: all answers.
+      words: W of a kind.
+      tasks: whose answers have a word of the kind, whether asked in text or by voice.
+
+    Returns:
+      [W, W + 1], int: by the expected word and the answered one; the last column is of answers without one.
+    """
+    counts = np.zeros((len(words), len(words) + 1), int)
+    for a in answered:
+        if a.task.removesuffix(_VOICE) in tasks:
+            expected = _find_word(a.expected, words)
+            if expected is not None:
+                found = _find_word(a.answer, words)
+                counts[expected, len(words) if found is None else found] += 1
+    return counts
+
+
+def _find_word(text: str, words: Sequence[str]) -> int | None:
+    """The place of the word of the kind that is the last in a text, or None."""
+    for word in reversed(re.findall("[a-z]+", text.lower())):
+        for form in (word, word.removesuffix("s")):
+            if form in words:
+                return words.index(form)
+    return None
+
+
+def draw_confusions(answered: Sequence[Answered], picture: Path) -> bool:
+    """Draws what was answered in place of what; False if no answer has such a word."""
+    counts = {kind: count_confusions(answered, words, tasks) for kind, (words, tasks) in _KINDS.items()}
+    counts = {kind: found for kind, found in counts.items() if found.any()}
+    if not counts:
+        return False
+    rows = -(-len(counts) // 2)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(11, 4.6 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(counts) :]:
+        axis.set_visible(False)
+    for axis, (kind, found) in zip(axes.flat, counts.items(), strict=False):
+        words = list(_KINDS[kind][0])
+        axis.imshow(found / np.maximum(found.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+        axis.set_xticks(range(len(words) + 1), [*words, _NO_WORD], rotation=60, ha="right")
+        axis.set_yticks(range(len(words)), words)
+        axis.set(title=f"{kind}, {found.sum()} answers", xlabel="answered", ylabel="expected")
+        for (row, column), count in np.ndenumerate(found):
+            if count:
+                dark = count > 0.5 * found[row].sum()
+                axis.text(column, row, count, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    _save(figure, picture)
+    return True
+
+
+def tell_ablation(found: dict[str, dict[str, dict[str, int]]]) -> str:
+    """The table of variants of TMRoPE: the mean over seeds with its interval."""
+    rows = []
+    for name in (*VARIANTS, *FRAME_RATE_FACTORS):
+        runs = [counts for key, counts in found.items() if key.rsplit(" ", 1)[0] == name]
+        if runs:
+            about = VARIANTS[name].about if name in VARIANTS else f"(f) {FRAME_RATE_FACTORS[name]} of the frame rate"
+            cells = [about]
+            for task in TIMING_TASKS:
+                mean, half = mean_and_interval([counts[task]["right"] / counts[task]["asked"] for counts in runs])
+                cells.append(_percent(mean) if np.isnan(half) else f"{100 * mean:.1f} ± {100 * half:.1f}")
+            rows.append(cells)
+    return make_table(("variant", *TIMING_TASKS), rows)
+
+
+def tell_robustness(found: dict[str, dict[str, dict[str, int]]]) -> str:
+    """The table of packets that came late, twice or never, by what they were of."""
+    rows = []
+    for damage, counts in found.items():
+        cells = [damage]
+        for values in counts.values():
+            right, interval = _with_interval(Score(values["right"], values["asked"]))
+            cells.append(f"{right} ({interval})")
+        rows.append(cells)
+    return make_table(("packets", *next(iter(found.values()))), rows)
+
+
+def tell_speech(found: dict[str, Any]) -> str:
+    """The table of judges' figures of recordings, copies and spoken answers."""
+    rows = []
+    for kind in ("source", "copy", "spoken", "cloned"):
+        if kind in found:
+            report = found[kind]
+            cells = [kind, str(report["sentences"])]
+            for judge in ("sphinx", "whisper"):
+                value = report.get(judge)
+                cells.append("" if value is None else _percent(value["word_errors"]))
+            cells.append(_percent(report["own_voice"]) if "own_voice" in report else "")
+            rows.append(cells)
+    return make_table(("sounds", "sentences", "word errors, sphinx", "word errors, whisper", "own voice"), rows)
+
+
+def make_report(out: Path, page: Path) -> str:
+    """The report in Markdown; its pictures are written beside the page.
+
+    Raises:
+      InputError: if nothing is there to report.
+    """
+    parts = []
+    names = {kind: page.with_name(f"{page.stem.replace('-', '_')}_{kind}.png") for kind in ("curves", "confusions")}
+    if (out / train_tiny.STAGES_FILE).exists():
+        parts.append("## Stages\n\n" + tell_stages(out))
+        if draw_curves(out, names["curves"]):
+            parts.append(f"![held-out losses of the stages]({names['curves'].name})\n")
+    if (out / "answers.jsonl").exists():
+        answered = [Answered(**values) for values in read_values(out / "answers.jsonl")]
+        parts.append(f"## Answers to {len(answered)} held-out items\n\n" + tell_answers(answered))
+        if draw_confusions(answered, names["confusions"]):
+            parts.append(f"![what was answered in place of what]({names['confusions'].name})\n")
+    for file, title, tell in (
+        ("speech.json", "Speech", tell_speech),
+        ("ablation.json", "Ablation of TMRoPE, right answers in percent", tell_ablation),
+        ("robustness.json", "Damaged input", tell_robustness),
+    ):
+        if (out / file).exists():
+            parts.append(f"## {title}\n\n" + tell(json.loads((out / file).read_text(encoding="utf-8"))))
+    if not parts:
+        raise InputError(f"{out}: there is nothing to report; see python tools/report_tiny.py --help")
+    return "\n".join(parts)
+
+
+def insert(page: str, report: str) -> str:
+    """A page with a report between its markers, in place of what was there.
+
+    Raises:
+      InputError: if it has not both markers, once and in their order.
+    """
+    before, first, rest = page.partition(MARKERS[0])
+    _, second, after = rest.partition(MARKERS[1])
+    if not first or not second or MARKERS[0] in rest or MARKERS[1] in after:
+        raise InputError(f"the page must have the lines {MARKERS[0]} and {MARKERS[1]}, once and in this order")
+    return f"{before}{first}\n\n{report}\n{second}{after}"
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    try:
+        page = options.page.read_text(encoding="utf-8")
+        insert(page, "")  # before pictures are drawn
+        replace_file(options.page, insert(page, make_report(options.out, options.page)).encode())
+    except (InputError, OSError) as e:
+        raise SystemExit(f"error: {printable(str(e))}") from None
+
+
+if __name__ == "__main__":
+    main()
