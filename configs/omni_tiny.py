@@ -116,7 +116,7 @@ RECIPES = {
     "pretrain1-omni-tiny": _make(
         pretrain1.RECIPES["pretrain1-tiny"],
         (Phase("adapters", (_ADAPTERS,), steps=100), Phase("encoders", (_ADAPTERS, _ENCODERS))),
-        steps=6000,
+        steps=5000,
         learning_rate=7e-4,
         # small steps here too; rows of one picture or of one short sound
         rows=2,

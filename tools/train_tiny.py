@@ -41,7 +41,8 @@ NUM_VALID = 500  # held-out rows that stages look at, drawn at random, so that a
 # little: from twelve thousand descriptions they learn in minutes what they do not learn from as many questions
 CAPTION_TASKS = ("transcribe", "phrase", "hear", "describe", "picture-dialogue")
 NARRATION_TASKS = ("narrate", "video-dialogue")  # the same of videos, which take five times as long; for pretraining 2
-JOINT_WEIGHTS = (3, 1, 1)  # of rows of all tasks, of captions and of narrations, in pretraining 2
+# what pretraining 2 reads, with how much of each; text too, so that what was learned from it stays
+JOINT_WEIGHTS = {"all": 3, "captions": 1, "narrations": 1, "texts": 1}
 SPEECH_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
@@ -212,9 +213,8 @@ class Training:
         self._train("pretrain1", self.out / "language", ["captions"])
 
     def join(self) -> None:
-        self._train(
-            "pretrain2", self.out / "pretrain1", ["all", "captions", "narrations"], "--data.weights", *JOINT_WEIGHTS
-        )
+        weights = JOINT_WEIGHTS.values()
+        self._train("pretrain2", self.out / "pretrain1", list(JOINT_WEIGHTS), "--data.weights", *weights)
 
     def lengthen(self) -> None:
         self._train("pretrain3", self.out / "pretrain2", ["long"])
