@@ -15,8 +15,9 @@ from omni_jax.checkpoint import store
 from omni_jax.config import ThinkerConfig
 from omni_jax.models.thinker import Thinker
 from omni_jax.processing.collate import collate
-from omni_jax.processing.layout import AudioInput, Prompt, VisionInput
+from omni_jax.processing.layout import Prompt
 from omni_jax.processing.processor import Processor
+from tools.reference_inputs import reference_arguments
 
 # Both compute in float32 and add in different orders, which makes some 1e-6 a layer of the largest logit.
 TOLERANCE = 1e-3
@@ -82,21 +83,8 @@ def _torch_logits(
     logits = {}
     with torch.no_grad():
         for name, prompt in prompts.items():
-            logits[name] = model(**_torch_arguments(prompt)).logits[0].numpy()
+            logits[name] = model(**reference_arguments(prompt)).logits[0].numpy()
     return logits
-
-
-def _torch_arguments(prompt: Prompt) -> dict[str, torch.Tensor]:
-    tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None]  # [1, S]
-    arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    for item in prompt.media:
-        if isinstance(item, AudioInput):
-            arguments["input_features"] = torch.from_numpy(item.mel.T[None])  # [1, mel bins, frames]
-            arguments["feature_attention_mask"] = torch.ones(1, len(item.mel), dtype=torch.long)
-        elif isinstance(item, VisionInput):
-            arguments["pixel_values"] = torch.from_numpy(item.patches)
-            arguments["image_grid_thw"] = torch.tensor([item.grid])
-    return arguments
 
 
 def _jax_logits(converted: Path, prompts: dict[str, Prompt], processor: Processor) -> dict[str, np.ndarray]:

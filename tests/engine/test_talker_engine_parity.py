@@ -14,8 +14,9 @@ from omni_jax.engine.sampling import SamplingParams
 from omni_jax.engine.talker_programs import suppressed_codes
 from omni_jax.processing.processor import Processor
 from tests.engine.speaking import Dialogue, Parts
-from tests.engine.test_thinker_engine_parity import messages, reference_arguments
+from tests.engine.test_thinker_engine_parity import messages
 from tests.pairs import Whole
+from tools.reference_inputs import reference_arguments
 
 STEPS = 60
 # the penalty keeps a random model from saying one code for ever

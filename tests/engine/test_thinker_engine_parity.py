@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import omni_jax
 from omni_jax.generation.model import OmniModel
-from omni_jax.processing.layout import AudioInput, Prompt, VisionInput
 from tests.pairs import Pair
+from tools.reference_inputs import reference_arguments
 
 MEDIA = Path(__file__).parents[1] / "media"
 LENGTH = 32  # tokens of a reply
@@ -53,33 +51,6 @@ def messages(name: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def model(pair: Pair) -> OmniModel:
     return omni_jax.load(pair.folder)
-
-
-def reference_arguments(prompt: Prompt) -> dict[str, Any]:
-    """What transformers' Thinker takes for a prompt of ours."""
-    out: dict[str, Any] = dict(input_ids=torch.tensor(prompt.tokens[None].astype(np.int64)))
-    out["attention_mask"] = torch.ones_like(out["input_ids"])
-    sounds = [m for m in prompt.media if isinstance(m, AudioInput)]
-    if sounds:
-        longest = max(len(m.mel) for m in sounds)
-        mel = np.stack([np.pad(m.mel, ((0, longest - len(m.mel)), (0, 0))) for m in sounds])
-        out["input_features"] = torch.tensor(mel.transpose(0, 2, 1))
-        out["feature_attention_mask"] = torch.tensor(np.stack([np.arange(longest) < len(m.mel) for m in sounds]))
-    pictures = [m for m in prompt.media if isinstance(m, VisionInput)]
-    for kind, pixels, grid in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        own = [m for m in pictures if m.kind == kind]
-        if own:
-            out[pixels] = torch.tensor(np.concatenate([m.patches for m in own]))
-            out[grid] = torch.tensor([m.grid for m in own])
-    videos = [m for m in pictures if m.kind == "video"]
-    if videos:
-        out["video_second_per_grid"] = torch.tensor([m.seconds_per_grid for m in videos])
-    kinds = [m.kind if isinstance(m, VisionInput) else "sound" for m in prompt.media]
-    out["use_audio_in_video"] = ("video", "sound") in itertools.pairwise(kinds)
-    return out
 
 
 @pytest.fixture(scope="module")

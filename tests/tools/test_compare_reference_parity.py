@@ -1,0 +1,55 @@
+"""The reference's answers beside ours, of a model as it is and of one that was exported wrongly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from omni_jax.errors import InputError
+from tests.tools.test_make_world import ToneSpeaker
+from tools import compare_reference, make_world
+from tools.compare_reference import Options, choose, compare, load_reference
+
+TASKS = ("colour", "colour-at-sound", "day")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_world, "Speaker", ToneSpeaker)
+        make_world.make_world(make_world.Options(folder, items=2, split="test", tasks=TASKS, voices=("slt",)))
+    return folder / "test.jsonl"
+
+
+def test_rows_are_of_all_tasks_in_turn(rows: Path, tmp_path: Path) -> None:
+    tasks = [task for task, _ in choose(rows, 7)]
+    names = [name for task in TASKS for name in (task, f"{task}-voice")]
+    assert tasks == [*names, names[0]]
+    assert len(choose(rows, 100)) == 12
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"task": "colour", "text": "no dialogue"}\n')
+    with pytest.raises(InputError, match="no row is a dialogue"):
+        choose(empty, 1)
+
+
+def test_answers_are_the_same_until_a_parameter_differs(
+    tiny_model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(tiny_model, rows, items=6, max_tokens=8)
+    found = list(compare(options))
+    assert {task for task, *_ in found} == {name for task in TASKS for name in (task, f"{task}-voice")}
+    for _, _, ours, theirs, our_text, their_text in found:
+        assert ours == theirs and our_text == their_text
+    assert len({tuple(ours) for _, _, ours, *_ in found}) > 1  # the random model does say something
+
+    def load_damaged(folder: Path, is_thinker_alone: bool) -> torch.nn.Module:
+        thinker = load_reference(folder, is_thinker_alone)
+        with torch.no_grad():
+            thinker.lm_head.weight.mul_(-1)
+        return thinker
+
+    monkeypatch.setattr(compare_reference, "load_reference", load_damaged)
+    assert any(ours != theirs for _, _, ours, theirs, *_ in compare(Options(tiny_model, rows, items=1, max_tokens=8)))
