@@ -11,7 +11,8 @@
 # make test-newest  the tests that need neither PyTorch nor the TPU compiler, on Python 3.12 with the newest jax and flax
 # make clean        removes all that these have made
 #
-# Variables: PYTHON (3.11 or newer) and PYTHON312 make the environments; MODEL=DIR has the demo ask a converted model.
+# Variables: PYTHON (3.11 or newer) and PYTHON312 make the environments; MODEL=DIR has the demo ask a converted model;
+# SHORT=1 has train-tiny take a part of its steps and data, some twenty minutes.
 
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12; do \
@@ -77,7 +78,7 @@ speech-demo: $(VENV)/installed-judges
 	$(BIN)/python tools/speech_demo.py out/speech
 
 train-tiny: $(VENV)/installed-judges
-	$(BIN)/python tools/train_tiny.py out/omni-tiny
+	$(BIN)/python tools/train_tiny.py $(if $(SHORT),out/omni-tiny-short --short,out/omni-tiny)
 
 test: $(VENV)/installed-test
 	$(call QUICKLY,$(BIN)) $(BIN)/python $(PYTEST)

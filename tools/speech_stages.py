@@ -67,7 +67,7 @@ class SpeechStages:
           data: what is spoken.
           thinker: the checkpoint to begin from.
           steps_scale: factor of the steps of every recipe.
-          preferences: texts that pairs of answers are made of.
+          preferences: texts that pairs of answers are made of; 0: there is no stage 2, and stage 3 follows stage 1.
           talker_size: of the recipes of the Talker's stages 1 and 3.
         """
         self.out = out
@@ -197,7 +197,8 @@ class SpeechStages:
                 rows[part].append(_make_replies(self.data.rows(f"{self.data.replies[part]}_codes")))
         token = load_voices(self.with_voices)[HIBARI_VOICE].bos_token
         voices = ("--objective.voices", HIBARI_VOICE, token)
-        self._train_talker("talker-voices", "talker3", self.out / "talker2", rows, *voices)
+        before = self.out / ("talker2" if self._preferences else "talker1")
+        self._train_talker("talker-voices", "talker3", before, rows, *voices)
 
     def measure(self, model: Path, folder: str, rows: Path, voice_rows: Path, sentences: int, *more: object) -> None:
         """Measures speech (``tools/measure_speech.py``) into a folder of this name, unless that is complete."""
