@@ -16,9 +16,10 @@ from omni_jax.mini_config import mini_config
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase, Recipe
 
 WIDTH = 192  # of the Thinker
-# a video of six seconds with its sound is some 260 tokens, six windows and three blocks of sound
+# small steps: their number counts more than their size. A video of six seconds with its sound is some 260 tokens, six
+# windows and three blocks of sound
 _MEDIA = dict(
-    rows=4, streams=2, tokens=576, spans=160, audio_blocks=6, canvases=4, windows=4, max_pixels=112 * 112,
+    rows=2, streams=2, tokens=576, spans=160, audio_blocks=6, canvases=4, windows=4, max_pixels=112 * 112,
     video_max_pixels=112 * 112,
 )  # fmt: skip
 _WARMUP = 100
@@ -84,7 +85,7 @@ def _make(tiny: Recipe, phases: tuple[Phase, ...], *, steps: int, learning_rate:
 def _make_text(**kw: Any) -> Recipe:
     """A recipe of the language model alone, with the arguments of ``_make``."""
     phases = (Phase("text", (_DECODER,)),)
-    return _make(thinker_sft.RECIPES["thinker-sft-tiny"], phases, tokens=256, audio_blocks=0, canvases=0, **kw)
+    return _make(thinker_sft.RECIPES["thinker-sft-tiny"], phases, rows=4, tokens=256, audio_blocks=0, canvases=0, **kw)
 
 
 def _make_talker(stage: str, steps: int) -> Recipe:
@@ -108,8 +109,7 @@ _ENCODERS = ParameterGroup(ENCODERS)
 _DECODER = ParameterGroup(DECODER)
 
 RECIPES = {
-    # what a published language model knows already: to copy, and then the rest. Small steps, since it is their number
-    # that counts: with four times as many tokens in each it took as many
+    # what a published language model knows already: to copy, and then the rest
     "lists-omni-tiny": _make_text(steps=1000, learning_rate=1e-3),
     "language-omni-tiny": _make_text(steps=4000, learning_rate=6e-4),
     # encoders begin at random, so that they train as fast as adapters
@@ -118,23 +118,21 @@ RECIPES = {
         (Phase("adapters", (_ADAPTERS,), steps=100), Phase("encoders", (_ADAPTERS, _ENCODERS))),
         steps=5000,
         learning_rate=7e-4,
-        # small steps here too; rows of one picture or of one short sound
-        rows=2,
+        # rows of one picture or of one short sound
         audio_blocks=10,
         canvases=1,
     ),
     "pretrain2-omni-tiny": _make(
         pretrain2.RECIPES["pretrain2-tiny"],
         (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
-        steps=2800,
-        learning_rate=1e-3,
+        steps=6000,
+        learning_rate=7e-4,
     ),
     "pretrain3-omni-tiny": _make(
         pretrain3.RECIPES["pretrain3-tiny"],
         (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
         steps=600,
         learning_rate=3e-4,
-        rows=2,
         tokens=1152,
         spans=320,
         audio_blocks=20,
@@ -143,8 +141,8 @@ RECIPES = {
     "thinker-sft-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
         (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
-        steps=6000,
-        learning_rate=6e-4,
+        steps=8000,
+        learning_rate=5e-4,
     ),
     "talker-pretrain-omni-tiny": _make_talker("talker-pretrain", steps=8000),
     "talker-voices-omni-tiny": _make_talker("talker-voices", steps=4000),
