@@ -153,6 +153,22 @@ def test_a_checkpoint_stands_for_the_stages_of_its_log(tmp_path: Path) -> None:
         continued.begin(tmp_path)
 
 
+def test_the_short_form_has_the_same_stages_but_the_one_that_needs_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [stage.name for stage in Training(TrainingOptions(tmp_path)).stages]
+    short = Training(TrainingOptions(tmp_path, short=True))
+    assert [stage.name for stage in short.stages] == [name for name in names if name != "Talker 2"]
+    assert short.options.items < TrainingOptions(tmp_path).items
+    steps = {}
+    monkeypatch.setattr(
+        "tools.train_tiny.run_recipe", lambda name, *rest, steps_scale: steps.update({name: steps_scale})
+    )
+    for learn in (short.learn_to_copy, short.learn_language, short.align):
+        learn()
+    assert steps == {"lists-omni-tiny": 0.7, "language-omni-tiny": 0.2, "pretrain1-omni-tiny": 0.02}
+
+
 def test_joined_dialogues_have_all_media_in_their_order(training: Training) -> None:
     (joined,) = open_rows(str(training.data / "train_long.jsonl"))
     content = read_row(joined)
