@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import torch
 
 from omni_jax.processing.layout import AudioInput, Prompt, VisionInput
+from omni_jax.segments import Interleaved
 
 
 def reference_arguments(prompt: Prompt) -> dict[str, Any]:
@@ -36,6 +36,6 @@ def reference_arguments(prompt: Prompt) -> dict[str, Any]:
     videos = [m for m in pictures if m.kind == "video"]
     if videos:
         out["video_second_per_grid"] = torch.tensor([m.seconds_per_grid for m in videos])
-    kinds = [m.kind if isinstance(m, VisionInput) else "sound" for m in prompt.media]
-    out["use_audio_in_video"] = ("video", "sound") in itertools.pairwise(kinds)
+    # a sound may also follow a silent video
+    out["use_audio_in_video"] = any(isinstance(segment, Interleaved) for segment in prompt.segments)
     return out

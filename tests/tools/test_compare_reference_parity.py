@@ -12,7 +12,8 @@ from tests.tools.test_make_world import ToneSpeaker
 from tools import compare_reference, make_world
 from tools.compare_reference import Options, choose, compare, load_reference
 
-TASKS = ("colour", "colour-at-sound", "day")
+# pictures, videos with sound, silent ones, text; by voice each has a sound behind it
+TASKS = ("colour", "colour-at-sound", "order", "day")
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_are_of_all_tasks_in_turn(rows: Path, tmp_path: Path) -> None:
-    tasks = [task for task, _ in choose(rows, 7)]
+    tasks = [task for task, _ in choose(rows, 9)]
     names = [name for task in TASKS for name in (task, f"{task}-voice")]
     assert tasks == [*names, names[0]]
-    assert len(choose(rows, 100)) == 12
+    assert len(choose(rows, 100)) == 16
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"task": "colour", "text": "no dialogue"}\n')
     with pytest.raises(InputError, match="no row is a dialogue"):
@@ -38,7 +39,7 @@ def test_rows_are_of_all_tasks_in_turn(rows: Path, tmp_path: Path) -> None:
 def test_answers_are_the_same_until_a_parameter_differs(
     tiny_model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = Options(tiny_model, rows, items=6, max_tokens=8)
+    options = Options(tiny_model, rows, items=8, max_tokens=8)
     found = list(compare(options))
     assert {task for task, *_ in found} == {name for task in TASKS for name in (task, f"{task}-voice")}
     for _, _, ours, theirs, our_text, their_text in found:
