@@ -56,7 +56,9 @@ _KINDS: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {
     "words": (SIGNS, ("sign", "word-at-shape")),
 }
 _TRANSCRIPTIONS = ("transcribe", "phrase", "hear")
-_VOICE = "-voice"  # that names of tasks end with that are asked by voice
+# that names of tasks end with: their media told in words, or the question spoken
+_IN_WORDS = "-text"
+_VOICE = "-voice"
 _NO_WORD = "none of them"
 
 
@@ -130,20 +132,19 @@ def _save(figure: Any, picture: Path) -> None:
 
 
 def tell_answers(answered: Sequence[Answered]) -> str:
-    """The table of tasks, each asked in text and by voice side by side."""
+    """The table of tasks, each with its media told in words, shown, and asked about by voice."""
     scores = score(answered)
     rows = []
-    for task in sorted({name.removesuffix(_VOICE) for name in scores}):
+    for task in sorted({name.removesuffix(_IN_WORDS).removesuffix(_VOICE) for name in scores}):
         cells = [task]
-        for name in (task, task + _VOICE):
+        for name in (task + _IN_WORDS, task, task + _VOICE):
             if name in scores:
                 right, interval = _with_interval(scores[name])
-                cells += [str(scores[name].asked), right, interval]
+                cells.append(f"{right} ({interval}) of {scores[name].asked}")
             else:
-                cells += ["", "", ""]
+                cells.append("")
         rows.append(cells)
-    heads = ("task", "in text", "right", "95 %", "by voice", "right", "95 %")
-    told = make_table(heads, rows)
+    told = make_table(("task", "media told in words", "media shown", "and asked by voice"), rows)
     for task in _TRANSCRIPTIONS:
         of_task = [a for a in answered if a.task == task]
         if of_task:

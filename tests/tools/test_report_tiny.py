@@ -23,6 +23,7 @@ ANSWERED = [
     answer("colour", "The star is red.", "The star is blue."),
     answer("colour-voice", "The ring is blue.", "The ring is"),
     answer("count", "There are two red stars.", "There are three red stars."),
+    answer("order-text", "The ring came last.", "The ring came last."),
     answer("transcribe", "The dog is old.", "The dog is cold."),
 ]
 
@@ -81,7 +82,8 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     write(out / "speech.json", {"model": "m", "judges": {}, "spoken": judged})
     report = make_report(out, page)
     # one of two in text, none of one by voice (Wilson)
-    assert "| colour | 2 | 50.0 % | 9.5 to 90.5 | 1 | 0.0 % | 0.0 to 79.3 |" in report
+    assert "| colour |  | 50.0 % (9.5 to 90.5) of 2 | 0.0 % (0.0 to 79.3) of 1 |" in report
+    assert "| order | 100.0 % (20.7 to 100.0) of 1 |  |  |" in report
     assert "Word errors of 1 items of transcribe: 25.0 %" in report
     assert (tmp_path / "omni_tiny_confusions.png").stat().st_size > 1000
     # of 25 and 50 %: the mean, and 12.7 times the standard error
