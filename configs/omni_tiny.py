@@ -96,10 +96,9 @@ def _make_talker(stage: str, steps: int) -> Recipe:
       steps: of the run.
     """
     mini = talker.RECIPES[f"{stage}-mini"]
-    media = {name: _MEDIA[name] for name in ("windows", "max_pixels", "video_max_pixels")}
-    data = dataclasses.replace(mini.data, **media, streams=2, tokens=448, spans=128, audio_blocks=5, canvases=3)
-    # a question about a video and a spoken answer are some 650 positions
-    objective = dataclasses.replace(mini.objective, positions=768, chunk=768)
+    data = dataclasses.replace(mini.data, **_MEDIA)
+    # several questions about a video and a spoken answer are some 800 positions
+    objective = dataclasses.replace(mini.objective, positions=896, chunk=896)
     model = omni_tiny_config(num_pieces=512)
     return dataclasses.replace(mini, model=model, data=data, objective=objective, steps=steps)
 
