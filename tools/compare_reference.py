@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import jax
 import torch
@@ -56,6 +56,21 @@ class Options:
     """Of an answer."""
 
 
+class Compared(NamedTuple):
+    """A row's answers, ours and the reference's, as token ids and as text."""
+
+    task: str
+    row: str
+    tokens: list[int]
+    reference_tokens: list[int]
+    text: str
+    reference_text: str
+
+    @property
+    def is_same(self) -> bool:
+        return self.tokens == self.reference_tokens
+
+
 def choose(rows: Path, count: int) -> list[tuple[str, LastReply]]:
     """So many rows with their tasks: the first of each task, then the second of each, and so on.
 
@@ -86,8 +101,8 @@ def load_reference(folder: Path, is_thinker_alone: bool) -> Qwen2_5OmniThinkerFo
     return whole.thinker.float().eval()
 
 
-def compare(options: Options) -> Iterator[tuple[str, str, Sequence[int], Sequence[int], str, str]]:
-    """Of each row its task and name, our answer's tokens and the reference's, and both as text.
+def compare(options: Options) -> Iterator[Compared]:
+    """Both answers to each row.
 
     Raises:
       CheckpointError, ConfigError, InputError: where there are none.
@@ -113,27 +128,23 @@ def compare(options: Options) -> Iterator[tuple[str, str, Sequence[int], Sequenc
             )
         tokens = generated[0, len(prompt) :].tolist()
         text = model.processor.tokenizer.decode(tokens)
-        yield task, reply.row, list(ours.token_ids), tokens, ours.text, text
+        yield Compared(task, reply.row, list(ours.token_ids), tokens, ours.text, text)
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    same = 0
-    asked = 0
-    tasks = set()
     try:
         # differences in the last bits decide between tokens that are as likely as each other
         with jax.default_matmul_precision("highest"):
-            for task, row, ours, theirs, our_text, their_text in compare(options):
-                asked += 1
-                tasks.add(task)
-                same += ours == theirs
-                if ours != theirs:
-                    print(f"{row} ({task}): we answer {our_text!r}, the reference {their_text!r}")
+            found = list(compare(options))
     except (CheckpointError, ConfigError, InputError) as e:
         raise SystemExit(f"error: {printable(str(e))}") from None
-    print(f"{same} of {asked} answers are the same tokens, of {len(tasks)} tasks")
-    if same < asked:
+    for answer in found:
+        if not answer.is_same:
+            print(f"{answer.row} ({answer.task}): {answer.text!r}, and the reference {answer.reference_text!r}")
+    same = sum(answer.is_same for answer in found)
+    print(f"{same} of {len(found)} answers are the same tokens, of {len({answer.task for answer in found})} tasks")
+    if same < len(found):
         raise SystemExit(1)
 
 

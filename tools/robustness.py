@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -100,6 +100,15 @@ class Sent:
     frames: Sequence[UInt8[np.ndarray, "height width 3"]]
 
 
+class Question(NamedTuple):
+    """A row that is sent: its media, and its question in text, which is empty where it is spoken."""
+
+    task: str
+    sent: Sent
+    text: str
+    answer: str
+
+
 def damage_sound(samples: Float[np.ndarray, " n"], damage: Damage, rng: np.random.Generator) -> Float[np.ndarray, " m"]:
     """What a receiver plays.
 
@@ -159,8 +168,8 @@ def send(
     return "".join(event.text or "" for event in session.answer(question)), refused
 
 
-def read_questions(rows: Path, most: int) -> Iterator[tuple[str, Sent, str, str]]:
-    """The task, the media, the question in text (perhaps none) and the answer of each row that is sent.
+def read_questions(rows: Path, most: int) -> Iterator[Question]:
+    """The rows that are sent, so many of each task at most.
 
     Raises:
       InputError: if the rows cannot be read.
@@ -172,7 +181,7 @@ def read_questions(rows: Path, most: int) -> Iterator[tuple[str, Sent, str, str]
         if task not in (*_VIDEO_TASKS, *_VOICE_TASKS) or counts[task] > most:
             continue
         question, answer = (message["content"] for message in values["messages"])
-        yield task, _read_media(values, rows.parent), question.split(">")[-1], answer
+        yield Question(task, _read_media(values, rows.parent), question.split(">")[-1], answer)
 
 
 def _read_media(values: Mapping[str, Any], folder: Path) -> Sent:
@@ -201,16 +210,16 @@ def measure(options: Options) -> dict[str, dict[str, dict[str, int]]]:
     for damage in damages:
         rng = np.random.default_rng(options.seed)
         counts: dict[str, dict[str, int]] = {}
-        for task, sent, question, expected in track(questions, description=str(damage), console=Console(stderr=True)):
-            own = counts.setdefault(task, {"asked": 0, "right": 0, "refused": 0, "failed": 0})
+        for question in track(questions, description=str(damage), console=Console(stderr=True)):
+            own = counts.setdefault(question.task, {"asked": 0, "right": 0, "refused": 0, "failed": 0})
             own["asked"] += 1
             try:
-                text, refused = send(model, sent, damage, question, rng, options.max_tokens)
+                text, refused = send(model, question.sent, damage, question.text, rng, options.max_tokens)
             except InputError:
                 own["failed"] += 1
                 continue
             own["refused"] += refused
-            own["right"] += Answered(task, "", expected, text).is_right
+            own["right"] += Answered(question.task, "", question.answer, text).is_right
         found[str(damage)] = counts
     return found
 

@@ -2,9 +2,9 @@
 
     python tools/train_tiny.py out/omni-tiny        (make train-tiny)
 
-Data are those of ``tools/make_world.py``, which needs flite. First comes a stage of text, ``language``, in place of the
-language model that published stages begin from: it learns to answer the world's questions about media whose content it
-reads in words. Then come pretraining 1, 2 and 3, instruction tuning, and the stages of speech. Run again, it goes on
+Data are those of ``tools/make_world.py``, which needs flite. First come two stages of text in place of the language model
+that published stages begin from: ``lists``, which are only to be copied, and ``language``, questions about media whose
+content is told in words. Then come pretraining 1, 2 and 3, instruction tuning, and the stages of speech. Run again, it goes on
 where it was stopped; ``--begin checkpoints/omni-tiny`` goes on from what is shipped. What the Thinker answers on
 held-out rows is in OUT/answers.jsonl. Of the whole, the stages up to pretraining 1 have been run (docs/omni-tiny.md).
 """
@@ -71,7 +71,7 @@ class Options:
     scored: int = 100
     """Held-out rows of each task that are answered at the end."""
     short: bool = False
-    """A part of the steps and of the data, to see within twenty minutes that each stage learns. There is no Talker 2:
+    """A part of the steps and of the data, to see within half an hour that each stage learns. There is no Talker 2:
     answers of so short a Talker 1 do not end, and there are no pairs."""
     begin: Path | None = None
     """A checkpoint with the log of its stages, such as checkpoints/omni-tiny: these do not train again."""

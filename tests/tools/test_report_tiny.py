@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from omni_jax.errors import InputError
+from tools.ablate_tmrope import TIMING_TASKS
 from tools.report_tiny import MARKERS, count_confusions, insert, make_report, make_table
 from tools.score_world import Answered
 
@@ -75,7 +76,7 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     (out / "answers.jsonl").write_text("".join(json.dumps(vars(a)) + "\n" for a in ANSWERED))
     write(
         out / "ablation.json",
-        {f"tmrope {seed}": {task: {"right": 1 + seed, "asked": 4} for task in TASKS} for seed in (0, 1)},
+        {f"tmrope {seed}": {task: {"right": 1 + seed, "asked": 4} for task in TIMING_TASKS} for seed in (0, 1)},
     )
     write(out / "robustness.json", {"5 % lost": {"order": {"right": 9, "asked": 10, "refused": 0, "failed": 0}}})
     judged = {"sentences": 12, "whisper": {"word_errors": 0.125}, "own_voice": 0.75}
@@ -90,6 +91,3 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     assert "| as published | 37.5 ± 158.8 |" in report
     assert "| 5 % lost | 90.0 % (59.6 to 98.2) |" in report
     assert "| spoken | 12 |  | 12.5 % | 75.0 % |" in report
-
-
-TASKS = ("colour-at-sound", "word-at-shape", "effect", "order", "direction", "narrate")
