@@ -2,11 +2,12 @@
 
     python tools/train_tiny.py out/omni-tiny        (make train-tiny)
 
-Data are those of ``tools/make_world.py``, which needs flite. First come two stages of text in place of the language model
-that published stages begin from: ``lists``, which are only to be copied, and ``language``, questions about media whose
-content is told in words. Then come pretraining 1, 2 and 3, instruction tuning, and the stages of speech. Run again, it goes on
-where it was stopped; ``--begin checkpoints/omni-tiny`` goes on from what is shipped. What the Thinker answers on
-held-out rows is in OUT/answers.jsonl. Of the whole, the stages up to pretraining 1 have been run (docs/omni-tiny.md).
+Data are those of ``tools/make_world.py``, which needs flite. First come two stages of text in place of the language
+model that published stages begin from: ``lists``, which are only to be copied, and ``language``, questions about media
+whose content is told in words. Then come pretraining 1, 2 and 3, instruction tuning, and the stages of speech. Run
+again, it goes on where it was stopped; ``--begin checkpoints/omni-tiny`` goes on from what is shipped. What the Thinker
+answers on held-out rows is in OUT/answers.jsonl. Of the whole, the stages up to pretraining 1 have been run
+(docs/omni-tiny.md).
 """
 
 from __future__ import annotations
