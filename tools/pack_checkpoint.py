@@ -2,7 +2,8 @@
 
     python tools/pack_checkpoint.py out/omni-tiny/pretrain2 checkpoints/omni-tiny --dtype bfloat16
 
-All components are cast, those of speech too. Compare what the copy answers with what the run's checkpoint answers
+With ``--thinker`` the Thinker is that of another checkpoint: what speaks and what understands may be trained apart. All
+components are cast, those of speech too. Compare what the copy answers with what the run's checkpoint answers
 (``tools/score_world.py``, ``tools/measure_speech.py``) before it is handed on.
 """
 
@@ -22,8 +23,10 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from omni_jax.checkpoint import store
+from omni_jax.checkpoint.model_files import TOKENIZER_FILE
 from omni_jax.checkpoint.train_checkpoints import RUN_FILES, resolve_checkpoint
 from omni_jax.checks import printable
+from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.plain_files import copy_file, has_file
 from omni_jax.training.optimizer import flatten_params
@@ -39,6 +42,8 @@ class Options:
     """Where to; nothing may be there yet."""
     components: tuple[str, ...] = ()
     """What to keep; all but discriminators if nothing is said."""
+    thinker: Path | None = None
+    """A checkpoint of the same config and vocabulary, or the folder of a run, whose Thinker is taken instead."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What all of it is cast to; it keeps its own if left out."""
 
@@ -47,13 +52,19 @@ def pack_checkpoint(options: Options) -> int:
     """Writes the copy; returns the bytes of its arrays.
 
     Raises:
-      CheckpointError, ConfigError: if the source is no checkpoint or has no such component, or the target exists.
+      CheckpointError, ConfigError: if a source is no checkpoint or has no such component, the Thinkers differ in config
+        or vocabulary, or the target exists.
     """
     source = resolve_checkpoint(options.source)
     found = store.components(source)
     wanted = options.components or tuple(name for name in found if name != "discriminators")
+    params = dict(store.load(source, wanted))
+    if options.thinker is not None:
+        thinker = resolve_checkpoint(options.thinker)
+        _check_same_thinker(source, thinker)
+        params |= store.load(thinker, ["thinker"])
     leaves = []
-    for component, tree in store.load(source, wanted).items():
+    for component, tree in params.items():
         for path, array in flatten_params(tree).items():
             leaves.append(_make_leaf((component, *path.split("/")), array, options.dtype))
 
@@ -64,6 +75,14 @@ def pack_checkpoint(options: Options) -> int:
 
     store.save(options.target, leaves, write_beside)
     return sum(leaf.nbytes for leaf in leaves)
+
+
+def _check_same_thinker(source: Path, other: Path) -> None:
+    """Raises CheckpointError if one's Thinker cannot stand in the other's place."""
+    if OmniConfig.load(source).thinker_config != OmniConfig.load(other).thinker_config:
+        raise CheckpointError(f"the Thinker of {other} is of another config than that of {source}")
+    if (source / TOKENIZER_FILE).read_bytes() != (other / TOKENIZER_FILE).read_bytes():
+        raise CheckpointError(f"{other} has another {TOKENIZER_FILE} than {source}")
 
 
 def _make_leaf(path: tuple[str, ...], array: jax.Array, dtype: str | None) -> store.Leaf:

@@ -70,12 +70,14 @@ class Demo:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.out = options.out.resolve()
+        self.files = self.out / "files"  # config and tokenizer
         self.data = self.out / "data"
         # what the Thinker and the Talker read; codes and sounds are learned from sentences alone, as those are measured
         self.texts = {"train": ["train", "phrases"] if options.phrases else ["train"], "valid": ["valid"]}
         self.speech = SpeechStages(
             self.out,
             SpeechData(self.data, {"train": "train", "valid": "valid"}, self.texts),
+            files=self.files,
             thinker=self.out / "thinker",
             steps_scale=options.steps_scale,
             preferences=options.preferences,
@@ -101,23 +103,22 @@ class Demo:
                     dialogues.append({"messages": make_dialogue(values["text"])})
             rows.append(write_values(self.data / f"{name}_texts.jsonl", dialogues))
         train, valid = rows
+        self._make_files(train)
         run_recipe(
             *("thinker-sft-mini", self.out / "thinker", "random", [train], [valid]),
-            *("--model", self._make_files(train)),
+            *("--model", self.files),
             steps_scale=self.options.steps_scale,
         )
 
-    def _make_files(self, dialogues: Path) -> Path:
+    def _make_files(self, dialogues: Path) -> None:
         """What the model begins from: its sizes, and a vocabulary of what the dialogues say, prompts included."""
-        files = self.out / "files"
         texts = []
         for values in read_values(dialogues):
             for message in values["messages"]:
                 texts += [message["role"], message["content"]]
         config = mini_config(NUM_PIECES)
-        write_tokenizer(files, config, texts)
-        config.save(files)
-        return files
+        write_tokenizer(self.files, config, texts)
+        config.save(self.files)
 
     def make_codes(self) -> None:
         self.speech.make_codes()

@@ -1,6 +1,7 @@
-"""The stages that teach a checkpoint to speak, from a Thinker to several voices (docs/speech-training.md).
+"""The stages that teach a checkpoint to speak, from sounds to several voices (docs/speech-training.md).
 
-Each is a method, reads what those before have left in the folder, and goes on where it was stopped.
+Each is a method, reads what those before have left in the folder, and goes on where it was stopped. The speech
+tokenizer and Token2Wav are learned from sounds alone; the Talker, with a Thinker whose hidden states it reads.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class SpeechStages:
         out: Path,
         data: SpeechData,
         *,
+        files: Path,
         thinker: Path,
         steps_scale: float,
         preferences: int,
@@ -65,13 +67,15 @@ class SpeechStages:
         Args:
           out: folder of the runs.
           data: what is spoken.
-          thinker: the checkpoint to begin from.
+          files: config and tokenizer of the model, from which the speech tokenizer begins at random.
+          thinker: a checkpoint of the same config, or the folder of its run, whose Thinker the Talker reads.
           steps_scale: factor of the steps of every recipe.
           preferences: texts that pairs of answers are made of; 0: there is no stage 2, and stage 3 follows stage 1.
           talker_size: of the recipes of the Talker's stages 1 and 3.
         """
         self.out = out
         self.data = data
+        self._files = files
         self._thinker = thinker
         self._steps_scale = steps_scale
         self._preferences = preferences
@@ -81,7 +85,7 @@ class SpeechStages:
         self,
         recipe: str,
         folder: str,
-        init: Path,
+        init: object,
         train: Sequence[Path],
         valid: Sequence[Path],
         *more: object,
@@ -90,7 +94,7 @@ class SpeechStages:
         run_recipe(recipe, self.out / folder, init, train, valid, *more, steps_scale=self._steps_scale, **kw)
 
     def train_tokenizer(self) -> None:
-        self._train("speech-tokenizer-mini", "tokenizer", self._thinker, *self._sound_rows())
+        self._train("speech-tokenizer-mini", "tokenizer", "random", *self._sound_rows(), "--model", self._files)
 
     def _sound_rows(self, suffix: str = "") -> tuple[list[Path], list[Path]]:
         """Files to train on, and held-out ones."""
@@ -147,6 +151,12 @@ class SpeechStages:
         few = write_values(self.data.rows("valid_few"), read_values(valid)[:NUM_DISTILLED])
         self._train("token2wav-distill-mini", "distilled", self.with_voices, train, [few], evaluations=2)
 
+    def join(self) -> None:
+        """The trained Thinker, and the speech tokenizer and Token2Wav of the distilled checkpoint, in one."""
+        target = self.out / "joined"
+        if not target.exists():
+            run("tools/pack_checkpoint.py", self.out / "distilled", target, "--thinker", self._thinker)
+
     def train_talker(self) -> None:
         """Stage 1: the next code, in the voices of flite; a third of the texts goes on from a clip."""
         rows = {}
@@ -156,7 +166,7 @@ class SpeechStages:
             if part in self.data.replies:
                 replies = self.data.rows(f"{self.data.replies[part]}_codes")
                 rows[part].append(_make_replies(keep_flite([replies], self.data.rows(f"{part}_replies_flite"))))
-        self._train_talker("talker-pretrain", "talker1", self.out / "distilled", rows)
+        self._train_talker("talker-pretrain", "talker1", self.out / "joined", rows)
 
     def _make_spoken(self, codes: Path) -> Path:
         target = _spoken(codes)

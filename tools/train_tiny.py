@@ -107,6 +107,7 @@ class Training:
             options = dataclasses.replace(options, **_SHORT)
         self.options = options
         self.out = options.out.resolve()
+        self.files = self.out / "files"  # config and tokenizer
         self.data = self.out / "data"  # with the media, which rows name relative to it
         self.speech = SpeechStages(
             self.out,
@@ -117,6 +118,7 @@ class Training:
                 replies={part: f"{part}_replies" for part in ("train", "valid")},
                 test="test_sounds",
             ),
+            files=self.files,
             thinker=self.out / "thinker-sft",
             steps_scale=self._scale("speech"),
             preferences=0 if options.short else NUM_PREFERENCES,
@@ -144,6 +146,7 @@ class Training:
             Stage("vocoder", speech.train_vocoder, "vocoder"),
             Stage("voices", speech.add_voices, f"voices/{VOICES[-1]}"),
             Stage("distilled DiT", speech.distill, "distilled"),
+            Stage("joining", speech.join, "joined"),
             Stage("Talker 1", speech.train_talker, "talker1"),
             *prefer,
             Stage("Talker 3", speech.add_speaker, "talker3"),
@@ -177,14 +180,13 @@ class Training:
             for name, path in (("texts", folder), ("lists", folder / "lists")):
                 rows = read_values(path / f"{part}.jsonl")
                 self._write(f"{part}_{name}", rows if part == "train" else rows[:: max(len(rows) // NUM_VALID, 1)])
-        files = self.out / "files"
         config = omni_tiny_config(NUM_PIECES)
         prompts = f"system\n{SPEECH_SYSTEM_PROMPT}\nsystem\nYou are a helpful assistant.\nuser\nassistant\n"
         texts = []
         for values in read_values(self._rows("train_texts")):
             texts.append(prompts + " ".join(message["content"] for message in values["messages"]))
-        write_tokenizer(files, config, texts)
-        config.save(files)
+        write_tokenizer(self.files, config, texts)
+        config.save(self.files)
 
     def make_data(self) -> None:
         run("tools/make_world.py", self.data, "--items", self.options.items, "--spoken", 0.25)
@@ -219,7 +221,7 @@ class Training:
         return self.data / f"{name}.jsonl"
 
     def learn_to_copy(self) -> None:
-        self._train("lists", "random", ["lists"], "--model", self.out / "files")
+        self._train("lists", "random", ["lists"], "--model", self.files)
 
     def learn_language(self) -> None:
         self._train("language", self.out / "lists", ["texts"])

@@ -31,7 +31,8 @@ _PROCESSOR_FILE = "processor_config.json"
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 # without these nothing can be loaded; a preprocessor's file has to be there as well, under either name
-REQUIRED_FILES = (CONFIG_FILE, "tokenizer.json")
+TOKENIZER_FILE = "tokenizer.json"
+REQUIRED_FILES = (CONFIG_FILE, TOKENIZER_FILE)
 # copied where they are there, since PyTorch reads them or a licence asks for it
 OTHER_FILES = (
     _PREPROCESSOR_FILE,

@@ -149,7 +149,7 @@ def test_rows_can_be_read_and_made_again(tmp_path: Path) -> None:
     tool.make_world(again)
     files = sorted(path.relative_to(options.out) for path in options.out.rglob("*.*"))
     assert files == sorted(path.relative_to(again.out) for path in again.out.rglob("*.*"))
-    assert all((options.out / file).read_bytes() == (again.out / file).read_bytes() for file in files)
+    assert [file for file in files if (options.out / file).read_bytes() != (again.out / file).read_bytes()] == []
     # what is there is kept, and what was lost is made again
     kept = options.out / files[0]
     kept.unlink()

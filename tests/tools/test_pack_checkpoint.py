@@ -1,5 +1,6 @@
 """A packed checkpoint has the same values in another dtype, and nothing of a run."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from omni_jax.checkpoint import store
+from omni_jax.checkpoint.model_files import TOKENIZER_FILE
 from omni_jax.checkpoint.voices import load_voices
+from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 from tools.pack_checkpoint import Options, pack_checkpoint
 
@@ -40,3 +43,24 @@ def test_some_components_keep_their_bits(tiny_model: Path, tmp_path: Path) -> No
     assert not (target / "run.json").exists() and (target / "tokenizer.json").exists()
     with pytest.raises(CheckpointError, match="has no speech_tokenizer"):
         pack_checkpoint(Options(run, tmp_path / "other", components=("speech_tokenizer",)))
+
+
+def test_the_thinker_of_another_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    pack_checkpoint(Options(tiny_model, other, components=("thinker",), dtype="bfloat16"))
+    target = tmp_path / "joined"
+    pack_checkpoint(Options(tiny_model, target, thinker=other))
+    joined = store.load(target)
+    source = store.load(tiny_model)
+    assert joined.keys() == source.keys()
+    jax.tree.map(np.testing.assert_array_equal, joined, {**source, **store.load(other)})
+    tokenizer = other / TOKENIZER_FILE
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    with pytest.raises(CheckpointError, match=r"has another tokenizer\.json"):
+        pack_checkpoint(Options(tiny_model, tmp_path / "refused", thinker=other))
+    config = OmniConfig.load(other)
+    text = dataclasses.replace(config.thinker_config.text_config, rope_theta=1000.0)
+    dataclasses.replace(config, thinker_config=dataclasses.replace(config.thinker_config, text_config=text)).save(other)
+    with pytest.raises(CheckpointError, match="is of another config"):
+        pack_checkpoint(Options(tiny_model, tmp_path / "refused", thinker=other))
+    assert not (tmp_path / "refused").exists()
