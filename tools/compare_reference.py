@@ -2,8 +2,9 @@
 
     python tools/compare_reference.py checkpoints/omni-tiny out/world/test.jsonl --items 50
 
-Rows are taken from all tasks in turn. Both answer greedily in float32, from the same tokens and the same media. What
-differs is printed with both answers, and the command ends with 1. Needs pip install -e '.[test]'.
+Rows are taken from all tasks in turn. Both answer greedily in float32, from the same tokens and the same media; a model
+with a Talker also speaks, in its voices in turn, and the codes are compared too. What differs is printed with both
+answers, and the command ends with 1. Needs pip install -e '.[test]'.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import torch
@@ -38,8 +39,15 @@ from omni_jax.checks import check_int, printable
 from omni_jax.data.replies import LastReply, find_last_replies
 from omni_jax.data.rows import row_values
 from omni_jax.data.sources import open_rows
+from omni_jax.engine.outputs import Reply
 from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
+from omni_jax.processing.layout import Prompt
+from omni_jax.processing.processor import Processor
 from tools.reference_inputs import reference_arguments
+from tools.reference_speech import ReferenceReply, speak_reference
+
+REPETITION_PENALTY = 1.05  # of codes, the published one
 
 
 @dataclass(frozen=True)
@@ -54,21 +62,26 @@ class Options:
     """How many are answered."""
     max_tokens: int = 48
     """Of an answer."""
+    max_codes: int = 400
+    """Of the speech of one: eight seconds."""
 
 
 class Compared(NamedTuple):
-    """A row's answers, ours and the reference's, as token ids and as text."""
+    """A row's replies, ours and the reference's, and what the latter is as text."""
 
     task: str
     row: str
-    tokens: list[int]
-    reference_tokens: list[int]
-    text: str
+    reply: Reply
+    reference: ReferenceReply
     reference_text: str
 
     @property
-    def is_same(self) -> bool:
-        return self.tokens == self.reference_tokens
+    def same_tokens(self) -> bool:
+        return list(self.reply.token_ids) == self.reference.tokens
+
+    @property
+    def same_codes(self) -> bool:
+        return list(self.reply.codec_ids) == self.reference.codes
 
 
 def choose(rows: Path, count: int) -> list[tuple[str, LastReply]]:
@@ -90,15 +103,48 @@ def choose(rows: Path, count: int) -> list[tuple[str, LastReply]]:
     return chosen
 
 
-def load_reference(folder: Path, is_thinker_alone: bool) -> Qwen2_5OmniThinkerForConditionalGeneration:
-    """The reference's Thinker in float32, from an exported folder."""
-    if is_thinker_alone:
-        config = Qwen2_5OmniThinkerConfig.from_pretrained(folder)
-        loaded = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, config=config)
-        return loaded.float().eval()
-    config = Qwen2_5OmniConfig.from_pretrained(folder)
-    whole = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder, config=config)
-    return whole.thinker.float().eval()
+class ReferenceModel:
+    """PyTorch's model, in float32, of a checkpoint that is exported for it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Loads it: the whole of it where there is a Talker."""
+        found = components(checkpoint)
+        self.has_talker = "talker" in found
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "exported"
+            to_hf(checkpoint, folder)
+            if tuple(found) == ("thinker",):
+                config = Qwen2_5OmniThinkerConfig.from_pretrained(folder)
+                self.thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, config=config)
+            else:
+                config = Qwen2_5OmniConfig.from_pretrained(folder)
+                self.whole = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder, config=config).float().eval()
+                self.thinker = self.whole.thinker
+        self.thinker = self.thinker.float().eval()
+
+    def answer(self, prompt: Prompt, processor: Processor, options: Options, voice: str | None) -> ReferenceReply:
+        """Its reply, spoken if there is a voice."""
+        stop_ids = list(processor.stop_ids)
+        if voice is not None:
+            return speak_reference(
+                self.whole,
+                processor.config,
+                prompt,
+                voice=voice,
+                max_tokens=options.max_tokens,
+                stop_ids=stop_ids,
+                max_codes=options.max_codes,
+                repetition_penalty=REPETITION_PENALTY,
+            )
+        with torch.no_grad():
+            generated = self.thinker.generate(
+                **reference_arguments(prompt),
+                max_new_tokens=options.max_tokens,
+                do_sample=False,
+                eos_token_id=stop_ids,
+                pad_token_id=processor.config.thinker_config.pad_token_id,
+            )
+        return ReferenceReply(generated[0, len(prompt) :].tolist(), [])
 
 
 def compare(options: Options) -> Iterator[Compared]:
@@ -110,25 +156,22 @@ def compare(options: Options) -> Iterator[Compared]:
     check_int("--items", options.items, 1)
     chosen = choose(options.rows, options.items)
     folder = resolve_checkpoint(options.model)
-    model = omni_jax.load(folder, components=("thinker",), dtype="float32")
-    with tempfile.TemporaryDirectory() as temporary:
-        exported = Path(temporary) / "exported"
-        to_hf(folder, exported)
-        reference = load_reference(exported, is_thinker_alone=tuple(components(folder)) == ("thinker",))
-    for task, reply in track(chosen, description="answering", console=Console(stderr=True)):
-        ours = model.generate(reply.prompt, max_tokens=options.max_tokens, modalities=("text",))
-        prompt = model.processor(reply.prompt)
-        with torch.no_grad():
-            generated = reference.generate(
-                **reference_arguments(prompt),
-                max_new_tokens=options.max_tokens,
-                do_sample=False,
-                eos_token_id=list(model.processor.stop_ids),
-                pad_token_id=model.config.thinker_config.pad_token_id,
-            )
-        tokens = generated[0, len(prompt) :].tolist()
-        text = model.processor.tokenizer.decode(tokens)
-        yield Compared(task, reply.row, list(ours.token_ids), tokens, ours.text, text)
+    reference = ReferenceModel(folder)
+    names = ("thinker", "talker", "token2wav") if reference.has_talker else ("thinker",)
+    model = omni_jax.load(folder, components=names, dtype="float32")
+    voices = list(model.voices) if reference.has_talker else [None]
+    for number, (task, reply) in enumerate(track(chosen, description="answering", console=Console(stderr=True))):
+        voice = voices[number % len(voices)]
+        messages = reply.prompt
+        speech: dict[str, Any] = {"modalities": ("text",)}
+        if voice is not None:
+            if messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}, *messages]
+            talker = dict(temperature=0.0, repetition_penalty=REPETITION_PENALTY, max_tokens=options.max_codes)
+            speech = {"modalities": ("text", "audio"), "voice": voice, "talker": talker}
+        ours = model.generate(messages, max_tokens=options.max_tokens, **speech)
+        theirs = reference.answer(model.processor(messages), model.processor, options, voice)
+        yield Compared(task, reply.row, ours, theirs, model.processor.tokenizer.decode(theirs.tokens))
 
 
 def main() -> None:
@@ -139,12 +182,20 @@ def main() -> None:
             found = list(compare(options))
     except (CheckpointError, ConfigError, InputError) as e:
         raise SystemExit(f"error: {printable(str(e))}") from None
-    for answer in found:
-        if not answer.is_same:
-            print(f"{answer.row} ({answer.task}): {answer.text!r}, and the reference {answer.reference_text!r}")
-    same = sum(answer.is_same for answer in found)
-    print(f"{same} of {len(found)} answers are the same tokens, of {len({answer.task for answer in found})} tasks")
-    if same < len(found):
+    for one in found:
+        if not one.same_tokens:
+            print(f"{one.row} ({one.task}): {one.reply.text!r}, and the reference {one.reference_text!r}")
+        elif not one.same_codes:
+            pairs = enumerate(itertools.zip_longest(one.reply.codec_ids, one.reference.codes))
+            first = next(place for place, (code, other) in pairs if code != other)
+            print(f"{one.row} ({one.task}): {one.reply.text!r}, spoken with other codes from number {first} on")
+    same = sum(one.same_tokens for one in found)
+    print(f"{same} of {len(found)} answers are the same tokens, of {len({one.task for one in found})} tasks")
+    spoken = [one for one in found if one.reply.audio is not None]
+    same_codes = sum(one.same_codes for one in spoken)
+    if spoken:
+        print(f"{same_codes} of {len(spoken)} are spoken with the same codes")
+    if same < len(found) or same_codes < len(spoken):
         raise SystemExit(1)
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import pytest
 
 from omni_jax.engine.request import TalkerParams
 from omni_jax.engine.sampling import SamplingParams
-from omni_jax.engine.talker_programs import suppressed_codes
 from omni_jax.processing.processor import Processor
 from tests.engine.speaking import Dialogue, Parts
 from tests.engine.test_thinker_engine_parity import messages
 from tests.pairs import Whole
-from tools.reference_inputs import reference_arguments
+from tools.reference_speech import speak_reference
 
 STEPS = 60
 # the penalty keeps a random model from saying one code for ever
@@ -27,38 +24,18 @@ LENGTHS = {"text": 9, "two sounds": 2, "two pictures": 14, "silent video": 5, "v
 VOICES = ("Chelsie", "Ethan")
 
 
-class _SpokenError(Exception):
-    """Leaves the reference's ``generate`` before Token2Wav."""
-
-
 def reference_codes(whole: Whole, dialogue: Dialogue, voice: str) -> list[int]:
-    """The reference's codes up to the end; the codes that we suppress are suppressed on its side too."""
-    model, c = whole.torch, whole.config.talker_config
-    ends = [c.tts_codec_pad_token_id, c.tts_codec_end_token_id]
-    speak, spoken = model.talker.generate, []
-
-    def stop_behind(**arguments: Any) -> None:
-        arguments["suppress_tokens"] = np.flatnonzero(suppressed_codes(whole.config)).tolist()
-        spoken.append(speak(**arguments)[0].tolist())
-        raise _SpokenError
-
-    with mock.patch.object(model.talker, "generate", stop_behind), pytest.raises(_SpokenError):
-        model.generate(
-            **reference_arguments(dialogue.prompt),
-            speaker=voice,
-            return_audio=True,
-            thinker_max_new_tokens=dialogue.max_tokens,
-            thinker_do_sample=False,
-            thinker_eos_token_id=list(dialogue.stop_ids) or None,
-            thinker_pad_token_id=whole.config.thinker_config.pad_token_id,
-            talker_max_new_tokens=dialogue.talker.max_tokens,
-            talker_do_sample=False,
-            talker_repetition_penalty=dialogue.talker.sampling.repetition_penalty,
-            talker_eos_token_id=ends,
-            talker_pad_token_id=ends[0],
-        )
-    codes = spoken[0][len(dialogue.prompt) + 2 :]
-    return codes[: next((i for i, code in enumerate(codes) if code in ends), len(codes))]
+    """The reference's codes up to the end."""
+    return speak_reference(
+        whole.torch,
+        whole.config,
+        dialogue.prompt,
+        voice=voice,
+        max_tokens=dialogue.max_tokens,
+        stop_ids=dialogue.stop_ids,
+        max_codes=dialogue.talker.max_tokens,
+        repetition_penalty=dialogue.talker.sampling.repetition_penalty,
+    ).codes
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 
 from omni_jax.errors import InputError
 from tests.tools.test_make_world import ToneSpeaker
-from tools import compare_reference, make_world
-from tools.compare_reference import Options, choose, compare, load_reference
+from tools import compare_reference, make_world, pack_checkpoint
+from tools.compare_reference import Options, ReferenceModel, choose, compare
 
 # pictures, videos with sound, silent ones, text; by voice each has a sound behind it
 TASKS = ("colour", "colour-at-sound", "order", "day")
@@ -39,19 +39,38 @@ def test_rows_are_of_all_tasks_in_turn(rows: Path, tmp_path: Path) -> None:
 def test_answers_are_the_same_until_a_parameter_differs(
     tiny_model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = Options(tiny_model, rows, items=8, max_tokens=8)
+    options = Options(tiny_model, rows, items=8, max_tokens=8, max_codes=12)
     found = list(compare(options))
     assert {answer.task for answer in found} == {name for task in TASKS for name in (task, f"{task}-voice")}
     for answer in found:
-        assert answer.tokens == answer.reference_tokens and answer.text == answer.reference_text
-    assert len({tuple(answer.tokens) for answer in found}) > 1  # the random model does say something
+        assert answer.same_tokens and answer.same_codes and answer.reply.text == answer.reference_text
+    # the random model does say something
+    assert len({answer.reply.token_ids for answer in found}) > 1
+    assert len({answer.reply.codec_ids for answer in found}) > 1
 
-    def load_damaged(folder: Path, is_thinker_alone: bool) -> torch.nn.Module:
-        thinker = load_reference(folder, is_thinker_alone)
-        with torch.no_grad():
-            thinker.lm_head.weight.mul_(-1)
-        return thinker
+    class Damaged(ReferenceModel):
+        def __init__(self, checkpoint: Path) -> None:
+            super().__init__(checkpoint)
+            with torch.no_grad():
+                self.whole.talker.codec_head.weight.mul_(-1)
 
-    monkeypatch.setattr(compare_reference, "load_reference", load_damaged)
-    (answer,) = compare(Options(tiny_model, rows, items=1, max_tokens=8))
-    assert not answer.is_same
+    monkeypatch.setattr(compare_reference, "ReferenceModel", Damaged)
+    (answer,) = compare(Options(tiny_model, rows, items=1, max_tokens=8, max_codes=12))
+    assert answer.same_tokens and not answer.same_codes
+
+
+def test_a_thinker_alone(tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thinker = tmp_path / "thinker"
+    pack_checkpoint.pack_checkpoint(pack_checkpoint.Options(tiny_model, thinker, components=("thinker",)))
+    (answer,) = compare(Options(thinker, rows, items=1, max_tokens=8))
+    assert answer.same_tokens and answer.reply.audio is None
+
+    class Damaged(ReferenceModel):
+        def __init__(self, checkpoint: Path) -> None:
+            super().__init__(checkpoint)
+            with torch.no_grad():
+                self.thinker.lm_head.weight.mul_(-1)
+
+    monkeypatch.setattr(compare_reference, "ReferenceModel", Damaged)
+    (answer,) = compare(Options(thinker, rows, items=1, max_tokens=8))
+    assert not answer.same_tokens

@@ -111,7 +111,7 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "drop": [(0, -1.35), *((0.8 * math.cos(angle), 0.3 + 0.8 * math.sin(angle)) for angle in _angles(-0.4, 3.54))],
     "house": [(0, -1.25), (1.15, -0.25), (0.8, -0.25), (0.8, 1), (-0.8, 1), (-0.8, -0.25), (-1.15, -0.25)],
 }
-# presets of little work: these pictures and sounds are simple. With x264's macroblock tree one video in some hundreds has
+# presets of little work: these pictures and sounds are simple. With x264's macroblock tree one video in hundreds has
 # other bytes when it is made again, even in one thread
 _X264 = {"crf": "18", "threads": "1", "preset": "veryfast", "mbtree": "0"}
 _AAC = {"aac_coder": "fast"}
