@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,10 @@ from omni_jax.checkpoint.tensor_file import StoredTensor, write_file
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 from omni_jax.plain_files import copy_file
+
+# from paths of leaves below a component, like decoder/head/kernel, the values that they begin with
+Initializer: TypeAlias = Callable[[Sequence[str]], Sequence[np.ndarray]]
+_GROUP_BYTES = 1 << 30  # of leaves that are made at once
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,11 @@ class _FoundTensor:
 
 
 def assemble_thinker(
-    files: Path, target: Path, models: Mapping[str, Path], seed: int = 0, components: Sequence[str] = ("thinker",)
+    files: Path,
+    target: Path,
+    models: Mapping[str, Path],
+    initialize: Initializer,
+    components: Sequence[str] = ("thinker",),
 ) -> list[str]:
     """Writes a checkpoint with a Thinker alone. All is checked before the first tensor is read.
 
@@ -87,7 +95,7 @@ def assemble_thinker(
       files: a folder with config.json, tokenizer.json and the other small files of the model.
       target: a path where nothing is yet.
       models: Hugging Face folders of "llm", "vision" and "audio"; the tensors of one that is missing begin at random.
-      seed: of the tensors that begin at random.
+      initialize: makes the leaves that begin at random, about a gigabyte of them at a time.
       components: () for a checkpoint of the small files alone.
 
     Returns:
@@ -119,12 +127,17 @@ def assemble_thinker(
         folders = ", ".join(f"{model} {folder}" for model, folder in models.items())
         raise CheckpointError(f"{folders}: not the Thinker that {files / 'config.json'} describes:{trouble}")
     dtypes = _choose_dtypes(entries, found)
+    initial = _InitialLeaves([entry for entry in entries if not found.keys() >= set(entry.names)], initialize)
 
     def make_leaf(entry: Entry) -> store.Leaf:
         def read() -> Iterator[np.ndarray]:
             # called when the leaf is written, so that one tensor is in memory at a time
-            for name in entry.names:
-                yield entry.to_jax(found[name].read() if name in found else _init_tensor(entry, name, seed))
+            for number, name in enumerate(entry.names):
+                if name in found:
+                    yield entry.to_jax(found[name].read())
+                else:
+                    leaf = initial.read(entry)
+                    yield leaf[number] if entry.stacked else leaf
 
         return store.Leaf(entry.path, entry.leaf_shape, dtypes[entry.path], entry.stacked, read)
 
@@ -136,6 +149,34 @@ def assemble_thinker(
 
     store.save(target, [make_leaf(entry) for entry in entries], write_beside)
     return random_names
+
+
+class _InitialLeaves:
+    """Leaves that begin at random, made in groups when the first of a group is read."""
+
+    def __init__(self, entries: Sequence[Entry], initialize: Initializer) -> None:
+        self._initialize = initialize
+        self._groups: list[list[str]] = []
+        self._made: tuple[int, Sequence[np.ndarray]] = (-1, ())  # the latest group
+        self._group_of: dict[tuple[str, ...], tuple[int, int]] = {}  # its group, and its place in that, by path
+        num_bytes = _GROUP_BYTES
+        for entry in entries:
+            own_bytes = 4 * math.prod(entry.leaf_shape)
+            if num_bytes + own_bytes > _GROUP_BYTES:
+                self._groups.append([])
+                num_bytes = 0
+            num_bytes += own_bytes
+            self._group_of[entry.path] = len(self._groups) - 1, len(self._groups[-1])
+            self._groups[-1].append("/".join(entry.path[1:]))
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """The whole leaf."""
+        group, place = self._group_of[entry.path]
+        if self._made[0] != group:
+            # the one before is released first
+            self._made = (-1, ())
+            self._made = (group, self._initialize(self._groups[group]))
+        return self._made[1][place]
 
 
 def _choose_dtypes(entries: tuple[Entry, ...], found: Mapping[str, _FoundTensor]) -> dict[tuple[str, ...], np.dtype]:
@@ -178,17 +219,3 @@ def _find_tensor(name: str, headers: Mapping[str, Mapping[str, StoredTensor]]) -
                 return _FoundTensor(tensor, "qkv".index(fused[1]) if fused else None)
         return None  # later patterns do not count, even where they match too
     return None
-
-
-def _init_tensor(entry: Entry, name: str, seed: int) -> np.ndarray:
-    """A tensor's random values, float32 [entry.shape]: normal, with kernels that keep the variance of their input."""
-    kind = entry.path[-1]
-    if kind == "scale":
-        return np.ones(entry.shape, np.float32)
-    if kind == "bias":
-        return np.zeros(entry.shape, np.float32)
-    # a published kernel has its outputs on the first axis, so the other axes are the inputs of one output
-    std = 0.02 if kind == "embedding" else 1 / math.sqrt(math.prod(entry.shape[1:]))
-    # seeded by the name, so that values do not depend on which other tensors begin at random
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return np.float32(std) * rng.standard_normal(entry.shape, dtype=np.float32)

@@ -62,13 +62,20 @@ class Thinker(nn.Module):
 
     def hidden_and_embeds(self, batch: OmniBatch) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B S D"]]:
         """The same, and what was read at each position: embeddings, with the features of media in their places."""
-        # in the order that ``media_index`` counts in: sound, then each group of frames
+        return self._read(batch, self._encode(batch))
+
+    def embeds(self, batch: OmniBatch) -> Float[jax.Array, "B S D"]:
+        """What is read at each position; nothing is decoded."""
+        return self.embed(batch.tokens, batch.media_index, self._encode(batch))
+
+    def _encode(self, batch: OmniBatch) -> list[jax.Array]:
+        """Features of all media, [features, D] each, in the order that ``media_index`` counts in."""
         features = []
         if batch.audio is not None:
             features.append(self.encode_audio(batch.audio))
         for frames in batch.vision:
             features.append(self.encode_vision(frames))
-        return self._read(batch, features)
+        return features
 
     def hidden_of_features(
         self, batch: OmniBatch, features: Sequence[Float[Array, "features D"]]
@@ -189,8 +196,12 @@ def abstract_params(model: Thinker) -> Any:
 
 @functools.lru_cache(maxsize=8)  # tracing the whole takes seconds, and the start of a run asks several times
 def _trace_params(model: Thinker) -> Any:
-    batch = smallest_batch(model.config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def init_params(model: Thinker, key: jax.Array) -> Any:
+    """Fresh parameters, in their boxes; traced."""
+    return model.init(key, smallest_batch(model.config))["params"]
 
 
 def smallest_batch(config: ThinkerConfig) -> OmniBatch:

@@ -32,6 +32,14 @@ class NextTokenOptions:
 
 
 @dataclass(frozen=True)
+class MediaWordsOptions:
+    """The words that are said of sounds and pictures, as a mixture of what each feature says, without order."""
+
+    def check(self) -> None:
+        """There is nothing to be out of its range."""
+
+
+@dataclass(frozen=True)
 class PackedSpeechOptions:
     """Rows of codes and sound, of which several are packed into one of the batch."""
 
@@ -297,6 +305,7 @@ class SpeakerVerifierOptions:
 
 ObjectiveOptions: TypeAlias = (
     NextTokenOptions
+    | MediaWordsOptions
     | FlowMatchingOptions
     | FlowDistillationOptions
     | TalkerOptions

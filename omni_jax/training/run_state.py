@@ -97,7 +97,8 @@ def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Ca
             files = _find_files(recipe, workdir) if recipe.is_random else resolve_checkpoint(recipe.init)
             # what no checkpoint has the objective makes, on the devices
             wanted = [name for name in objective.components if name == "thinker"]
-            random = assemble_thinker(files, init, recipe.parts.folders, recipe.seed, wanted)
+            initialize = functools.partial(_init_leaves, objective, recipe.seed)
+            random = assemble_thinker(files, init, recipe.parts.folders, initialize, wanted)
             if random:
                 log(f"{len(random)} tensors begin at random, like {random[0]}")
     else:
@@ -109,6 +110,16 @@ def prepare_workdir(recipe: Recipe, objective: Objective, workdir: Path, log: Ca
     # before the model, whose folder says that all is there
     _link_copies(workdir / _COPIES_FOLDER, init, objective.initial_copies)
     prepare_model(workdir, init, trained, extra_files)
+
+
+def _init_leaves(objective: Objective, seed: int, paths: Sequence[str]) -> list[np.ndarray]:
+    """Leaves of the Thinker as its modules begin; of the others nothing is computed."""
+
+    def init(key: jax.Array) -> list[jax.Array]:
+        flat = flatten_params(objective.init_params("thinker", key))
+        return [flat[path] for path in paths]
+
+    return [np.asarray(leaf) for leaf in jax.jit(init)(jax.random.key(seed))]
 
 
 def _link_copies(folder: Path, init: Path, copies: Mapping[str, str]) -> None:
@@ -183,6 +194,9 @@ def init_state(recipe: Recipe, workdir: Path, step: TrainStep, mesh: Mesh) -> Tr
             continue
         if name in stored:
             params[name] = store.load_tree(folder / "params" / name, tree)
+        elif name == "thinker":
+            # one that begins at random is in ``folder``
+            raise ConfigError(f"the checkpoint to begin from has no {name}")
         else:
             # made on the devices, each with its own part
             shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -13,6 +13,7 @@ from omni_jax.training.objectives.code_matching import make_match_codes
 from omni_jax.training.objectives.flow_distillation import make_flow_distillation
 from omni_jax.training.objectives.flow_matching import make_flow_matching
 from omni_jax.training.objectives.lora import LoRA, add_lora
+from omni_jax.training.objectives.media_words import make_media_words
 from omni_jax.training.objectives.next_token import make_next_token
 from omni_jax.training.objectives.speaker_verifier import make_speaker_verifier
 from omni_jax.training.objectives.speech_tokenizer import make_speech_tokenizer
@@ -24,6 +25,7 @@ from omni_jax.training.options import (
     CodeMatchingOptions,
     FlowDistillationOptions,
     FlowMatchingOptions,
+    MediaWordsOptions,
     NextTokenOptions,
     SpeakerVerifierOptions,
     SpeechTokenizerOptions,
@@ -36,6 +38,7 @@ from omni_jax.training.recipe import Recipe
 # the objective of a recipe whose options are of this class
 _MAKERS: dict[type, Callable[[Recipe], Objective]] = {
     NextTokenOptions: make_next_token,
+    MediaWordsOptions: make_media_words,
     FlowMatchingOptions: make_flow_matching,
     FlowDistillationOptions: make_flow_distillation,
     TalkerOptions: make_next_code,

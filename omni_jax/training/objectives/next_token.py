@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -19,8 +20,7 @@ from omni_jax.batch import PADDING, Array, TrainBatch
 from omni_jax.config import OmniConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.packing import Budget, OmniPacking, Part, assemble
-from omni_jax.errors import ConfigError
-from omni_jax.models.thinker import Thinker, abstract_params
+from omni_jax.models.thinker import Thinker, abstract_params, init_params
 from omni_jax.processing.processor import Processor
 from omni_jax.training.losses import next_token_loss
 from omni_jax.training.objective import Loss, Metrics, Objective, Params, Sample, SampleRequest
@@ -63,7 +63,7 @@ class NextToken(Objective):
         return {"thinker": abstract_params(self.model)}
 
     def init_params(self, component: str, key: jax.Array) -> Any:
-        raise ConfigError(f"the checkpoint to begin from has no {component}")
+        return nn.unbox(init_params(self.model, key))
 
     def make_packing(self, data: DataConfig, processor: Processor, num_streams: int) -> OmniPacking:
         return OmniPacking.create(data, processor, num_streams, self.dtype)
