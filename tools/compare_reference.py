@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -36,16 +36,13 @@ from omni_jax.checkpoint.export import to_hf
 from omni_jax.checkpoint.store import components
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checks import check_int, printable
-from omni_jax.data.replies import LastReply, find_last_replies
-from omni_jax.data.rows import row_values
-from omni_jax.data.sources import open_rows
 from omni_jax.engine.outputs import Reply
 from omni_jax.errors import CheckpointError, ConfigError, InputError
-from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.processor import Processor
 from tools.reference_inputs import reference_arguments
 from tools.reference_speech import ReferenceReply, speak_reference
+from tools.task_rows import choose, with_speech_prompt
 
 REPETITION_PENALTY = 1.05  # of codes, the published one
 
@@ -82,25 +79,6 @@ class Compared(NamedTuple):
     @property
     def same_codes(self) -> bool:
         return list(self.reply.codec_ids) == self.reference.codes
-
-
-def choose(rows: Path, count: int) -> list[tuple[str, LastReply]]:
-    """So many rows with their tasks: the first of each task, then the second of each, and so on.
-
-    Raises:
-      InputError: if a row has no task, or none is a dialogue that ends in a reply.
-    """
-    by_task: dict[str, list[LastReply]] = {}
-    for row in open_rows(str(rows)):
-        task = row_values(row).get("task")
-        if not isinstance(task, str):
-            raise InputError(f"{row.name}: has no task; rows of tools/make_world.py have one")
-        by_task.setdefault(task, []).extend(find_last_replies([row]))
-    turns = itertools.zip_longest(*([(task, reply) for reply in own] for task, own in by_task.items()))
-    chosen = [found for turn in turns for found in turn if found is not None][:count]
-    if not chosen:
-        raise InputError(f"{rows}: no row is a dialogue that ends in a reply")
-    return chosen
 
 
 class ReferenceModel:
@@ -162,11 +140,10 @@ def compare(options: Options) -> Iterator[Compared]:
     voices = list(model.voices) if reference.has_talker else [None]
     for number, (task, reply) in enumerate(track(chosen, description="answering", console=Console(stderr=True))):
         voice = voices[number % len(voices)]
-        messages = reply.prompt
+        messages: Sequence[Any] = reply.prompt
         speech: dict[str, Any] = {"modalities": ("text",)}
         if voice is not None:
-            if messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}, *messages]
+            messages = with_speech_prompt(messages)
             talker = dict(temperature=0.0, repetition_penalty=REPETITION_PENALTY, max_tokens=options.max_codes)
             speech = {"modalities": ("text", "audio"), "voice": voice, "talker": talker}
         ours = model.generate(messages, max_tokens=options.max_tokens, **speech)

@@ -4,10 +4,10 @@
 
 Data are those of ``tools/make_world.py``, which needs flite. First come two stages of text in place of the language
 model that published stages begin from: ``lists``, which are only to be copied, and ``language``, questions about media
-whose content is told in words. Then come pretraining 1, 2 and 3, instruction tuning, and the stages of speech. Run
-again, it goes on where it was stopped; ``--begin checkpoints/omni-tiny`` goes on from what is shipped. What the Thinker
-answers on held-out rows is in OUT/answers.jsonl. Of the whole, the stages up to pretraining 1 have been run
-(docs/omni-tiny.md).
+whose content is told in words; and ``encoders``, in place of published encoders: which words are said of a picture or a
+sound. Then come pretraining 1, 2 and 3, instruction tuning, and the stages of speech. Run again, it goes on where it
+was stopped; ``--begin checkpoints/omni-tiny`` goes on from what is shipped, which docs/omni-tiny.md describes. What the
+Thinker answers on held-out rows is in OUT/answers.jsonl.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ class Training:
             Stage("lists", self.learn_to_copy, "lists"),
             Stage("language", self.learn_language, "language"),
             Stage("data", self.make_data),
+            Stage("encoders", self.learn_words, "encoders"),
             Stage("pretraining 1", self.align, "pretrain1"),
             Stage("pretraining 2", self.join, "pretrain2"),
             Stage("pretraining 3", self.lengthen, "pretrain3"),
@@ -226,8 +227,11 @@ class Training:
     def learn_language(self) -> None:
         self._train("language", self.out / "lists", ["texts"])
 
+    def learn_words(self) -> None:
+        self._train("encoders", self.out / "language", ["captions"])
+
     def align(self) -> None:
-        self._train("pretrain1", self.out / "language", ["captions"])
+        self._train("pretrain1", self.out / "encoders", ["captions"])
 
     def join(self) -> None:
         weights = JOINT_WEIGHTS.values()
@@ -316,7 +320,11 @@ def describe_device() -> str:
     program = "import jax; print(jax.default_backend(), jax.device_count(), jax.devices()[0].device_kind)"
     found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     backend, count, kind = found.strip().split(maxsplit=2)
-    return f"{os.cpu_count()} CPU cores" if backend == "cpu" else f"{count} x {kind}"
+    if backend != "cpu":
+        return f"{count} x {kind}"
+    # a run may be held to some of them
+    used = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{os.cpu_count()} CPU cores" if used == os.cpu_count() else f"{used} of {os.cpu_count()} CPU cores"
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ import torch
 from omni_jax.errors import InputError
 from tests.tools.test_make_world import ToneSpeaker
 from tools import compare_reference, make_world, pack_checkpoint
-from tools.compare_reference import Options, ReferenceModel, choose, compare
+from tools.compare_reference import Options, ReferenceModel, compare
+from tools.task_rows import choose
 
 # pictures, videos with sound, silent ones, text; by voice each has a sound behind it
 TASKS = ("colour", "colour-at-sound", "order", "day")
