@@ -36,6 +36,7 @@ def loss_by_loop(x: np.ndarray, table: np.ndarray, batch: TrainBatch) -> np.ndar
     is_feature = np.asarray(batch.inputs.media_index) != NO_FEATURE
     targets = np.asarray(batch.targets)
     losses = np.zeros(targets.shape)
+    table = table / np.sqrt(np.mean(np.sum(table**2, axis=1)))
     for row, place in np.ndindex(targets.shape):
         found = []
         for other in range(targets.shape[1]):

@@ -27,11 +27,11 @@ _TINY_PROBABILITY = 1e-9  # added where the logarithm is taken
 class MediaWords(NextToken):
     """Answers as bags of words, of the features of the media that come before them.
 
-    Each feature gives a distribution over the vocabulary, by its products with the token embeddings; the media of an
-    example, the mean of those of its features; the loss is the cross-entropy of the answer's tokens under it. So a
-    feature comes to lie near the embeddings of what is seen or heard there. That answers can be learned from as bags
-    of words is from https://arxiv.org/abs/1511.02251; that features share the embeddings, and that places are not
-    told, is ours. Nothing is decoded. Examples without media have no loss.
+    Each feature gives a distribution over the vocabulary, by its products with the token embeddings, which are scaled
+    to length 1; the media of an example, the mean of those of its features; the loss is the cross-entropy of the
+    answer's tokens under it. So a feature comes to lie near the embeddings of what is seen or heard there. That answers
+    can be learned from as bags of words is from https://arxiv.org/abs/1511.02251; that features share the embeddings,
+    and that places are not told, is ours. Nothing is decoded. Examples without media have no loss.
     """
 
     def denominators(self, batch: TrainBatch) -> Metrics:
@@ -86,7 +86,9 @@ def bag_of_words_loss(
       table: token embeddings.
       batch: says where media are, and what the targets are.
     """
-    logits = jnp.einsum("bsd,vd->bsv", x, table.astype(x.dtype)).astype(jnp.float32)  # [B, S, V]
+    # of length 1 on average: then words are about as likely as each other at first, however long embeddings are
+    length = jnp.sqrt(jnp.mean(jnp.sum(table.astype(jnp.float32) ** 2, axis=1)))  # []
+    logits = jnp.einsum("bsd,vd->bsv", x, (table / length).astype(x.dtype)).astype(jnp.float32)  # [B, S, V]
     probabilities = jax.nn.softmax(logits)  # [B, S, V]
     # of each target at each position
     of_targets = jnp.take_along_axis(probabilities, jnp.asarray(batch.targets)[:, None, :], axis=2)  # [B, S, T]
