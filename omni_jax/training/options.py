@@ -24,11 +24,15 @@ class NextTokenOptions:
     """Positions of a row whose logits exist at a time."""
     z_loss: float = 0.0
     """Factor of log(sum(exp(logits)))^2, which is added to the loss."""
+    media_words: float = 0.0
+    """Factor of the loss of answers as bags of words (media-words), which is added to the loss. Encoders learn from it
+    directly, and not only through the language model."""
 
     def check(self) -> None:
         """Raises InputError if a field is out of its range."""
         check_int("objective.chunk", self.chunk, 1)
         check_float("objective.z_loss", self.z_loss, 0, FLOAT_MAX)
+        check_float("objective.media_words", self.media_words, 0, FLOAT_MAX)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
 
-from omni_jax.batch import NO_FEATURE, Array, TrainBatch
+from omni_jax.batch import TrainBatch
 from omni_jax.data.config import DataConfig
 from omni_jax.models.thinker import Thinker
+from omni_jax.training.bag_of_words import bag_of_words_loss, sees_feature
 from omni_jax.training.objective import Loss, Metrics, Params, Sample, SampleRequest
 from omni_jax.training.objectives.next_token import NextToken, make_thinker
 from omni_jax.training.recipe import Recipe
 
 _FLOAT32_BYTES = 4
-_TINY_PROBABILITY = 1e-9  # added where the logarithm is taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +34,7 @@ class MediaWords(NextToken):
     """
 
     def denominators(self, batch: TrainBatch) -> Metrics:
-        has_media = _sees_feature(batch).any(axis=-1)  # [..., B, T]
+        has_media = sees_feature(batch).any(axis=-1)  # [..., B, T]
         weights = jnp.where(has_media, batch.weights, 0)
         return {
             "weight": jnp.maximum(jnp.sum(weights), 1e-6),
@@ -74,35 +73,6 @@ class MediaWords(NextToken):
             "probabilities of words at all positions, and their gradient": 2 * logits,
             "probabilities of targets by position": 2 * rows * data.tokens**2 * _FLOAT32_BYTES,
         }
-
-
-def bag_of_words_loss(
-    x: Float[Array, "B S D"], table: Float[Array, "V D"], batch: TrainBatch
-) -> Float[jax.Array, "B T"]:
-    """Negative logarithm of the probability of each target under the media of its example; 0 where it has none.
-
-    Args:
-      x: features where media are; elsewhere whatever.
-      table: token embeddings.
-      batch: says where media are, and what the targets are.
-    """
-    # of length 1 on average: then words are about as likely as each other at first, however long embeddings are
-    length = jnp.sqrt(jnp.mean(jnp.sum(table.astype(jnp.float32) ** 2, axis=1)))  # []
-    logits = jnp.einsum("bsd,vd->bsv", x, (table / length).astype(x.dtype)).astype(jnp.float32)  # [B, S, V]
-    probabilities = jax.nn.softmax(logits)  # [B, S, V]
-    # of each target at each position
-    of_targets = jnp.take_along_axis(probabilities, jnp.asarray(batch.targets)[:, None, :], axis=2)  # [B, S, T]
-    sees = _sees_feature(batch).swapaxes(1, 2)  # [B, S, T]
-    count = jnp.sum(sees, axis=1)  # [B, T]
-    mean = jnp.sum(jnp.where(sees, of_targets, 0), axis=1) / jnp.maximum(count, 1)  # [B, T]
-    return jnp.where(count > 0, -jnp.log(mean + _TINY_PROBABILITY), 0.0)
-
-
-def _sees_feature(batch: TrainBatch) -> Int[jax.Array, "*batch T S"]:
-    """Whether a position holds a feature of the example that a target is of."""
-    segment_ids = jnp.asarray(batch.inputs.segment_ids)  # [..., S]
-    is_feature = jnp.asarray(batch.inputs.media_index) != NO_FEATURE  # [..., S]
-    return (segment_ids[..., :, None] == segment_ids[..., None, :]) & is_feature[..., None, :]
 
 
 def make_media_words(recipe: Recipe) -> MediaWords:
