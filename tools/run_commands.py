@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from omni_jax.plain_files import replace_file
 
@@ -19,18 +21,38 @@ ROOT = Path(__file__).resolve().parents[1]
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def run(*arguments: object) -> str:
+def count_cores() -> int:
+    """Cores that this process may use."""
+    # not on every system can a process be held to some
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def find_devices() -> tuple[str, int, str]:
+    """Backend, number and kind of the devices that programs here run on."""
+    # asked of another process: one that has asked holds the device
+    program = "import jax; print(jax.default_backend(), jax.device_count(), jax.devices()[0].device_kind)"
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    backend, count, kind = found.strip().split(maxsplit=2)
+    return backend, int(count), kind
+
+
+def run(*arguments: object, environment: Mapping[str, str] = MappingProxyType({})) -> str:
     """Runs a program of the repository as on the command line, and returns what it printed.
 
     Stopped by Ctrl-C, or by SIGTERM after ``exit_on_sigterm``, this process ends the program first and waits for it.
+
+    Args:
+      arguments: the program and what it is given.
+      environment: variables that it has beside those of this process.
 
     Raises:
       SystemExit: if it fails.
     """
     print("$ python", *arguments, flush=True)
     command = [sys.executable, *map(str, arguments)]
-    environment = {**_ENVIRONMENT, **os.environ}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    variables = {**_ENVIRONMENT, **os.environ, **environment}
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
     lines = []
     assert process.stdout is not None
     try:

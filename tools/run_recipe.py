@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs import RECIPES
-from tools.run_commands import run
+from omni_jax.data.config import DataConfig
+from tools.run_commands import count_cores, find_devices, run
+
+# a device of JAX for each core, with a part of the rows: on two cores, steps of omni-tiny take half as long as on one.
+# One device that divides each operation among both gains less
+_ONE_CORE_FLAGS = "--xla_force_host_platform_device_count={} --xla_cpu_multi_thread_eigen=false"
 
 
 def run_recipe(
@@ -42,4 +49,18 @@ def run_recipe(
         options += [f"--phases.{number}.steps", max(round((phase.steps or 0) * steps_scale), 2)]
     if valid:
         options += ["--data.valid", *valid, "--eval.every", max(steps // evaluations, 1)]
-    run("train.py", name, "--workdir", workdir, "--init", init, "--steps", steps, "--data.train", *train, *options)
+    environment = {}
+    num_devices = choose_devices(recipe.data)
+    if num_devices > 1:
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_ONE_CORE_FLAGS.format(num_devices)}".strip()
+        options += ["--mesh.data", num_devices]
+    arguments = (name, "--workdir", workdir, "--init", init, "--steps", steps, "--data.train", *train, *options)
+    run("train.py", *arguments, environment=environment)
+
+
+def choose_devices(data: DataConfig) -> int:
+    """Devices that CPU cores are made, each with as many rows of a batch; 1 on an accelerator, which stays as it is."""
+    if find_devices()[0] != "cpu":
+        return 1
+    divisors = [count for count in range(1, count_cores() + 1) if math.gcd(data.rows, data.streams) % count == 0]
+    return divisors[-1]

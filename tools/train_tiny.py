@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.tokenizer_files import write_tokenizer
 from tools.make_speech import VOICES
 from tools.row_files import read_values, write_values
-from tools.run_commands import Stages, exit_on_sigterm, run
+from tools.run_commands import Stages, count_cores, exit_on_sigterm, find_devices, run
 from tools.run_recipe import run_recipe
 from tools.speech_stages import SpeechData, SpeechStages
 
@@ -316,15 +315,12 @@ def join_dialogues(rows: Sequence[Values]) -> Iterator[Values]:
 
 def describe_device() -> str:
     """What programs train on here, for the log."""
-    # asked of another process: one that has asked holds the device
-    program = "import jax; print(jax.default_backend(), jax.device_count(), jax.devices()[0].device_kind)"
-    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    backend, count, kind = found.strip().split(maxsplit=2)
+    backend, count, kind = find_devices()
     if backend != "cpu":
         return f"{count} x {kind}"
     # a run may be held to some of them
-    used = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{os.cpu_count()} CPU cores" if used == os.cpu_count() else f"{used} of {os.cpu_count()} CPU cores"
+    used = count_cores()
+    return f"{used} CPU cores" if used == os.cpu_count() else f"{used} of {os.cpu_count()} CPU cores"
 
 
 def main() -> None:
