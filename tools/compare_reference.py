@@ -40,6 +40,8 @@ from omni_jax.engine.outputs import Reply
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.processor import Processor
+from tools.pack_checkpoint import Options as PackOptions
+from tools.pack_checkpoint import pack_checkpoint
 from tools.reference_inputs import reference_arguments
 from tools.reference_speech import ReferenceReply, speak_reference
 from tools.task_rows import choose, with_speech_prompt
@@ -85,16 +87,18 @@ class ReferenceModel:
     """PyTorch's model, in float32, of a checkpoint that is exported for it."""
 
     def __init__(self, checkpoint: Path) -> None:
-        """Loads it: the whole of it where there is a Talker."""
-        found = components(checkpoint)
-        self.has_talker = "talker" in found
+        """Loads it: the whole of it where there is a Talker, else the Thinker."""
+        self.has_talker = "talker" in components(checkpoint)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "exported"
-            to_hf(checkpoint, folder)
-            if tuple(found) == ("thinker",):
+            if not self.has_talker:
+                thinker = Path(temporary) / "thinker"
+                pack_checkpoint(PackOptions(checkpoint, thinker, components=("thinker",)))
+                to_hf(thinker, folder)
                 config = Qwen2_5OmniThinkerConfig.from_pretrained(folder)
                 self.thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, config=config)
             else:
+                to_hf(checkpoint, folder)
                 config = Qwen2_5OmniConfig.from_pretrained(folder)
                 self.whole = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder, config=config).float().eval()
                 self.thinker = self.whole.thinker
