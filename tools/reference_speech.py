@@ -58,7 +58,7 @@ def speak_reference(
     spoken: list[torch.Tensor] = []
 
     def keep_reply(**arguments: Any) -> Any:
-        result = think(**arguments)
+        result: Any = think(**arguments)
         replies.append(result.sequences[0])
         return result
 
