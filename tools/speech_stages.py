@@ -151,12 +151,6 @@ class SpeechStages:
         few = write_values(self.data.rows("valid_few"), read_values(valid)[:NUM_DISTILLED])
         self._train("token2wav-distill-mini", "distilled", self.with_voices, train, [few], evaluations=2)
 
-    def join(self) -> None:
-        """The trained Thinker, and the speech tokenizer and Token2Wav of the distilled checkpoint, in one."""
-        target = self.out / "joined"
-        if not target.exists():
-            run("tools/pack_checkpoint.py", self.out / "distilled", target, "--thinker", self._thinker)
-
     def train_talker(self) -> None:
         """Stage 1: the next code, in the voices of flite; a third of the texts goes on from a clip."""
         rows = {}
@@ -166,7 +160,14 @@ class SpeechStages:
             if part in self.data.replies:
                 replies = self.data.rows(f"{self.data.replies[part]}_codes")
                 rows[part].append(_make_replies(keep_flite([replies], self.data.rows(f"{part}_replies_flite"))))
-        self._train_talker("talker-pretrain", "talker1", self.out / "joined", rows)
+        self._train_talker("talker-pretrain", "talker1", self._join(), rows)
+
+    def _join(self) -> Path:
+        """A checkpoint of the trained Thinker, and of the speech tokenizer and Token2Wav after distillation."""
+        target = self.out / "joined"
+        if not target.exists():
+            run("tools/pack_checkpoint.py", self.out / "distilled", target, "--thinker", self._thinker)
+        return target
 
     def _make_spoken(self, codes: Path) -> Path:
         target = _spoken(codes)

@@ -146,7 +146,6 @@ class Training:
             Stage("vocoder", speech.train_vocoder, "vocoder"),
             Stage("voices", speech.add_voices, f"voices/{VOICES[-1]}"),
             Stage("distilled DiT", speech.distill, "distilled"),
-            Stage("joining", speech.join, "joined"),
             Stage("Talker 1", speech.train_talker, "talker1"),
             *prefer,
             Stage("Talker 3", speech.add_speaker, "talker3"),

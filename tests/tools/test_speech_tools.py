@@ -11,9 +11,12 @@ import pytest
 from omni_jax.data.sources import Row
 from omni_jax.evaluation.spoken_answers import read_spoken_text
 from tests.processes import run
+from tools import speech_stages
 from tools.make_speech import VOICES, Options, make_rows, plan_utterances
 from tools.make_spoken_rows import Options as SpokenOptions
 from tools.make_spoken_rows import make_rows as make_spoken_rows
+from tools.row_files import write_values
+from tools.speech_stages import SpeechData, SpeechStages
 
 
 def test_sentences_are_held_out() -> None:
@@ -103,3 +106,22 @@ def test_rows_as_a_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["messages"][1]["content"] for row in found] == ["Say Text 0.", "Say Text 1.", "Say Text 2."]
+
+
+def test_the_talker_begins_from_the_thinker_and_token2wav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, ...]] = []
+    begun: dict[str, Path] = {}
+    monkeypatch.setattr(speech_stages, "run", lambda *arguments: ran.append(tuple(map(str, arguments))))
+    monkeypatch.setattr(
+        speech_stages, "run_recipe", lambda name, workdir, init, *rest, **options: begun.update({name: init})
+    )
+    for part in ("train", "valid"):
+        write_values(tmp_path / f"{part}_codes.jsonl", utterances(2))
+    parts = {part: part for part in ("train", "valid")}
+    data = SpeechData(tmp_path, parts, {part: [part] for part in parts})
+    thinker = tmp_path / "thinker"
+    stages = SpeechStages(tmp_path, data, files=tmp_path / "files", thinker=thinker, steps_scale=1.0, preferences=0)
+    stages.train_talker()
+    joined = tmp_path / "joined"
+    assert begun == {"talker-pretrain-mini": joined}
+    assert ("tools/pack_checkpoint.py", str(tmp_path / "distilled"), str(joined), "--thinker", str(thinker)) in ran
