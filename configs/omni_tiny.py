@@ -13,7 +13,7 @@ from configs import pretrain1, pretrain2, pretrain3, talker, thinker_sft
 from configs.sizes import ADAPTERS, DECODER, ENCODERS, make_mini
 from omni_jax.config import AudioEncoderConfig, OmniConfig, VisionEncoderConfig
 from omni_jax.mini_config import mini_config
-from omni_jax.training.options import MediaWordsOptions
+from omni_jax.training.options import BagOfWordsOptions
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase, Recipe
 
 WIDTH = 192  # of the Thinker
@@ -112,7 +112,7 @@ RECIPES = {
     # what a published language model knows already: to copy, and then the rest
     "lists-omni-tiny": _make_text(steps=1000, learning_rate=1e-3),
     "language-omni-tiny": _make_text(steps=4000, learning_rate=6e-4),
-    # and encoders of published parts: to tell words apart, and colours
+    # in place of published encoders, which begin with what they have learned elsewhere
     "encoders-omni-tiny": dataclasses.replace(
         _make(
             pretrain1.RECIPES["pretrain1-tiny"],
@@ -123,8 +123,8 @@ RECIPES = {
             audio_blocks=10,
             canvases=2,
         ),
-        about="encoders learn the words that are said of sounds and pictures",
-        objective=MediaWordsOptions(),
+        about="encoders predict the words of captions and of transcripts, without a language model",
+        objective=BagOfWordsOptions(),
     ),
     # encoders begin at random, so that they train as fast as adapters
     "pretrain1-omni-tiny": _make(

@@ -44,7 +44,7 @@ from tools.pack_checkpoint import Options as PackOptions
 from tools.pack_checkpoint import pack_checkpoint
 from tools.reference_inputs import reference_arguments
 from tools.reference_speech import ReferenceReply, speak_reference
-from tools.task_rows import choose, with_speech_prompt
+from tools.task_rows import choose_in_turn, with_speech_prompt
 
 REPETITION_PENALTY = 1.05  # of codes, the published one
 
@@ -136,7 +136,7 @@ def compare(options: Options) -> Iterator[Compared]:
       CheckpointError, ConfigError, InputError: where there are none.
     """
     check_int("--items", options.items, 1)
-    chosen = choose(options.rows, options.items)
+    chosen = choose_in_turn(options.rows, options.items)
     folder = resolve_checkpoint(options.model)
     reference = ReferenceModel(folder)
     names = ("thinker", "talker", "token2wav") if reference.has_talker else ("thinker",)

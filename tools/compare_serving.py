@@ -1,4 +1,4 @@
-"""Whether a model answers alike however it is asked: many at once, streamed one by one, and by a file of requests.
+"""Whether a model answers alike offline (a batch), streamed (one by one) and in a batch file (``serve.py batch``).
 
     python tools/compare_serving.py checkpoints/omni-tiny out/world/test.jsonl --items 500
 
@@ -33,7 +33,7 @@ from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.generation.model import OmniModel
 from tools.row_files import write_values
 from tools.run_commands import run
-from tools.task_rows import choose, with_speech_prompt
+from tools.task_rows import choose_in_turn, with_speech_prompt
 
 SEED = 0  # of codes
 
@@ -81,24 +81,24 @@ class Compared(NamedTuple):
     """A row's answers, and whether the pieces of its stream added up to the streamed one."""
 
     question: Question
-    at_once: Answer
+    offline: Answer
     streamed: Answer
     adds_up: bool
-    of_file: Answer
+    batch_file: Answer
 
-    def find_trouble(self, options: Options) -> list[str]:
+    def find_differences(self, options: Options) -> list[str]:
         """What is not as it should be."""
         found = []
-        for name, answer in (("streamed", self.streamed), ("by a file", self.of_file)):
-            if answer.text != self.at_once.text:
-                found.append(f"{self.at_once.text!r}, {name} {answer.text!r}")
-            elif answer.codes != self.at_once.codes:
+        for name, answer in (("streamed", self.streamed), ("in a batch file", self.batch_file)):
+            if answer.text != self.offline.text:
+                found.append(f"{self.offline.text!r}, {name} {answer.text!r}")
+            elif answer.codes != self.offline.codes:
                 found.append(f"other codes {name}")
         if not self.adds_up:
             found.append("pieces of the stream do not add up to its reply")
-        if self.at_once.finish_reason == "length":
+        if self.offline.finish_reason == "length":
             found.append(f"no end within {options.max_tokens} tokens")
-        if len(self.at_once.codes) >= options.max_codes:
+        if len(self.offline.codes) >= options.max_codes:
             found.append(f"no end within {options.max_codes} codes")
         return found
 
@@ -123,13 +123,13 @@ def reply_options(question: Question, options: Options) -> dict[str, Any]:
     return dict(max_tokens=options.max_tokens, modalities=("text", "audio"), voice=question.voice, talker=talker)
 
 
-def answer_at_once(model: OmniModel, questions: Sequence[Question], options: Options) -> dict[str, Answer]:
+def answer_offline(model: OmniModel, questions: Sequence[Question], options: Options) -> dict[str, Answer]:
     """Answers of ``generate_batch`` by row, a voice at a time."""
     found = {}
     for voice in dict.fromkeys(question.voice for question in questions):
         own = [question for question in questions if question.voice == voice]
         starts = range(0, len(own), 4 * options.slots)
-        for start in track(starts, description=f"at once, {voice or 'text'}", console=Console(stderr=True)):
+        for start in track(starts, description=f"offline, {voice or 'text'}", console=Console(stderr=True)):
             part = own[start : start + 4 * options.slots]
             messages = [question.messages for question in part]
             replies = model.generate_batch(messages, batch_size=options.slots, **reply_options(part[0], options))
@@ -202,19 +202,19 @@ def compare(options: Options) -> Iterator[Compared]:
     check_int("--slots", options.slots, 1)
     if options.items is not None:
         check_int("--items", options.items, 1)
-    chosen = choose(options.rows, options.items)
+    chosen = choose_in_turn(options.rows, options.items)
     speaks = "talker" in components(resolve_checkpoint(options.model))
     names = ("thinker", "talker", "token2wav") if speaks else ("thinker",)
     model = omni_jax.load(options.model, components=names, dtype="float32")
     questions = make_questions(chosen, list(model.voices) if speaks else [])
-    at_once = answer_at_once(model, questions, options)
+    offline = answer_offline(model, questions, options)
     streamed = []
     for question in track(questions, description="streamed", console=Console(stderr=True)):
         streamed.append(answer_streamed(model, question, options))
     with tempfile.TemporaryDirectory() as folder:
-        of_file = answer_file(questions, Path(folder), options)
+        batch_file = answer_file(questions, Path(folder), options)
     for question, (answer, adds_up) in zip(questions, streamed, strict=True):
-        yield Compared(question, at_once[question.row], answer, adds_up, of_file[question.row])
+        yield Compared(question, offline[question.row], answer, adds_up, batch_file[question.row])
 
 
 def main() -> None:
@@ -225,12 +225,12 @@ def main() -> None:
         raise SystemExit(f"error: {printable(str(e))}") from None
     alike = 0
     for one in found:
-        trouble = one.find_trouble(options)
-        alike += not trouble
-        for text in trouble:
+        differences = one.find_differences(options)
+        alike += not differences
+        for text in differences:
             print(f"{one.question.row} ({one.question.task}): {text}")
-    spoken = sum(bool(one.at_once.codes) for one in found)
-    print(f"{alike} of {len(found)} rows are answered alike at once, streamed and by a file; {spoken} are spoken")
+    spoken = sum(bool(one.offline.codes) for one in found)
+    print(f"{alike} of {len(found)} rows are answered alike offline, streamed and in a batch file; {spoken} are spoken")
     if alike < len(found):
         raise SystemExit(1)
 

@@ -53,18 +53,19 @@ def speak_reference(
       max_codes: of the speech.
       repetition_penalty: of the codes.
     """
-    think, speak = model.thinker.generate, model.talker.generate
+    generate_text = model.thinker.generate
+    generate_codes = model.talker.generate
     replies: list[torch.Tensor] = []
     spoken: list[torch.Tensor] = []
 
     def keep_reply(**arguments: Any) -> Any:
-        result: Any = think(**arguments)
+        result: Any = generate_text(**arguments)
         replies.append(result.sequences[0])
         return result
 
     def stop_behind(**arguments: Any) -> None:
         arguments["suppress_tokens"] = np.flatnonzero(suppressed_codes(config)).tolist()
-        spoken.append(speak(**arguments)[0])
+        spoken.append(generate_codes(**arguments)[0])
         raise _SpokenError
 
     ends = end_codes(config.talker_config).tolist()

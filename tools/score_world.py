@@ -24,12 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 import omni_jax
 from omni_jax.checks import check_int, printable
-from omni_jax.data.replies import LastReply, find_last_replies
-from omni_jax.data.rows import row_values
-from omni_jax.data.sources import open_rows
 from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.evaluation.word_errors import count_word_errors, normalize
 from omni_jax.plain_files import replace_file
+from tools.task_rows import read_by_task
 from tools.word_errors import answer
 
 TRANSCRIBE = "transcribe"  # the task whose word errors are told
@@ -95,17 +93,8 @@ def ask(options: Options) -> list[Answered]:
     check_int("--batch-size", options.batch_size, 1)
     if options.most is not None:
         check_int("--most", options.most, 1)
-    chosen: list[tuple[str, LastReply]] = []
-    counts: dict[str, int] = {}
-    for row in open_rows(str(options.rows)):
-        task = row_values(row).get("task")
-        if not isinstance(task, str):
-            raise InputError(f"{row.name}: has no task; rows of tools/make_world.py have one")
-        counts[task] = counts.get(task, 0) + 1
-        if options.most is None or counts[task] <= options.most:
-            chosen += [(task, reply) for reply in find_last_replies([row])]
-    if not chosen:
-        raise InputError(f"{options.rows}: no row is a dialogue that ends in a reply")
+    by_task = read_by_task(options.rows)
+    chosen = [(task, reply) for task, own in by_task.items() for reply in own[: options.most]]
     model = omni_jax.load(options.model, components=("thinker",))
     prompts = [reply.prompt for _, reply in chosen]
     answers = answer(model, prompts, batch_size=options.batch_size, max_tokens=options.max_tokens)

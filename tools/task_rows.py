@@ -1,4 +1,4 @@
-"""Held-out rows of ``tools/make_world.py``, of all tasks in turn."""
+"""Rows of ``tools/make_world.py`` by their task."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from omni_jax.errors import InputError
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 
 
-def choose(rows: Path, count: int | None = None) -> list[tuple[str, LastReply]]:
-    """So many rows with their tasks: the first of each task, then the second of each, and so on; None: all.
+def read_by_task(rows: Path) -> dict[str, list[LastReply]]:
+    """The last replies of dialogues, by their row's task.
 
     Raises:
       InputError: if a row has no task, or none is a dialogue that ends in a reply.
@@ -26,11 +26,19 @@ def choose(rows: Path, count: int | None = None) -> list[tuple[str, LastReply]]:
         if not isinstance(task, str):
             raise InputError(f"{row.name}: has no task; rows of tools/make_world.py have one")
         by_task.setdefault(task, []).extend(find_last_replies([row]))
-    turns = itertools.zip_longest(*([(task, reply) for reply in own] for task, own in by_task.items()))
-    chosen = [found for turn in turns for found in turn if found is not None][:count]
-    if not chosen:
+    if not any(by_task.values()):
         raise InputError(f"{rows}: no row is a dialogue that ends in a reply")
-    return chosen
+    return by_task
+
+
+def choose_in_turn(rows: Path, count: int | None = None) -> list[tuple[str, LastReply]]:
+    """So many replies with their tasks: the first of each task, then the second of each, and so on; None: all.
+
+    Raises:
+      InputError: see ``read_by_task``.
+    """
+    turns = itertools.zip_longest(*([(task, reply) for reply in own] for task, own in read_by_task(rows).items()))
+    return [found for turn in turns for found in turn if found is not None][:count]
 
 
 def with_speech_prompt(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

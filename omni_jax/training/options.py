@@ -24,20 +24,16 @@ class NextTokenOptions:
     """Positions of a row whose logits exist at a time."""
     z_loss: float = 0.0
     """Factor of log(sum(exp(logits)))^2, which is added to the loss."""
-    media_words: float = 0.0
-    """Factor of the loss of answers as bags of words (media-words), which is added to the loss. Encoders learn from it
-    directly, and not only through the language model."""
 
     def check(self) -> None:
         """Raises InputError if a field is out of its range."""
         check_int("objective.chunk", self.chunk, 1)
         check_float("objective.z_loss", self.z_loss, 0, FLOAT_MAX)
-        check_float("objective.media_words", self.media_words, 0, FLOAT_MAX)
 
 
 @dataclass(frozen=True)
-class MediaWordsOptions:
-    """The words that are said of sounds and pictures, as a mixture of what each feature says, without order."""
+class BagOfWordsOptions:
+    """Cross-entropy of answers as bags of words, by the features of their media; no decoder runs."""
 
     def check(self) -> None:
         """There is nothing to be out of its range."""
@@ -309,7 +305,7 @@ class SpeakerVerifierOptions:
 
 ObjectiveOptions: TypeAlias = (
     NextTokenOptions
-    | MediaWordsOptions
+    | BagOfWordsOptions
     | FlowMatchingOptions
     | FlowDistillationOptions
     | TalkerOptions

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from omni_jax.errors import InputError
-from tests.tools.test_make_world import ToneSpeaker
-from tools import compare_reference, make_world, pack_checkpoint
+from tests.tools.tone_world import make_test_rows
+from tools import compare_reference, pack_checkpoint
 from tools.compare_reference import Options, ReferenceModel, compare
-from tools.task_rows import choose
+from tools.task_rows import choose_in_turn
 
 # pictures, videos with sound, silent ones, text; by voice each has a sound behind it
 TASKS = ("colour", "colour-at-sound", "order", "day")
@@ -19,22 +19,18 @@ TASKS = ("colour", "colour-at-sound", "order", "day")
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_world, "Speaker", ToneSpeaker)
-        make_world.make_world(make_world.Options(folder, items=2, split="test", tasks=TASKS, voices=("slt",)))
-    return folder / "test.jsonl"
+    return make_test_rows(tmp_path_factory.mktemp("world"), TASKS, items=2)
 
 
 def test_rows_are_of_all_tasks_in_turn(rows: Path, tmp_path: Path) -> None:
-    tasks = [task for task, _ in choose(rows, 9)]
+    tasks = [task for task, _ in choose_in_turn(rows, 9)]
     names = [name for task in TASKS for name in (task, f"{task}-voice")]
     assert tasks == [*names, names[0]]
-    assert len(choose(rows, 100)) == 16
+    assert len(choose_in_turn(rows, 100)) == 16
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"task": "colour", "text": "no dialogue"}\n')
     with pytest.raises(InputError, match="no row is a dialogue"):
-        choose(empty, 1)
+        choose_in_turn(empty, 1)
 
 
 def test_answers_are_the_same_until_a_parameter_differs(

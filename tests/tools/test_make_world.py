@@ -1,7 +1,6 @@
 """The small world: what it draws, what it asks, and what it holds out."""
 
 import dataclasses
-import wave
 from pathlib import Path
 
 import av
@@ -11,27 +10,14 @@ import pytest
 from omni_jax.data.rows import Dialogue, read_row, row_values
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
+from tests.tools.tone_world import ToneSpeaker
 from tools import make_world as tool
-from tools.make_speech import Utterance
 from tools.world.captions import describe_medium
 from tools.world.items import PARTS, Item, Picture, Video, part_of
 from tools.world.pictures import FRAME_RATE, SIDE, Ground, Thing, draw_picture
 from tools.world.sounds import EFFECT_SECONDS, Placed, make_effect, mix_track
 from tools.world.tasks import SEGMENT_SECONDS, STYLES, Artist
 from tools.world.vocabulary import COLOURS, EFFECTS, SHAPES, SIGNS
-
-
-class ToneSpeaker:
-    """Speaks every text as a tone, in place of a synthesizer."""
-
-    def __init__(self, voices: tuple[str, ...]) -> None:
-        self.voices = voices
-
-    def write(self, utterance: Utterance, path: Path) -> None:
-        samples = 8000 * np.sin(np.arange(8000) / 10)
-        with wave.open(str(path), "wb") as file:
-            file.setparams((1, 2, 16_000, 0, "NONE", ""))
-            file.writeframes(samples.astype("<i2").tobytes())
 
 
 @pytest.fixture(autouse=True)

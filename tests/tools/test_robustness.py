@@ -10,8 +10,8 @@ import pytest
 
 import omni_jax
 from omni_jax.errors import InputError
-from tests.tools.test_make_world import ToneSpeaker
-from tools import make_world, robustness
+from tests.tools.tone_world import make_test_rows
+from tools import robustness
 from tools.robustness import PACKET, RATE, Damage, Options, Sent, damage_sound, measure, order_frames, send
 from tools.world.pictures import SIDE, Ground, Thing, draw_picture, read_frames, write_video
 
@@ -85,11 +85,9 @@ def test_a_session_goes_on_without_what_it_refused(model: omni_jax.OmniModel) ->
 def test_measures_each_damage(
     tiny_model: Path, model: omni_jax.OmniModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(make_world, "Speaker", ToneSpeaker)
     monkeypatch.setattr(robustness.omni_jax, "load", lambda *args, **options: model)
-    tasks = ("colour-at-sound", "day")
-    make_world.make_world(make_world.Options(tmp_path, items=1, split="test", tasks=tasks, voices=("slt",)))
-    found = measure(Options(tiny_model, tmp_path / "test.jsonl", tmp_path / "r.json", fractions=(0.5,), max_tokens=2))
+    rows = make_test_rows(tmp_path, ("colour-at-sound", "day"))
+    found = measure(Options(tiny_model, rows, tmp_path / "r.json", fractions=(0.5,), max_tokens=2))
     assert list(found) == ["all in time", "50 % lost", "50 % late", "50 % twice"]
     for counts in found.values():
         assert set(counts) == {"colour-at-sound", "day-voice"}

@@ -110,10 +110,10 @@ def test_rows_as_a_command(tmp_path: Path) -> None:
 
 def test_the_talker_begins_from_the_thinker_and_token2wav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, ...]] = []
-    begun: dict[str, Path] = {}
+    initial: dict[str, Path] = {}
     monkeypatch.setattr(speech_stages, "run", lambda *arguments: ran.append(tuple(map(str, arguments))))
     monkeypatch.setattr(
-        speech_stages, "run_recipe", lambda name, workdir, init, *rest, **options: begun.update({name: init})
+        speech_stages, "run_recipe", lambda name, workdir, init, *rest, **options: initial.update({name: init})
     )
     for part in ("train", "valid"):
         write_values(tmp_path / f"{part}_codes.jsonl", utterances(2))
@@ -123,5 +123,5 @@ def test_the_talker_begins_from_the_thinker_and_token2wav(tmp_path: Path, monkey
     stages = SpeechStages(tmp_path, data, files=tmp_path / "files", thinker=thinker, steps_scale=1.0, preferences=0)
     stages.train_talker()
     joined = tmp_path / "joined"
-    assert begun == {"talker-pretrain-mini": joined}
+    assert initial == {"talker-pretrain-mini": joined}
     assert ("tools/pack_checkpoint.py", str(tmp_path / "distilled"), str(joined), "--thinker", str(thinker)) in ran

@@ -9,11 +9,11 @@ import flax.linen as nn
 from omni_jax.checkpoint.lora import LORA
 from omni_jax.errors import ConfigError
 from omni_jax.training.objective import Objective
+from omni_jax.training.objectives.bag_of_words import make_bag_of_words
 from omni_jax.training.objectives.code_matching import make_match_codes
 from omni_jax.training.objectives.flow_distillation import make_flow_distillation
 from omni_jax.training.objectives.flow_matching import make_flow_matching
 from omni_jax.training.objectives.lora import LoRA, add_lora
-from omni_jax.training.objectives.media_words import make_media_words
 from omni_jax.training.objectives.next_token import make_next_token
 from omni_jax.training.objectives.speaker_verifier import make_speaker_verifier
 from omni_jax.training.objectives.speech_tokenizer import make_speech_tokenizer
@@ -22,10 +22,10 @@ from omni_jax.training.objectives.talker_dpo import make_talker_dpo
 from omni_jax.training.objectives.vocoder import make_vocoder
 from omni_jax.training.optimizer import flatten_params, learning_rate_scales
 from omni_jax.training.options import (
+    BagOfWordsOptions,
     CodeMatchingOptions,
     FlowDistillationOptions,
     FlowMatchingOptions,
-    MediaWordsOptions,
     NextTokenOptions,
     SpeakerVerifierOptions,
     SpeechTokenizerOptions,
@@ -38,7 +38,7 @@ from omni_jax.training.recipe import Recipe
 # the objective of a recipe whose options are of this class
 _MAKERS: dict[type, Callable[[Recipe], Objective]] = {
     NextTokenOptions: make_next_token,
-    MediaWordsOptions: make_media_words,
+    BagOfWordsOptions: make_bag_of_words,
     FlowMatchingOptions: make_flow_matching,
     FlowDistillationOptions: make_flow_distillation,
     TalkerOptions: make_next_code,

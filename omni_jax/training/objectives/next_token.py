@@ -22,7 +22,6 @@ from omni_jax.data.config import DataConfig
 from omni_jax.data.packing import Budget, OmniPacking, Part, assemble
 from omni_jax.models.thinker import Thinker, abstract_params, init_params
 from omni_jax.processing.processor import Processor
-from omni_jax.training.bag_of_words import bag_of_words_loss
 from omni_jax.training.losses import next_token_loss
 from omni_jax.training.objective import Loss, Metrics, Objective, Params, Sample, SampleRequest
 from omni_jax.training.objectives.next_token_flops import count_step_flops
@@ -85,16 +84,8 @@ class NextToken(Objective):
         self, params: Params, batch: TrainBatch, denominators: Metrics, key: jax.Array, trained: Collection[str]
     ) -> Loss:
         thinker = params["thinker"]
-        method = Thinker.hidden_and_embeds
-        hidden, embeds = self.model.apply({"params": thinker}, batch.inputs, method=method)  # [B, S, D] each
-        loss = self.loss_of_hidden(thinker, jnp.asarray(hidden), batch, denominators, trained)
-        if not self.options.media_words:
-            return loss
-        # of the features; embeddings of tokens learn from the language model alone
-        table = jax.lax.stop_gradient(thinker["decoder"]["embed"]["embedding"])  # [V, D]
-        losses = bag_of_words_loss(jnp.asarray(embeds), table, batch) * batch.weights  # [B, T]
-        words = jnp.sum(losses) / denominators["weight"]
-        return Loss(loss.total + self.options.media_words * words, {**loss.terms, "media_words": words})
+        hidden = self.model.apply({"params": thinker}, batch.inputs, method=Thinker.hidden)  # [B, S, D]
+        return self.loss_of_hidden(thinker, jnp.asarray(hidden), batch, denominators, trained)
 
     def loss_of_hidden(
         self,

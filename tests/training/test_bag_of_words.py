@@ -14,12 +14,9 @@ from configs import RECIPES
 from omni_jax.batch import NO_FEATURE, TrainBatch
 from omni_jax.config import OmniConfig
 from omni_jax.models.thinker import Thinker, smallest_batch
-from omni_jax.training.bag_of_words import bag_of_words_loss
 from omni_jax.training.objectives import make_objective
-from omni_jax.training.objectives.media_words import MediaWords
-from omni_jax.training.objectives.next_token import NextToken
+from omni_jax.training.objectives.bag_of_words import BagOfWords, bag_of_words_loss
 from omni_jax.training.optimizer import flatten_params
-from omni_jax.training.options import NextTokenOptions
 from omni_jax.training.recipe import OptimizerConfig
 from omni_jax.training.step import TrainState, TrainStep
 from tests.training.examples import KINDS, make_batch, make_examples
@@ -52,7 +49,8 @@ def loss_by_loop(x: np.ndarray, table: np.ndarray, batch: TrainBatch) -> np.ndar
 
 def test_the_loss_is_that_of_a_loop(batch: TrainBatch) -> None:
     rng = np.random.default_rng(0)
-    width, vocab = 8, CONFIG.thinker_config.text_config.vocab_size
+    width = 8
+    vocab = CONFIG.thinker_config.text_config.vocab_size
     x = rng.standard_normal((*batch.targets.shape, width)).astype(np.float32)
     table = rng.standard_normal((vocab, width)).astype(np.float32)
     found = np.asarray(bag_of_words_loss(jnp.asarray(x), jnp.asarray(table), batch))
@@ -65,7 +63,7 @@ def test_the_loss_is_that_of_a_loop(batch: TrainBatch) -> None:
 def test_encoders_learn_and_nothing_else_is_read(batch: TrainBatch) -> None:
     model = Thinker(CONFIG.thinker_config, media_by_rows=True)
     params = {"thinker": nn.unbox(model.init(jax.random.key(0), smallest_batch(CONFIG.thinker_config))["params"])}
-    objective = MediaWords(model, CONFIG)
+    objective = BagOfWords(model, CONFIG)
     paths = [path for path in flatten_params(params) if "encoder/" in path and "bos_eos" not in path]
     step = TrainStep(objective, OptimizerConfig(), dict.fromkeys(paths, 1.0), 1)
     gradients = jax.jit(lambda params: step.loss_and_gradients(TrainState(0, params, {}, None), batch))
@@ -82,7 +80,7 @@ def test_encoders_learn_and_nothing_else_is_read(batch: TrainBatch) -> None:
 def test_the_recipe_has_this_loss() -> None:
     recipe = RECIPES["encoders-omni-tiny"]
     objective = make_objective(recipe)
-    assert isinstance(objective, MediaWords)
+    assert isinstance(objective, BagOfWords)
     sizes = {
         path: leaf.size
         for path, leaf in flatten_params({"thinker": nn.unbox(objective.abstract_params()["thinker"])}).items()
@@ -98,29 +96,3 @@ def test_the_recipe_has_this_loss() -> None:
         held = objective.estimate_activations(data, 1, 1, 1, trained)
         words = held["probabilities of words at all positions, and their gradient"]
         assert words == factor * 2 * data.rows * recipe.data.tokens * text.vocab_size * 4
-
-
-def test_it_can_be_added_to_the_next_token(batch: TrainBatch) -> None:
-    model = Thinker(CONFIG.thinker_config, media_by_rows=True)
-    params = {"thinker": nn.unbox(model.init(jax.random.key(0), smallest_batch(CONFIG.thinker_config))["params"])}
-    found = {}
-    for factor in (0.0, 0.5):
-        objective = NextToken(model, CONFIG, NextTokenOptions(chunk=16, media_words=factor))
-        denominators = objective.denominators(batch)
-
-        def loss(params, objective=objective, denominators=denominators):
-            out = objective.loss(params, batch, denominators, jax.random.key(0), frozenset(flatten_params(params)))
-            return out.total, out.terms
-
-        found[factor] = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    (plain, terms), gradients = found[0.0]
-    (total, both_terms), both_gradients = found[0.5]
-    assert "media_words" not in terms and float(terms["loss"]) == pytest.approx(
-        float(both_terms["loss"]), rel=TOLERANCE
-    )
-    assert float(total) == pytest.approx(float(plain) + 0.5 * float(both_terms["media_words"]), rel=TOLERANCE)
-    # what it teaches are encoders
-    flat = flatten_params(gradients["thinker"])
-    for path, gradient in flatten_params(both_gradients["thinker"]).items():
-        differs = not np.allclose(np.asarray(gradient), np.asarray(flat[path]), rtol=1e-3, atol=1e-6)
-        assert differs == ("encoder/" in path and "bos_eos" not in path), path
