@@ -248,7 +248,9 @@ class OmniJaxSide(Side):
         for request in requests:
             lengths.append(len(self._make_prompt(request)) + max(request.num_tokens, request.num_codes))
         config = None if num_slots is None else SchedulerConfig(num_slots, num_slots, BLOCK_SIZES)
-        compiled = self._model.warmup(tokens=max(lengths) + 2, windows=0, batch_size=1, scheduler=config)
+        compiled = self._model.warmup(
+            tokens=max(lengths) + 2, windows=0, batch_size=1, scheduler=config, live=config is None
+        )
         return CompileCount(compiled.count, compiled.seconds)
 
     def stream_reply(self, request: ReplyRequest, *, first_packet_only: bool = False) -> StreamedReply:

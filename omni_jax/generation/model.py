@@ -311,6 +311,7 @@ class OmniModel:
         batch_size: int = 8,
         clip_seconds: float = 0.0,
         scheduler: SchedulerConfig | None = None,
+        live: bool = True,
         progress: Progress | None = None,
     ) -> Compilations:
         """Compiles what all ways to ask run, so that no request has to wait for the compiler.
@@ -324,7 +325,8 @@ class OmniModel:
           windows: of a picture at most, each 112 x 112 pixels: a picture of 480 x 640 has 30. 0 for none.
           batch_size: of ``generate_batch``; 1 where it is not to be called.
           clip_seconds: of the clips at most that requests bring along as their voice; 0 for none.
-          scheduler: of one that is to run instead, with requests that are not live.
+          scheduler: of one that is to run instead (``OmniModel.scheduler``).
+          live: whether replies are to be streamed.
           progress: called with the number of jobs done and of all; a bar on the terminal if None.
 
         Returns:
@@ -348,7 +350,7 @@ class OmniModel:
         voices = list(self.voices.values())
         frames = int(clip_seconds * FRAME_RATE)
         jobs += self._speakers.warmup_jobs() if clip_seconds else []
-        jobs += sound_jobs(engines, voices, configs, tokens=tokens, streams=scheduler is None, clip_frames=frames)
+        jobs += sound_jobs(engines, voices, configs, tokens=tokens, streams=live, clip_frames=frames)
         # a mesh's devices would wait for each other, if two threads gave them programs in different orders
         num_threads = 1 if engines.thinker.is_sharded else None
         with Compilations() as compilations, show_progress(progress) as show:

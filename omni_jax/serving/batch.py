@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
-from omni_jax.checks import check_float, check_int
+from omni_jax.checks import check_int
 from omni_jax.distributed import gather, is_main_process, join_processes
-from omni_jax.engine.request import BLOCK_SIZES, SchedulerConfig
 from omni_jax.errors import InputError
-from omni_jax.generation.quantization import NumberFormat
-from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.files import (
     bucket_errors,
     check_bucket_url,
@@ -24,7 +20,6 @@ from omni_jax.processing.files import (
     open_file,
     resolve_path,
 )
-from omni_jax.processing.voice_clip import MAX_SECONDS
 from omni_jax.serving.batch_lines import Line, LineError, Result, SeenIds, make_error, read_custom_id, read_lines
 from omni_jax.serving.batch_progress import BatchProgress, print_summary
 from omni_jax.serving.batch_ray import answer_over_ray
@@ -32,11 +27,11 @@ from omni_jax.serving.batch_results import KnownResults, Results, open_results
 from omni_jax.serving.batch_runner import FileLocations
 from omni_jax.serving.batch_worker import Worker, WorkerSpec
 from omni_jax.serving.commands import BatchCommand
+from omni_jax.serving.media_roots import MediaRoots
+from omni_jax.serving.model_spec import check_model_options, make_model_spec
 
 _BLOCK_LINES = 8  # lines that a Ray actor is given at a time, for each slot
 _READ_BYTES = 1 << 24
-_MAX_MEDIA_SECONDS = 86_400.0  # a day: what takes longer has hung
-_MAX_MEDIA_GIGABYTES = 1e6
 
 
 def run_batch(command: BatchCommand) -> None:
@@ -71,16 +66,8 @@ def check_command(command: BatchCommand) -> None:
     Raises:
       InputError: naming the option.
     """
-    # numbers
-    check_int("--slots", command.slots, 1)
-    check_int("--workers", command.workers, 1)
-    check_int("--warmup-tokens", command.warmup_tokens, 0)
-    check_int("--warmup-windows", command.warmup_windows, 0)
-    check_float("--warmup-clip-seconds", command.warmup_clip_seconds, 0, MAX_SECONDS)
+    check_model_options(command)
     check_int("--ray.actors", command.ray.actors, 1)
-    check_float("--media.seconds", command.media.seconds, 0, _MAX_MEDIA_SECONDS, above=True)
-    check_float("--media.gigabytes", command.media.gigabytes, 0, _MAX_MEDIA_GIGABYTES, above=True)
-    RemoteAccess(command.allow_web, command.allow_buckets)  # for its errors alone
     # files and folders; in a bucket there are no folders that could be missing
     places = {"-i": command.input, "-o": command.output, "--audio-dir": command.audio_dir}
     for name, place in {**places, "--media-root": command.media_root}.items():
@@ -117,24 +104,9 @@ def make_spec(command: BatchCommand) -> WorkerSpec:
     """What the options say of each worker."""
     # paths in requests are relative to their file, wherever the command is started
     base_dir = folder_of(command.input)
-    return WorkerSpec(
-        model=command.model,
-        locations=FileLocations(base_dir, command.media_root or base_dir, command.audio_dir),
-        scheduler=SchedulerConfig(command.slots, command.slots, BLOCK_SIZES),
-        number_format=NumberFormat(command.dtype, command.quantization, command.kv_cache_dtype),
-        token2wav=dataclasses.asdict(command.token2wav),
-        adapters=command.adapters,
-        mesh=command.mesh,
-        media_processes=command.workers,
-        media_limits=command.media,
-        access=RemoteAccess(command.allow_web, command.allow_buckets),
-        warmup_tokens=command.warmup_tokens,
-        warmup_windows=command.warmup_windows,
-        warmup_clip_seconds=command.warmup_clip_seconds,
-        speaker_model=command.speaker_model,
-        speech_tokenizer=command.speech_tokenizer,
-        compile_cache=command.compile_cache,
-    )
+    media_roots = MediaRoots((command.media_root or base_dir,), base_dir)
+    locations = FileLocations(media_roots, command.audio_dir)
+    return WorkerSpec(make_model_spec(command), locations)
 
 
 def _open_results(command: BatchCommand, is_main: bool) -> Results:

@@ -10,29 +10,14 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from omni_jax.errors import InputError
 from omni_jax.serving.batch_lines import Line, Result, read_lines
 from omni_jax.serving.batch_worker import Worker, WorkerSpec
+from omni_jax.serving.commands import RayOptions
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Result))
-
-
-@dataclass(frozen=True)
-class RayOptions:
-    """Where the actors run.
-
-    Attributes:
-      actors: that hold the model, one a slice.
-      address: of the cluster; a local one is started if it is empty.
-      resources: that an actor takes, for instance TPU=4; without it, a CPU.
-    """
-
-    actors: int = 1
-    address: str = ""
-    resources: str = ""
 
 
 def answer_over_ray(

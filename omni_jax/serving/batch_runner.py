@@ -25,8 +25,10 @@ from omni_jax.processing.vision import PixelSettings
 from omni_jax.processing.voice_clip import VoiceClip
 from omni_jax.processing.worker_pool import WorkerStartError
 from omni_jax.serving.batch_lines import Line, Result, make_error, make_result, parse_line, read_custom_id
-from omni_jax.serving.chat_request import ChatRequest, confine, confine_voice
-from omni_jax.serving.chat_response import make_body, make_sound_file
+from omni_jax.serving.chat_request import ChatRequest
+from omni_jax.serving.chat_response import make_body
+from omni_jax.serving.media_roots import MediaRoots
+from omni_jax.serving.sound_formats import encode_sound
 
 # enough to choose prompts of like length from, and to bridge a medium that takes long to decode
 _PREPARED_PER_SLOT = 4  # prompts that are prepared for each slot of the Thinker
@@ -53,13 +55,11 @@ class FileLocations:
     """Where files are: paths, or ``gs://`` URLs.
 
     Attributes:
-      base_dir: that relative paths in requests are taken from.
-      media_root: within which media must lie.
+      media_roots: within which media must lie.
       audio_dir: where speech is written; it is put into the lines if None.
     """
 
-    base_dir: str
-    media_root: str
+    media_roots: MediaRoots
     audio_dir: str | None = None
 
 
@@ -225,8 +225,8 @@ class _Run:
         if request.options.speaks and not _is_speech_prompt(request.messages[0]):
             runner.status.num_untrained_prompts += 1
         # before any file is opened, and whatever process will open it
-        messages = confine(request.messages, runner.locations.base_dir, runner.locations.media_root)
-        options = confine_voice(request.options, runner.locations.base_dir, runner.locations.media_root)
+        messages = runner.locations.media_roots.confine(request.messages)
+        options = runner.locations.media_roots.confine_voice(request.options)
         future = runner.media_workers.submit(messages, request.options.assume_fps, runner.max_prompt_length)
         clip = None
         if options.speaks and isinstance(options.voice, ClonedVoice):
@@ -334,7 +334,7 @@ class _Run:
             seconds = len(reply.audio) / reply.sample_rate
             if audio_dir is not None:
                 path = join_path(audio_dir, f"{active.line.result_id}.{active.request.audio_format}")
-                _write_file(path, make_sound_file(reply.audio, reply.sample_rate, active.request.audio_format))
+                _write_file(path, encode_sound(reply.audio, active.request.audio_format))
         now = int(time.time())
         body = make_body(active.request, reply, active.line.result_id, self._runner.model_name, now, path)
         text = make_result(active.line, active.custom_id, body)

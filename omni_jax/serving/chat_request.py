@@ -13,9 +13,8 @@ from omni_jax.errors import InputError
 from omni_jax.generation.cloned_voice import ClonedVoice
 from omni_jax.generation.options import Options
 from omni_jax.processing.chat import MediaPart, Message, parse_messages
-from omni_jax.processing.sources import confine_source
+from omni_jax.serving.sound_formats import SOUND_FORMATS
 
-AUDIO_FORMATS = ("wav", "pcm16")
 MAX_PARTS = 32_768  # of all messages; the context has no room for more, and each takes memory of this process
 
 # what changes nothing: there is one model, and nobody is billed
@@ -75,6 +74,10 @@ class ChatRequest:
     audio_format: str = "wav"
     return_token_ids: bool = False
 
+    def with_options(self, options: Options) -> ChatRequest:
+        """The same with other options."""
+        return dataclasses.replace(self, options=options)
+
 
 @dataclass
 class _Fields:
@@ -122,7 +125,7 @@ def parse_body(body: Any) -> ChatRequest:
     options = Options.create(**fields.options)
     if fields.audio_format is not None and not options.speaks:
         raise InputError('body: audio was given, but modalities does not have "audio"')
-    return ChatRequest(messages, options, fields.audio_format or AUDIO_FORMATS[0], fields.return_token_ids)
+    return ChatRequest(messages, options, fields.audio_format or SOUND_FORMATS[0], fields.return_token_ids)
 
 
 def _check_num_parts(messages: Sequence[Message]) -> None:
@@ -213,30 +216,34 @@ def _read_modalities(value: Any, fields: _Fields) -> None:
 
 def _read_audio(value: Any, fields: _Fields) -> None:
     audio = _read_object(value, "audio", ("voice", "format"))
-    audio_format = audio.get("format", AUDIO_FORMATS[0])
-    if audio_format not in AUDIO_FORMATS:
-        raise InputError(f"body: audio.format is {shown(audio_format)}; it must be one of {', '.join(AUDIO_FORMATS)}")
+    audio_format = audio.get("format", SOUND_FORMATS[0])
+    if audio_format not in SOUND_FORMATS:
+        raise InputError(f"body: audio.format is {shown(audio_format)}; it must be one of {', '.join(SOUND_FORMATS)}")
     fields.audio_format = audio_format
-    voice = _parse_voice(audio.get("voice"))
+    voice = parse_voice(audio.get("voice"), "audio.voice")
     if voice is not None:
         fields.options["voice"] = voice
 
 
-def _parse_voice(voice: Any) -> str | ClonedVoice | None:
-    """A name, or as OpenAI has it for voices of one's own {"id": name}; or a clip. Names are checked by the model."""
+def parse_voice(voice: Any, where: str) -> str | ClonedVoice | None:
+    """A name, or as OpenAI has it for voices of one's own {"id": name}; or a clip. Names are checked by the model.
+
+    Raises:
+      InputError: for anything else, naming ``where``.
+    """
     if isinstance(voice, Mapping) and "id" not in voice:
-        values = _read_object(voice, "audio.voice", _CLIP)
+        values = _read_object(voice, where, _CLIP)
         source = values.get("ref_audio")
         if not isinstance(source, str):
-            raise InputError(f"body: audio.voice.ref_audio is {shown(source)}; it must be a path or a URL")
+            raise InputError(f"body: {where}.ref_audio is {shown(source)}; it must be a path or a URL")
         vector = values.get("speaker_vector", [])
         if not isinstance(vector, list) or len(vector) > _MAX_VECTOR:
-            raise InputError(f"body: audio.voice.speaker_vector is {shown(vector)}; it must be a list of numbers")
+            raise InputError(f"body: {where}.speaker_vector is {shown(vector)}; it must be a list of numbers")
         return ClonedVoice.create(values)
     if isinstance(voice, Mapping):
         voice = voice["id"]
     if voice is not None and not isinstance(voice, str):
-        raise InputError(f"body: audio.voice is {shown(voice)}; it must be a name, or a clip with its ref_audio")
+        raise InputError(f"body: {where} is {shown(voice)}; it must be a name, or a clip with its ref_audio")
     return voice
 
 
@@ -287,10 +294,11 @@ def _add_media_options(messages: Sequence[Message], options: Mapping[str, Any]) 
     def add_options(part: MediaPart) -> MediaPart:
         return dataclasses.replace(part, options={**checked.get(part.kind, {}), **part.options})
 
-    return _map_media(messages, add_options)
+    return map_media(messages, add_options)
 
 
-def _map_media(messages: Sequence[Message], change: Callable[[MediaPart], MediaPart]) -> tuple[Message, ...]:
+def map_media(messages: Sequence[Message], change: Callable[[MediaPart], MediaPart]) -> tuple[Message, ...]:
+    """The messages with every item of media changed."""
     # messages are frozen: what is changed is made anew
     changed = []
     for message in messages:
@@ -300,44 +308,3 @@ def _map_media(messages: Sequence[Message], change: Callable[[MediaPart], MediaP
         parts = [change(part) if isinstance(part, MediaPart) else part for part in message.content]
         changed.append(Message(message.role, tuple(parts)))
     return tuple(changed)
-
-
-def confine_voice(options: Options, base_dir: str, media_root: str) -> Options:
-    """Takes the clip of a voice as ``confine`` takes media, and raises what it does."""
-    voice = options.voice
-    if not isinstance(voice, ClonedVoice):
-        return options
-    try:
-        source = confine_source(voice.ref_audio, base_dir, media_root, "--media-root")
-    except InputError as e:
-        raise InputError(f"audio.voice.ref_audio: {e}") from e
-    return dataclasses.replace(options, voice=dataclasses.replace(voice, ref_audio=source))
-
-
-def confine(messages: Sequence[Message], base_dir: str, media_root: str) -> tuple[Message, ...]:
-    """Takes paths of media from one folder, and none that leads out of another.
-
-    Args:
-      messages: paths and file: URLs in them are of this machine.
-      base_dir: that relative paths are taken from, a path or a ``gs://`` URL.
-      media_root: within which files must lie, links followed; likewise.
-
-    Raises:
-      InputError: for a file outside of it, and for what is neither a path, a URL nor the bytes of a file.
-    """
-
-    def confine_one(source: Any, where: str) -> str | bytes:
-        try:
-            return confine_source(source, base_dir, media_root, "--media-root")
-        except InputError as e:
-            raise InputError(f"{where}: {e}") from e
-
-    def confine_part(part: MediaPart) -> MediaPart:
-        # a video may be a list of frames, each with a source of its own
-        if isinstance(part.source, list | tuple):
-            source: Any = [confine_one(frame, part.where) for frame in part.source]
-        else:
-            source = confine_one(part.source, part.where)
-        return dataclasses.replace(part, source=source)
-
-    return _map_media(messages, confine_part)

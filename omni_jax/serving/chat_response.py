@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
-import wave
 from typing import Any
-
-import numpy as np
 
 from omni_jax.engine.outputs import Reply
 from omni_jax.serving.chat_request import ChatRequest
-from omni_jax.serving.wav import pcm16
+from omni_jax.serving.sound_formats import encode_sound
 
-_EXPIRY_SECONDS = 24 * 3600  # OpenAI's field says until when it keeps sound, which is in the answer here
-
-
-def make_sound_file(samples: np.ndarray, rate: int, audio_format: str) -> bytes:
-    """Speech as a file.
-
-    Args:
-      samples: float32 [n] from -1 to 1.
-      rate: of the samples, in Hz.
-      audio_format: one of ``AUDIO_FORMATS``.
-    """
-    # bare samples; the rate is the model's, which a reader has to know
-    if audio_format == "pcm16":
-        return pcm16(samples)
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(rate)
-        out.writeframes(pcm16(samples))
-    return file.getvalue()
+EXPIRY_SECONDS = 24 * 3600  # OpenAI's field says until when it keeps sound, which is in the answer here
 
 
 def make_body(
@@ -62,28 +38,29 @@ def make_body(
         "created": now,
         "model": model_name,
         "choices": [choice],
-        "usage": _make_usage(reply),
+        "usage": make_usage(reply),
     }
 
 
 def _make_audio(request: ChatRequest, reply: Reply, name: str, now: int, path: str | None) -> dict[str, Any]:
     audio: dict[str, Any] = {
         "id": f"audio-{name}",
-        "expires_at": now + _EXPIRY_SECONDS,
+        "expires_at": now + EXPIRY_SECONDS,
         "transcript": reply.text,
     }
     # OpenAI's API has the data alone; a minute of speech is four megabytes of base64
     if path is not None:
         audio["path"] = path
     elif reply.audio is not None:
-        data = make_sound_file(reply.audio, reply.sample_rate, request.audio_format)
+        data = encode_sound(reply.audio, request.audio_format)
         audio["data"] = base64.b64encode(data).decode()
     if request.return_token_ids:
         audio["codec_ids"] = list(reply.codec_ids)
     return audio
 
 
-def _make_usage(reply: Reply) -> dict[str, Any]:
+def make_usage(reply: Reply) -> dict[str, Any]:
+    """The tokens of an answer and of its prompt."""
     usage = reply.usage
     text_tokens = len(reply.token_ids)
     audio_tokens = len(reply.codec_ids)

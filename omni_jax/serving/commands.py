@@ -14,7 +14,6 @@ from omni_jax.engine.sampling import SamplingParams
 from omni_jax.generation.options import Options
 from omni_jax.models.ode_solver import Method
 from omni_jax.processing.worker_pool import MediaLimits
-from omni_jax.serving.batch_ray import RayOptions
 from omni_jax.sharding import MeshConfig
 
 _DIR = tyro.conf.arg(metavar="DIR")
@@ -44,6 +43,21 @@ class Token2WavOptions:
     steps: int | None = None
     """Of the flow, likewise; 9 are published. With fewer evaluations than those 36 sound is made sooner, and is
     another."""
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Where the actors run.
+
+    Attributes:
+      actors: that hold the model, one a slice.
+      address: of the cluster; a local one is started if it is empty.
+      resources: that an actor takes, for instance TPU=4; without it, a CPU.
+    """
+
+    actors: int = 1
+    address: str = ""
+    resources: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,32 +131,12 @@ class ChatCommand:
     """Keep what the language models remember of a dialogue, their keys and values, in 8 bits."""
 
 
-@dataclass(frozen=True)
-class BatchCommand:
-    """Answers a file of requests, as many at once as there are slots.
-
-    A request is a line as OpenAI's batches have them: custom_id, method "POST", url "/v1/chat/completions", and a body
-    as of a chat completion, with media as paths, data: URLs or addresses. A result is a line with the custom_id and a
-    response or an error, in the order in which they are done. What is wrong with a line costs that line alone.
-
-    Results are written as they are made. A run that was killed goes on when it is started again in the same way: what
-    has a result is not done again. Progress and the summary go to stderr, the summary as JSON to stdout.
-
-    For instance:
-
-        python serve.py batch --model out/model -i requests.jsonl -o results.jsonl --audio-dir speech
-    """
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What the commands that answer many requests have in common: the model, and what requests may cost."""
 
     model: Annotated[Path, _DIR]
     """Folder that tools/convert.py to-jax wrote."""
-    input: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-i"])]
-    """The requests; this, the results and the speech may be in a bucket (gs://)."""
-    output: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-o"])]
-    """The results; a run that was killed is continued in it."""
-    audio_dir: Annotated[str | None, _DIR] = None
-    """Write speech into files here, with their paths in the results; without it, it is in the results, in base64."""
-    media_root: Annotated[str | None, _DIR] = None
-    """Media must lie within this folder; without it, within that of the requests, from which relative paths start."""
     allow_web: Annotated[tuple[str, ...], _HOSTS] = ()
     """Fetch media from these hosts: example.com, '*.example.com' for all below it, '*' for every public one."""
     allow_buckets: Annotated[tuple[str, ...], _PREFIXES] = ()
@@ -176,6 +170,34 @@ class BatchCommand:
     """The same for pictures of so many windows of 112 x 112 pixels."""
     warmup_clip_seconds: float = 0.0
     """The same for clips of so many seconds that requests bring along as their voice."""
+    compile_cache: Annotated[Path | None, _DIR] = None
+    """Keep compiled programs here, so that the next start is fast; without it, in ~/.cache/omni_jax/compiled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCommand(ModelOptions):
+    """Answers a file of requests, as many at once as there are slots.
+
+    A request is a line as OpenAI's batches have them: custom_id, method "POST", url "/v1/chat/completions", and a body
+    as of a chat completion, with media as paths, data: URLs or addresses. A result is a line with the custom_id and a
+    response or an error, in the order in which they are done. What is wrong with a line costs that line alone.
+
+    Results are written as they are made. A run that was killed goes on when it is started again in the same way: what
+    has a result is not done again. Progress and the summary go to stderr, the summary as JSON to stdout.
+
+    For instance:
+
+        python serve.py batch --model out/model -i requests.jsonl -o results.jsonl --audio-dir speech
+    """
+
+    input: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-i"])]
+    """The requests; this, the results and the speech may be in a bucket (gs://)."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl", aliases=["-o"])]
+    """The results; a run that was killed is continued in it."""
+    audio_dir: Annotated[str | None, _DIR] = None
+    """Write speech into files here, with their paths in the results; without it, it is in the results, in base64."""
+    media_root: Annotated[str | None, _DIR] = None
+    """Media must lie within this folder; without it, within that of the requests, from which relative paths start."""
     engine: Literal["local", "ray"] = "local"
     """ray: --ray.actors processes over the machines of a Ray cluster, which all see the files at the same paths."""
     ray: RayOptions = field(default_factory=RayOptions)
@@ -189,5 +211,42 @@ class BatchCommand:
     """How many there are, where they do not find each other."""
     process: int | None = None
     """Which one this is, from 0."""
-    compile_cache: Annotated[Path | None, _DIR] = None
-    """Keep compiled programs here, so that the next start is fast; without it, in ~/.cache/omni_jax/compiled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpCommand(ModelOptions):
+    """Answers over HTTP, as OpenAI's API does.
+
+    Clients of OpenAI's are pointed at http://HOST:PORT/v1: chat completions with speech, text to speech, transcription,
+    voices. /docs has all that it takes. Nothing else is stored of requests, and their content is in no log.
+
+    For instance:
+
+        python serve.py http --model out/model --port 8000
+    """
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for all of this machine's. Then give --api-keys too, and put TLS before it."""
+    port: int = 8000
+    """0: one that is free, which is printed."""
+    name: str = ""
+    """What requests call the model; without it, the name of its folder."""
+    media_root: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIRS")] = ()
+    """Folders within which requests may name files of this machine; without any, they may name none."""
+    api_keys: Annotated[Path | None, _FILE] = None
+    """A file of keys, one a line; a request must have one of them, or that of the variable OMNI_API_KEY."""
+    cors_origins: Annotated[tuple[str, ...], tyro.conf.arg(metavar="URLS")] = ()
+    """Pages of these origins may ask from a browser: https://example.com, or '*' for all."""
+    queue: int = 64
+    """Requests that may wait beyond those that have a slot; more are refused with status 503."""
+    max_body_megabytes: float = 64.0
+    """Of a request, its media included."""
+    files_gigabytes: float = 4.0
+    """Of the files of /v1/files together; they are kept until the server ends."""
+    voices_dir: Annotated[str | None, _DIR] = None
+    """Keep voices that are added here; without it, they are gone when the server ends."""
+    transcription_prompt: str = ""
+    """What the model is asked to write down speech with, {language} in place of the language; without it, as in the
+    published evaluation."""
+    drain_seconds: int = 60
+    """When told to stop, finish what was asked, for so long."""

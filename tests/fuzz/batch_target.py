@@ -22,7 +22,7 @@ from omni_jax.processing.fetch import Network, RemoteAccess
 from omni_jax.processing.media_workers import MediaLimits, MediaWorkers
 from omni_jax.serving.batch_lines import URL, Line, make_error, parse_line, read_custom_id
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
-from omni_jax.serving.chat_request import confine
+from omni_jax.serving.media_roots import MediaRoots
 from tests.fuzz import seeds
 from tests.fuzz.media_targets import make_processor
 from tests.fuzz.mutate import HOSTILE, PATHS, URLS, dump_json, mutate_bytes, mutate_inside, mutate_json
@@ -158,7 +158,7 @@ class Batch(Target):
         try:
             _, request = parse_line(line)
             root = str(self.media_root)
-            messages = confine(request.messages, root, root)
+            messages = MediaRoots((root,)).confine(request.messages)
             prompt = self.processor(messages, assume_fps=request.options.assume_fps, max_length=4096)
         except InputError as error:
             check_result(line, make_error(line, read_custom_id(line), error).text)
@@ -190,7 +190,7 @@ class Batch(Target):
         )
         root = str(self.media_root)
         config: Any = types.SimpleNamespace(thinker_slots=4)
-        self._runner = BatchRunner(model, "m", self._workers, config, FileLocations(root, root), RunStatus())
+        self._runner = BatchRunner(model, "m", self._workers, config, FileLocations(MediaRoots((root,))), RunStatus())
         self._run_line(Line(1, self._lines[0].encode()))
 
     def close(self) -> None:

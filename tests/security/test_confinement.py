@@ -27,8 +27,9 @@ from omni_jax.processing.processor import Processor
 from omni_jax.processing.tokenizer_files import write_tokenizer
 from omni_jax.processing.worker_pool import MediaLimits
 from omni_jax.serving.batch import check_command
-from omni_jax.serving.chat_request import confine, parse_body
+from omni_jax.serving.chat_request import parse_body
 from omni_jax.serving.commands import BatchCommand
+from omni_jax.serving.media_roots import MediaRoots
 from tests.bucket import Bucket
 from tests.security.internet import PUBLIC, ok, serve
 from tools import make_arrayrecord
@@ -235,7 +236,7 @@ def test_a_file_that_is_embedded_has_the_size_of_one_that_is_fetched(
 def test_requests_in_a_bucket_name_no_other_objects() -> None:
     def source(name: str) -> Any:
         request = parse_body({"messages": [{"role": "user", "content": [{"type": "image", "image": name}]}]})
-        return confine(request.messages, "gs://b/in", "gs://b/in")[0].media[0].source
+        return MediaRoots(("gs://b/in",)).confine(request.messages)[0].media[0].source
 
     assert source("a.png") == "gs://b/in/a.png"
     # what is fetched is decided where it is fetched: RemoteAccess

@@ -26,7 +26,7 @@ from omni_jax.processing.worker_pool import MediaLimits, PreparationError, Worke
 from omni_jax.serving import batch_lines, batch_runner, chat_request
 from omni_jax.serving.batch_lines import Line, make_error, parse_line, read_custom_id, read_lines
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
-from omni_jax.serving.chat_request import confine
+from omni_jax.serving.media_roots import MediaRoots
 from tests.security.conftest import MEDIA
 from tests.security.test_isolation import Unpickled
 from tests.serving import requests
@@ -66,7 +66,7 @@ def read_line(data: bytes) -> InputError | None:
     line = Line(1, data)
     try:
         _, request = parse_line(line)
-        confine(request.messages, str(MEDIA), str(MEDIA))
+        MediaRoots((str(MEDIA),)).confine(request.messages)
     except InputError as error:
         result = make_error(line, read_custom_id(line), error)
         values = json.loads(result.text.encode())  # in UTF-8
@@ -212,7 +212,7 @@ def make_runner(processor: Processor, workers: Any = None) -> BatchRunner:
         check=lambda options: None,
         scheduler=lambda config: scheduler,
     )
-    locations = FileLocations(str(MEDIA), str(MEDIA))
+    locations = FileLocations(MediaRoots((str(MEDIA),)))
     workers = workers or WaitingWorkers()
     config: Any = types.SimpleNamespace(thinker_slots=16)
     return BatchRunner(model, "m", workers, config, locations, RunStatus())
@@ -298,7 +298,7 @@ def test_answers_that_wait_to_be_written_are_counted(
     scheduler = FinishedScheduler(seconds)
     runner.model.scheduler = lambda config: scheduler  # type: ignore[method-assign, assignment]
     runner.model.submit = scheduler.submit  # type: ignore[method-assign, assignment]
-    runner.locations = FileLocations(str(MEDIA), str(MEDIA), str(tmp_path))
+    runner.locations = FileLocations(MediaRoots((str(MEDIA),)), str(tmp_path))
     open_gate = threading.Event()
     monkeypatch.setattr(batch_runner, "_write_file", lambda path, data: open_gate.wait(60))
     # room for the answers of three lines

@@ -72,7 +72,7 @@ def bad() -> list[tuple[str | bytes, str]]:
         (with_body("b7", max_completion_tokens="many"), "max_tokens is 'many'"),
         (with_body("b8", modalities=["audio", "smell"]), "modalities is"),
         (with_body("b9", modalities=["text", "audio"], audio={"voice": "Nobody"}), "voice 'Nobody' is unknown"),
-        (with_body("b10", modalities=["text", "audio"], audio={"format": "mp3"}), "audio.format is 'mp3'"),
+        (with_body("b10", modalities=["text", "audio"], audio={"format": "ogg"}), "audio.format is 'ogg'"),
         (
             with_body("b11", modalities=["text", "audio"], sampling_params_list=[{}, {"max_tokens": 10**9}]),
             "max_tokens is 1000000000",

@@ -219,7 +219,8 @@ def test_over_two_hosts_the_ids_are_the_same(meshed: Path) -> None:
 
 def batch(model: Path, input: str, output: str, **options: Any) -> dict[str, tuple[list[int], list[int]]]:
     """The ids of a run in this process."""
-    run_batch(BatchCommand(model, input, output, slots=4, workers=1, warmup_tokens=0, **options))
+    command = BatchCommand(model=model, input=input, output=output, slots=4, workers=1, warmup_tokens=0, **options)
+    run_batch(command)
     with open_file(output) as file:
         lines = [json.loads(data) for data in file]
     return {values["custom_id"]: ids(values) for values in lines}
@@ -281,6 +282,7 @@ def test_mistakes_are_told_in_a_line(
 
 
 def test_a_worker_is_made_from_a_spec_that_can_be_sent(tmp_path: Path) -> None:
-    spec = make_spec(BatchCommand(tmp_path, str(tmp_path / "in.jsonl"), "out.jsonl", mesh=MeshConfig(tensor=4)))
+    places = dict(model=tmp_path, input=str(tmp_path / "in.jsonl"), output="out.jsonl")
+    spec = make_spec(BatchCommand(**places, mesh=MeshConfig(tensor=4)))
     assert pickle.loads(pickle.dumps(spec)) == spec
-    assert spec.mesh.num_devices == 4 and spec.locations.base_dir == str(tmp_path.resolve())
+    assert spec.model.mesh.num_devices == 4 and spec.locations.media_roots.base_dir == str(tmp_path.resolve())

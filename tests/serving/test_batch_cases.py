@@ -18,6 +18,7 @@ from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.serving import batch_runner, chat_request
 from omni_jax.serving.batch_lines import Line, LineError, make_error, parse_line, read_custom_id, read_lines
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
+from omni_jax.serving.media_roots import MediaRoots
 from tests.serving import requests
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -25,7 +26,7 @@ CASES = Path(__file__).parents[1] / "cases"
 
 @pytest.fixture(scope="module")
 def runner(model: omni_jax.OmniModel, media_workers: MediaWorkers) -> BatchRunner:
-    locations = FileLocations(str(requests.MEDIA), str(requests.MEDIA))
+    locations = FileLocations(MediaRoots((str(requests.MEDIA),)))
     return BatchRunner(model, "m", media_workers, SchedulerConfig(4, 4), locations, RunStatus())
 
 
@@ -107,10 +108,10 @@ def explode(*_: object, **__: object) -> None:
     "module, name",
     [
         (batch_runner, "parse_line"),
-        (batch_runner, "confine"),
+        (MediaRoots, "confine"),
         (batch_runner, "_submit"),
         (batch_runner, "make_body"),
-        (batch_runner, "make_sound_file"),
+        (batch_runner, "encode_sound"),
     ],
 )
 def test_an_unknown_exception_costs_its_own_line(
@@ -127,7 +128,7 @@ def test_an_unknown_exception_costs_its_own_line(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(module, name, explode_once)
-    locations = FileLocations(str(requests.MEDIA), str(requests.MEDIA), str(tmp_path))
+    locations = FileLocations(MediaRoots((str(requests.MEDIA),)), str(tmp_path))
     monkeypatch.setattr(runner, "locations", locations)
     results = answer(runner, as_lines(requests.good(0), requests.good(5), requests.good(40)))
     assert set(results) == {"good-0", "good-5", "good-40"} and len(calls) == 3

@@ -17,6 +17,7 @@ from omni_jax.errors import InputError
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
 from omni_jax.serving.chat_request import parse_body
+from omni_jax.serving.media_roots import MediaRoots
 from tests.serving import requests
 from tests.serving.test_batch_cases import answer, as_lines, error_of
 
@@ -35,7 +36,7 @@ def make_line(custom_id: str, voice: Any) -> str:
 
 @pytest.fixture(scope="module")
 def runner(model: omni_jax.OmniModel, media_workers: MediaWorkers) -> BatchRunner:
-    locations = FileLocations(str(requests.MEDIA.parent), str(requests.MEDIA))
+    locations = FileLocations(MediaRoots((str(requests.MEDIA),), str(requests.MEDIA.parent)))
     return BatchRunner(model, "m", media_workers, SchedulerConfig(4, 4), locations, RunStatus())
 
 

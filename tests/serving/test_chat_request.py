@@ -13,8 +13,10 @@ from omni_jax.engine.outputs import Reply
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.errors import InputError
 from omni_jax.processing.layout import Usage
-from omni_jax.serving.chat_request import confine, parse_body
-from omni_jax.serving.chat_response import make_body, make_sound_file
+from omni_jax.serving.chat_request import parse_body
+from omni_jax.serving.chat_response import make_body
+from omni_jax.serving.media_roots import MediaRoots
+from omni_jax.serving.sound_formats import encode_sound
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -103,7 +105,7 @@ def test_paths_stay_within_the_root(tmp_path: Path) -> None:
             if part["type"] == "video":
                 part["video"] = part.pop("image")
         request = parse_body({"messages": [{"role": "user", "content": parts}]})
-        return [part.source for message in confine(request.messages, str(root), str(root)) for part in message.media]
+        return [part.source for message in MediaRoots((str(root),)).confine(request.messages) for part in message.media]
 
     inside = str((root / "inner" / "a.png").resolve())
     assert sources("inner/a.png", f"file://{inside}", inside, ["inner/a.png"]) == [inside, inside, inside, [inside]]
@@ -116,7 +118,7 @@ def test_paths_stay_within_the_root(tmp_path: Path) -> None:
 def test_media_beside_requests_in_a_bucket() -> None:
     def source(name: str, root: str = "gs://b/in") -> str:
         request = parse_body({"messages": [{"role": "user", "content": [{"type": "image", "image": name}]}]})
-        ((part,),) = (message.media for message in confine(request.messages, "gs://b/in", root))
+        ((part,),) = (message.media for message in MediaRoots((root,), "gs://b/in").confine(request.messages))
         return part.source
 
     assert source("media/../a.png") == "gs://b/in/a.png"
@@ -143,7 +145,7 @@ def test_an_answer() -> None:
         "prompt_tokens_details": {"audio_tokens": 4, "image_tokens": 0, "video_tokens": 0, "cached_tokens": 0},
         "completion_tokens_details": {"text_tokens": 2, "audio_tokens": 1},
     }
-    assert make_sound_file(audio, 24_000, "pcm16") == np.array([0, 16384, -32767], "<i2").tobytes()
-    assert make_sound_file(audio, 24_000, "wav")[:4] == b"RIFF"
+    assert encode_sound(audio, "pcm16") == np.array([0, 16384, -32767], "<i2").tobytes()
+    assert encode_sound(audio, "wav")[:4] == b"RIFF"
     elsewhere = make_body(request, reply, "n", "m", 100, "a/b.wav")["choices"][0]["message"]["audio"]
     assert elsewhere["path"] == "a/b.wav" and "data" not in elsewhere

@@ -21,6 +21,7 @@ from omni_jax.processing.chat import parse_messages
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.serving.batch_lines import Line
 from omni_jax.serving.batch_runner import BatchRunner, FileLocations, RunStatus
+from omni_jax.serving.media_roots import MediaRoots
 from tests.serving import requests
 
 NUM_DAMAGED = 60
@@ -92,7 +93,7 @@ def test_sixty_damaged_files(model: omni_jax.OmniModel, media_workers: MediaWork
         if i % 4 == 0:
             (tmp_path / "media").exists() or (tmp_path / "media").symlink_to(requests.MEDIA)
             lines.append(requests.good(i))
-    locations = FileLocations(str(tmp_path), "/", str(tmp_path))
+    locations = FileLocations(MediaRoots(("/",), str(tmp_path)), str(tmp_path))
     runner = BatchRunner(model, "m", media_workers, SchedulerConfig(8, 8), locations, RunStatus())
     results = {}
     half_memory = 0

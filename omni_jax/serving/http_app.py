@@ -1,0 +1,176 @@
+"""The server's routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Sequence
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from omni_jax.serving.batches_endpoint import (
+    cancel_batch,
+    create_batch,
+    delete_file,
+    get_batch,
+    get_file,
+    get_file_content,
+    list_batches,
+    list_files,
+    upload_file,
+)
+from omni_jax.serving.chat_endpoint import complete_chat
+from omni_jax.serving.http_errors import FORESEEN_ERRORS, UnauthorizedError, handle_error
+from omni_jax.serving.metrics import CONTENT_TYPE
+from omni_jax.serving.service import Service
+from omni_jax.serving.speech_endpoint import create_speech
+from omni_jax.serving.transcription_endpoint import create_transcription
+from omni_jax.serving.voices_endpoint import add_voice, delete_voice, list_voices
+
+# what needs no key: whether the server is alive, and what it counts
+_OPEN_PATHS = ("/health", "/ready", "/metrics")
+
+
+def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Sequence[str] = ()) -> Starlette:
+    """The application of a service.
+
+    Args:
+      service: that answers.
+      api_keys: one of which a request must have; none: no key is asked for.
+      cors_origins: of pages of other hosts that may ask.
+    """
+    middleware = [Middleware(_CountResponses, service=service)]
+    if cors_origins:
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+        )
+    if api_keys:
+        middleware.append(Middleware(_CheckKey, api_keys=tuple(api_keys)))
+    routes = [
+        Route("/v1/chat/completions", complete_chat, methods=["POST"]),
+        Route("/v1/audio/speech", create_speech, methods=["POST"]),
+        Route("/v1/audio/transcriptions", create_transcription, methods=["POST"]),
+        Route("/v1/audio/voices", list_voices, methods=["GET"]),
+        Route("/v1/audio/voices", add_voice, methods=["POST"]),
+        Route("/v1/audio/voices/{name}", delete_voice, methods=["DELETE"]),
+        Route("/v1/files", list_files, methods=["GET"]),
+        Route("/v1/files", upload_file, methods=["POST"]),
+        Route("/v1/files/{id}", get_file, methods=["GET"]),
+        Route("/v1/files/{id}", delete_file, methods=["DELETE"]),
+        Route("/v1/files/{id}/content", get_file_content, methods=["GET"]),
+        Route("/v1/batches", list_batches, methods=["GET"]),
+        Route("/v1/batches", create_batch, methods=["POST"]),
+        Route("/v1/batches/{id}", get_batch, methods=["GET"]),
+        Route("/v1/batches/{id}/cancel", cancel_batch, methods=["POST"]),
+        Route("/v1/models", list_models, methods=["GET"]),
+        Route("/v1/models/{name:path}", get_model, methods=["GET"]),
+        Route("/health", get_health, methods=["GET"]),
+        Route("/ready", get_ready, methods=["GET"]),
+        Route("/metrics", get_metrics, methods=["GET"]),
+    ]
+    # by kind: after what nobody foresaw the connection is closed too
+    handlers = dict.fromkeys((Exception, *FORESEEN_ERRORS), handle_error)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=_run_batches)
+    app.state.service = service
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _run_batches(app: Starlette) -> AsyncIterator[None]:
+    """Works on batches as long as the server runs, and says when it is about to end."""
+    service: Service = app.state.service
+    task = asyncio.create_task(service.batches.run())
+    yield
+    service.draining = True
+    task.cancel()
+
+
+async def list_models(request: Request) -> Response:
+    """GET /v1/models."""
+    service: Service = request.app.state.service
+    return JSONResponse({"object": "list", "data": [_describe(service, name) for name in service.names]})
+
+
+async def get_model(request: Request) -> Response:
+    """GET /v1/models/{name}."""
+    service: Service = request.app.state.service
+    name = request.path_params["name"]
+    if name not in service.names:
+        raise HTTPException(404, f"there is no model {name!r}")
+    return JSONResponse(_describe(service, name))
+
+
+def _describe(service: Service, name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": service.started, "owned_by": "omni_jax"}
+
+
+async def get_health(request: Request) -> Response:
+    """GET /health: whether the engine runs."""
+    service: Service = request.app.state.service
+    is_alive = service.engine.is_alive
+    return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
+
+
+async def get_ready(request: Request) -> Response:
+    """GET /ready: whether another request would be taken."""
+    service: Service = request.app.state.service
+    ready = service.engine.is_alive and not service.draining
+    return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+
+async def get_metrics(request: Request) -> Response:
+    """GET /metrics."""
+    service: Service = request.app.state.service
+    return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+
+
+class _CountResponses:
+    """Counts responses by path and status."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # of the route and not of the request, which may hold anything
+                route = scope.get("route")
+                self._service.metrics.count_response(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
+        await self._app(scope, receive, count)
+
+
+class _CheckKey:
+    """Refuses requests without a key."""
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]):
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        # every key is compared, in a time that does not tell how much of one is right
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        if not any(matches):
+            response = await handle_error(request, UnauthorizedError("the API key is missing or wrong"))
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)

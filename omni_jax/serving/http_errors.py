@@ -1,0 +1,112 @@
+"""Errors of the server, in OpenAI's form."""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+
+from omni_jax.checks import redact
+from omni_jax.errors import InputError
+from omni_jax.processing.worker_pool import PreparationError
+from omni_jax.serving.engine_thread import ClosedError
+
+_log = logging.getLogger(__name__)
+
+_MAX_MESSAGE = 2000  # characters of an error; some quote all that they were given
+_RETRY_SECONDS = 1
+
+
+class ApiError(Exception):
+    """What a request is refused with.
+
+    Attributes:
+      status: of HTTP.
+      kind: OpenAI's ``type``.
+      code: OpenAI's ``code``, if it has one.
+    """
+
+    status = 400
+    kind = "invalid_request_error"
+    code: str | None = None
+
+
+class ModelNotFoundError(ApiError):
+    """There is no model of this name."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class NotFoundError(ApiError):
+    """There is nothing of this name."""
+
+    status = 404
+    code = "not_found"
+
+
+class ConflictError(ApiError):
+    """There is something of this name already, or it is in another state."""
+
+    status = 409
+    code = "conflict"
+
+
+class TooLargeError(ApiError):
+    """A body is over the limit."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class UnauthorizedError(ApiError):
+    """The key is missing or wrong."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class OverloadedError(ApiError):
+    """There is no room for another request."""
+
+    status = 503
+    kind = "server_error"
+    code = "overloaded"
+
+
+# what ``make_error`` knows
+FORESEEN_ERRORS = (ApiError, ClosedError, InputError, PreparationError, ClientDisconnect, HTTPException)
+
+
+def make_error(error: Exception) -> tuple[int, dict[str, object]]:
+    """The status and the body of an error; what nobody foresaw is logged, and not told."""
+    status, kind, code, message = 500, "server_error", None, "the server failed; its log says why"
+    if isinstance(error, ApiError):
+        status, kind, code, message = error.status, error.kind, error.code, str(error)
+    elif isinstance(error, ClosedError):
+        status, code, message = OverloadedError.status, OverloadedError.code, str(error)
+    elif isinstance(error, InputError | PreparationError):
+        status, kind, message = 400, ApiError.kind, str(error)
+    elif isinstance(error, ClientDisconnect):  # nobody reads it
+        status, kind, message = 499, ApiError.kind, "the client is gone"
+    elif isinstance(error, HTTPException):
+        status, kind, message = error.status_code, ApiError.kind, str(error.detail)
+    else:
+        _log.error("a request failed", exc_info=error)
+    message = redact(message)  # URLs may be signed
+    if len(message) > _MAX_MESSAGE:
+        message = f"{message[:_MAX_MESSAGE]}... ({len(message)} characters)"
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+async def handle_error(request: Request, error: Exception) -> JSONResponse:
+    """The response to a request that an endpoint could not serve."""
+    status, body = make_error(error)
+    headers = {}
+    if status == OverloadedError.status:
+        headers["Retry-After"] = str(_RETRY_SECONDS)
+    if isinstance(error, HTTPException) and error.headers:
+        headers |= dict(error.headers)
+    return JSONResponse(body, status, headers)

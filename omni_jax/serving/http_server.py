@@ -1,0 +1,99 @@
+"""The server: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import uvicorn
+from rich.console import Console
+from rich.text import Text
+
+from omni_jax.checks import check_float, check_int, printable
+from omni_jax.errors import InputError
+from omni_jax.serving.commands import HttpCommand
+from omni_jax.serving.http_app import make_app
+from omni_jax.serving.media_roots import MediaRoots
+from omni_jax.serving.model_spec import check_model_options, make_model_spec
+from omni_jax.serving.service import Service, ServiceSpec
+
+KEY_VARIABLE = "OMNI_API_KEY"
+_MAX_QUEUE = 100_000
+_MAX_MEGABYTES = 4096.0
+_MAX_GIGABYTES = 1e6
+
+
+def run_http(command: HttpCommand) -> None:
+    """Serves until it is told to stop; then finishes what was asked.
+
+    Raises:
+      InputError, CheckpointError, ConfigError: where it cannot begin.
+    """
+    check_command(command)
+    terminal = Console(stderr=True, markup=False)
+    with terminal.status("") as status:
+        service = Service(make_service_spec(command), lambda phase: status.update(Text(printable(phase))))
+    with service:
+        app = make_app(service, api_keys=read_keys(command), cors_origins=command.cors_origins)
+        config = uvicorn.Config(
+            app,
+            host=command.host,
+            port=command.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=command.drain_seconds,
+        )
+        # bound here, so that the port is known where it was left to the system
+        listener = config.bind_socket()
+        port = listener.getsockname()[1]
+        print(f"{service.spec.model_name} answers at http://{command.host}:{port}; Ctrl-C stops it", flush=True)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def check_command(command: HttpCommand) -> None:
+    """Finds what is wrong with the options before anything is loaded.
+
+    Raises:
+      InputError: naming the option.
+    """
+    check_model_options(command)
+    check_int("--port", command.port, 0, 65_535)
+    check_int("--queue", command.queue, 0, _MAX_QUEUE)
+    check_int("--drain-seconds", command.drain_seconds, 0)
+    check_float("--max-body-megabytes", command.max_body_megabytes, 0, _MAX_MEGABYTES, above=True)
+    check_float("--files-gigabytes", command.files_gigabytes, 0, _MAX_GIGABYTES)
+    for folder in command.media_root:
+        if not Path(folder).is_dir():
+            raise InputError(f"--media-root {folder}: there is no such folder")
+
+
+def make_service_spec(command: HttpCommand) -> ServiceSpec:
+    """What the options say of the service."""
+    return ServiceSpec(
+        model=make_model_spec(command),
+        name=command.name,
+        media_roots=MediaRoots(command.media_root),
+        queue=command.queue,
+        max_body_bytes=int(command.max_body_megabytes * 1e6),
+        max_file_bytes=int(command.files_gigabytes * 1e9),
+        voices_dir=command.voices_dir,
+        transcription_prompt=command.transcription_prompt,
+    )
+
+
+def read_keys(command: HttpCommand) -> list[str]:
+    """The keys of a file, one a line, and that of the environment.
+
+    Raises:
+      InputError: if the file cannot be read or has none.
+    """
+    keys = [os.environ[KEY_VARIABLE]] if os.environ.get(KEY_VARIABLE) else []
+    if command.api_keys is not None:
+        try:
+            lines = command.api_keys.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"--api-keys {command.api_keys}: cannot be read: {e}") from e
+        if not lines:
+            raise InputError(f"--api-keys {command.api_keys}: it has no key; write one a line")
+        keys += lines
+    return keys

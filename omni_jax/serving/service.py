@@ -1,0 +1,219 @@
+"""What the endpoints of the server share: the model behind its engine, the processes that decode media, and limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+from omni_jax.engine.outputs import Reply
+from omni_jax.engine.warmup import Compilations
+from omni_jax.generation.cloned_voice import ClonedVoice
+from omni_jax.generation.model import OmniModel
+from omni_jax.generation.options import Options
+from omni_jax.processing.chat import Message
+from omni_jax.processing.layout import Prompt
+from omni_jax.processing.media_workers import MediaWorkers
+from omni_jax.processing.voice_clip import VoiceClip
+from omni_jax.serving.added_voices import AddedVoices
+from omni_jax.serving.batches import Batches
+from omni_jax.serving.chat_request import ChatRequest
+from omni_jax.serving.engine_thread import EngineThread, ReplyStream, Timeline
+from omni_jax.serving.file_store import FileStore
+from omni_jax.serving.http_errors import ModelNotFoundError, OverloadedError
+from omni_jax.serving.media_roots import MediaRoots
+from omni_jax.serving.metrics import Metrics
+from omni_jax.serving.model_spec import ModelSpec, SetPhase
+from omni_jax.serving.transcripts import Transcripts
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """A service before it is made; it can be sent to another process.
+
+    Attributes:
+      model: that answers.
+      name: what the model is called; that of its folder if empty.
+      media_roots: which files of this machine requests may name.
+      queue: requests that may wait, beyond those that have a slot; more are refused.
+      max_body_bytes: of a request.
+      max_file_bytes: of all files that are uploaded, and that batches write.
+      voices_dir: where voices that are added are kept; None: only until the server ends.
+      transcription_prompt: what the model is asked to write down speech with; {language} stands for the language.
+    """
+
+    model: ModelSpec
+    name: str = ""
+    media_roots: MediaRoots = field(default_factory=MediaRoots)
+    queue: int = 64
+    max_body_bytes: int = 64_000_000
+    max_file_bytes: int = 4_000_000_000
+    voices_dir: str | None = None
+    transcription_prompt: str = ""
+
+    @property
+    def model_name(self) -> str:
+        return self.name or self.model.name
+
+
+class Service:
+    """A loaded model that answers; a context manager that ends its thread and its processes.
+
+    Attributes:
+      spec: what it was made from.
+      model: that answers.
+      engine: the thread that steps the scheduler.
+      metrics: of all requests.
+      voices: that were added.
+      transcripts: of spoken answers, which later turns may name.
+      files: that were uploaded, and that batches wrote.
+      batches: of requests in such files.
+      compilations: since it was ready.
+    """
+
+    def __init__(self, spec: ServiceSpec, set_phase: SetPhase = lambda phase: None):
+        """Loads the model and compiles.
+
+        Raises:
+          CheckpointError, ConfigError, InputError: where ``omni_jax.load`` does.
+        """
+        self.spec = spec
+        self.model: OmniModel = spec.model.load(set_phase, live=True)
+        self.voices = AddedVoices(self.model, spec.voices_dir)
+        self.transcripts = Transcripts()
+        self.files = FileStore(spec.max_file_bytes)
+        self.batches = Batches(self, self.files, spec.model_name, spec.model.scheduler.thinker_slots)
+        self._media: MediaWorkers = spec.model.start_media_workers(self.model)
+        self.compilations = Compilations()
+        self.compilations.__enter__()
+        self.metrics = Metrics()
+        self.engine = EngineThread(self.model, spec.model.scheduler, self._count_reply)
+        self.started = int(time.time())
+        self.num_open = 0
+        self.draining = False
+        self._add_states()
+
+    @property
+    def max_open(self) -> int:
+        """Requests that may be open at once."""
+        return self.spec.model.scheduler.thinker_slots + self.spec.queue
+
+    @property
+    def speaks(self) -> bool:
+        return self.model.engines.talker is not None and self.model.engines.token2wav is not None
+
+    @property
+    def names(self) -> list[str]:
+        """What ``model`` of a request may be: the model, and its adapters."""
+        return [self.spec.model_name, *self.model.engines.thinker.adapters.names]
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Takes a place for a request, and gives it back at the end.
+
+        Raises:
+          OverloadedError: if there is none.
+        """
+        if self.draining:
+            raise OverloadedError("the server is shutting down")
+        if self.num_open >= self.max_open:
+            raise OverloadedError(f"{self.num_open} requests are open, which is the limit; try again later")
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+
+    def choose_adapter(self, model: object, options: Options) -> Options:
+        """The options with the adapter that ``model`` of a request names.
+
+        Raises:
+          ModelNotFoundError: if there is no such model.
+        """
+        if model is None or model == self.spec.model_name:
+            return options
+        if model in self.model.engines.thinker.adapters.names:
+            assert isinstance(model, str)
+            return dataclasses.replace(options, adapter=options.adapter or model)
+        raise ModelNotFoundError(f"model {model!r} is not there; there are: {', '.join(self.names)}")
+
+    async def answer(self, request: ChatRequest, *, live: bool) -> ReplyStream:
+        """Has a request answered.
+
+        Args:
+          request: that was found right.
+          live: whether somebody waits for pieces as they are made.
+
+        Raises:
+          InputError: if it cannot be served.
+          ClosedError: if the server is shutting down.
+        """
+        options = self.voices.resolve(request.options)
+        self.model.check(options)
+        clip = await self._read_clip(options)
+        prompt = await self._prepare(request.messages, options)
+        return await self.engine.submit(prompt, options, live=live, clip=clip)
+
+    async def answer_whole(self, request: ChatRequest) -> Reply:
+        """Has a request answered that nobody waits for the pieces of; raises what ``answer`` does."""
+        stream = await self.answer(request, live=False)
+        try:
+            return await stream.reply()
+        finally:
+            stream.cancel()
+
+    async def read_clip(self, source: str | bytes) -> VoiceClip:
+        """The clip of a voice, decoded in a process of its own.
+
+        Raises:
+          InputError: if it cannot be read.
+        """
+        return await asyncio.wrap_future(self._media.submit_clip(source, None))
+
+    def close(self) -> None:
+        """Ends the thread and the processes; requests that are open get an error."""
+        self.engine.close()
+        self._media.close()
+        self.files.close()
+        self.compilations.__exit__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _prepare(self, messages: tuple[Message, ...], options: Options) -> Prompt:
+        context = self.model.config.thinker_config.text_config.max_position_embeddings
+        confined = self.spec.media_roots.confine(messages)
+        # one position is left for the reply
+        return await asyncio.wrap_future(self._media.submit(confined, options.assume_fps, context - 1))
+
+    async def _read_clip(self, options: Options) -> VoiceClip | None:
+        if not options.speaks or not isinstance(options.voice, ClonedVoice):
+            return None
+        added = self.voices.find(options.voice)
+        if added is None:
+            voice = self.spec.media_roots.confine_voice(options).voice
+            assert isinstance(voice, ClonedVoice)
+            return await self.read_clip(voice.ref_audio)
+        if added.clip is not None:
+            return added.clip
+        clip = await self.read_clip(added.voice.ref_audio)
+        self.voices.keep_clip(added, clip)
+        return clip
+
+    def _add_states(self) -> None:
+        add = self.metrics.add_state
+        add("omni_requests_open", "Requests that are not answered yet.", lambda: self.num_open)
+        add("omni_requests_waiting", "Requests that wait for a slot.", lambda: self.engine.num_waiting)
+        add("omni_slots_used", "Slots that requests have.", lambda: self.engine.num_running)
+        add("omni_slots", "Slots.", lambda: self.spec.model.scheduler.thinker_slots)
+        add("omni_compilations", "Programs compiled since the server was ready.", lambda: self.compilations.count)
+
+    def _count_reply(self, timeline: Timeline, reply: Reply) -> None:
+        self.metrics.count_reply(timeline, reply)
