@@ -6,12 +6,15 @@ wait for the whole of somebody else's prompt.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from omni_jax.batch import Array
 from omni_jax.config import OmniConfig
@@ -23,6 +26,8 @@ from omni_jax.engine.thinker_engine import ThinkerEngine
 from omni_jax.engine.thinker_programs import ThinkerPrefix
 from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.processing.prefill_plan import EMPTY_PROMPT, PrefillChunk, PromptPiece, plan_prefill
+
+T = TypeVar("T")
 
 Clock = Callable[[], float]  # seconds, from any beginning
 
@@ -103,6 +108,28 @@ class Prefix:
         self.length = 0
 
     @property
+    def num_bytes(self) -> int:
+        """Of its arrays."""
+        return sum(array.nbytes for array in jax.tree.leaves((self.thinker, self.talker)))
+
+    def fork(self, *, with_talker: bool, timings: Timings) -> Prefix:
+        """A copy that can be prefilled further while this one stays; all that was added here must be prefilled.
+
+        Args:
+          with_talker: whether the Talker's is copied too.
+          timings: to which the time of the copy is added.
+        """
+        assert not self.pending
+        forked = copy.copy(self)
+        forked._timings = timings
+        forked._pieces = deque()
+        forked._pending = deque()
+        forked._features = []
+        forked.thinker, forked.talker = copy_arrays((self.thinker, self.talker if with_talker else None))
+        forked.chunks = list(self.chunks)
+        return forked
+
+    @property
     def pending(self) -> bool:
         """Whether something has been added that is not prefilled yet."""
         return bool(self._pieces or self._pending)
@@ -155,6 +182,12 @@ class Prefix:
         self._features = jax.block_until_ready(features)
         self._pending.extend(plan.chunks)
         self._timings.encode += stopwatch.lap()
+
+
+@jax.jit
+def copy_arrays(tree: T) -> T:
+    """Arrays of their own, which may be donated."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def prefill_talker(

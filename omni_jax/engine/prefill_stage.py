@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from omni_jax.engine.decode_state import Context
 from omni_jax.engine.outputs import Timings, Utilization
 from omni_jax.engine.prefill import Engines, Prefix
-from omni_jax.engine.request import RequestState, Stage
+from omni_jax.engine.prefix_cache import PrefixCache
+from omni_jax.engine.request import RequestState, SchedulerConfig, Stage
 from omni_jax.engine.slot_prefill import SlotPrefill
 from omni_jax.engine.stage import StageOutput
 from omni_jax.engine.thinker_stage import ThinkerStage
-from omni_jax.processing.prefill_plan import CALL_BLOCKS
+from omni_jax.processing.prefill_plan import CALL_BLOCKS, PromptPiece, cut_piece
 
 
 class PrefillStage:
@@ -19,8 +22,16 @@ class PrefillStage:
     made, and nothing of it has been prefilled. Any other goes through a prefix of its own, one at a time.
     """
 
-    def __init__(self, engines: Engines, thinker: ThinkerStage, timings: Timings, utilization: Utilization):
+    def __init__(
+        self,
+        engines: Engines,
+        thinker: ThinkerStage,
+        config: SchedulerConfig,
+        timings: Timings,
+        utilization: Utilization,
+    ):
         self._engines = engines
+        self._cache = PrefixCache(config.prefix_bytes)
         self._thinker = thinker
         self._timings = timings
         self._utilization = utilization
@@ -45,6 +56,7 @@ class PrefillStage:
     def start(self, state: RequestState) -> None:
         """Begins with a request."""
         state.stage = Stage.PREFILL
+        pieces = self._skip_cached(state)
         if self._goes_into_slot(state):
             self._slots.start(state)
             return
@@ -56,7 +68,7 @@ class PrefillStage:
             self._prefixes[state] = Prefix(
                 self._engines, capacity, self._timings, with_talker=state.is_live, adapter=state.request.adapter
             )
-        self._prefixes[state].add(state.request.pieces)
+        self._prefixes[state].add(pieces)
 
     def step(self) -> StageOutput:
         """One call for the request that is alone, or for those that go into slots.
@@ -82,6 +94,19 @@ class PrefillStage:
         self.remove(state)
         return None if prefix is None else prefix.talker
 
+    def _skip_cached(self, state: RequestState) -> Sequence[PromptPiece]:
+        """The pieces of a request that remain behind a prefix that was kept, which becomes its own."""
+        request = state.request
+        if request.key is None or state in self._prefixes:
+            return request.pieces
+        prefix = self._cache.find(request.key, with_talker=state.is_live, timings=self._timings)
+        if prefix is None:
+            return request.pieces
+        self._prefixes[state] = prefix
+        state.num_cached = prefix.length
+        (piece,) = request.pieces  # of a whole prompt
+        return [cut_piece(piece, prefix.length)]
+
     def _goes_into_slot(self, state: RequestState) -> bool:
         return prefills_slots(self._engines, self._thinker) and not state.request.live and state not in self._prefixes
 
@@ -94,6 +119,8 @@ class PrefillStage:
         if prefix.pending:
             return False
         self._thinker.admit(state, prefix)
+        if state.request.key is not None:
+            self._cache.add(state.request.key, prefix)
         return True
 
     def _step_slots(self) -> StageOutput:

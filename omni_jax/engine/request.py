@@ -15,6 +15,7 @@ from omni_jax.checks import check_int, check_names
 from omni_jax.config import OmniConfig
 from omni_jax.engine.detokenizer import Detokenizer
 from omni_jax.engine.outputs import Reply, Timings
+from omni_jax.engine.prompt_key import PromptKey
 from omni_jax.engine.sampling import SamplingParams, pop_sampling
 from omni_jax.engine.talker_engine import SpeechClip, SpeechRequest
 from omni_jax.engine.thinker_engine import TextRequest
@@ -70,11 +71,14 @@ class SchedulerConfig:
       talker_slots: requests whose speech is decoded.
       block_sizes: sizes of the lists of blocks, 0.24 seconds each, that whole replies are voiced in; a list waits until
         the largest is full or nothing else remains to be done. Without them all that remains is voiced at once.
+      prefix_bytes: of the device's memory, in which prompts of streamed replies are kept for the next turns of their
+        dialogues (``prefix_cache.PrefixCache``); 0 for none.
     """
 
     thinker_slots: int = 1
     talker_slots: int = 1
     block_sizes: tuple[int, ...] = ()
+    prefix_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,7 @@ class Request:
       reply_span: of the two position ids that the Talker reads behind the prompt.
       usage: what the prompt is made of.
       adapter: of the Thinker's, by name, that is to answer; None: the model without one.
+      key: by which what is prefilled of the prompt may be kept and found; None: it is not.
     """
 
     pieces: Sequence[PromptPiece]
@@ -169,6 +174,7 @@ class Request:
     reply_span: Span
     usage: Usage
     adapter: str | None = None
+    key: PromptKey | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -239,6 +245,7 @@ class RequestState:
       detokenizer: holds the reply's token ids and text.
       stage: where it stands.
       error: why there is no answer, if it failed.
+      num_cached: tokens of the prompt that had been prefilled for another request.
       codes: of the speech, in the pieces that they came in.
       audio: its samples, likewise.
     """
@@ -247,6 +254,7 @@ class RequestState:
     detokenizer: Detokenizer
     stage: Stage = Stage.WAITING
     error: Exception | None = None
+    num_cached: int = 0
     codes: list[np.ndarray] = field(default_factory=list)
     audio: list[np.ndarray] = field(default_factory=list)
 
@@ -295,7 +303,7 @@ class RequestState:
             text=detokenizer.text,
             token_ids=tuple(detokenizer.token_ids),
             finish_reason=detokenizer.finish_reason,
-            usage=self.request.usage,
+            usage=dataclasses.replace(self.request.usage, cached=self.num_cached),
             # a copy: the scheduler goes on adding to its own
             timings=dataclasses.replace(timings),
         )

@@ -42,7 +42,7 @@ class Scheduler:
         self.clock = engines.clock
         self._waiting: deque[RequestState] = deque()
         self._thinker = ThinkerStage(engines, config.thinker_slots, self.timings, self.utilization)
-        self._prefill = PrefillStage(engines, self._thinker, self.timings, self.utilization)
+        self._prefill = PrefillStage(engines, self._thinker, config, self.timings, self.utilization)
         self._talker = TalkerStage(engines, config.talker_slots, self._thinker, self.timings, self.utilization)
         self._vocoder = VocoderStage(engines, config.block_sizes, self.timings, self.utilization)
         self._stages = (self._prefill, self._thinker, self._talker, self._vocoder)

@@ -143,6 +143,7 @@ class SlotPrefill:
                 call.states.pop()
                 return False
             self._thinker.copy_shared(shared, record.slot)
+            state.num_cached = shared.length
             record.blocks.extend(record.plan.cut_blocks(shared.length, record.slot))
             record.in_slot = True
             call.is_new[record.slot] = not shared.length

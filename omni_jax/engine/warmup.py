@@ -243,10 +243,14 @@ def _warm_up_stages(engines: Engines, config: SchedulerConfig, capacity: int) ->
     """Live requests and others pass both stages, with caches of this capacity."""
     _warm_up_prefixes(engines, config, capacity, live=True)
     thinker, _ = _make_stages(engines, config)
-    if prefills_slots(engines, thinker):
+    fills_slots = prefills_slots(engines, thinker)
+    if fills_slots:
         _warm_up_slots(engines, config, capacity)
-    else:
+    # where prefixes are kept, a request that goes on from one has it as its own
+    if config.prefix_bytes or not fills_slots:
         _warm_up_prefixes(engines, config, capacity, live=False)
+    if config.prefix_bytes:
+        _warm_up_forks(engines, capacity)
 
 
 def _warm_up_prefixes(engines: Engines, config: SchedulerConfig, capacity: int, *, live: bool) -> None:
@@ -265,6 +269,14 @@ def _warm_up_prefixes(engines: Engines, config: SchedulerConfig, capacity: int, 
         if prefix.talker is not None:
             talker.admit_live(state, prefix.talker)
         _warm_up_decoding(engines, thinker, talker, [state], capacity)
+
+
+def _warm_up_forks(engines: Engines, capacity: int) -> None:
+    """Prefixes of this capacity are copied."""
+    speaks = engines.talker is not None
+    prefix = Prefix(engines, capacity, Timings(), with_talker=speaks)
+    for with_talker in {False, speaks}:
+        prefix.fork(with_talker=with_talker, timings=Timings())
 
 
 def _warm_up_clips(engines: Engines, config: SchedulerConfig, capacity: int) -> None:

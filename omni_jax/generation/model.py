@@ -24,6 +24,7 @@ from omni_jax.config import OmniConfig
 from omni_jax.engine.detokenizer import Detokenizer
 from omni_jax.engine.outputs import Event, Reply
 from omni_jax.engine.prefill import Engines, Prefix, Stopwatch
+from omni_jax.engine.prompt_key import PromptKey
 from omni_jax.engine.request import (
     BLOCK_SIZES,
     INITIAL_REPLY,
@@ -283,6 +284,7 @@ class OmniModel:
         *,
         live: bool = False,
         clip: VoiceClip | None = None,
+        key: PromptKey | None = None,
     ) -> RequestState:
         """Gives a scheduler of this model a request.
 
@@ -292,6 +294,7 @@ class OmniModel:
           options: how it is to be answered.
           live: whether sound is to come as it is made; otherwise it comes with the reply.
           clip: of the voice, where the options have a ``ClonedVoice``; it is read here if None.
+          key: of the prompt, where the scheduler keeps prefixes.
 
         Raises:
           InputError: for what ``check`` finds wrong, and a clip that cannot be read.
@@ -300,6 +303,7 @@ class OmniModel:
         spans = mrope.resolve_spans(prompt.segments, self.config.thinker_config)
         clip = self._read_clip(options) if clip is None else clip
         state = self._make_request([PromptPiece(prompt, spans)], prompt, options, live=live, clip=clip)
+        state.request = dataclasses.replace(state.request, key=key)
         scheduler.submit(state)
         return state
 

@@ -8,6 +8,8 @@ T: tokens of a prompt.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -70,6 +72,11 @@ class AudioInput:
     def tokens(self) -> int:
         return audio_tokens(len(self.mel))
 
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """A hash of what the model hears."""
+        return _digest(self.mel, "audio")
+
     @property
     def seconds(self) -> float:
         return len(self.mel) / FRAMES_PER_SECOND
@@ -102,6 +109,17 @@ class VisionInput:
     def seconds(self) -> float:
         return self.grid[0] * self.seconds_per_grid if self.kind == "video" else 0.0
 
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """A hash of what the model sees."""
+        return _digest(self.patches, f"{self.kind} {self.grid}")
+
+
+def _digest(features: np.ndarray, about: str) -> bytes:
+    digest = hashlib.blake2b(np.ascontiguousarray(features).data, digest_size=16)
+    digest.update(f"{about} {features.shape} {features.dtype}".encode())
+    return digest.digest()
+
 
 Media: TypeAlias = AudioInput | VisionInput
 # what one placeholder stands for; a pair is a video with its sound
@@ -117,6 +135,7 @@ class Usage:
       audio_seconds: of sounds and of the sound of videos.
       video_seconds: of videos.
       num_bad_packets: of media files, that do not decode and are left out.
+      cached: tokens among them that had been prefilled for another request.
     """
 
     text: int = 0
@@ -126,6 +145,7 @@ class Usage:
     audio_seconds: float = 0.0
     video_seconds: float = 0.0
     num_bad_packets: int = 0
+    cached: int = 0
 
     @property
     def total(self) -> int:

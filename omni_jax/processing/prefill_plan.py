@@ -50,6 +50,24 @@ class PromptPiece:
     spans: Sequence[Span]
 
 
+def cut_piece(piece: PromptPiece, start: int) -> PromptPiece:
+    """What remains of a prompt behind its first ``start`` tokens, with the media that its tokens take features from."""
+    prompt = piece.prompt
+    media_item = prompt.media_item[start:]
+    kept = np.unique(media_item[media_item >= 0])
+    numbers = np.full(len(prompt.media) + 1, -1, np.int32)  # by the number in the prompt; the last is for no item
+    numbers[kept] = np.arange(len(kept))
+    rest = dataclasses.replace(
+        prompt,
+        tokens=prompt.tokens[start:],
+        segments=(),  # position ids are those of the spans
+        media=tuple(prompt.media[item] for item in kept),
+        media_item=numbers[media_item],
+        media_token=prompt.media_token[start:],
+    )
+    return PromptPiece(rest, mrope.cut_spans(piece.spans, start, len(prompt)))
+
+
 @dataclass(frozen=True)
 class PrefillChunk:
     """The next tokens of every slot, and where their embeddings come from.

@@ -72,7 +72,7 @@ def make_usage(reply: Reply) -> dict[str, Any]:
             "audio_tokens": usage.audio,
             "image_tokens": usage.image,
             "video_tokens": usage.video,
-            "cached_tokens": 0,
+            "cached_tokens": usage.cached,
         },
         "completion_tokens_details": {"text_tokens": text_tokens, "audio_tokens": audio_tokens},
     }

@@ -241,6 +241,9 @@ class HttpCommand(ModelOptions):
     """Requests that may wait beyond those that have a slot; more are refused with status 503."""
     max_body_megabytes: float = 64.0
     """Of a request, its media included."""
+    prefix_gigabytes: float = 0.5
+    """Of the device's memory, to keep what was read of streamed dialogues for their next turns; the 7B takes 65 KB a
+    token."""
     files_gigabytes: float = 4.0
     """Of the files of /v1/files together; they are kept until the server ends."""
     voices_dir: Annotated[str | None, _DIR] = None

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 from omni_jax.engine.outputs import Event, Reply
+from omni_jax.engine.prompt_key import PromptKey
 from omni_jax.engine.request import RequestState, SchedulerConfig
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.options import Options
@@ -155,12 +156,18 @@ class EngineThread:
         return self._thread.is_alive()
 
     async def submit(
-        self, prompt: Prompt, options: Options, *, live: bool, clip: VoiceClip | None = None
+        self,
+        prompt: Prompt,
+        options: Options,
+        *,
+        live: bool,
+        clip: VoiceClip | None = None,
+        key: PromptKey | None = None,
     ) -> ReplyStream:
         """Gives the scheduler a request.
 
         Args:
-          prompt, options, live, clip: as of ``OmniModel.submit``.
+          prompt, options, live, clip, key: as of ``OmniModel.submit``.
 
         Raises:
           InputError: as there.
@@ -169,7 +176,7 @@ class EngineThread:
         stream = ReplyStream(Timeline(self.model.engines.clock()), self._request_cancel, asyncio.get_running_loop())
 
         def start() -> None:
-            state = self.model.submit(self._scheduler, prompt, options, live=live, clip=clip)
+            state = self.model.submit(self._scheduler, prompt, options, live=live, clip=clip, key=key)
             self._streams[state] = stream
 
         try:

@@ -61,6 +61,7 @@ def check_command(command: HttpCommand) -> None:
     check_int("--queue", command.queue, 0, _MAX_QUEUE)
     check_int("--drain-seconds", command.drain_seconds, 0)
     check_float("--max-body-megabytes", command.max_body_megabytes, 0, _MAX_MEGABYTES, above=True)
+    check_float("--prefix-gigabytes", command.prefix_gigabytes, 0, _MAX_GIGABYTES)
     check_float("--files-gigabytes", command.files_gigabytes, 0, _MAX_GIGABYTES)
     for folder in command.media_root:
         if not Path(folder).is_dir():
@@ -70,7 +71,7 @@ def check_command(command: HttpCommand) -> None:
 def make_service_spec(command: HttpCommand) -> ServiceSpec:
     """What the options say of the service."""
     return ServiceSpec(
-        model=make_model_spec(command),
+        model=make_model_spec(command, int(command.prefix_gigabytes * 1e9)),
         name=command.name,
         media_roots=MediaRoots(command.media_root),
         queue=command.queue,

@@ -126,11 +126,16 @@ def check_model_options(options: ModelOptions) -> None:
     RemoteAccess(options.allow_web, options.allow_buckets)  # for its errors alone
 
 
-def make_model_spec(options: ModelOptions) -> ModelSpec:
-    """What the options say of the model."""
+def make_model_spec(options: ModelOptions, prefix_bytes: int = 0) -> ModelSpec:
+    """What the options say of the model.
+
+    Args:
+      options: of the command.
+      prefix_bytes: as of ``SchedulerConfig``.
+    """
     return ModelSpec(
         folder=options.model,
-        scheduler=SchedulerConfig(options.slots, options.slots, BLOCK_SIZES),
+        scheduler=SchedulerConfig(options.slots, options.slots, BLOCK_SIZES, prefix_bytes),
         number_format=NumberFormat(options.dtype, options.quantization, options.kv_cache_dtype),
         token2wav=dataclasses.asdict(options.token2wav),
         adapters=options.adapters,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from omni_jax.engine.outputs import Reply
+from omni_jax.engine.prompt_key import PromptKey
 from omni_jax.engine.warmup import Compilations
 from omni_jax.generation.cloned_voice import ClonedVoice
 from omni_jax.generation.model import OmniModel
@@ -156,7 +157,11 @@ class Service:
         self.model.check(options)
         clip = await self._read_clip(options)
         prompt = await self._prepare(request.messages, options)
-        return await self.engine.submit(prompt, options, live=live, clip=clip)
+        key = None
+        if self.spec.model.scheduler.prefix_bytes:
+            thinker_config = self.model.config.thinker_config
+            key = await asyncio.to_thread(PromptKey.create, prompt, options.adapter, thinker_config)
+        return await self.engine.submit(prompt, options, live=live, clip=clip, key=key)
 
     async def answer_whole(self, request: ChatRequest) -> Reply:
         """Has a request answered that nobody waits for the pieces of; raises what ``answer`` does."""

@@ -75,6 +75,22 @@ def test_streamed_text(client: OpenAI, reply: Reply) -> None:
     assert not last.choices and last.usage is not None and last.usage.completion_tokens == len(reply.token_ids)
 
 
+def test_a_second_turn_goes_on_from_the_first(client: OpenAI) -> None:
+    words = "What is on the menu today, and what was on it yesterday? " * 3
+    turns = [{"role": "user", "content": words}]
+    usages = []
+    for question in ("And tomorrow?", ""):
+        stream = client.chat.completions.create(
+            model=MODEL, messages=turns, max_tokens=4, stream=True, stream_options={"include_usage": True}
+        )
+        *_, last = list(stream)
+        usages.append(last.usage)
+        turns += [{"role": "assistant", "content": "Fish."}, {"role": "user", "content": question}]
+    first, second = usages
+    assert first is not None and second is not None and second.prompt_tokens_details is not None
+    assert second.prompt_tokens_details.cached_tokens == first.prompt_tokens
+
+
 def test_speech(client: OpenAI, reply: Reply) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_tokens=12, extra_body=EXTRA, **{**SPEECH, "audio": {"voice": "Ethan"}}
