@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omni_jax.config import OmniConfig
     from omni_jax.generation.cloned_voice import ClonedVoice
-    from omni_jax.generation.model import OmniModel, load
+    from omni_jax.generation.load_model import load
+    from omni_jax.generation.model import OmniModel
     from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 
 __all__ = ["SPEECH_SYSTEM_PROMPT", "ClonedVoice", "OmniConfig", "OmniModel", "load"]
@@ -17,7 +18,7 @@ _MODULES = {
     "ClonedVoice": "omni_jax.generation.cloned_voice",
     "OmniConfig": "omni_jax.config",
     "OmniModel": "omni_jax.generation.model",
-    "load": "omni_jax.generation.model",
+    "load": "omni_jax.generation.load_model",
     "SPEECH_SYSTEM_PROMPT": "omni_jax.processing.chat",
 }
 

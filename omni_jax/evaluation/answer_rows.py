@@ -26,7 +26,7 @@ from omni_jax.data.sources import Row, open_rows
 from omni_jax.engine.outputs import Reply
 from omni_jax.errors import CheckpointError, ConfigError, InputError, JudgeError
 from omni_jax.evaluation.spoken_answers import SpokenText, make_seed, read_spoken_text, speak_texts
-from omni_jax.generation.model import load
+from omni_jax.generation.load_model import load
 from omni_jax.generation.options import Options as Request
 from omni_jax.processing.read_aloud import QUESTION
 

@@ -20,7 +20,7 @@ from omni_jax.checks import check_int
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
 from omni_jax.processing.audio import MelSettings, MelStream, Resampler
-from omni_jax.processing.chat import SAMPLING_RATES, parse_messages
+from omni_jax.processing.chat import SAMPLING_RATES, Message, parse_messages
 from omni_jax.processing.layout import AudioInput, Media, Prompt, Usage, VisionInput, audio_tokens, lay_out
 from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.processor import LiveKind, Processor
@@ -44,7 +44,7 @@ class LivePrompt:
     def __init__(
         self,
         processor: Processor,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any]] | Sequence[Message],
         *,
         audio: bool,
         video: bool,

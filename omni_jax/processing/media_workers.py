@@ -58,6 +58,14 @@ class MediaWorkers:
         """
         return self._pool.schedule(_read_clip, source, rate)
 
+    def submit_picture(self, source: Any) -> Future[Image.Image]:
+        """Sends a picture to a worker; see ``images.read_image``.
+
+        Raises:
+          WorkerStartError: if no worker could be started.
+        """
+        return self._pool.schedule(_read_picture, find_encoded(source))
+
     def result(self, future: Future[T]) -> T:
         """The prompt of a request, or the clip of its voice, that is done.
 

@@ -19,7 +19,7 @@ from omni_jax.checks import printable
 from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.engine.outputs import Event, Reply, Timings
 from omni_jax.errors import InputError
-from omni_jax.generation.model import load
+from omni_jax.generation.load_model import load
 from omni_jax.generation.options import Options
 from omni_jax.models.token2wav import SAMPLE_RATE
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT

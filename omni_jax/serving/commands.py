@@ -251,5 +251,9 @@ class HttpCommand(ModelOptions):
     transcription_prompt: str = ""
     """What the model is asked to write down speech with, {language} in place of the language; without it, as in the
     published evaluation."""
+    sessions: int = 16
+    """Realtime sessions at once; each has caches of its own while somebody speaks."""
+    voice_detector: Annotated[Path | None, tyro.conf.arg(metavar="FILE.onnx")] = None
+    """Silero's network that tells voice from noise in realtime sessions; without it, WebRTC's detector does."""
     drain_seconds: int = 60
     """When told to stop, finish what was asked, for so long."""

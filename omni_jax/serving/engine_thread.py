@@ -11,18 +11,20 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 from omni_jax.engine.outputs import Event, Reply
+from omni_jax.engine.prefill import Prefix
 from omni_jax.engine.prompt_key import PromptKey
 from omni_jax.engine.request import RequestState, SchedulerConfig
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.options import Options
 from omni_jax.models.token2wav import SAMPLE_RATE
 from omni_jax.processing.layout import Prompt
+from omni_jax.processing.prefill_plan import PromptPiece
 from omni_jax.processing.voice_clip import VoiceClip
 
 T = TypeVar("T")
@@ -173,11 +175,41 @@ class EngineThread:
           InputError: as there.
           ClosedError: if the engine has been closed.
         """
+
+        def submit() -> RequestState:
+            return self.model.submit(self._scheduler, prompt, options, live=live, clip=clip, key=key)
+
+        return await self._start(submit)
+
+    async def submit_prefilled(
+        self,
+        prefix: Prefix,
+        pieces: Sequence[PromptPiece],
+        prompt: Prompt,
+        options: Options,
+        *,
+        clip: VoiceClip | None = None,
+    ) -> ReplyStream:
+        """Gives the scheduler a request of which a part has been prefilled.
+
+        Args:
+          prefix, pieces, prompt, options, clip: as of ``OmniModel.submit_prefilled``.
+
+        Raises:
+          InputError: as there.
+          ClosedError: if the engine has been closed.
+        """
+
+        def submit() -> RequestState:
+            return self.model.submit_prefilled(self._scheduler, prefix, pieces, prompt, options, clip=clip)
+
+        return await self._start(submit)
+
+    async def _start(self, submit: Callable[[], RequestState]) -> ReplyStream:
         stream = ReplyStream(Timeline(self.model.engines.clock()), self._request_cancel, asyncio.get_running_loop())
 
         def start() -> None:
-            state = self.model.submit(self._scheduler, prompt, options, live=live, clip=clip, key=key)
-            self._streams[state] = stream
+            self._streams[submit()] = stream
 
         try:
             await asyncio.wrap_future(self.call(start))

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omni_jax.serving.batches_endpoint import (
@@ -30,6 +30,7 @@ from omni_jax.serving.batches_endpoint import (
 from omni_jax.serving.chat_endpoint import complete_chat
 from omni_jax.serving.http_errors import FORESEEN_ERRORS, UnauthorizedError, handle_error
 from omni_jax.serving.metrics import CONTENT_TYPE
+from omni_jax.serving.realtime_endpoint import run_realtime
 from omni_jax.serving.service import Service
 from omni_jax.serving.speech_endpoint import create_speech
 from omni_jax.serving.transcription_endpoint import create_transcription
@@ -70,6 +71,7 @@ def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Se
         Route("/v1/batches", create_batch, methods=["POST"]),
         Route("/v1/batches/{id}", get_batch, methods=["GET"]),
         Route("/v1/batches/{id}/cancel", cancel_batch, methods=["POST"]),
+        WebSocketRoute("/v1/realtime", run_realtime),
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", get_model, methods=["GET"]),
         Route("/health", get_health, methods=["GET"]),

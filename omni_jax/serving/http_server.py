@@ -58,6 +58,7 @@ def check_command(command: HttpCommand) -> None:
     """
     check_model_options(command)
     check_int("--port", command.port, 0, 65_535)
+    check_int("--sessions", command.sessions, 0, _MAX_QUEUE)
     check_int("--queue", command.queue, 0, _MAX_QUEUE)
     check_int("--drain-seconds", command.drain_seconds, 0)
     check_float("--max-body-megabytes", command.max_body_megabytes, 0, _MAX_MEGABYTES, above=True)
@@ -79,6 +80,8 @@ def make_service_spec(command: HttpCommand) -> ServiceSpec:
         max_file_bytes=int(command.files_gigabytes * 1e9),
         voices_dir=command.voices_dir,
         transcription_prompt=command.transcription_prompt,
+        max_sessions=command.sessions,
+        voice_detector=command.voice_detector,
     )
 
 

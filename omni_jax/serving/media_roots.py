@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from omni_jax.errors import InputError
 from omni_jax.generation.cloned_voice import ClonedVoice
 from omni_jax.generation.options import Options
@@ -52,7 +54,9 @@ class MediaRoots:
         source = self._confine_source(voice.ref_audio, "audio.voice.ref_audio")
         return dataclasses.replace(options, voice=dataclasses.replace(voice, ref_audio=source))
 
-    def _confine_source(self, source: Any, where: str) -> str | bytes:
+    def _confine_source(self, source: Any, where: str) -> Any:
+        if isinstance(source, np.ndarray):  # of this process: no request can hold one
+            return source
         is_path = isinstance(source, str) and find_scheme(source) in ("", "file")
         if is_path and not self.folders:
             raise InputError(

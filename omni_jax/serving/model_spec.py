@@ -11,7 +11,8 @@ from typing import Any
 from omni_jax.checks import check_float, check_int
 from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.engine.request import BLOCK_SIZES, SchedulerConfig
-from omni_jax.generation.model import OmniModel, load
+from omni_jax.generation.load_model import load
+from omni_jax.generation.model import OmniModel
 from omni_jax.generation.quantization import NumberFormat
 from omni_jax.processing.fetch import RemoteAccess
 from omni_jax.processing.media_workers import MediaWorkers

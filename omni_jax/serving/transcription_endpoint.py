@@ -13,23 +13,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from omni_jax.checks import check_names, shown
 from omni_jax.engine.outputs import Reply
 from omni_jax.errors import InputError
-from omni_jax.generation.options import Options
-from omni_jax.processing.chat import MediaPart, Message, TextPart
 from omni_jax.serving.chat_request import ChatRequest
 from omni_jax.serving.engine_thread import ReplyStream
 from omni_jax.serving.http_errors import make_error
 from omni_jax.serving.http_requests import EventStream, form_file, form_text, read_form, until_disconnected
 from omni_jax.serving.service import Service
+from omni_jax.serving.transcription_request import make_transcription
 
-# as the published evaluation asks (https://github.com/QwenLM/Qwen2.5-Omni, cookbooks)
-SYSTEM_PROMPT = "You are a speech recognition model."
-DEFAULT_PROMPT = "Transcribe the {language} audio into text without any punctuation marks."
-MAX_TOKENS = 2048
 _FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature", "stream")
 _FORMATS = ("json", "text", "verbose_json")
-# of ISO 639-1, which OpenAI's clients send; another name is taken as it is
-_LANGUAGES = {"en": "English", "zh": "Chinese", "fr": "French", "de": "German", "ru": "Russian", "ja": "Japanese"}
-_MAX_LANGUAGE = 40
 
 
 async def create_transcription(request: Request) -> Response:
@@ -58,24 +50,20 @@ async def create_transcription(request: Request) -> Response:
 
 
 def _parse(service: Service, data: bytes, values: dict[str, str | None]) -> ChatRequest:
-    language = values["language"] or "en"
-    if len(language) > _MAX_LANGUAGE:
-        raise InputError(f"language has {len(language)} characters; at most {_MAX_LANGUAGE} are taken")
-    template = service.spec.transcription_prompt or DEFAULT_PROMPT
-    question = template.replace("{language}", _LANGUAGES.get(language.lower(), language))
-    # OpenAI's prompt says what came before or how words are spelt
-    if values["prompt"]:
-        question = f"{question} {values['prompt']}"
     temperature = 0.0
     if values["temperature"]:
         try:
             temperature = float(values["temperature"])
         except ValueError:
             raise InputError(f"temperature is {shown(values['temperature'])}; it must be a number") from None
-    options = Options.create(max_tokens=MAX_TOKENS, temperature=temperature)
-    content = (MediaPart("audio", data, where="file"), TextPart(question))
-    messages = (Message("system", SYSTEM_PROMPT), Message("user", content))
-    return ChatRequest(messages, service.choose_adapter(values["model"], options))
+    request = make_transcription(
+        service.spec.transcription_prompt,
+        data,
+        language=values["language"] or "en",
+        hint=values["prompt"] or "",
+        temperature=temperature,
+    )
+    return request.with_options(service.choose_adapter(values["model"], request.options))
 
 
 def _parse_bool(value: str | None) -> bool:
