@@ -6,6 +6,7 @@
 # make test-long    what takes longer: whole benchmarks, several hosts, a Ray cluster, killed runs, parity as users compile it
 # make fuzz         154,000 mutants of pictures, sounds, videos, requests and checkpoints; 10 to 20 minutes on two cores
 # make audit        asks PyPI which of the installed packages have known vulnerabilities; what it cannot tell of is an error
+# make test-page    the server's page in Debian's chromium, with a microphone that plays a voice; needs chromium
 # make test-aot     compiles programs of the whole 7B for TPUs, some minutes each; no TPU is needed
 # make check        lint, format and types
 # make test-newest  the tests that need neither PyTorch nor the TPU compiler, on Python 3.12 with the newest jax and flax
@@ -48,7 +49,7 @@ OLD_LOOPS = from importlib.metadata import version; \
 QUICKLY = JAX_DISABLE_MOST_OPTIMIZATIONS=true \
 	XLA_FLAGS="$$($(1)/python -c "$(OLD_LOOPS)") --xla_cpu_parallel_codegen_split_count=1"
 
-.PHONY: demo train-demo train-asr speech-demo train-tiny test test-long fuzz audit test-aot check test-newest clean
+.PHONY: demo train-demo train-asr speech-demo train-tiny test test-long fuzz audit test-page test-aot check test-newest clean
 
 demo: $(VENV)/installed-run
 ifdef MODEL
@@ -97,6 +98,10 @@ audit: $(VENV)/installed-test
 	$(BIN)/python -m pip freeze --exclude-editable > $(AUDIT)/installed.txt
 	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(AUDIT)/installed.txt
 
+test-page: $(VENV)/installed-page
+	@command -v chromium >/dev/null || { echo "no chromium found: apt install chromium"; exit 1; }
+	$(BIN)/python -m pytest -m page tests/serving/test_page.py
+
 test-aot: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m aot tests/tools/test_aot.py
 
@@ -129,6 +134,10 @@ $(VENV)/installed-test: setup.cfg pyproject.toml | $(BIN)/python
 $(VENV)/installed-judges: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet -e .[plots,test,judges,speech-data]
 	$(BIN)/python -m pip install --quiet --no-deps Resemblyzer==0.1.4
+	touch $@
+
+$(VENV)/installed-page: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet -e .[test-page]
 	touch $@
 
 $(VENV)/installed-check: setup.cfg pyproject.toml | $(BIN)/python

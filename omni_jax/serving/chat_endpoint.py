@@ -19,7 +19,7 @@ from omni_jax.engine.outputs import Event, Reply
 from omni_jax.errors import InputError
 from omni_jax.serving.chat_request import ChatRequest, parse_body
 from omni_jax.serving.chat_response import EXPIRY_SECONDS, make_body, make_usage
-from omni_jax.serving.engine_thread import ReplyStream
+from omni_jax.serving.engine_thread import ReplyStream, Timeline
 from omni_jax.serving.http_errors import make_error
 from omni_jax.serving.http_requests import EventStream, read_json, until_disconnected
 from omni_jax.serving.service import Service
@@ -114,7 +114,7 @@ class _Chunks:
                 for delta in self._make_deltas(event):
                     yield self._chunk(delta)
                 if event.reply is not None:
-                    for chunk in self._end(event.reply):
+                    for chunk in self._end(event.reply, stream.timeline):
                         yield chunk
         except Exception as error:  # the status has been sent, so the error comes as a piece
             yield json.dumps(make_error(error)[1])
@@ -137,7 +137,7 @@ class _Chunks:
             deltas.append({"audio": audio})
         return deltas
 
-    def _end(self, reply: Reply) -> list[str]:
+    def _end(self, reply: Reply, timeline: Timeline) -> list[str]:
         chunks = []
         ids: dict[str, Any] = {"token_ids": list(reply.token_ids)} if self._chat.return_token_ids else {}
         if self._sound is not None:
@@ -148,7 +148,8 @@ class _Chunks:
             if self._chat.return_token_ids:
                 audio["codec_ids"] = list(reply.codec_ids)
             chunks.append(self._chunk({"audio": audio}))
-        chunks.append(self._chunk({}, reply.finish_reason, **ids))
+        # no field of OpenAI's: when what was there, in seconds since the request came
+        chunks.append(self._chunk({}, reply.finish_reason, **ids, timeline=timeline.describe()))
         if self._streaming.include_usage:
             chunks.append(self._dump([], make_usage(reply)))
         return chunks

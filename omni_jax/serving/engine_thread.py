@@ -42,6 +42,7 @@ class Timeline:
 
     Attributes:
       submitted: when the request was given to the scheduler.
+      received: when it came, before its media were decoded; None if nobody has noted it.
       first_text: when its first text was there; None before that.
       first_audio: likewise of its sound.
       audio_seconds: of sound so far.
@@ -50,11 +51,23 @@ class Timeline:
     """
 
     submitted: float
+    received: float | None = None
     first_text: float | None = None
     first_audio: float | None = None
     audio_seconds: float = 0.0
     underruns: int = 0
     finished: float | None = None
+
+    def describe(self) -> dict[str, float]:
+        """How long it took to come to each point, in seconds since the request came."""
+        begin = self.submitted if self.received is None else self.received
+        points = {
+            "prepared": self.submitted,
+            "first_text": self.first_text,
+            "first_audio": self.first_audio,
+            "finished": self.finished,
+        }
+        return {name: round(time - begin, 4) for name, time in points.items() if time is not None}
 
     def add(self, event: Event, now: float) -> None:
         """Takes note of a piece."""

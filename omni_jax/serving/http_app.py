@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 from collections.abc import AsyncIterator, Sequence
 
 from starlette.applications import Starlette
@@ -13,8 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route, WebSocketRoute
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Mount, Route, WebSocketRoute
 
 from omni_jax.serving.batches_endpoint import (
     cancel_batch,
@@ -28,16 +26,15 @@ from omni_jax.serving.batches_endpoint import (
     upload_file,
 )
 from omni_jax.serving.chat_endpoint import complete_chat
-from omni_jax.serving.http_errors import FORESEEN_ERRORS, UnauthorizedError, handle_error
+from omni_jax.serving.http_errors import FORESEEN_ERRORS, handle_error
+from omni_jax.serving.http_middleware import CheckKey, CheckOrigin, CountResponses
+from omni_jax.serving.http_page import PageFiles, get_page
 from omni_jax.serving.metrics import CONTENT_TYPE
 from omni_jax.serving.realtime_endpoint import run_realtime
 from omni_jax.serving.service import Service
 from omni_jax.serving.speech_endpoint import create_speech
 from omni_jax.serving.transcription_endpoint import create_transcription
 from omni_jax.serving.voices_endpoint import add_voice, delete_voice, list_voices
-
-# what needs no key: whether the server is alive, and what it counts
-_OPEN_PATHS = ("/health", "/ready", "/metrics")
 
 
 def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Sequence[str] = ()) -> Starlette:
@@ -48,13 +45,13 @@ def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Se
       api_keys: one of which a request must have; none: no key is asked for.
       cors_origins: of pages of other hosts that may ask.
     """
-    middleware = [Middleware(_CountResponses, service=service)]
+    middleware = [Middleware(CountResponses, service=service), Middleware(CheckOrigin, allowed=tuple(cors_origins))]
     if cors_origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
         )
     if api_keys:
-        middleware.append(Middleware(_CheckKey, api_keys=tuple(api_keys)))
+        middleware.append(Middleware(CheckKey, api_keys=tuple(api_keys)))
     routes = [
         Route("/v1/chat/completions", complete_chat, methods=["POST"]),
         Route("/v1/audio/speech", create_speech, methods=["POST"]),
@@ -74,6 +71,8 @@ def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Se
         WebSocketRoute("/v1/realtime", run_realtime),
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", get_model, methods=["GET"]),
+        Route("/", get_page, methods=["GET"]),
+        Mount("/page", PageFiles()),
         Route("/health", get_health, methods=["GET"]),
         Route("/ready", get_ready, methods=["GET"]),
         Route("/metrics", get_metrics, methods=["GET"]),
@@ -132,47 +131,3 @@ async def get_metrics(request: Request) -> Response:
     """GET /metrics."""
     service: Service = request.app.state.service
     return Response(service.metrics.render(), media_type=CONTENT_TYPE)
-
-
-class _CountResponses:
-    """Counts responses by path and status."""
-
-    def __init__(self, app: ASGIApp, service: Service):
-        self._app = app
-        self._service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def count(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                # of the route and not of the request, which may hold anything
-                route = scope.get("route")
-                self._service.metrics.count_response(getattr(route, "path", "other"), message["status"])
-            await send(message)
-
-        await self._app(scope, receive, count)
-
-
-class _CheckKey:
-    """Refuses requests without a key."""
-
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]):
-        self._app = app
-        self._keys = [key.encode() for key in api_keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
-            await self._app(scope, receive, send)
-            return
-        request = Request(scope)
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        # every key is compared, in a time that does not tell how much of one is right
-        matches = [hmac.compare_digest(given, key) for key in self._keys]
-        if not any(matches):
-            response = await handle_error(request, UnauthorizedError("the API key is missing or wrong"))
-            await response(scope, receive, send)
-            return
-        await self._app(scope, receive, send)

@@ -68,6 +68,13 @@ class UnauthorizedError(ApiError):
     code = "invalid_api_key"
 
 
+class ForbiddenError(ApiError):
+    """Whoever asks may not."""
+
+    status = 403
+    code = "forbidden"
+
+
 class OverloadedError(ApiError):
     """There is no room for another request."""
 

@@ -187,6 +187,7 @@ class Service:
           InputError: if it cannot be served.
           ClosedError: if the server is shutting down.
         """
+        received = self.model.engines.clock()
         options = self.check_options(request.options)
         clip = await self.find_clip(options)
         prompt = await self._prepare(request.messages, options)
@@ -194,7 +195,9 @@ class Service:
         if self.spec.model.scheduler.prefix_bytes:
             thinker_config = self.model.config.thinker_config
             key = await asyncio.to_thread(PromptKey.create, prompt, options.adapter, thinker_config)
-        return await self.engine.submit(prompt, options, live=live, clip=clip, key=key)
+        stream = await self.engine.submit(prompt, options, live=live, clip=clip, key=key)
+        stream.timeline.received = received
+        return stream
 
     def check_options(self, options: Options) -> Options:
         """The options with the clip of a voice that was added in place of its name.

@@ -95,6 +95,15 @@ def test_captions_are_of_their_tasks(training: Training) -> None:
     assert {*CAPTION_TASKS, *NARRATION_TASKS} <= set(tasks)
 
 
+def test_pictures_are_those_of_questions_and_of_captions(training: Training) -> None:
+    rows = read_values(training.data / "train_pictures.jsonl")
+    assert [(values["task"], values["images"]) for values in rows] == [
+        ("colour", ["media/b.png"]),
+        ("describe", ["captions/media/e.png"]),
+    ]
+    assert [values["task"] for values in read_values(training.data / "valid_pictures.jsonl")] == ["colour"]
+
+
 def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training) -> None:
     rows = read_values(training.data / "train_all.jsonl")
     assert [values["messages"][0]["role"] for values in rows] == ["system", "user", "user", "user"]
