@@ -30,6 +30,7 @@ from omni_jax.serving.http_errors import FORESEEN_ERRORS, handle_error
 from omni_jax.serving.http_middleware import CheckKey, CheckOrigin, CountResponses
 from omni_jax.serving.http_page import PageFiles, get_page
 from omni_jax.serving.metrics import CONTENT_TYPE
+from omni_jax.serving.openapi import get_description, get_documentation
 from omni_jax.serving.realtime_endpoint import run_realtime
 from omni_jax.serving.service import Service
 from omni_jax.serving.speech_endpoint import create_speech
@@ -71,6 +72,8 @@ def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Se
         WebSocketRoute("/v1/realtime", run_realtime),
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", get_model, methods=["GET"]),
+        Route("/openapi.json", get_description, methods=["GET"]),
+        Route("/docs", get_documentation, methods=["GET"]),
         Route("/", get_page, methods=["GET"]),
         Mount("/page", PageFiles()),
         Route("/health", get_health, methods=["GET"]),

@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from omni_jax.serving.http_errors import ApiError, ForbiddenError, UnauthorizedError, handle_error
 from omni_jax.serving.service import Service
 
-# what needs no key: whether the server is alive, what it counts, and the page, which asks for one
-_OPEN_PATHS = ("/", "/health", "/ready", "/metrics")
+# what needs no key: whether the server is alive, what it counts and takes, and the page, which asks for one
+_OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health", "/ready", "/metrics")
 _OPEN_FOLDER = "/page/"
 # browsers cannot send a header with a websocket; OpenAI's clients put the key here
 _KEY_PROTOCOL = "openai-insecure-api-key."

@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 FOLDER = Path(__file__).parent / "page"
 # nothing from elsewhere, and no script but those of the folder
-_HEADERS = {
+PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; base-uri 'none'; "
         "form-action 'self'; frame-ancestors 'none'"
@@ -25,7 +25,7 @@ _HEADERS = {
 
 async def get_page(request: Request) -> Response:
     """GET /."""
-    return FileResponse(FOLDER / "index.html", headers=_HEADERS)
+    return FileResponse(FOLDER / "index.html", headers=PAGE_HEADERS)
 
 
 class PageFiles(StaticFiles):
@@ -36,5 +36,5 @@ class PageFiles(StaticFiles):
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
-        response.headers.update(_HEADERS)
+        response.headers.update(PAGE_HEADERS)
         return response
