@@ -1,4 +1,4 @@
-"""Times omni_jax beside the PyTorch reference, in one run, on random parameters.
+"""Times omni_jax beside the PyTorch reference, in one run, on random parameters; and any server of OpenAI's API.
 
 Both do the same work on the same inputs in float32 with all cores, in turns; a figure is the median of several. Quote
 the ratios: the seconds belong to the machine.
@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs what the command line asks for; ``args`` stand for it where they are given."""
-    # found without importing them: this process uses neither
-    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+    command = list(sys.argv[1:] if args is None else args)[:1]
+    # found without importing them: this process uses neither; a server is measured without them
+    if command != ["serve"] and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         sys.exit("the benchmark runs beside PyTorch: pip install -e '.[test]'")
     # not at the top: the processes of the sides import this file and must not hold what they do not use
     from benchmarks.accelerator import accelerator
@@ -27,6 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
     from benchmarks.data import data
     from benchmarks.first_packet import first_packet
     from benchmarks.latency import latency
+    from benchmarks.serve import serve
     from benchmarks.speak import speak
     from benchmarks.understand import understand
 
@@ -37,6 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "first-packet": first_packet,
         "data": data,
         "batch": batch,
+        "serve": serve,
         "accelerator": accelerator,
     }
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=args)

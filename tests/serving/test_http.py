@@ -17,6 +17,7 @@ import pytest
 from openai import OpenAI
 
 import omni_jax
+from benchmarks.serve import serve as serve_benchmark
 from omni_jax.engine.outputs import Reply
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.serving.wav import pcm16
@@ -281,3 +282,14 @@ def test_metrics_count(client: OpenAI, address: str) -> None:
     client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=4)
     assert read("omni_replies_total") == before + 1
     assert read("omni_ttft_seconds_count") > 0 and read("omni_requests_open") == 0
+
+
+def test_the_benchmark_asks_it(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    out = tmp_path / "serve.json"
+    serve_benchmark(address, voice="Ethan", concurrency=(1, 3), requests=4, max_tokens=4, json_out=out)
+    rounds = json.loads(out.read_text())["rounds"]
+    assert [values["requests"] for values in rounds.values()] == [4, 4] and rounds["3"]["spoken"] > 0
+    assert "audio_ttfp_p50" in capsys.readouterr().out
