@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -28,7 +29,9 @@ async def run_realtime(websocket: WebSocket) -> None:
     try:
         with service.open_session():
             service.check_model(websocket.query_params.get("model"))
-            session = RealtimeSession(service, websocket.send_json, functools.partial(make_detector, service))
+            session = RealtimeSession(
+                service, functools.partial(_send, websocket), functools.partial(make_detector, service)
+            )
             await session.begin()
             while True:
                 message = await websocket.receive()
@@ -48,6 +51,12 @@ def make_detector(service: Service, threshold: float) -> VoiceDetector:
     """The detector of voice that the server was started with."""
     path = service.spec.voice_detector
     return WebRtcDetector(threshold) if path is None else SileroDetector(path)
+
+
+async def _send(websocket: WebSocket, event: dict[str, Any]) -> None:
+    # whoever is gone is found by the next receive
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        await websocket.send_json(event)
 
 
 async def _handle(session: RealtimeSession, text: Any) -> None:

@@ -91,6 +91,10 @@ class Response:
                 if not self.ended:
                     _, body = make_error(error)
                     await self._end("failed", {"type": "failed", **body})
+        finally:
+            # where it was cancelled before there was a stream
+            if self._stream is not None:
+                self._stream.cancel()
 
     async def cancel(self, reason: str) -> None:
         """Ends the answer where it is; ``reason`` is "client_cancelled" or "turn_detected"."""
