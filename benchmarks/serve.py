@@ -206,8 +206,7 @@ def serve(
       max_tokens: of a reply.
       json_out: where the figures are written, too.
     """
-    for name, numbers in (("concurrency", concurrency), ("requests", [requests]), ("max-tokens", [max_tokens])):
-        check_at_least_one(name, numbers)
+    check_at_least_one(concurrency=concurrency, requests=requests, max_tokens=max_tokens)
     found = asyncio.run(_measure(endpoint, model, voice, concurrency, requests, spoken, max_tokens))
     print_tables(_make_table(found))
     write_json(json_out, {"endpoint": endpoint, "rounds": found})

@@ -145,7 +145,8 @@ class Usage:
     audio_seconds: float = 0.0
     video_seconds: float = 0.0
     num_bad_packets: int = 0
-    cached: int = 0
+    # not compared: what came before a request changes nothing of it
+    cached: int = field(default=0, compare=False)
 
     @property
     def total(self) -> int:
