@@ -107,6 +107,7 @@ def _make_talker(stage: str, steps: int) -> Recipe:
 _ADAPTERS = ParameterGroup(ADAPTERS)
 _ENCODERS = ParameterGroup(ENCODERS)
 _DECODER = ParameterGroup(DECODER)
+_ALL = (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),)
 
 RECIPES = {
     # what a published language model knows already: to copy, and then the rest
@@ -138,13 +139,13 @@ RECIPES = {
     ),
     "pretrain2-omni-tiny": _make(
         pretrain2.RECIPES["pretrain2-tiny"],
-        (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
+        _ALL,
         steps=6000,
         learning_rate=7e-4,
     ),
     "pretrain3-omni-tiny": _make(
         pretrain3.RECIPES["pretrain3-tiny"],
-        (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
+        _ALL,
         steps=600,
         learning_rate=3e-4,
         tokens=1152,
@@ -156,7 +157,7 @@ RECIPES = {
     "pictures-omni-tiny": dataclasses.replace(
         _make(
             thinker_sft.RECIPES["thinker-sft-tiny"],
-            (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
+            _ALL,
             steps=4000,
             learning_rate=5e-4,
             audio_blocks=0,
@@ -166,7 +167,7 @@ RECIPES = {
     ),
     "thinker-sft-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
-        (Phase("all", (_DECODER, _ADAPTERS, _ENCODERS)),),
+        _ALL,
         steps=7500,
         learning_rate=5e-4,
     ),

@@ -13,6 +13,7 @@ from omni_jax.errors import InputError
 
 INT32_MAX = 2**31 - 1
 SEED_MAX = 2**32 - 1  # seeds are unsigned numbers of 32 bits
+_MAX_MESSAGE = 2000  # characters of an error that strangers are told
 # all but tabs and line breaks: the others move the cursor, and begin what a terminal takes for commands
 _CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -101,6 +102,12 @@ def redact(text: str) -> str:
     That is the name and the password of a user, the query, where buckets put signatures, and the fragment.
     """
     return _URL.sub(_without_secrets, text)
+
+
+def short_message(text: str) -> str:
+    """An error for strangers: without what signs URLs, and cut where it quotes all that it was given."""
+    text = redact(text)
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}... ({len(text)} characters)"
 
 
 def _without_secrets(url: re.Match[str]) -> str:

@@ -79,7 +79,9 @@ class AddedVoices:
           ConflictError: if there is a voice of this name.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InputError(f"name is {shown(name)}; it must be up to 64 letters, digits, -, _ and ., a letter first")
+            raise InputError(
+                f"name is {shown(name)}; it must be up to 64 letters, digits, -, _ and ., a letter or digit first"
+            )
         if not isinstance(consent, str) or not MIN_CONSENT <= len(consent.strip()) <= MAX_CONSENT:
             raise InputError(
                 f"consent must be a statement of {MIN_CONSENT} to {MAX_CONSENT} characters: who speaks, and that they "

@@ -7,19 +7,19 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from omni_jax.checks import check_names, redact, shown
+from omni_jax.checks import check_names, short_message, shown
 from omni_jax.errors import InputError
 from omni_jax.processing.files import bucket_errors, open_file
 from omni_jax.serving.chat_request import ChatRequest, parse_body
+from omni_jax.serving.json_objects import parse_object
 
 URL = "/v1/chat/completions"
 MAX_LINE_BYTES = 64 << 20
 ID_PREFIX = "batch_req_"  # of the id of a result; the line's number follows
 
 _FIELDS = ("custom_id", "method", "url", "body")
-_MAX_MESSAGE = 2000  # characters of an error
 _BOM = b"\xef\xbb\xbf"  # what editors on Windows begin a file with; amid a file where such files were joined
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -145,10 +145,8 @@ def make_error(line: Line, custom_id: str | None, error: Exception) -> Result:
     else:
         code = "failed"
         message = f"{type(error).__name__}: {error}"
-    message = redact(message)  # results are shown to others than those who signed the URLs in them
-    if len(message) > _MAX_MESSAGE:  # some quote all that they were given
-        message = f"{message[:_MAX_MESSAGE]}... ({len(message)} characters)"
-    problem = {"code": code, "message": message}
+    # results are shown to others than those who signed the URLs in them
+    problem = {"code": code, "message": short_message(message)}
     text = _dump({"id": line.result_id, "custom_id": custom_id, "response": None, "error": problem})
     return Result(text, failed=True)
 
@@ -157,22 +155,10 @@ def _parse_json(line: Line) -> dict[str, Any]:
     # read_lines gives no data of a line that is too long
     if line.data is None:
         raise LineError(f"the line is longer than {MAX_LINE_BYTES} bytes; put its media into files")
-    # Python's json takes NaN and Infinity, which are no JSON and no numbers that anything could be set to
     try:
-        values = json.loads(line.data.removeprefix(_BOM).decode(), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as e:
-        raise LineError(f"the line is not UTF-8: {e}") from e
-    except RecursionError as e:
-        raise LineError("the line is nested too deeply") from e
-    except ValueError as e:
-        raise LineError(f"the line is not JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise LineError(f"the line must be an object, got {type(values).__name__}")
-    return values
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+        return parse_object(line.data.removeprefix(_BOM), "the line")
+    except InputError as e:
+        raise LineError(str(e)) from e
 
 
 def _dump(values: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from omni_jax.checks import check_names, shown
 from omni_jax.errors import InputError
 from omni_jax.serving.batch_lines import URL
+from omni_jax.serving.file_store import StoredFile
 from omni_jax.serving.http_requests import form_file, form_text, read_form, read_json
 from omni_jax.serving.service import Service
 
@@ -23,6 +24,11 @@ _MAX_METADATA_TEXT = 512  # characters of each value
 async def upload_file(request: Request) -> Response:
     """POST /v1/files."""
     service: Service = request.app.state.service
+    with service.admit():
+        return JSONResponse((await _store_upload(request, service)).describe())
+
+
+async def _store_upload(request: Request, service: Service) -> StoredFile:
     async with read_form(request, service.spec.max_body_bytes) as form:
         check_names("field of the form", form, _FILE_FIELDS)
         purpose = form_text(form, "purpose")
@@ -31,7 +37,7 @@ async def upload_file(request: Request) -> Response:
         data = await form_file(form, "file")
         file = form["file"]
         name = file.filename if isinstance(file, UploadFile) else None
-    return JSONResponse(service.files.add(name or "file", purpose, data).describe())
+    return service.files.add(name or "file", purpose, data)
 
 
 async def list_files(request: Request) -> Response:

@@ -18,6 +18,7 @@ from omni_jax.serving.realtime_audio import PCM_RATE, decode_samples
 from omni_jax.serving.wav import pcm16
 
 MAX_ITEMS = 1000
+MAX_BYTES = 256 << 20  # of all sounds, pictures and texts of a conversation
 _ITEM_FIELDS = ("id", "type", "object", "role", "status", "content")
 _PARTS = {
     "system": ("input_text",),
@@ -75,6 +76,12 @@ class Item:
     parts: list[Part] = field(default_factory=list)
     status: str = "completed"
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its sounds, pictures and texts, about."""
+        samples = [0 if part.samples is None else part.samples.nbytes for part in self.parts]
+        return sum(samples) + sum(len(part.text) + len(part.image_url) for part in self.parts)
+
     def describe(self, *, with_audio: bool = False) -> dict[str, Any]:
         """OpenAI's object."""
         content = [part.describe(with_audio=with_audio) for part in self.parts]
@@ -118,6 +125,11 @@ class Conversation:
             raise InputError(f"item.id is {shown(item.id)}, which is an item already")
         if len(self._items) >= MAX_ITEMS:
             raise InputError(f"the conversation has {MAX_ITEMS} items, which is the limit; delete some")
+        num_bytes = item.num_bytes + sum(other.num_bytes for other in self._items)
+        if num_bytes > MAX_BYTES:
+            raise InputError(
+                f"the conversation would have {num_bytes} bytes, over the limit of {MAX_BYTES}; delete some"
+            )
         place = len(self._items)
         if previous_id == "root":
             place = 0

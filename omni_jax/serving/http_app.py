@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -89,11 +88,10 @@ def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Se
 
 @contextlib.asynccontextmanager
 async def _run_batches(app: Starlette) -> AsyncIterator[None]:
-    """Works on batches as long as the server runs, and says when it is about to end."""
+    """Works on batches as long as the server runs."""
     service: Service = app.state.service
     task = asyncio.create_task(service.batches.run())
     yield
-    service.draining = True
     task.cancel()
 
 
@@ -107,8 +105,7 @@ async def get_model(request: Request) -> Response:
     """GET /v1/models/{name}."""
     service: Service = request.app.state.service
     name = request.path_params["name"]
-    if name not in service.names:
-        raise HTTPException(404, f"there is no model {name!r}")
+    service.check_model(name)
     return JSONResponse(_describe(service, name))
 
 

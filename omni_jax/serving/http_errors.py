@@ -8,14 +8,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from omni_jax.checks import redact
+from omni_jax.checks import short_message
 from omni_jax.errors import InputError
 from omni_jax.processing.worker_pool import PreparationError
 from omni_jax.serving.engine_thread import ClosedError
 
 _log = logging.getLogger(__name__)
 
-_MAX_MESSAGE = 2000  # characters of an error; some quote all that they were given
 _RETRY_SECONDS = 1
 
 
@@ -75,6 +74,13 @@ class ForbiddenError(ApiError):
     code = "forbidden"
 
 
+class ClientGoneError(ApiError):
+    """Nobody reads the response any more; the status is nginx's."""
+
+    status = 499
+    code = "client_closed_request"
+
+
 class OverloadedError(ApiError):
     """There is no room for another request."""
 
@@ -83,29 +89,39 @@ class OverloadedError(ApiError):
     code = "overloaded"
 
 
+class InternalError(ApiError):
+    """What nobody foresaw."""
+
+    status = 500
+    kind = "server_error"
+
+
 # what ``make_error`` knows
 FORESEEN_ERRORS = (ApiError, ClosedError, InputError, PreparationError, ClientDisconnect, HTTPException)
 
 
 def make_error(error: Exception) -> tuple[int, dict[str, object]]:
     """The status and the body of an error; what nobody foresaw is logged, and not told."""
-    status, kind, code, message = 500, "server_error", None, "the server failed; its log says why"
+    told = _translate(error)
+    values = {"message": short_message(str(told)), "type": told.kind, "param": None, "code": told.code}
+    return told.status, {"error": values}
+
+
+def _translate(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
-        status, kind, code, message = error.status, error.kind, error.code, str(error)
-    elif isinstance(error, ClosedError):
-        status, code, message = OverloadedError.status, OverloadedError.code, str(error)
-    elif isinstance(error, InputError | PreparationError):
-        status, kind, message = 400, ApiError.kind, str(error)
-    elif isinstance(error, ClientDisconnect):  # nobody reads it
-        status, kind, message = 499, ApiError.kind, "the client is gone"
-    elif isinstance(error, HTTPException):
-        status, kind, message = error.status_code, ApiError.kind, str(error.detail)
-    else:
-        _log.error("a request failed", exc_info=error)
-    message = redact(message)  # URLs may be signed
-    if len(message) > _MAX_MESSAGE:
-        message = f"{message[:_MAX_MESSAGE]}... ({len(message)} characters)"
-    return status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        return error
+    if isinstance(error, ClosedError):
+        return OverloadedError(str(error))
+    if isinstance(error, InputError | PreparationError):
+        return ApiError(str(error))
+    if isinstance(error, ClientDisconnect):
+        return ClientGoneError("the client is gone")
+    if isinstance(error, HTTPException):  # of a route that is not there, or not with this method
+        told = ApiError(str(error.detail))
+        told.status = error.status_code
+        return told
+    _log.error("a request failed", exc_info=error)
+    return InternalError("the server failed; its log says why")
 
 
 async def handle_error(request: Request, error: Exception) -> JSONResponse:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, NoReturn, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from sse_starlette import EventSourceResponse
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from omni_jax.checks import shown
 from omni_jax.errors import InputError
 from omni_jax.serving.http_errors import TooLargeError
+from omni_jax.serving.json_objects import parse_object
 
 T = TypeVar("T")
 
@@ -47,28 +47,6 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
       TooLargeError: if it has more bytes.
     """
     return parse_object(await read_body(request, max_bytes), "body")
-
-
-def parse_object(data: str | bytes, where: str) -> dict[str, Any]:
-    """An object of JSON.
-
-    Raises:
-      InputError: for anything else, naming ``where``.
-    """
-    # Python's json takes NaN and Infinity, which are no JSON and no numbers that anything could be set to
-    try:
-        values = json.loads(data, parse_constant=_refuse_constant)
-    except RecursionError as e:
-        raise InputError(f"{where} is nested too deeply") from e
-    except ValueError as e:
-        raise InputError(f"{where} is not JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise InputError(f"{where} must be an object, got {type(values).__name__}")
-    return values
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 @contextlib.asynccontextmanager
@@ -124,7 +102,7 @@ async def form_file(form: FormData, name: str) -> bytes:
     return data
 
 
-async def until_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def until_disconnected(request: Request, work: Awaitable[T]) -> T:
     """What some work gives; it is cancelled as soon as nobody waits for it any more.
 
     Raises:
@@ -149,32 +127,36 @@ async def _wait_for_disconnect(request: Request) -> None:
         pass
 
 
-class EventStream(EventSourceResponse):
-    """Server-sent events; what they hold is freed when all are sent, or nobody reads them any more."""
+class _HoldingResponse(Response):
+    """A response that holds something; it is freed when all is sent, or nobody reads it any more.
+
+    Attributes:
+      on_end: are called once, then.
+    """
+
+    on_end: Sequence[Callable[[], object]] = ()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for function in self.on_end:
+                function()
+
+
+class EventStream(_HoldingResponse, EventSourceResponse):
+    """Server-sent events."""
 
     def __init__(self, events: AsyncIterator[str], *on_end: Callable[[], object]):
-        """``events`` are the data of each; ``on_end`` are called once."""
+        """``events`` are the data of each; ``on_end`` free what they hold."""
         super().__init__(events, ping=_PING_SECONDS, sep="\n")
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            for function in self._on_end:
-                function()
+        self.on_end = on_end
 
 
-class ByteStream(StreamingResponse):
-    """Bytes as they are made; the same."""
+class ByteStream(_HoldingResponse, StreamingResponse):
+    """Bytes as they are made."""
 
     def __init__(self, pieces: AsyncIterator[bytes], content_type: str, *on_end: Callable[[], object]):
+        """``pieces`` make up the body; ``on_end`` free what they hold."""
         super().__init__(pieces, media_type=content_type)
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            for function in self._on_end:
-                function()
+        self.on_end = on_end

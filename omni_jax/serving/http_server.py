@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from rich.console import Console
 from rich.text import Text
+from sse_starlette.sse import AppStatus
+from starlette.applications import Starlette
 
 from omni_jax.checks import check_float, check_int, printable
 from omni_jax.errors import InputError
@@ -29,25 +34,54 @@ def run_http(command: HttpCommand) -> None:
     Raises:
       InputError, CheckpointError, ConfigError: where it cannot begin.
     """
+    # what is wrong shows before minutes of loading
     check_command(command)
+    api_keys = read_keys(command)
     terminal = Console(stderr=True, markup=False)
-    with terminal.status("") as status:
-        service = Service(make_service_spec(command), lambda phase: status.update(Text(printable(phase))))
-    with service:
-        app = make_app(service, api_keys=read_keys(command), cors_origins=command.cors_origins)
-        config = uvicorn.Config(
-            app,
-            host=command.host,
-            port=command.port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=command.drain_seconds,
+    with contextlib.closing(_bind(command.host, command.port)) as listener:
+        with terminal.status("") as status:
+            service = Service(make_service_spec(command), lambda phase: status.update(Text(printable(phase))))
+        with service:
+            app = make_app(service, api_keys=api_keys, cors_origins=command.cors_origins)
+            port = listener.getsockname()[1]
+            print(f"{service.spec.model_name} answers at http://{command.host}:{port}; Ctrl-C stops it", flush=True)
+            _Server(service, app, command.drain_seconds).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """A server that refuses new requests as soon as it is told to stop, and finishes those that it has."""
+
+    def __init__(self, service: Service, app: Starlette, drain_seconds: int):
+        super().__init__(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_seconds)
         )
-        # bound here, so that the port is known where it was left to the system
-        listener = config.bind_socket()
-        port = listener.getsockname()[1]
-        print(f"{service.spec.model_name} answers at http://{command.host}:{port}; Ctrl-C stops it", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        self._service = service
+        # it would cut streams as soon as the server is told to stop; they end by themselves, or after ``drain_seconds``
+        AppStatus.disable_automatic_graceful_drain()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that nobody can connect to yet.
+
+    Raises:
+      InputError: if the address is taken, or is not of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as e:
+        raise InputError(f"--host {host}: {e.strerror or e}") from e
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as e:
+        listener.close()
+        raise InputError(f"--host {host} --port {port}: cannot listen there: {e.strerror or e}") from e
+    return listener
 
 
 def check_command(command: HttpCommand) -> None:

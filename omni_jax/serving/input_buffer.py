@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _IDLE_SECONDS = 65.0  # of sound that are kept while nobody speaks; the padding before a speech is at most 60
 _CAMERA_SECONDS = 5.0  # a picture that came so long before a speech, or later, shows what is spoken of
 _MAX_PICTURES = 600  # of a turn
+_MAX_PICTURE_BYTES = 256 << 20  # of all of them, decoded
 
 
 class PrefillTask:
@@ -120,6 +121,11 @@ class InputBuffer:
             raise InputError(f"the turn has {_MAX_PICTURES} pictures, which is the limit; commit or clear it")
         if self._pictures and self._pictures[0][0].size != picture.size:
             raise InputError(f"the picture is {picture.size}, those before it {self._pictures[0][0].size}")
+        num_bytes = sum(3 * other.width * other.height for other, _ in [*self._pictures, (picture, 0)])
+        if num_bytes > _MAX_PICTURE_BYTES:
+            raise InputError(
+                f"the turn's pictures have {num_bytes} bytes, over {_MAX_PICTURE_BYTES}; send smaller ones"
+            )
         had_none = not self._pictures
         self._pictures.append((picture, self._first + self.num_samples))
         if self._begin is None:
@@ -145,7 +151,8 @@ class InputBuffer:
         parts = [Part("input_image", image_url=_encode(picture)) for picture, _ in self._pictures[-1:]]
         parts.append(Part("input_audio", samples=samples, rate=self._rate))
         item = Item(self.item_id, "user", parts)
-        self._complete, self._prefill = self._prefill, None
+        self._complete = self._prefill
+        self._prefill = None
         self._first += len(samples)
         self._samples = []
         self._pictures = []
@@ -155,7 +162,8 @@ class InputBuffer:
 
     def take_turn(self, config: SessionConfig) -> PrefillTask | None:
         """What was prefilled of the turn that was committed last, if it is what is answered in this way."""
-        complete, self._complete = self._complete, None
+        complete = self._complete
+        self._complete = None
         if complete is None:
             return None
         options = config.options
@@ -171,7 +179,7 @@ class InputBuffer:
         if self._begin is not None:
             self._start_prefill()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Drops everything."""
         self._cancel()
         self._samples = []

@@ -107,6 +107,8 @@ def _object(name: str) -> dict[str, Any]:
 
 
 _ANY_TEXT = {"type": "string"}
+# of each, as OpenAPI has it from 3.2 on
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _BYTES = {"type": "string", "format": "binary"}
 _MADE = (400, 404, 413, 503)
 
@@ -115,7 +117,7 @@ PATHS: dict[str, Any] = {
         "post": _operation(
             "createChatCompletion",
             "Answers a dialogue in text, and in speech if modalities ask for it; with stream, piece by piece.",
-            {_JSON: _reference("ChatCompletion"), _EVENTS: _ANY_TEXT},
+            {_JSON: _reference("ChatCompletion"), _EVENTS: _EVENT},
             body=_body("ChatRequest"),
             errors=_MADE,
         )
@@ -124,7 +126,7 @@ PATHS: dict[str, Any] = {
         "post": _operation(
             "createSpeech",
             "Speaks a text; its bytes come as they are made.",
-            {"audio/*": _BYTES, _EVENTS: _ANY_TEXT},
+            {"audio/*": _BYTES, _EVENTS: _EVENT},
             body=_body("SpeechRequest"),
             errors=_MADE,
         )
@@ -133,7 +135,7 @@ PATHS: dict[str, Any] = {
         "post": _operation(
             "createTranscription",
             "Writes down what is said in a file.",
-            {_JSON: _reference("Transcription"), "text/plain": _ANY_TEXT, _EVENTS: _ANY_TEXT},
+            {_JSON: _reference("Transcription"), "text/plain": _ANY_TEXT, _EVENTS: _EVENT},
             body=_body("TranscriptionRequest", _FORM),
             errors=_MADE,
         )
@@ -164,7 +166,7 @@ PATHS: dict[str, Any] = {
             "Keeps a file of requests for a batch.",
             _object("File"),
             body=_body("FileRequest", _FORM),
-            errors=(400, 413),
+            errors=(400, 413, 503),
         ),
     },
     "/v1/files/{id}": {

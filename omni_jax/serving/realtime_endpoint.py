@@ -10,7 +10,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from omni_jax.errors import InputError
 from omni_jax.serving.http_errors import ApiError
-from omni_jax.serving.http_requests import parse_object
+from omni_jax.serving.json_objects import parse_object
 from omni_jax.serving.realtime_session import RealtimeSession
 from omni_jax.serving.service import Service
 from omni_jax.serving.turn_detection import SileroDetector, VoiceDetector, WebRtcDetector

@@ -91,7 +91,7 @@ class RealtimeSession:
         for task in list(self._tasks):
             task.cancel()
         if self._buffer is not None:
-            await self._buffer.close()
+            self._buffer.close()
 
     async def send(self, kind: str, **values: Any) -> None:
         """Sends an event."""
@@ -176,7 +176,7 @@ class RealtimeSession:
         """Takes sound whose order is settled."""
         if not len(samples):
             return
-        buffer = await self._open_buffer()
+        buffer = self._open_buffer()
         buffer.push(samples)
         if self._detector is None:
             buffer.begin_turn(0.0)
@@ -187,7 +187,7 @@ class RealtimeSession:
     async def _take_turn(self, boundary: Boundary) -> None:
         detection = self.config.turn_detection
         assert detection is not None
-        buffer = await self._open_buffer()
+        buffer = self._open_buffer()
         if boundary.kind == "start":
             begin = max(boundary.seconds - detection.prefix_padding_ms / 1000, 0.0)
             if detection.interrupt_response and self._response is not None:
@@ -210,10 +210,10 @@ class RealtimeSession:
             raise InputError(f"image is {shown(image)}; it must be base64 of up to {_MAX_APPEND_BYTES} characters")
         data = decode_base64(image, "image")
         picture = await self.service.read_picture(data)
-        buffer = await self._open_buffer()
+        buffer = self._open_buffer()
         buffer.push_picture(picture)
 
-    async def _open_buffer(self) -> InputBuffer:
+    def _open_buffer(self) -> InputBuffer:
         if self._buffer is None:
             self._buffer = InputBuffer(self, RATES[self.config.input_format])
         return self._buffer
@@ -242,7 +242,8 @@ class RealtimeSession:
         where = {"item_id": item.id, "content_index": item.parts.index(part)}
         kind = "conversation.item.input_audio_transcription"
         try:
-            reply = await self.service.transcribe(part.samples, part.rate)
+            with self.service.admit():
+                reply = await self.service.transcribe(part.samples, part.rate)
         except Exception as error:
             _, body = make_error(error)
             await self.send(f"{kind}.failed", **where, **body)
@@ -254,7 +255,7 @@ class RealtimeSession:
     async def _clear_audio(self, event: dict[str, Any]) -> None:
         check_names("field of the event", event, ("type", "event_id"))
         if self._buffer is not None:
-            await self._buffer.close()
+            self._buffer.close()
         self._reset_input()
         await self.send("input_audio_buffer.cleared")
 

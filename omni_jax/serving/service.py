@@ -28,7 +28,7 @@ from omni_jax.processing.voice_clip import VoiceClip
 from omni_jax.serving.added_voices import AddedVoices
 from omni_jax.serving.batches import Batches
 from omni_jax.serving.chat_request import ChatRequest
-from omni_jax.serving.engine_thread import EngineThread, ReplyStream, Timeline
+from omni_jax.serving.engine_thread import EngineThread, ReplyStream
 from omni_jax.serving.file_store import FileStore
 from omni_jax.serving.http_errors import ModelNotFoundError, OverloadedError
 from omni_jax.serving.media_roots import MediaRoots
@@ -104,7 +104,7 @@ class Service:
         self.compilations = Compilations()
         self.compilations.__enter__()
         self.metrics = Metrics()
-        self.engine = EngineThread(self.model, spec.model.scheduler, self._count_reply)
+        self.engine = EngineThread(self.model, spec.model.scheduler, self.metrics.count_reply)
         self.started = int(time.time())
         self.num_open = 0
         self.num_sessions = 0
@@ -296,6 +296,3 @@ class Service:
         add("omni_slots_used", "Slots that requests have.", lambda: self.engine.num_running)
         add("omni_slots", "Slots.", lambda: self.spec.model.scheduler.thinker_slots)
         add("omni_compilations", "Programs compiled since the server was ready.", lambda: self.compilations.count)
-
-    def _count_reply(self, timeline: Timeline, reply: Reply) -> None:
-        self.metrics.count_reply(timeline, reply)

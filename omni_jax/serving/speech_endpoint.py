@@ -50,7 +50,7 @@ async def create_speech(request: Request) -> Response:
         # the first piece is waited for, so that what goes wrong before it still has a status of its own
         pieces = _pieces(stream, chat.audio_format)
         try:
-            first = await until_disconnected(request, _next(pieces))
+            first = await until_disconnected(request, anext(pieces, b""))
         except BaseException:
             for function in on_end:
                 function()
@@ -75,15 +75,15 @@ def _parse_speech(service: Service, values: dict[str, Any]) -> ChatRequest:
             raise InputError(f"body: {name} is {shown(values[name])}; only {neutral!r} is supported")
     talker = {name: values[name] for name in _SAMPLING if name in values}
     options = Options.create(
-        modalities=("text", "audio"), voice=_parse_voice(values), reply_text=text, talker=talker, **_noise(values)
+        modalities=("text", "audio"),
+        voice=_parse_voice(values),
+        reply_text=text,
+        talker=talker,
+        noise_seed=values.get("seed"),
     )
     messages = parse_messages([{"role": "system", "content": SPEECH_SYSTEM_PROMPT}])
     sound_format = _FORMATS[_choose(values, "response_format", ("mp3", *_FORMATS))]
     return ChatRequest(messages, service.choose_adapter(values.get("model"), options), sound_format)
-
-
-def _noise(values: dict[str, Any]) -> dict[str, Any]:
-    return {"noise_seed": values["seed"]} if "seed" in values else {}
 
 
 def _parse_voice(values: dict[str, Any]) -> Any:
@@ -110,12 +110,6 @@ async def _pieces(stream: ReplyStream, sound_format: str) -> AsyncIterator[bytes
             yield data
     if last := sound.finish():
         yield last
-
-
-async def _next(pieces: AsyncIterator[bytes]) -> bytes:
-    async for piece in pieces:
-        return piece
-    return b""
 
 
 async def _join(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from openai import OpenAI
 
 from tests.processes import start
@@ -39,6 +40,15 @@ def serve_http(model: Path, *options: str) -> Iterator[str]:
             raise
     reader.join()
     assert code in (0, -15), "".join(errors)
+
+
+def find_server(address: str) -> psutil.Process:
+    """The process that listens at an address."""
+    port = int(address.rpartition(":")[2])
+    for process in psutil.Process().children(recursive=True):
+        if any(connection.laddr.port == port for connection in process.net_connections() if connection.laddr):
+            return process
+    raise AssertionError(f"no process listens at {address}")
 
 
 def connect(address: str, key: str = KEY) -> OpenAI:

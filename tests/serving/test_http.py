@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import time
 import wave
 from collections.abc import Iterator
@@ -17,12 +18,13 @@ import pytest
 from openai import OpenAI
 
 import omni_jax
+import serve
 from benchmarks.serve import serve as serve_benchmark
 from omni_jax.engine.outputs import Reply
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.serving.wav import pcm16
 from tests.serving import requests
-from tests.serving.http_client import KEY, connect, serve_http
+from tests.serving.http_client import KEY, connect, find_server, serve_http
 from tests.speaker_model import write_speaker_model
 
 MODEL = "omni"
@@ -293,3 +295,26 @@ def test_the_benchmark_asks_it(
     rounds = json.loads(out.read_text())["rounds"]
     assert [values["requests"] for values in rounds.values()] == [4, 4] and rounds["3"]["spoken"] > 0
     assert "audio_ttfp_p50" in capsys.readouterr().out
+
+
+def test_a_server_that_is_told_to_stop_finishes_what_it_has(tiny_model: Path) -> None:
+    with serve_http(tiny_model, "--name", MODEL) as address:
+        stream = connect(address).chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=64, stream=True, extra_body=EXTRA, **SPEECH
+        )
+        first = next(iter(stream))
+        find_server(address).terminate()
+        chunks = [first, *stream]
+    assert chunks[-1].choices[0].finish_reason is not None
+    assert any(getattr(chunk.choices[0].delta, "audio", None) for chunk in chunks)
+
+
+def test_an_address_that_is_taken_is_told_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert serve.main(["http", "--model", str(tmp_path), "--port", str(port)]) == 1
+    assert f"--port {port}" in capsys.readouterr().err

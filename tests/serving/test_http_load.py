@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 import omni_jax
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from tests.serving import requests
-from tests.serving.http_client import serve_http
+from tests.serving.http_client import find_server, serve_http
 
 pytestmark = pytest.mark.long
 
@@ -66,14 +65,6 @@ def read_metric(address: str, name: str) -> float:
     found = re.search(rf"^{name} (\S+)$", httpx.get(f"{address}/metrics").text, re.MULTILINE)
     assert found is not None
     return float(found[1])
-
-
-def find_server(address: str) -> psutil.Process:
-    port = int(address.rpartition(":")[2])
-    for process in psutil.Process().children(recursive=True):
-        if any(connection.laddr.port == port for connection in process.net_connections() if connection.laddr):
-            return process
-    raise AssertionError("no process listens there")
 
 
 def test_two_hundred_at_once(tiny_model: Path) -> None:

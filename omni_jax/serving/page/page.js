@@ -53,8 +53,6 @@ function press(button, pressed) {
   find(button).setAttribute("aria-pressed", String(pressed));
 }
 
-const isPressed = (button) => find(button).getAttribute("aria-pressed") === "true";
-
 function refresh() {
   find("empty").hidden = dialogue.childElementCount > 0;
   find("stop").disabled = !answer;
@@ -188,7 +186,10 @@ async function beginHandsFree() {
   const mine = {}; // paragraphs of what the user says, by item
   let item = null; // that is spoken
   let frames = null;
-  const connection = openSession(model, onEvent, () => endHandsFree());
+  // one after the other, though some are waited for
+  let handled = Promise.resolve();
+  const handle = (event) => (handled = handled.then(() => onEvent(event)).catch(tell));
+  const connection = openSession(model, handle, () => endHandsFree());
   session = {
     interrupt() {
       connection.send("response.cancel");
@@ -247,9 +248,11 @@ async function beginHandsFree() {
       done.complete();
       messages.push({ role: "assistant", content: done.text });
       announce(done.text);
-      await done.finished;
-      if (answer === done) answer = null;
-      refresh();
+      // while it is still heard, other events come
+      done.finished.then(() => {
+        if (answer === done) answer = null;
+        refresh();
+      });
     } else if (event.type === "error" && event.error.code !== null) {
       tell(event.error);
     }
@@ -433,7 +436,6 @@ find("key-form").onsubmit = () => {
   start();
 };
 
-export const state = { isPressed, analyser: () => answer?.analyser };
-window.omni = state; // for whoever watches the page from outside
+window.omni = { analyser: () => answer?.analyser }; // for whoever watches the page from outside
 start();
 refresh();
