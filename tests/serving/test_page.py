@@ -31,7 +31,8 @@ def page(address: str) -> Iterator[object]:
     arguments = [
         "--use-fake-ui-for-media-stream",
         "--use-fake-device-for-media-stream",
-        f"--use-file-for-fake-audio-capture={SPEECH}",
+        # once and not again and again, so that the speech has an end
+        f"--use-file-for-fake-audio-capture={SPEECH}%noloop",
         "--autoplay-policy=no-user-gesture-required",
     ]
     with sync_playwright() as playwright:
