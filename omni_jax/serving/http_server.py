@@ -43,21 +43,26 @@ def run_http(command: HttpCommand) -> None:
             service = Service(make_service_spec(command), lambda phase: status.update(Text(printable(phase))))
         with service:
             app = make_app(service, api_keys=api_keys, cors_origins=command.cors_origins)
-            port = listener.getsockname()[1]
-            print(f"{service.spec.model_name} answers at http://{command.host}:{port}; Ctrl-C stops it", flush=True)
-            _Server(service, app, command.drain_seconds).run(sockets=[listener])
+            address = f"http://{command.host}:{listener.getsockname()[1]}"
+            _Server(service, app, address, command.drain_seconds).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """A server that refuses new requests as soon as it is told to stop, and finishes those that it has."""
 
-    def __init__(self, service: Service, app: Starlette, drain_seconds: int):
+    def __init__(self, service: Service, app: Starlette, address: str, drain_seconds: int):
         super().__init__(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_seconds)
         )
         self._service = service
+        self._address = address
         # it would cut streams as soon as the server is told to stop; they end by themselves, or after ``drain_seconds``
         AppStatus.disable_automatic_graceful_drain()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # now it listens; before that a client that was told of it would be refused
+        print(f"{self._service.spec.model_name} answers at {self._address}; Ctrl-C stops it", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.draining = True
