@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import re
@@ -47,7 +48,10 @@ class AddedVoice:
 
 
 class AddedVoices:
-    """Voices by name, in memory, and in a folder where they are to outlast the server."""
+    """Voices by name, in memory, and in a folder where they are to outlast the server.
+
+    What is in the folder counts: other replicas of the server add and delete there too.
+    """
 
     def __init__(self, model: OmniModel, folder: str | None):
         """Takes the voices that are in the folder.
@@ -58,18 +62,41 @@ class AddedVoices:
         self._model = model
         self._folder = None if folder is None else Path(folder)
         self._voices: dict[str, AddedVoice] = {}
+        self._times: dict[Path, int] = {}  # when the files were written that were read
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
-                added = _read(path)
-                self._voices[added.name] = added
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._voices
+            self._read_folder()
 
     def list(self) -> list[AddedVoice]:
-        """All of them, in the order in which they came."""
+        """All of them, in the order in which they came.
+
+        Raises:
+          InputError: as all methods do, if a file in the folder cannot be read.
+        """
+        self._read_folder()
         return list(self._voices.values())
+
+    def _read_folder(self) -> None:
+        """Takes what is new in the folder, and forgets what is gone.
+
+        Raises:
+          InputError: if a file cannot be read.
+        """
+        if self._folder is None:
+            return
+        times = {}
+        for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            with contextlib.suppress(FileNotFoundError):  # another replica may delete it meanwhile
+                times[path] = path.stat().st_mtime_ns
+        if times == self._times:
+            return
+        voices = {}
+        for path, time_written in times.items():
+            name = path.name.removesuffix(_SUFFIX)
+            known = self._times.get(path) == time_written and name in self._voices
+            voices[name] = self._voices[name] if known else _read(path)
+        self._voices = dict(sorted(voices.items(), key=lambda item: item[1].created))
+        self._times = times
 
     def check(self, name: Any, consent: Any) -> str:
         """The name of a voice that may be added.
@@ -87,6 +114,7 @@ class AddedVoices:
                 f"consent must be a statement of {MIN_CONSENT} to {MAX_CONSENT} characters: who speaks, and that they "
                 "have agreed to their voice being used so"
             )
+        self._read_folder()
         if name in self._model.voices or name in self._voices:
             raise ConflictError(f"there is a voice {name!r} already")
         if len(self._voices) >= MAX_VOICES:
@@ -102,7 +130,9 @@ class AddedVoices:
         self._model.check(Options.create(modalities=("text", "audio"), voice=voice))
         added = AddedVoice(name, consent.strip(), int(time.time()), voice, clip)
         if self._folder is not None:
-            replace_file(self._folder / f"{name}{_SUFFIX}", _write(added))
+            path = self._folder / f"{name}{_SUFFIX}"
+            replace_file(path, _write(added))
+            self._times[path] = path.stat().st_mtime_ns
         self._voices[name] = added
         return added
 
@@ -115,15 +145,21 @@ class AddedVoices:
         """
         if name in self._model.voices:
             raise ConflictError(f"{name} is a voice of the checkpoint, which only its files can lose")
+        self._read_folder()
         if name not in self._voices:
             raise NotFoundError(f"there is no voice {name!r}")
         if self._folder is not None:
-            (self._folder / f"{name}{_SUFFIX}").unlink(missing_ok=True)
+            path = self._folder / f"{name}{_SUFFIX}"
+            path.unlink(missing_ok=True)
+            self._times.pop(path, None)
         del self._voices[name]
 
     def resolve(self, options: Options) -> Options:
         """The options with the clip of an added voice in place of its name."""
-        added = self._voices.get(options.voice) if isinstance(options.voice, str) else None
+        if not isinstance(options.voice, str):
+            return options
+        self._read_folder()
+        added = self._voices.get(options.voice)
         return options if added is None else dataclasses.replace(options, voice=added.voice)
 
     def find(self, voice: ClonedVoice) -> AddedVoice | None:

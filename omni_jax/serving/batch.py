@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from omni_jax.checks import check_int
 from omni_jax.distributed import gather, is_main_process, join_processes
 from omni_jax.errors import InputError
 from omni_jax.processing.files import (
@@ -29,6 +28,7 @@ from omni_jax.serving.batch_worker import Worker, WorkerSpec
 from omni_jax.serving.commands import BatchCommand
 from omni_jax.serving.media_roots import MediaRoots
 from omni_jax.serving.model_spec import check_model_options, make_model_spec
+from omni_jax.serving.ray_cluster import check_ray_options
 
 _BLOCK_LINES = 8  # lines that a Ray actor is given at a time, for each slot
 _READ_BYTES = 1 << 24
@@ -67,7 +67,7 @@ def check_command(command: BatchCommand) -> None:
       InputError: naming the option.
     """
     check_model_options(command)
-    check_int("--ray.actors", command.ray.actors, 1)
+    check_ray_options(command.ray)
     # files and folders; in a bucket there are no folders that could be missing
     places = {"-i": command.input, "-o": command.output, "--audio-dir": command.audio_dir}
     for name, place in {**places, "--media-root": command.media_root}.items():

@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from omni_jax.errors import InputError
+from omni_jax.distributed import join_processes
 from omni_jax.serving.batch_lines import Line, Result, read_lines
 from omni_jax.serving.batch_worker import Worker, WorkerSpec
 from omni_jax.serving.commands import RayOptions
+from omni_jax.serving.ray_cluster import Slice, connect, parse_resources, parse_slice, reserve_slice
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Result))
 
@@ -35,31 +38,27 @@ def answer_over_ray(
     Raises:
       InputError: if Ray is not installed, or the cluster is not there.
     """
+    connect(options)
     # not at the top: Ray is an optional dependency, and slow to import
-    try:
-        import ray
-        import ray.data
-    except ImportError as e:
-        raise InputError(f"--engine ray needs Ray: pip install omni_jax[ray] ({e})") from e
-    try:
-        ray.init(address=options.address or None, ignore_reinit_error=True, log_to_driver=False)
-    except (ConnectionError, ValueError) as e:
-        raise InputError(f"cannot reach the Ray cluster {options.address!r}: {e}") from e
+    import ray.data
+
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # the driver holds places of lines and not lines: a file of many gigabytes fits
     blocks = list(_make_blocks(lines, block_lines))
     if not blocks:
         return
-    resources = _parse_resources(options.resources)
+    resources = parse_resources(options.resources)
+    wanted = parse_slice(options.slice)
     # a block of Ray's for each block of lines: it is what Ray hands out, and repeats where an actor died
     dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks))
     answered = dataset.map_batches(
-        _Actor,
-        fn_constructor_args=(spec, input_name),
+        _Actor if wanted is None else _SliceActor,
+        fn_constructor_args=(spec, input_name) if wanted is None else (spec, input_name, wanted),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=options.actors),
-        num_cpus=0 if resources else 1,  # an actor that takes a TPU does not compete for CPUs
+        # an actor that takes a TPU, or whose hosts do, does not compete for CPUs
+        num_cpus=1 if wanted is None and not resources else 0,
         resources=resources or None,
     )
     for row in answered.iter_rows():
@@ -79,18 +78,6 @@ def _make_blocks(lines: Iterable[Line], size: int) -> Iterator[dict[str, Any]]:
             line_numbers = []
     if line_numbers:
         yield {"line_numbers": line_numbers, "offset": first_offset}
-
-
-def _parse_resources(text: str) -> dict[str, float]:
-    # "TPU=4,memory=1e9"; an empty text has no parts
-    resources = {}
-    for part in filter(None, text.split(",")):
-        name, _, number = part.partition("=")
-        try:
-            resources[name.strip()] = float(number)
-        except ValueError as e:
-            raise InputError(f"--ray.resources {text!r}: {part!r} is not NAME=NUMBER, for instance TPU=4") from e
-    return resources
 
 
 class _Actor:
@@ -118,3 +105,61 @@ class _Actor:
         following = read_lines(self._input_name, min(line_numbers), offset)
         until_last = itertools.takewhile(lambda line: line.number <= last, following)
         return list(self._worker.answer(line for line in until_last if line.number in wanted))
+
+
+class _SliceActor:
+    """An actor whose model lies over all hosts of a slice: it hands each block to a process on each of them.
+
+    All of these make the same calls, as with ``--distributed``; the first one writes. If one dies, none can go on: the
+    actor ends, and Ray gives its block to another, or to a new one.
+    """
+
+    def __init__(self, spec: WorkerSpec, input_name: str, wanted: Slice):
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        # kept, because the slice is given back with it
+        self._slice = reserve_slice(wanted)
+        resources = dict(self._slice.bundle_resources)
+        host_class = ray.remote(num_cpus=resources.pop("CPU", 0), resources=resources)(_Host)
+        self._hosts = []
+        for index in range(self._slice.num_bundles):
+            place = PlacementGroupSchedulingStrategy(self._slice.placement_group, index)
+            self._hosts.append(host_class.options(scheduling_strategy=place).remote())
+        coordinator = ray.get(self._hosts[0].find_address.remote())
+        count = len(self._hosts)
+        self._wait([host.join.remote(coordinator, count, index) for index, host in enumerate(self._hosts)])
+        self._wait([host.load.remote(spec, input_name) for host in self._hosts])
+
+    def __call__(self, blocks: dict[str, Any]) -> dict[str, Sequence[Any]]:
+        return self._wait([host.answer.remote(blocks) for host in self._hosts])[0]
+
+    def _wait(self, results: list[Any]) -> list[Any]:
+        import ray
+
+        try:
+            return ray.get(results)
+        except ray.exceptions.RayActorError:
+            # an exception would end the whole run; an actor that ends is replaced
+            os._exit(1)
+
+
+class _Host:
+    """One process of several that hold a model together."""
+
+    def find_address(self) -> str:
+        """Where the others find this one: host:port."""
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        with socket.create_server((address, 0)) as free:
+            return f"{address}:{free.getsockname()[1]}"
+
+    def join(self, coordinator: str, count: int, index: int) -> None:
+        join_processes(coordinator, count, index)
+
+    def load(self, spec: WorkerSpec, input_name: str) -> None:
+        self._actor = _Actor(spec, input_name)
+
+    def answer(self, blocks: dict[str, Any]) -> dict[str, Sequence[Any]]:
+        return self._actor(blocks)

@@ -21,6 +21,13 @@ _MAX_METADATA = 16  # keys, as OpenAI has it
 _MAX_METADATA_TEXT = 512  # characters of each value
 
 
+async def refuse_files(request: Request) -> Response:
+    """Any request for files and batches, where several replicas have files of their own."""
+    raise InputError(
+        "this server has several replicas, which do not share files: run batches with serve.py batch --engine ray"
+    )
+
+
 async def upload_file(request: Request) -> Response:
     """POST /v1/files."""
     service: Service = request.app.state.service

@@ -47,17 +47,17 @@ class Token2WavOptions:
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where the actors run.
-
-    Attributes:
-      actors: that hold the model, one a slice.
-      address: of the cluster; a local one is started if it is empty.
-      resources: that an actor takes, for instance TPU=4; without it, a CPU.
-    """
+    """Where the actors run."""
 
     actors: int = 1
+    """That hold a model each, or replicas of the server."""
     address: str = ""
+    """Of the cluster; without it, one is started on this machine."""
     resources: str = ""
+    """That an actor takes, for instance TPU=4; without it, a CPU."""
+    slice: str = ""
+    """In place of resources: each actor takes a whole slice of TPUs, for instance v6e:4x4, and holds its model over all
+    of its hosts, as --mesh says. A replica of the server is one host: v6e:2x4 at most."""
 
 
 @dataclass(frozen=True)
@@ -257,3 +257,7 @@ class HttpCommand(ModelOptions):
     """Silero's network that tells voice from noise in realtime sessions; without it, WebRTC's detector does."""
     drain_seconds: int = 60
     """When told to stop, finish what was asked, for so long."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: --ray.actors replicas of the server, each with a model, over the machines of a Ray cluster (Ray Serve)."""
+    ray: RayOptions = field(default_factory=RayOptions)
+    """The replicas of --engine ray."""

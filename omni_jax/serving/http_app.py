@@ -22,6 +22,7 @@ from omni_jax.serving.batches_endpoint import (
     get_file_content,
     list_batches,
     list_files,
+    refuse_files,
     upload_file,
 )
 from omni_jax.serving.chat_endpoint import complete_chat
@@ -59,15 +60,7 @@ def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Se
         Route("/v1/audio/voices", list_voices, methods=["GET"]),
         Route("/v1/audio/voices", add_voice, methods=["POST"]),
         Route("/v1/audio/voices/{name}", delete_voice, methods=["DELETE"]),
-        Route("/v1/files", list_files, methods=["GET"]),
-        Route("/v1/files", upload_file, methods=["POST"]),
-        Route("/v1/files/{id}", get_file, methods=["GET"]),
-        Route("/v1/files/{id}", delete_file, methods=["DELETE"]),
-        Route("/v1/files/{id}/content", get_file_content, methods=["GET"]),
-        Route("/v1/batches", list_batches, methods=["GET"]),
-        Route("/v1/batches", create_batch, methods=["POST"]),
-        Route("/v1/batches/{id}", get_batch, methods=["GET"]),
-        Route("/v1/batches/{id}/cancel", cancel_batch, methods=["POST"]),
+        *_make_file_routes(service.spec.replicas),
         WebSocketRoute("/v1/realtime", run_realtime),
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", get_model, methods=["GET"]),
@@ -84,6 +77,23 @@ def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Se
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=_run_batches)
     app.state.service = service
     return app
+
+
+def _make_file_routes(replicas: int) -> list[Route]:
+    if replicas > 1:
+        methods = ["GET", "POST", "DELETE"]
+        return [Route(f"/v1/{name}{{rest:path}}", refuse_files, methods=methods) for name in ("files", "batches")]
+    return [
+        Route("/v1/files", list_files, methods=["GET"]),
+        Route("/v1/files", upload_file, methods=["POST"]),
+        Route("/v1/files/{id}", get_file, methods=["GET"]),
+        Route("/v1/files/{id}", delete_file, methods=["DELETE"]),
+        Route("/v1/files/{id}/content", get_file_content, methods=["GET"]),
+        Route("/v1/batches", list_batches, methods=["GET"]),
+        Route("/v1/batches", create_batch, methods=["POST"]),
+        Route("/v1/batches/{id}", get_batch, methods=["GET"]),
+        Route("/v1/batches/{id}/cancel", cancel_batch, methods=["POST"]),
+    ]
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -18,8 +19,10 @@ from omni_jax.checks import check_float, check_int, printable
 from omni_jax.errors import InputError
 from omni_jax.serving.commands import HttpCommand
 from omni_jax.serving.http_app import make_app
+from omni_jax.serving.http_ray import serve_over_ray
 from omni_jax.serving.media_roots import MediaRoots
 from omni_jax.serving.model_spec import check_model_options, make_model_spec
+from omni_jax.serving.ray_cluster import check_ray_options
 from omni_jax.serving.service import Service, ServiceSpec
 
 KEY_VARIABLE = "OMNI_API_KEY"
@@ -37,14 +40,33 @@ def run_http(command: HttpCommand) -> None:
     # what is wrong shows before minutes of loading
     check_command(command)
     api_keys = read_keys(command)
-    terminal = Console(stderr=True, markup=False)
+    spec = make_service_spec(command)
     with contextlib.closing(_bind(command.host, command.port)) as listener:
-        with terminal.status("") as status:
-            service = Service(make_service_spec(command), lambda phase: status.update(Text(printable(phase))))
-        with service:
-            app = make_app(service, api_keys=api_keys, cors_origins=command.cors_origins)
-            address = f"http://{command.host}:{listener.getsockname()[1]}"
-            _Server(service, app, address, command.drain_seconds).run(sockets=[listener])
+        port = listener.getsockname()[1]
+        if command.engine == "local":
+            _serve_alone(command, spec, api_keys, listener)
+            return
+    # Ray's proxy listens there itself
+    serve_over_ray(
+        spec,
+        command.ray,
+        command.host,
+        port,
+        api_keys=api_keys,
+        cors_origins=command.cors_origins,
+        drain_seconds=command.drain_seconds,
+    )
+
+
+def _serve_alone(command: HttpCommand, spec: ServiceSpec, api_keys: Sequence[str], listener: socket.socket) -> None:
+    """Serves in this process."""
+    terminal = Console(stderr=True, markup=False)
+    with terminal.status("") as status:
+        service = Service(spec, lambda phase: status.update(Text(printable(phase))))
+    with service:
+        app = make_app(service, api_keys=api_keys, cors_origins=command.cors_origins)
+        address = f"http://{command.host}:{listener.getsockname()[1]}"
+        _Server(service, app, address, command.drain_seconds).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -96,6 +118,7 @@ def check_command(command: HttpCommand) -> None:
       InputError: naming the option.
     """
     check_model_options(command)
+    check_ray_options(command.ray)
     check_int("--port", command.port, 0, 65_535)
     check_int("--sessions", command.sessions, 0, _MAX_QUEUE)
     check_int("--queue", command.queue, 0, _MAX_QUEUE)
@@ -121,6 +144,7 @@ def make_service_spec(command: HttpCommand) -> ServiceSpec:
         transcription_prompt=command.transcription_prompt,
         max_sessions=command.sessions,
         voice_detector=command.voice_detector,
+        replicas=command.ray.actors if command.engine == "ray" else 1,
     )
 
 

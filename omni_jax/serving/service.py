@@ -53,6 +53,7 @@ class ServiceSpec:
       transcription_prompt: what the model is asked to write down speech with; {language} stands for the language.
       max_sessions: realtime sessions at once; each has caches of its own while somebody speaks.
       voice_detector: an ONNX file of Silero's that tells voice from noise in them; WebRTC's detector if None.
+      replicas: of the service behind the same address; what one is told must not be asked of another.
     """
 
     model: ModelSpec
@@ -65,10 +66,16 @@ class ServiceSpec:
     transcription_prompt: str = ""
     max_sessions: int = 16
     voice_detector: Path | None = None
+    replicas: int = 1
 
     @property
     def model_name(self) -> str:
         return self.name or self.model.name
+
+    @property
+    def max_open(self) -> int:
+        """Requests that may be open at once."""
+        return self.model.scheduler.thinker_slots + self.queue
 
 
 class Service:
@@ -112,11 +119,6 @@ class Service:
         self._add_states()
 
     @property
-    def max_open(self) -> int:
-        """Requests that may be open at once."""
-        return self.spec.model.scheduler.thinker_slots + self.spec.queue
-
-    @property
     def speaks(self) -> bool:
         return self.model.engines.talker is not None and self.model.engines.token2wav is not None
 
@@ -134,7 +136,7 @@ class Service:
         """
         if self.draining:
             raise OverloadedError("the server is shutting down")
-        if self.num_open >= self.max_open:
+        if self.num_open >= self.spec.max_open:
             raise OverloadedError(f"{self.num_open} requests are open, which is the limit; try again later")
         self.num_open += 1
         try:

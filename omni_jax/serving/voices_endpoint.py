@@ -33,6 +33,8 @@ async def add_voice(request: Request) -> Response:
     with service.admit():
         if not service.speaks:
             raise InputError("this model does not speak, so that it has no voices")
+        if service.spec.replicas > 1 and service.spec.voices_dir is None:
+            raise InputError("this server has several replicas, which share voices through --voices-dir; it has none")
         async with read_form(request, service.spec.max_body_bytes) as form:
             check_names("field of the form", form, _FIELDS)
             name = service.voices.check(form_text(form, "name"), form_text(form, "consent"))

@@ -18,8 +18,8 @@ KEY = "sk-test"
 
 
 @contextlib.contextmanager
-def serve_http(model: Path, *options: str) -> Iterator[str]:
-    """The address of a server with these options; it is told to stop at the end, and must end well."""
+def serve_http(model: Path, *options: str, seconds: float = 30) -> Iterator[str]:
+    """The address of a server with these options; it is told to stop at the end, and must end well in some seconds."""
     usual = ("--warmup-tokens", "0", "--slots", "4", "--workers", "1", "--port", "0", "--drain-seconds", "5")
     process = start("serve.py", "http", "--model", model, *usual, *options)
     errors: list[str] = []
@@ -34,7 +34,7 @@ def serve_http(model: Path, *options: str) -> Iterator[str]:
     finally:
         process.terminate()
         try:
-            code = process.wait(30)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
