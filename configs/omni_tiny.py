@@ -17,11 +17,13 @@ from omni_jax.training.options import BagOfWordsOptions
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase, Recipe
 
 WIDTH = 192  # of the Thinker
+_ROPE_THETA = 1000.0  # of contexts of a thousand positions: more frequencies that tell neighbours apart
+# of pictures and videos, here and in the files of the model
+PIXELS = {"max_pixels": 112 * 112, "video_max_pixels": 112 * 112}
 # small steps: their number counts more than their size. A video of six seconds with its sound is some 260 tokens, six
 # windows and three blocks of sound
-_MEDIA = dict(
-    rows=2, streams=2, tokens=576, spans=160, audio_blocks=6, canvases=4, windows=4, max_pixels=112 * 112,
-    video_max_pixels=112 * 112,
+_MEDIA: dict[str, Any] = dict(
+    rows=2, streams=2, tokens=576, spans=160, audio_blocks=6, canvases=4, windows=4, **PIXELS,
 )  # fmt: skip
 _WARMUP = 100
 
@@ -39,8 +41,7 @@ def omni_tiny_config(num_pieces: int) -> OmniConfig:
         intermediate_size=512,
         num_hidden_layers=5,
         num_attention_heads=6,
-        # of contexts of a thousand positions: more frequencies that tell neighbours apart
-        rope_theta=1000.0,
+        rope_theta=_ROPE_THETA,
     )
     audio = AudioEncoderConfig.tiny(
         d_model=WIDTH, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=512, output_dim=WIDTH
@@ -58,7 +59,9 @@ def omni_tiny_config(num_pieces: int) -> OmniConfig:
         thinker_config=dataclasses.replace(
             mini.thinker_config, text_config=text, audio_config=audio, vision_config=vision
         ),
-        talker_config=dataclasses.replace(mini.talker_config, embedding_size=WIDTH),
+        talker_config=dataclasses.replace(
+            mini.talker_config, embedding_size=WIDTH, num_hidden_layers=6, rope_theta=_ROPE_THETA
+        ),
     )
 
 
@@ -89,17 +92,24 @@ def _make_text(**kw: Any) -> Recipe:
     return _make(thinker_sft.RECIPES["thinker-sft-tiny"], phases, rows=4, tokens=256, audio_blocks=0, canvases=0, **kw)
 
 
-def _make_talker(stage: str, steps: int) -> Recipe:
-    """A recipe of the Talker with the media of dialogues, which those of ``mini`` have no room for.
+def _make_tuning(what: str, **kw: Any) -> Recipe:
+    """A recipe of instruction tuning on one kind of media, with the arguments of ``_make``."""
+    recipe = _make(thinker_sft.RECIPES["thinker-sft-tiny"], _ALL, learning_rate=5e-4, **kw)
+    return dataclasses.replace(recipe, about=f"instruction tuning on {what}")
+
+
+def _make_talker(stage: str, *, steps: int, positions: int, **media: Any) -> Recipe:
+    """A recipe of the Talker.
 
     Args:
       stage: of the Talker.
       steps: of the run.
+      positions: of a row of the Talker, for some utterances.
+      media: budgets of those of dialogues, which the recipes of ``mini`` have no room for.
     """
     mini = talker.RECIPES[f"{stage}-mini"]
-    data = dataclasses.replace(mini.data, **_MEDIA)
-    # several questions about a video and a spoken answer are some 800 positions
-    objective = dataclasses.replace(mini.objective, positions=896, chunk=896)
+    data = dataclasses.replace(mini.data, **media)
+    objective = dataclasses.replace(mini.objective, positions=positions, chunk=positions)
     model = omni_tiny_config(num_pieces=512)
     return dataclasses.replace(mini, model=model, data=data, objective=objective, steps=steps)
 
@@ -153,24 +163,18 @@ RECIPES = {
         audio_blocks=20,
         canvases=8,
     ),
-    # what is seen takes longest to learn; without sound a step has twice as many rows, and takes less time
-    "pictures-omni-tiny": dataclasses.replace(
-        _make(
-            thinker_sft.RECIPES["thinker-sft-tiny"],
-            _ALL,
-            steps=4000,
-            learning_rate=5e-4,
-            audio_blocks=0,
-            canvases=3,
-        ),
-        about="instruction tuning on pictures alone",
-    ),
+    # of one medium alone a step has more rows, and takes less time; what the others teach comes back afterwards
+    "pictures-omni-tiny": _make_tuning("pictures alone", steps=4000, audio_blocks=0, canvases=3),
+    "videos-omni-tiny": _make_tuning("silent videos, with some pictures", steps=1500, audio_blocks=0, canvases=6),
+    "sounds-omni-tiny": _make_tuning("sounds alone", steps=2400, audio_blocks=14, canvases=0),
     "thinker-sft-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
         _ALL,
         steps=7500,
         learning_rate=5e-4,
     ),
-    "talker-pretrain-omni-tiny": _make_talker("talker-pretrain", steps=8000),
-    "talker-voices-omni-tiny": _make_talker("talker-voices", steps=4000),
+    # texts that are read aloud, and clips that are gone on from
+    "talker-pretrain-omni-tiny": _make_talker("talker-pretrain", steps=10_000, positions=672),
+    # answers to several questions about a video, too: some 800 positions
+    "talker-voices-omni-tiny": _make_talker("talker-voices", steps=4000, positions=896, **_MEDIA),
 }

@@ -59,7 +59,9 @@ def test_commands(path: Path) -> None:
     assert containers
     for container in containers:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=container["args"])
-        chips = int(container["resources"]["limits"]["google.com/tpu"]) * (4 if isinstance(command, BatchCommand) else 1)
+        chips = int(container["resources"]["limits"]["google.com/tpu"]) * (
+            4 if isinstance(command, BatchCommand) else 1
+        )
         assert command.mesh.num_devices == chips
 
 

@@ -34,7 +34,8 @@ class SpeechData:
       folder: of the files of rows.
       sounds: names of the files that codes, the DiT and the vocoder are learned from, by part: train and valid.
       texts: names of the files that the Talker learns from, by part.
-      replies: names of files of dialogues with a spoken reply that it learns from beside them, by part.
+      replies: names of files of dialogues with a spoken reply that it learns from beside
+        them in its last stage, by part.
       test: name of the file that is measured.
     """
 
@@ -157,9 +158,6 @@ class SpeechStages:
         for part, names in self.data.texts.items():
             codes = keep_flite([self.data.rows(f"{name}_codes") for name in names], self.data.rows(f"{part}_flite"))
             rows[part] = [self._make_spoken(codes)]
-            if part in self.data.replies:
-                replies = self.data.rows(f"{self.data.replies[part]}_codes")
-                rows[part].append(_make_replies(keep_flite([replies], self.data.rows(f"{part}_replies_flite"))))
         self._train_talker("talker-pretrain", "talker1", self._join(), rows)
 
     def _join(self) -> Path:
@@ -202,8 +200,8 @@ class SpeechStages:
     def add_speaker(self) -> None:
         """Stage 3: all speakers, of whom one is new."""
         rows = {}
-        for part, name in self.data.sounds.items():
-            rows[part] = [self._make_spoken(self.data.rows(f"{name}_codes"))]
+        for part, names in self.data.texts.items():
+            rows[part] = [self._make_spoken(self.data.rows(f"{name}_codes")) for name in names]
             if part in self.data.replies:
                 rows[part].append(_make_replies(self.data.rows(f"{self.data.replies[part]}_codes")))
         token = load_voices(self.with_voices)[HIBARI_VOICE].bos_token

@@ -26,7 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from configs.omni_tiny import omni_tiny_config
+from configs.omni_tiny import PIXELS, omni_tiny_config
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.tokenizer_files import write_tokenizer
@@ -44,10 +44,14 @@ CAPTION_TASKS = ("transcribe", "phrase", "hear", "describe", "picture-dialogue")
 NARRATION_TASKS = ("narrate", "video-dialogue")  # the same of videos, which take five times as long; for pretraining 2
 # what pretraining 2 reads, with how much of each; text too, so that what was learned from it stays
 JOINT_WEIGHTS = {"all": 2, "captions": 3, "narrations": 1, "texts": 1}
-# what instruction tuning begins with: a step of pictures alone takes less time, and has twice as many rows
-PICTURE_TASKS = ("colour", "shape", "place", "count", "describe", "dialogue", "picture-dialogue")
-TUNING_WEIGHTS = {"all": 5, "pictures": 1}
-SPEECH_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say
+# what instruction tuning begins with, a medium at a time: a step of one alone has more rows, and takes less time
+PICTURE_TASKS = ("colour", "shape", "count", "place", "describe", "dialogue", "picture-dialogue")
+SILENT_TASKS = ("order", "direction", "repeats", "sign", "watch")
+SPOKEN_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say, too
+VOICED_TASKS = ("opposite", "day", "owner")  # of text alone, also asked by voice
+TIMED_TASKS = ("colour-at-sound", "word-at-shape")  # that need a picture and a sound at once
+VIDEO_WEIGHTS = {"silent": 4, "pictures": 1}
+TUNING_WEIGHTS = {"all": 3, "pictures": 3, "timed": 2, "narrations": 1, "silent": 1, "heard": 2}
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
@@ -69,6 +73,8 @@ class Options:
     """Of each task of captions, beside those, to train on."""
     texts: int = 8000
     """Of each task in text alone, to learn language from."""
+    questions: int = 6000
+    """Of each task about a picture or a video, beside those, to train on, and half as many of those asked by voice."""
     steps_scale: float = 1.0
     """Factor of the steps of every recipe; below 1 for a trial."""
     scored: int = 100
@@ -82,7 +88,7 @@ class Options:
 
 # of a short form: the data, the factor of the steps of each recipe, and that of those that are not named. What is to
 # be copied from a text is learned within some hundred steps, and not in fewer
-_SHORT = {"items": 40, "captions": 300, "texts": 1500, "scored": 10}
+_SHORT = {"items": 40, "captions": 300, "texts": 1500, "questions": 60, "scored": 10}
 _SHORT_SCALES = {"lists": 0.7, "language": 0.2}
 _SHORT_SCALE = 0.02
 
@@ -142,6 +148,8 @@ class Training:
             Stage("pretraining 2", self.join, "pretrain2"),
             Stage("pretraining 3", self.lengthen, "pretrain3"),
             Stage("pictures", self.tune_on_pictures, "pictures"),
+            Stage("videos", self.tune_on_videos, "videos"),
+            Stage("sounds", self.tune_on_sounds, "sounds"),
             Stage("instruction tuning", self.tune, "thinker-sft"),
             Stage("scoring", self.score),
             Stage("speech tokenizer", speech.train_tokenizer, "tokenizer"),
@@ -188,7 +196,7 @@ class Training:
         texts = []
         for values in read_values(self._rows("train_texts")):
             texts.append(prompts + " ".join(message["content"] for message in values["messages"]))
-        write_tokenizer(self.files, config, texts)
+        write_tokenizer(self.files, config, texts, PIXELS)
         config.save(self.files)
 
     def make_data(self) -> None:
@@ -197,6 +205,10 @@ class Training:
             *("tools/make_world.py", self.data / "captions", "--items", self.options.captions, "--split", "train"),
             *("--tasks", *CAPTION_TASKS, *NARRATION_TASKS, "--voiced", 0, "--seed", 1),
         )
+        self._make_questions("seen", self.options.questions, [*PICTURE_TASKS[:5]], "--voiced", 0, "--seed", 6)
+        self._make_questions("watched", self.options.questions, SILENT_TASKS, "--voiced", 0, "--seed", 3)
+        self._make_questions("voiced", self.options.questions // 2, VOICED_TASKS, "--voiced", 1, "--seed", 4)
+        self._make_questions("timed", self.options.questions, TIMED_TASKS, "--voiced", 0, "--seed", 5)
         for part in ("train", "valid"):
             rows = read_values(self._rows(part))
             if part == "train":
@@ -205,20 +217,35 @@ class Training:
                 chosen = np.random.default_rng(0).permutation(len(rows))[:NUM_VALID]
                 rows = [rows[i] for i in sorted(chosen)]
                 described = rows
-            self._write(f"{part}_captions", [values for values in described if values["task"] in CAPTION_TASKS])
-            self._write(f"{part}_narrations", [values for values in described if values["task"] in NARRATION_TASKS])
+            self._write(f"{part}_captions", _select(described, CAPTION_TASKS))
+            self._write(f"{part}_narrations", _select(described, NARRATION_TASKS))
             self._write(f"{part}_long", list(join_dialogues(rows)))
             prompted = list(with_system_prompts(rows))
             self._write(f"{part}_all", prompted)
-            pictures = [*prompted, *described] if part == "train" else prompted
-            self._write(f"{part}_pictures", [values for values in pictures if values["task"] in PICTURE_TASKS])
+            asked = [*prompted, *described] if part == "train" else prompted
+            more: dict[str, list[Values]] = {}
+            for folder in ("seen", "watched", "voiced", "timed"):
+                more[folder] = read_captions(self._rows(f"{folder}/train")) if part == "train" else []
+            by_voice = [f"{task}-voice" for task in VOICED_TASKS]
+            self._write(f"{part}_pictures", [*_select(asked, PICTURE_TASKS), *more["seen"]])
+            self._write(f"{part}_silent", [*more["watched"], *_select(prompted, SILENT_TASKS)])
+            heard = _select(asked, (*SPOKEN_TASKS, *VOICED_TASKS, *by_voice))
+            self._write(f"{part}_heard", [*heard, *more["voiced"]])
+            self._write(f"{part}_timed", [*_select(prompted, TIMED_TASKS), *more["timed"]])
         for part, count in NUM_SOUNDS.items():
             rows = read_values(self._rows(part))
             self._write(f"{part}_replies", list(find_replies(rows)))
             if part == "train":
                 rows = [*rows, *read_captions(self._rows("captions/train"))]
-            self._write(f"{part}_speech", list(find_speech(rows, SPEECH_TASKS)))
+            self._write(f"{part}_speech", list(find_speech(rows, SPOKEN_TASKS)))
             self._write(f"{part}_sounds", list(find_speech(rows, ("transcribe",)))[:count])
+
+    def _make_questions(self, folder: str, items: int, tasks: Sequence[str], *more: object) -> None:
+        """More rows of some tasks to train on."""
+        run(
+            *("tools/make_world.py", self.data / folder, "--items", items, "--split", "train", "--tasks", *tasks),
+            *more,
+        )
 
     def _write(self, name: str, rows: Sequence[Values]) -> None:
         write_values(self._rows(name), rows)
@@ -247,8 +274,14 @@ class Training:
     def tune_on_pictures(self) -> None:
         self._train("pictures", self.out / "pretrain3", ["pictures"])
 
+    def tune_on_videos(self) -> None:
+        self._train_mixture("videos", self.out / "pictures", VIDEO_WEIGHTS)
+
+    def tune_on_sounds(self) -> None:
+        self._train("sounds", self.out / "videos", ["heard"])
+
     def tune(self) -> None:
-        self._train_mixture("thinker-sft", self.out / "pictures", TUNING_WEIGHTS)
+        self._train_mixture("thinker-sft", self.out / "sounds", TUNING_WEIGHTS)
 
     def _train_mixture(self, stage: str, init: Path, weights: Mapping[str, int]) -> None:
         self._train(stage, init, list(weights), "--data.weights", *weights.values())
@@ -277,6 +310,10 @@ def read_captions(path: Path) -> list[Values]:
             if field in values:
                 values[field] = [f"{path.parent.name}/{file}" for file in values[field]]
     return rows
+
+
+def _select(rows: Sequence[Values], tasks: Sequence[str]) -> list[Values]:
+    return [values for values in rows if values["task"] in tasks]
 
 
 def find_speech(rows: Sequence[Values], tasks: Sequence[str]) -> Iterator[Values]:

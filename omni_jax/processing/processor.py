@@ -214,16 +214,9 @@ class Processor:
         return self._around_media(messages, kind, text)[1]
 
     def with_pixels(self, **changes: float) -> Self:
-        """The same processor with other ``PixelSettings``; a new maximum takes a higher minimum down with it."""
+        """The same processor with other ``PixelSettings``, as their ``with_changes`` makes them."""
         other = copy.copy(self)
-        pixels = dataclasses.replace(self.settings.pixels, **changes)
-        pixels = dataclasses.replace(
-            pixels,
-            min_pixels=min(pixels.min_pixels, pixels.max_pixels),
-            video_min_pixels=min(pixels.video_min_pixels, pixels.video_max_pixels),
-            min_frames=min(pixels.min_frames, pixels.max_frames),
-        )
-        other.settings = dataclasses.replace(self.settings, pixels=pixels)
+        other.settings = dataclasses.replace(self.settings, pixels=self.settings.pixels.with_changes(changes))
         return other
 
     def with_access(self, access: RemoteAccess) -> Self:

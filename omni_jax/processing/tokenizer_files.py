@@ -6,9 +6,11 @@ rule is the published one: Qwen2's pre-split, NFC, byte-level pieces, and the 22
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -18,6 +20,7 @@ from tokenizers.trainers import BpeTrainer
 from omni_jax.config import OmniConfig, ThinkerConfig
 from omni_jax.errors import ConfigError
 from omni_jax.processing.chat import BUILT_IN_TEMPLATE
+from omni_jax.processing.vision import PixelSettings
 
 # in the order of their ids, from the padding token on; the plain ones stay in the text of a decoded reply
 _SPECIAL_NAMES = """endoftext im_start im_end AUDIO audio_bos audio_eos box_end quad_start quad_end vision_bos
@@ -77,13 +80,20 @@ PREPROCESSOR: dict[str, Any] = {
 }
 
 
-def write_tokenizer(folder: Path, config: OmniConfig, texts: Iterable[str] | None = None) -> None:
+def write_tokenizer(
+    folder: Path,
+    config: OmniConfig,
+    texts: Iterable[str] | None = None,
+    pixels: Mapping[str, float] = MappingProxyType({}),
+) -> None:
     """Writes tokenizer.json, its companions, chat_template.json and preprocessor_config.json.
 
     Args:
       folder: where to.
       config: of the model; it has the ids of special tokens.
       texts: that byte-level BPE is trained on; None: the pieces are those of some words of demonstrations.
+      pixels: fields of ``PixelSettings`` that are not the published ones. A model must be asked with the sizes that it
+        is trained with.
 
     Raises:
       ConfigError: if the config's special ids do not follow the published order, or leave no room for 256 bytes.
@@ -100,7 +110,13 @@ def write_tokenizer(folder: Path, config: OmniConfig, texts: Iterable[str] | Non
     _write_json(folder / "added_tokens.json", {token: first + i for i, token in enumerate(ADDED_TOKENS)})
     _write_json(folder / "tokenizer_config.json", _make_tokenizer_config(first))
     _write_json(folder / "chat_template.json", {"chat_template": BUILT_IN_TEMPLATE})
-    _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+    _write_json(folder / "preprocessor_config.json", PREPROCESSOR | _find_changed(PixelSettings().with_changes(pixels)))
+
+
+def _find_changed(pixels: PixelSettings) -> dict[str, Any]:
+    """The fields that are not the published ones."""
+    published = dataclasses.asdict(PixelSettings())
+    return {name: value for name, value in dataclasses.asdict(pixels).items() if value != published[name]}
 
 
 def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:

@@ -5,6 +5,7 @@ The references are ``Qwen2VLImageProcessor``, and the official utilities for the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,21 @@ class PixelSettings:
     def cell(self) -> int:
         """Pixels on the side of a merged cell."""
         return self.patch_size * self.merge_size
+
+    def find_differences(self, changes: Mapping[str, float]) -> list[tuple[str, float, float]]:
+        """Fields that would change, each with its new and its own value."""
+        fields = [(name, value, getattr(self, name)) for name, value in changes.items()]
+        return [(name, value, own) for name, value, own in fields if value != own]
+
+    def with_changes(self, changes: Mapping[str, float]) -> PixelSettings:
+        """The same with other values of some fields; a new maximum takes a higher minimum down with it."""
+        changed = dataclasses.replace(self, **changes)
+        return dataclasses.replace(
+            changed,
+            min_pixels=min(changed.min_pixels, changed.max_pixels),
+            video_min_pixels=min(changed.video_min_pixels, changed.video_max_pixels),
+            min_frames=min(changed.min_frames, changed.max_frames),
+        )
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:

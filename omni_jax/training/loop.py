@@ -91,6 +91,12 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
             barrier("the run's model")
             # the run's own copy, so that it goes on where ``init`` is gone or has changed
             processor = Processor.load(workdir / MODEL_FOLDER)
+            if is_main_process():
+                for name, value, own in processor.settings.pixels.find_differences(recipe.data.pixels):
+                    print(
+                        f"note: data.{name} is {value}, and the model's preprocessor_config.json says {own}: unless "
+                        "that is changed too, it will be asked with other sizes than it trains with"
+                    )
             packing = objective.make_packing(recipe.data, processor, recipe.data.streams // shard.count)
             data = batches(recipe.data, packing, process_index=shard.index, process_count=shard.count)
             held_out = []

@@ -150,7 +150,7 @@ def _find_files(recipe: Recipe, workdir: Path) -> Path:
     if recipe.files is not None and recipe.files not in _SIZES:
         return Path(recipe.files)
     folder = workdir / _FILES_FOLDER
-    write_tokenizer(folder, recipe.model)
+    write_tokenizer(folder, recipe.model, pixels=recipe.data.pixels)
     recipe.model.save(folder)
     return folder
 

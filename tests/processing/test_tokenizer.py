@@ -4,11 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
 from omni_jax.mini_config import mini_config
 from omni_jax.processing.processor import Processor
+from omni_jax.processing.processor_config import ProcessorConfig
 from omni_jax.processing.tokenizer import TextStream, TextTokenizer
 from omni_jax.processing.tokenizer_files import ADDED_TOKENS, write_tokenizer
+from omni_jax.processing.vision import PixelSettings
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +83,14 @@ def test_bpe_of_texts(tmp_path):
     again = tmp_path / "again"
     write_tokenizer(again, config, ["The quiet monkey.", "A quiet river, the monkey."] * 3)
     assert (again / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_sizes_of_pictures(tmp_path):
+    """What a model is trained with is what it is asked with; a minimum over a new maximum goes down."""
+    write_tokenizer(tmp_path, OmniConfig.tiny(), pixels={"video_max_pixels": 112 * 112, "fps": 4.0})
+    pixels = ProcessorConfig.load(tmp_path).pixels
+    assert (pixels.video_min_pixels, pixels.video_max_pixels, pixels.fps) == (112 * 112, 112 * 112, 4.0)
+    assert pixels.max_pixels == PixelSettings.max_pixels
+    assert pixels.find_differences({"fps": 4.0, "video_max_pixels": 84 * 84}) == [
+        ("video_max_pixels", 84 * 84, 112 * 112)
+    ]

@@ -26,6 +26,7 @@ from omni_jax.checkpoint.train_checkpoints import (
     step_folder,
 )
 from omni_jax.errors import CheckpointError, ConfigError, InputError, TrainingError
+from omni_jax.processing.processor import Processor
 from omni_jax.training import device_batches, loop
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, PLOT_FILE, SAMPLES_FILE, read_metrics
@@ -289,13 +290,18 @@ def test_a_run_from_nothing_with_held_out_rows(
     )
     workdir = tmp_path / "run"
     assert train(recipe, workdir)
+    printed = capsys.readouterr().out
+    # a model that begins here is asked with the sizes that it trains with
+    assert recipe.data.pixels
+    assert not Processor.load(workdir / MODEL_FOLDER).settings.pixels.find_differences(recipe.data.pixels)
+    assert "preprocessor_config.json says" not in printed
     found = read_metrics(workdir / EVALUATIONS_FILE)
     assert [values["step"] for values in found] == [2, 4, 6]
     assert set(found[0]["sources"]) == {str(text), str(rows)}
     best = min(found, key=lambda values: values["loss"])
     kept = {int(folder.name) for folder in (workdir / CHECKPOINTS_FOLDER).iterdir()}
     assert kept == {best["step"], 6}
-    assert f"the least held-out loss is {best['loss']:.4f}" in capsys.readouterr().out
+    assert f"the least held-out loss is {best['loss']:.4f}" in printed
     # the whole folder stands for its last checkpoint
     assert omni_jax.load(workdir).config.thinker_config == recipe.model.thinker_config
     to_hf(workdir, tmp_path / "published")

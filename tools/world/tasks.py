@@ -38,7 +38,7 @@ _EDGE = 0.4  # seconds between a sound and the next change of the picture
 _APART = tuple(place for place in PLACES if place != "middle")  # things at these do not touch
 _ORDINALS = ("first", "second", "last")
 # tasks whose questions are of what is said, and are not asked by voice
-NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear")
+NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Artist:
             "hear": self.hear,
             "picture-dialogue": self.picture_dialogue,
             "video-dialogue": self.video_dialogue,
+            "watch": self.watch,
         }
 
     # draws
@@ -321,13 +322,23 @@ class Artist:
         turn = Turn("Which word is shown?", f"The word is {word}.", (Video(tuple(frames)),))
         return Item("sign", f"sign {word} {colour} {shape}", (turn,), (f"{colour} {shape}",))
 
+    def watch(self) -> Item:
+        """All that happens in a silent video of one of the tasks above."""
+        item = draw(self._rng, (self.order, self.direction, self.repeats, self.sign))()
+        (video,) = item.turns[0].media
+        answer = describe_medium(video)
+        return Item("watch", answer, (self._ask_what_happens(answer, video),), item.seen)
+
+    def _ask_what_happens(self, answer: str, video: Video) -> Turn:
+        return Turn(draw(self._rng, ("What happens?", "Tell what happens.")), answer, (video,))
+
     # videos with sound: only the time says which is meant
 
     def narrate(self) -> Item:
         """All that happens in a video, in turn: what is there, with the effect or the word that is heard."""
         video, shapes, colours, _ = self._happenings()
         answer = describe_medium(video)
-        turn = Turn(draw(self._rng, ("What happens?", "Tell what happens.")), answer, (video,))
+        turn = self._ask_what_happens(answer, video)
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("narrate", answer, (turn,), seen)
 
