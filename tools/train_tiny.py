@@ -51,7 +51,7 @@ SPOKEN_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Ta
 VOICED_TASKS = ("opposite", "day", "owner")  # of text alone, also asked by voice
 TIMED_TASKS = ("colour-at-sound", "word-at-shape")  # that need a picture and a sound at once
 VIDEO_WEIGHTS = {"silent": 4, "pictures": 1}
-TUNING_WEIGHTS = {"all": 3, "pictures": 3, "timed": 2, "narrations": 1, "silent": 1, "heard": 2}
+TUNING_WEIGHTS = {"all": 3, "pictures": 3, "timed": 2, "narrations": 1, "silent": 1, "recordings": 2}
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
@@ -229,8 +229,8 @@ class Training:
             by_voice = [f"{task}-voice" for task in VOICED_TASKS]
             self._write(f"{part}_pictures", [*_select(asked, PICTURE_TASKS), *more["seen"]])
             self._write(f"{part}_silent", [*more["watched"], *_select(prompted, SILENT_TASKS)])
-            heard = _select(asked, (*SPOKEN_TASKS, *VOICED_TASKS, *by_voice))
-            self._write(f"{part}_heard", [*heard, *more["voiced"]])
+            recorded = _select(asked, (*SPOKEN_TASKS, *VOICED_TASKS, *by_voice))
+            self._write(f"{part}_recordings", [*recorded, *more["voiced"]])
             self._write(f"{part}_timed", [*_select(prompted, TIMED_TASKS), *more["timed"]])
         for part, count in NUM_SOUNDS.items():
             rows = read_values(self._rows(part))
@@ -278,7 +278,7 @@ class Training:
         self._train_mixture("videos", self.out / "pictures", VIDEO_WEIGHTS)
 
     def tune_on_sounds(self) -> None:
-        self._train("sounds", self.out / "videos", ["heard"])
+        self._train("sounds", self.out / "videos", ["recordings"])
 
     def tune(self) -> None:
         self._train_mixture("thinker-sft", self.out / "sounds", TUNING_WEIGHTS)

@@ -17,6 +17,7 @@ from omni_jax.engine.token2wav_streaming import Token2WavStream
 from omni_jax.models.token2wav import SAMPLE_RATE
 
 MAX_PADDING = 1 / 8  # of the blocks of a list, where fewer replies fill a shorter one better
+_MAX_WAIT_SECONDS = 20.0  # of a whole reply beside streams that never have the time for it; then it goes first
 _NEW_STREAM_SECONDS = 0.5  # a stream with less sound ahead of its listener than this goes before new streams
 
 
@@ -53,7 +54,7 @@ class VocoderStage:
         self._block_sizes = block_sizes
         self._utilization = utilization
         self._streams: dict[RequestState, _StreamRecord] = {}
-        self._waiting: list[RequestState] = []  # whole replies
+        self._waiting: dict[RequestState, float] = {}  # whole replies, and since when, by the engines' clock
 
     @property
     def states(self) -> list[RequestState]:
@@ -75,12 +76,12 @@ class VocoderStage:
     def enqueue(self, state: RequestState) -> None:
         """Takes a request whose codes are complete."""
         state.stage = Stage.VOCODER
-        self._waiting.append(state)
+        self._waiting[state] = self._engines.clock()
 
     def remove(self, state: RequestState) -> None:
         """Forgets a request, if it is here."""
         self._streams.pop(state, None)
-        self._waiting = [other for other in self._waiting if other is not state]
+        self._waiting.pop(state, None)
 
     def is_stream_complete(self, state: RequestState) -> bool:
         """Whether all sound of a live request has been given."""
@@ -137,7 +138,7 @@ class VocoderStage:
     def _is_list_full(self) -> bool:
         if not self._block_sizes:
             return False
-        return sum(self._count_blocks(self._waiting)) >= self._block_sizes[-1] * self._num_lists
+        return sum(self._count_blocks(self.waiting)) >= self._block_sizes[-1] * self._num_lists
 
     def _step_stream(self, state: RequestState) -> np.ndarray:
         """Gives a stream its new codes; returns the samples that are due, float32 [samples]."""
@@ -222,9 +223,14 @@ class VocoderStage:
     def _take_list(self) -> list[RequestState]:
         """Takes the first reply that waits, and those behind it that fit into the largest list with it.
 
-        While somebody listens, only replies whose list is done before the sound of any stream runs out.
+        While somebody listens, only replies whose list is done before the sound of any stream runs out; but the first
+        one, alone, when it has waited for too long.
         """
         assert self._engine is not None
+        first, since = next(iter(self._waiting.items()))
+        if self._has_listeners() and self._engines.clock() - since > _MAX_WAIT_SECONDS:
+            self.remove(first)
+            return [first]
         taken: list[RequestState] = []
         has_listeners = self._has_listeners()
         seconds = self._seconds_to_spare()

@@ -15,33 +15,67 @@ from omni_jax.engine.vocoder_stage import VocoderStage
 CODES_PER_BLOCK = 12
 
 
-def voice_all(num_blocks: list[int], block_sizes: tuple[int, ...], num_lists: int = 1) -> list[list[int]]:
-    """The numbers of the replies of each call, where all of them wait."""
-    calls = []
+class _State:
+    """What the stage reads of a whole reply: its codes, which all are its number."""
 
-    def synthesize(codes: list[np.ndarray], *_: Any) -> list[np.ndarray]:
-        calls.append([int(of_reply[0]) for of_reply in codes])
+    def __init__(self, number: int, num_blocks: int) -> None:
+        self._codes = np.full(num_blocks * CODES_PER_BLOCK, number)
+        self.num_codes = len(self._codes)
+        self.request = SimpleNamespace(speech=SimpleNamespace(voice=None, noise_seed=0))
+        self.audio: list[np.ndarray] = []
+
+    def all_codes(self) -> np.ndarray:
+        return self._codes
+
+
+class _Recorder:
+    """A stage whose Token2Wav notes the numbers of the replies of each call."""
+
+    def __init__(self, block_sizes: tuple[int, ...], num_lists: int = 1) -> None:
+        self.calls: list[list[int]] = []
+        self.time = 0.0
+        engine = SimpleNamespace(
+            num_lists=num_lists,
+            codes_per_block=CODES_PER_BLOCK,
+            count_blocks=lambda num_codes: -(-num_codes // CODES_PER_BLOCK),
+            synthesize=self._synthesize,
+            pace=Pace(),
+        )
+        engines: Any = SimpleNamespace(token2wav=engine, clock=lambda: self.time)
+        self.stage = VocoderStage(engines, block_sizes, Timings(), Utilization())
+
+    def _synthesize(self, codes: list[np.ndarray], *_: Any) -> list[np.ndarray]:
+        self.calls.append([int(of_reply[0]) for of_reply in codes])
         return [np.zeros(1, np.float32)] * len(codes)
 
-    engine = SimpleNamespace(
-        num_lists=num_lists,
-        codes_per_block=CODES_PER_BLOCK,
-        count_blocks=lambda num_codes: -(-num_codes // CODES_PER_BLOCK),
-        synthesize=synthesize,
-        pace=Pace(),
-    )
-    engines: Any = SimpleNamespace(token2wav=engine, clock=lambda: 0.0)
-    stage = VocoderStage(engines, block_sizes, Timings(), Utilization())
+    def enqueue(self, number: int, num_blocks: int) -> None:
+        state: Any = _State(number, num_blocks)
+        self.stage.enqueue(state)
+
+
+def voice_all(num_blocks: list[int], block_sizes: tuple[int, ...], num_lists: int = 1) -> list[list[int]]:
+    """The numbers of the replies of each call, where all of them wait."""
+    recorder = _Recorder(block_sizes, num_lists)
     for number, count in enumerate(num_blocks):
-        codes = np.full(count * CODES_PER_BLOCK, number)
-        speech = SimpleNamespace(voice=None, noise_seed=0)
-        state: Any = SimpleNamespace(
-            num_codes=len(codes), all_codes=lambda c=codes: c, request=SimpleNamespace(speech=speech), audio=[]
-        )
-        stage.enqueue(state)
-    while stage.waiting:
-        stage.step(is_idle=True)
-    return calls
+        recorder.enqueue(number, count)
+    while recorder.stage.waiting:
+        recorder.stage.step(is_idle=True)
+    return recorder.calls
+
+
+def test_a_reply_beside_a_stream_that_has_no_time_is_voiced_at_last() -> None:
+    """Not while it waits for less than 20 seconds; then alone."""
+    recorder = _Recorder((16, 32))
+    listener: Any = _State(9, 0)
+    recorder.stage.open_stream(listener)
+    recorder.enqueue(0, 4)
+    recorder.enqueue(1, 4)
+    for _ in range(3):
+        recorder.stage.step(is_idle=False)
+        recorder.time += 9.0
+    assert recorder.calls == []
+    recorder.stage.step(is_idle=False)
+    assert recorder.calls == [[0]]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from omni_jax.checkpoint.export import to_hf
 from omni_jax.checkpoint.train_checkpoints import (
     CHECKPOINTS_FOLDER,
     FILES_FILE,
+    MODEL_FOLDER,
     find_damage,
     resolve_checkpoint,
     step_folder,
