@@ -283,6 +283,11 @@ def test_metrics_count(client: OpenAI, address: str) -> None:
     before = read("omni_replies_total")
     client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=4)
     assert read("omni_replies_total") == before + 1
+    # the path of the route, and nothing of what a request may hold
+    counted = 'omni_responses_total{path="/v1/chat/completions",status="200"}'
+    assert counted in httpx.get(f"{address}/metrics").text
+    httpx.get(f"{address}/v1/models/gpt-5/secret", headers={"Authorization": f"Bearer {KEY}"})
+    assert "secret" not in httpx.get(f"{address}/metrics").text
     assert read("omni_ttft_seconds_count") > 0 and read("omni_requests_open") == 0
 
 
