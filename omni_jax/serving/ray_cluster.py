@@ -93,14 +93,14 @@ def reserve_slice(wanted: Slice) -> Any:
       ``ray.util.tpu.SlicePlacementGroup``.
 
     Raises:
-      InputError: if there is no such topology.
+      InputError: if there is no such topology, or none is free.
     """
     import ray
     from ray.util.tpu import slice_placement_group
 
     try:
         reserved = slice_placement_group(topology=wanted.topology, accelerator_version=wanted.generation)
-    except ValueError as e:
+    except (ValueError, TimeoutError) as e:
         raise InputError(f"--ray.slice {wanted.generation}:{wanted.topology}: {e}") from e
     ray.get(reserved.placement_group.ready())
     return reserved

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,36 @@ def test_over_two_hosts_the_ids_are_the_same(meshed: Path) -> None:
     assert "{" not in outputs[1][0]  # nor does the other one print anything, but for what its collectives do
     assert ids_by_name(meshed, "hosts") == ids_by_name(meshed, "one")
     assert len(results(meshed, "hosts")) == 3
+
+
+@pytest.fixture
+def slice_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A cluster with a slice of two hosts, whose four chips each are promised and not there."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for worker in range(2):
+        labels = {"ray.io/tpu-slice-name": "slice", "ray.io/tpu-worker-id": str(worker)}
+        labels |= {"ray.io/tpu-pod-type": "v4-16", "ray.io/tpu-topology": "2x2x2"}
+        head = {"TPU-v4-16-head": 1} if worker == 0 else {}
+        # what a host of Google's says of itself
+        said = {"TPU_NAME": "slice", "TPU_WORKER_ID": str(worker), "TPU_ACCELERATOR_TYPE": "v4-16"}
+        resources = {"TPU": 4, **head}
+        cluster.add_node(num_cpus=1, resources=resources, labels=labels, env_vars={**said, "TPU_TOPOLOGY": "2x2x2"})
+    cluster.wait_for_nodes()
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.long
+def test_an_actor_over_the_hosts_of_a_slice(meshed: Path, slice_address: str) -> None:
+    """With the ids of one host."""
+    words = [*command(meshed / "model", meshed, "slice"), "--media-root", str(ROOT), "--mesh.tensor", "2"]
+    engine = ["--engine", "ray", "--ray.address", slice_address, "--ray.slice", "v4:2x2x2"]
+    done = run(*words, *engine)
+    assert done.returncode == 0, done.stderr
+    assert ids_by_name(meshed, "slice") == ids_by_name(meshed, "one")
 
 
 def batch(model: Path, input: str, output: str, **options: Any) -> dict[str, tuple[list[int], list[int]]]:
