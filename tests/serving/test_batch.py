@@ -229,10 +229,12 @@ def slice_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         labels = {"ray.io/tpu-slice-name": "slice", "ray.io/tpu-worker-id": str(worker)}
         labels |= {"ray.io/tpu-pod-type": "v4-16", "ray.io/tpu-topology": "2x2x2"}
         head = {"TPU-v4-16-head": 1} if worker == 0 else {}
-        # what a host of Google's says of itself
-        said = {"TPU_NAME": "slice", "TPU_WORKER_ID": str(worker), "TPU_ACCELERATOR_TYPE": "v4-16"}
+        # what hosts of Google are told of themselves
+        described = {"TPU_NAME": "slice", "TPU_WORKER_ID": str(worker), "TPU_ACCELERATOR_TYPE": "v4-16"}
         resources = {"TPU": 4, **head}
-        cluster.add_node(num_cpus=1, resources=resources, labels=labels, env_vars={**said, "TPU_TOPOLOGY": "2x2x2"})
+        cluster.add_node(
+            num_cpus=1, resources=resources, labels=labels, env_vars={**described, "TPU_TOPOLOGY": "2x2x2"}
+        )
     cluster.wait_for_nodes()
     yield cluster.address
     cluster.shutdown()
