@@ -6,7 +6,7 @@ A row is ``{"audio": ..., "text": ..., "voice": ..., "codec_ids": [...]}``. Up t
 the recording (source), what Token2Wav makes of the codes of the recording (copy), what the model speaks of the text in
 the row's voice (spoken), and the same in the voice of a clip that it was not trained on (cloned). Word errors are those
 of Whisper base, and of pocketsphinx with a closed grammar of the rows' words; a voice is told by Resemblyzer (docs on
-teaching speech). Sounds, their spectrograms and report.json are in OUT.
+teaching speech). DNSMOS rates how clean each kind sounds. Sounds, their spectrograms and report.json are in OUT.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from omni_jax.engine.token2wav_engine import Token2WavEngine
 from omni_jax.errors import CheckpointError, ConfigError, InputError, JudgeError
 from omni_jax.evaluation.recognizers import CheckedRecognizer, make_recognizer
 from omni_jax.evaluation.speaker_similarity import SpeakerJudge, cosine
+from omni_jax.evaluation.speech_quality import QualityJudge
 from omni_jax.evaluation.sphinx_recognizer import SphinxRecognizer, split_words
 from omni_jax.evaluation.spoken_answers import SpokenText, make_seed, read_spoken_text, speak_texts
 from omni_jax.evaluation.transcripts import Recognizer
@@ -231,7 +232,8 @@ class Judges:
             "pocketsphinx_closed": CheckedRecognizer(SphinxRecognizer(words=sorted(words))),
         }
         self._speakers = SpeakerJudge()
-        self.names = [judge.name for judge in (*self._recognizers.values(), self._speakers)]
+        self._quality = QualityJudge()
+        self.names = [judge.name for judge in (*self._recognizers.values(), self._speakers, self._quality)]
         vectors: dict[str, list[np.ndarray]] = {}
         for sentence in read_sentences(voice_rows, Path(voice_rows), limit):
             vectors.setdefault(sentence.voice, []).append(self._speakers.embed(sentence.samples, RATE))
@@ -241,7 +243,7 @@ class Judges:
         return self._speakers.embed(samples, rate)
 
     def judge(self, sentences: Sequence[Sentence], sounds: Sounds, kind: Kind) -> dict[str, Any]:
-        """Word errors, and how many sounds are nearer to their own voice than to any other."""
+        """Word errors, how clean the sounds are, and how many are nearer to their own voice than to any other."""
         report: dict[str, Any] = {"sentences": len(sentences)}
         texts: dict[str, list[str]] = {name: [] for name in self._recognizers}
         for samples in track(sounds.samples, description=f"judging {kind}", console=Console(stderr=True)):
@@ -253,6 +255,9 @@ class Judges:
             errors = count_word_errors(expected, found)
             report[name] = {"word_errors": errors.rate, "interval": errors.interval, "words": errors.words}
         report["recognized"] = texts["whisper"]
+        scores = [self._quality.rate(samples, sounds.rate).overall for samples in sounds.samples if len(samples)]
+        # of none there is no mean
+        report["dnsmos"] = float(np.mean(scores)) if scores else None
         if kind != "cloned":
             report |= self._count_own_voices(sentences, sounds)
         return report
@@ -382,6 +387,8 @@ def describe(kind: str, report: Mapping[str, Any]) -> str:
     for name, label in (("whisper", "Whisper"), ("pocketsphinx_closed", "pocketsphinx, closed grammar,")):
         low, high = report[name]["interval"]
         parts.append(f"{label} {report[name]['word_errors']:.1%} word errors ({low:.1%} to {high:.1%})")
+    if report["dnsmos"] is not None:
+        parts.append(f"DNSMOS {report['dnsmos']:.2f}")
     if "own_voice" in report:
         parts.append(f"own voice {report['own_voice']:.1%}")
     if "mel_error" in report:

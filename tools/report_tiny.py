@@ -245,12 +245,15 @@ def tell_speech(found: dict[str, Any]) -> str:
         if kind in found:
             report = found[kind]
             cells = [kind, str(report["sentences"])]
-            for judge in ("sphinx", "whisper"):
-                value = report.get(judge)
-                cells.append("" if value is None else _percent(value["word_errors"]))
+            for judge in ("pocketsphinx_closed", "whisper"):
+                low, high = report[judge]["interval"]
+                cells.append(f"{_percent(report[judge]['word_errors'])} ({100 * low:.1f} to {100 * high:.1f})")
             cells.append(_percent(report["own_voice"]) if "own_voice" in report else "")
+            cells.append("" if report["dnsmos"] is None else f"{report['dnsmos']:.2f}")
             rows.append(cells)
-    return make_table(("sounds", "sentences", "word errors, sphinx", "word errors, whisper", "own voice"), rows)
+    heads = ("sounds", "sentences", "word errors, pocketsphinx", "word errors, Whisper base", "own voice", "DNSMOS")
+    judges = "; ".join(found["judges"])
+    return f"{make_table(heads, rows)}\nJudges: {judges}.\n"
 
 
 def make_report(out: Path, page: Path) -> str:

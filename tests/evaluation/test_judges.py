@@ -15,6 +15,7 @@ from omni_jax.evaluation.phoneme_recognizer import PhonemeRecognizer
 from omni_jax.evaluation.recognizers import CheckedRecognizer, make_recognizer
 from omni_jax.evaluation.rewards import SpeechJudge
 from omni_jax.evaluation.speaker_similarity import SpeakerJudge, cosine, count_own_voice
+from omni_jax.evaluation.speech_quality import QualityJudge
 from omni_jax.evaluation.sphinx_recognizer import SphinxRecognizer
 from omni_jax.evaluation.word_errors import count_word_errors
 from tests.evaluation.flite import RATE, VOICES, make_bad, make_good
@@ -130,3 +131,16 @@ def test_voices_are_told_apart() -> None:
     references = {voice: own[0] for voice, own in vectors.items()}
     sounds = [(voice, vector) for voice, own in vectors.items() for vector in own[1:]]
     assert count_own_voice(sounds, references) == (9, 9)
+
+
+def test_noise_and_clipping_lower_the_quality() -> None:
+    need("speechmos")
+    judge = QualityJudge()
+    rng = np.random.default_rng(0)
+    for voice in VOICES:
+        samples = two_sentences(voice, 0)
+        clean = judge.rate(samples, RATE)
+        noisy = judge.rate(samples + 0.05 * rng.standard_normal(len(samples)).astype(np.float32), RATE)
+        clipped = judge.rate(np.clip(samples, -0.02, 0.02) * 20, RATE)
+        assert noisy.background < clean.background and noisy.overall < clean.overall
+        assert clipped.speech < clean.speech

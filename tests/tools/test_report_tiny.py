@@ -79,8 +79,9 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
         {f"tmrope {seed}": {task: {"right": 1 + seed, "asked": 4} for task in TIMING_TASKS} for seed in (0, 1)},
     )
     write(out / "robustness.json", {"5 % lost": {"order": {"right": 9, "asked": 10, "refused": 0, "failed": 0}}})
-    judged = {"sentences": 12, "whisper": {"word_errors": 0.125}, "own_voice": 0.75}
-    write(out / "speech.json", {"model": "m", "judges": {}, "spoken": judged})
+    errors = {"word_errors": 0.125, "interval": [0.05, 0.2]}
+    judged = {"sentences": 12, "whisper": errors, "pocketsphinx_closed": errors, "own_voice": 0.75, "dnsmos": 2.5}
+    write(out / "speech.json", {"model": "m", "judges": ["Whisper", "Resemblyzer"], "spoken": judged})
     report = make_report(out, page)
     # one of two in text, none of one by voice (Wilson)
     assert "| colour |  | 50.0 % (9.5 to 90.5) of 2 | 0.0 % (0.0 to 79.3) of 1 |" in report
@@ -90,4 +91,5 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     # of 25 and 50 %: the mean, and 12.7 times the standard error
     assert "| as published | 37.5 ± 158.8 |" in report
     assert "| 5 % lost | 90.0 % (59.6 to 98.2) |" in report
-    assert "| spoken | 12 |  | 12.5 % | 75.0 % |" in report
+    assert "| spoken | 12 | 12.5 % (5.0 to 20.0) | 12.5 % (5.0 to 20.0) | 75.0 % | 2.50 |" in report
+    assert "Judges: Whisper; Resemblyzer." in report
