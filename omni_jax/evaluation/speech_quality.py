@@ -1,7 +1,7 @@
 """How clean a sound would be found by listeners: DNSMOS P.835 (Reddy et al. 2022), by speechmos.
 
-Its wheel (MIT) holds the networks. They were trained to rate what noise suppressors leave of calls. Synthetic voices are
-rated low however clear they are: compare a figure with that of the voice that is imitated.
+Its wheel (MIT) holds the networks. They were trained to rate what noise suppressors leave of calls. Synthetic voices
+are rated low however clear they are: compare a figure with that of the voice that is imitated.
 """
 
 from __future__ import annotations
