@@ -55,7 +55,7 @@ _KINDS: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {
     "effects": (EFFECTS, ("effect",)),
     "words": (SIGNS, ("sign", "word-at-shape")),
 }
-_TRANSCRIPTIONS = ("transcribe", "phrase", "hear")
+_TRANSCRIPTIONS = ("transcribe", "phrase", "hear", "words")
 # that names of tasks end with: their media told in words, or the question spoken
 _IN_WORDS = "-text"
 _VOICE = "-voice"

@@ -30,7 +30,7 @@ from configs.omni_tiny import PIXELS, omni_tiny_config
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.tokenizer_files import write_tokenizer
-from tools.make_speech import VOICES
+from tools.make_speech import FLITE_VOICES, VOICES
 from tools.row_files import read_values, write_values
 from tools.run_commands import Stages, count_cores, exit_on_sigterm, find_devices, run
 from tools.run_recipe import run_recipe
@@ -209,6 +209,8 @@ class Training:
         self._make_questions("watched", self.options.questions, SILENT_TASKS, "--voiced", 0, "--seed", 3)
         self._make_questions("voiced", self.options.questions // 2, VOICED_TASKS, "--voiced", 1, "--seed", 4)
         self._make_questions("timed", self.options.questions, TIMED_TASKS, "--voiced", 0, "--seed", 5)
+        flite = ("--voices", *FLITE_VOICES)  # of whom the Talker learns first
+        self._make_questions("words", 3 * self.options.questions // 2, ["words"], "--voiced", 0, "--seed", 7, *flite)
         for part in ("train", "valid"):
             rows = read_values(self._rows(part))
             if part == "train":
@@ -235,9 +237,14 @@ class Training:
         for part, count in NUM_SOUNDS.items():
             rows = read_values(self._rows(part))
             self._write(f"{part}_replies", list(find_replies(rows)))
+            spoken = rows
             if part == "train":
-                rows = [*rows, *read_captions(self._rows("captions/train"))]
-            self._write(f"{part}_speech", list(find_speech(rows, SPOKEN_TASKS)))
+                spoken = [
+                    *rows,
+                    *read_captions(self._rows("captions/train")),
+                    *read_captions(self._rows("words/train")),
+                ]
+            self._write(f"{part}_speech", list(find_speech(spoken, (*SPOKEN_TASKS, "words"))))
             self._write(f"{part}_sounds", list(find_speech(rows, ("transcribe",)))[:count])
 
     def _make_questions(self, folder: str, items: int, tasks: Sequence[str], *more: object) -> None:

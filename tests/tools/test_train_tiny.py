@@ -43,6 +43,13 @@ CAPTIONS = [
     row("describe", "<image>What do you see?", "Two red stars.", images=["media/e.png"]),
     row("narrate", "<video>What happens?", "A star, then a ring.", videos=["media/g.mp4"]),
 ]
+QUESTIONS = {
+    "seen": [row("shape", "<image>What is red?", "The star is red.", images=["media/h.png"])],
+    "watched": [row("watch", "<video>What happens?", "A star, then a ring.", videos=["media/i.mp4"])],
+    "voiced": [row("day-voice", "<audio>", "Emma comes on Tuesday.", audios=["media/j.wav"], voice="rms")],
+    "timed": [row("word-at-shape", "<video>Which word was said?", "The word was dog.", videos=["media/k.mp4"])],
+    "words": [row("words", "<audio>What is said?", "New dog red star", audios=["media/l.wav"], voice="awb")],
+}
 LISTS = [row("list-text", "Read this aloud: star red dog", "star red dog")]
 TEXTS = [row("colour-text", "A red star and a blue ring. What colour is the star?", "The star is red.")]
 
@@ -65,6 +72,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
             made.data / "captions": CAPTIONS,
             made.data / "text": TEXTS,
             made.data / "text" / "lists": LISTS,
+            **{made.data / folder: questions for folder, questions in QUESTIONS.items()},
         }[arguments[1]]
         for part in ("train", "valid", "test"):
             write_rows(arguments[1] / f"{part}.jsonl", rows)
@@ -100,8 +108,27 @@ def test_pictures_are_those_of_questions_and_of_captions(training: Training) -> 
     assert [(values["task"], values["images"]) for values in rows] == [
         ("colour", ["media/b.png"]),
         ("describe", ["captions/media/e.png"]),
+        ("shape", ["seen/media/h.png"]),
     ]
     assert [values["task"] for values in read_values(training.data / "valid_pictures.jsonl")] == ["colour"]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("silent", [("watch", "watched/media/i.mp4")]),
+        ("recordings", [("transcribe", "media/a.wav"), ("day", None), ("day-voice", "voiced/media/j.wav")]),
+        ("timed", [("word-at-shape", "timed/media/k.mp4")]),
+    ],
+)
+def test_rows_of_one_medium(training: Training, name: str, expected: list[tuple[str, str | None]]) -> None:
+    found = []
+    for values in read_values(training.data / f"train_{name}.jsonl"):
+        files = [*values.get("audios", ()), *values.get("videos", ())]
+        found.append((values["task"], files[0] if files else None))
+    assert found == expected
+    # what is made beside the others is to train on alone
+    assert len((training.data / f"valid_{name}.jsonl").read_text().splitlines()) == len(expected) - 1
 
 
 def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training) -> None:
@@ -112,8 +139,9 @@ def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training
 
 
 def test_transcribed_sounds_and_spoken_answers_become_rows(training: Training) -> None:
-    for name in ("sounds", "speech"):
-        (spoken,) = read_values(training.data / f"train_{name}.jsonl")
+    for name, count in (("sounds", 1), ("speech", 2)):
+        spoken, *more = read_values(training.data / f"train_{name}.jsonl")
+        assert len(more) == count - 1
         assert spoken == {
             "audio": "media/a.wav",
             "text": "The sheep is new.",

@@ -38,7 +38,7 @@ _EDGE = 0.4  # seconds between a sound and the next change of the picture
 _APART = tuple(place for place in PLACES if place != "middle")  # things at these do not touch
 _ORDINALS = ("first", "second", "last")
 # tasks whose questions are of what is said, and are not asked by voice
-NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch")
+NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch", "words")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Artist:
             "picture-dialogue": self.picture_dialogue,
             "video-dialogue": self.video_dialogue,
             "watch": self.watch,
+            "words": self.words,
         }
 
     # draws
@@ -165,8 +166,13 @@ class Artist:
         text = self._phrase()
         return Item("phrase", text, (self._ask_what_is_spoken(text),))
 
-    def _phrase(self) -> str:
-        return capitalize(" ".join(sample(self._rng, WORDS, int(self._rng.integers(1, 4)))))
+    def _phrase(self, least: int = 1, most: int = 3) -> str:
+        return capitalize(" ".join(sample(self._rng, WORDS, int(self._rng.integers(least, most + 1)))))
+
+    def words(self) -> Item:
+        """Four to eight of them: to speak them is to find one after the other in the text, and nothing helps."""
+        text = self._phrase(4, 8)
+        return Item("words", text, (self._ask_what_is_spoken(text),))
 
     def effect(self) -> Item:
         """Which of three effects came first, second or last; the video shows nothing, and only keeps the time."""
