@@ -1,4 +1,4 @@
-# make demo         converts a small random model, asks it about the media in tests/media, and has it speak its answer
+# make demo         asks omni-tiny about a picture by voice, and about a video with sound; its answers are spoken
 # make train-demo   trains a tiny random model in the paper's four stages, each from the last one's end
 # make speech-demo  takes a small model through all stages of speech, from nothing, and measures it; one to two hours on two cores
 # make train-tiny   takes omni-tiny through all its stages, from nothing, and scores it; hours on two cores (docs/omni-tiny.md)
@@ -55,16 +55,18 @@ demo: $(VENV)/installed-run
 ifdef MODEL
 	$(BIN)/python serve.py chat --model "$(MODEL)" $(MEDIA) $(QUESTION)
 else
-	@echo "The model of this demo has random parameters: what it answers is noise, until a trained one is given."
-	rm -rf out/demo
-	$(BIN)/python tools/make_checkpoint.py out/demo/published --size small
-	$(BIN)/python tools/convert.py to-jax out/demo/published out/demo/model
-	$(BIN)/python serve.py chat --model out/demo/model --max-tokens 48 --temperature 1 $(MEDIA) $(QUESTION) \
-		--out out/demo/reply.wav --talker.max-tokens 150 --talker.seed 3
-	$(BIN)/python tools/spectrogram.py out/demo/reply.wav out/demo/reply.png
+	@echo "omni-tiny has six million parameters, and knows a hundred words and a dozen shapes (docs/omni-tiny.md)."
+	@mkdir -p out/demo
+	@echo; echo "A picture (tests/media/tiny/picture.png), and a spoken question (question.wav) about it:"
+	$(BIN)/python serve.py chat --model checkpoints/omni-tiny --voice slt --out out/demo/picture.wav \
+		--image tests/media/tiny/picture.png --audio tests/media/tiny/question.wav
+	@echo; echo "A video with sound (tests/media/tiny/video.mp4):"
+	$(BIN)/python serve.py chat --model checkpoints/omni-tiny --voice rms --out out/demo/video.wav \
+		--video tests/media/tiny/video.mp4 --text "What happens?"
+	$(BIN)/python tools/spectrogram.py out/demo/picture.wav out/demo/picture.png
+	$(BIN)/python tools/spectrogram.py out/demo/video.wav out/demo/video.png
 	@echo
-	@echo "The spoken reply is in out/demo/reply.wav, a picture of it in out/demo/reply.png."
-	@echo "The text above is random, for so are the model's parameters. For real answers, convert a trained model:"
+	@echo "The spoken answers are out/demo/picture.wav and video.wav, pictures of them lie beside them. For another model:"
 	@echo "  $(BIN)/python tools/convert.py to-jax FOLDER-OF-QWEN2.5-OMNI out/model && make demo MODEL=out/model"
 endif
 

@@ -178,7 +178,9 @@ class Training:
             assert stage.folder is not None
             link = self.out / stage.folder
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(checkpoint)
+            # what no answer needs lies apart, so that the checkpoint stays small
+            apart = checkpoint.with_name(f"{checkpoint.name}-{stage.folder}")
+            link.symlink_to(apart if apart.is_dir() else checkpoint)
         values["complete"] = [stage.name for stage in made]
         replace_file(self.out / STAGES_FILE, (json.dumps(values, indent=2) + "\n").encode())
 

@@ -177,14 +177,17 @@ def test_few_held_out_rows_are_looked_at(training: Training, monkeypatch: pytest
 def test_a_checkpoint_stands_for_the_stages_of_its_log(tmp_path: Path) -> None:
     checkpoint = tmp_path / "shipped"
     checkpoint.mkdir()
-    log = {"complete": ["data", "language", "pretraining 1"], "seconds": {"data": 9.0, "language": 1.0}}
+    (tmp_path / "shipped-tokenizer").mkdir()
+    complete = ["data", "language", "pretraining 1", "speech tokenizer"]
+    log = {"complete": complete, "seconds": {"data": 9.0, "language": 1.0}}
     (checkpoint / "stages.json").write_text(json.dumps(log))
     continued = Training(TrainingOptions(tmp_path / "out"))
     continued.begin(checkpoint)
     # rows and media are made again: they are in no checkpoint
-    assert json.loads((continued.out / "stages.json").read_text())["complete"] == ["language", "pretraining 1"]
+    assert json.loads((continued.out / "stages.json").read_text())["complete"] == complete[1:]
     for folder in ("language", "pretrain1"):
         assert (continued.out / folder).resolve() == checkpoint
+    assert (continued.out / "tokenizer").resolve() == tmp_path / "shipped-tokenizer"
     assert not (continued.out / "pretrain2").exists()
     with pytest.raises(SystemExit, match=r"has no stages.json"):
         continued.begin(tmp_path)
