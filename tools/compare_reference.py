@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 import omni_jax
 from omni_jax.checkpoint.export import to_hf
+from omni_jax.checkpoint.model_files import TOKEN2WAV_FILE
 from omni_jax.checkpoint.store import components
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checks import check_int, printable
@@ -46,6 +47,7 @@ from tools.reference_inputs import reference_arguments
 from tools.reference_speech import ReferenceReply, speak_reference
 from tools.task_rows import choose_in_turn, with_speech_prompt
 
+_DILATIONS = [1, 3, 5]  # as many as the reference's vocoder has, whatever its config says
 REPETITION_PENALTY = 1.05  # of codes, the published one
 
 
@@ -87,20 +89,28 @@ class ReferenceModel:
     """PyTorch's model, in float32, of a checkpoint that is exported for it."""
 
     def __init__(self, checkpoint: Path) -> None:
-        """Loads it: the whole of it where there is a Talker, else the Thinker."""
+        """Loads the whole of it where there is a Talker, else the Thinker."""
         self.has_talker = "talker" in components(checkpoint)
+        kept = ("thinker", "talker", "token2wav") if self.has_talker else ("thinker",)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "exported"
+            packed = Path(temporary) / "packed"
+            pack_checkpoint(PackOptions(checkpoint, packed, components=kept))
+            # text and codes are compared, and no sound: the DiT may be distilled, which an export would refuse
+            (packed / TOKEN2WAV_FILE).unlink(missing_ok=True)
+            to_hf(packed, folder)
             if not self.has_talker:
-                thinker = Path(temporary) / "thinker"
-                pack_checkpoint(PackOptions(checkpoint, thinker, components=("thinker",)))
-                to_hf(thinker, folder)
                 config = Qwen2_5OmniThinkerConfig.from_pretrained(folder)
                 self.thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, config=config)
             else:
-                to_hf(checkpoint, folder)
                 config = Qwen2_5OmniConfig.from_pretrained(folder)
-                self.whole = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder, config=config).float().eval()
+                # for the same reason a vocoder of random numbers will do, where the reference can have none like ours
+                vocoder = config.token2wav_config.bigvgan_config
+                vocoder.resblock_dilation_sizes = [_DILATIONS] * len(vocoder.resblock_kernel_sizes)
+                self.whole = Qwen2_5OmniForConditionalGeneration.from_pretrained(
+                    folder, config=config, ignore_mismatched_sizes=True
+                )
+                self.whole = self.whole.float().eval()
                 self.thinker = self.whole.thinker
         self.thinker = self.thinker.float().eval()
 
