@@ -6,7 +6,7 @@ are rated low however clear they are: compare a figure with that of the voice th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -69,7 +69,7 @@ class QualityJudge:
             raise JudgeError("the sound is empty")
         at_rate = np.clip(resample(samples.astype(np.float32), rate, _RATE), -1, 1)
         try:
-            found = self._dnsmos.run(at_rate, _RATE)
+            found: Any = self._dnsmos.run(at_rate, _RATE)  # of one sound, a dictionary
         except Exception as e:
             raise JudgeError(f"{self.name}: {type(e).__name__}: {e}") from e
         return Quality(float(found["ovrl_mos"]), float(found["sig_mos"]), float(found["bak_mos"]))

@@ -136,10 +136,11 @@ class _SliceActor:
 
     def _wait(self, results: list[Any]) -> list[Any]:
         import ray
+        from ray.exceptions import RayActorError
 
         try:
             return ray.get(results)
-        except ray.exceptions.RayActorError:
+        except RayActorError:
             # an exception would end the whole run; an actor that ends is replaced
             os._exit(1)
 

@@ -102,5 +102,7 @@ def reserve_slice(wanted: Slice) -> Any:
         reserved = slice_placement_group(topology=wanted.topology, accelerator_version=wanted.generation)
     except (ValueError, TimeoutError) as e:
         raise InputError(f"--ray.slice {wanted.generation}:{wanted.topology}: {e}") from e
-    ray.get(reserved.placement_group.ready())
+    group = reserved.placement_group
+    assert group is not None  # one for all slices, of which there is one
+    ray.get(group.ready())
     return reserved

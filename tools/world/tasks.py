@@ -332,6 +332,7 @@ class Artist:
         """All that happens in a silent video of one of the tasks above."""
         item = draw(self._rng, (self.order, self.direction, self.repeats, self.sign))()
         (video,) = item.turns[0].media
+        assert isinstance(video, Video)
         answer = describe_medium(video)
         return Item("watch", answer, (self._ask_what_happens(answer, video),), item.seen)
 

@@ -111,7 +111,8 @@ export class Answer {
     details.className = "latency";
     const summary = document.createElement("summary");
     const first = this.#player ? `first sound after ${since(sound)}` : `first text after ${since(text)}`;
-    const dried = this.#player?.dried ? `, ran dry ${this.#player.dried} times` : "";
+    const count = this.#player?.dried ?? 0;
+    const dried = count ? `, ran dry ${count === 1 ? "once" : `${count} times`}` : "";
     summary.textContent = first + dried;
     const rows = [
       ["first text", since(text)],
