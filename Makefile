@@ -55,7 +55,7 @@ demo: $(VENV)/installed-run
 ifdef MODEL
 	$(BIN)/python serve.py chat --model "$(MODEL)" $(MEDIA) $(QUESTION)
 else
-	@echo "omni-tiny has six million parameters, and knows a hundred words and a dozen shapes (docs/omni-tiny.md)."
+	@echo "omni-tiny has thirteen million parameters, and knows a hundred words and a dozen shapes (docs/omni-tiny.md)."
 	@mkdir -p out/demo
 	@echo; echo "A picture (tests/media/tiny/picture.png), and a spoken question (question.wav) about it:"
 	$(BIN)/python serve.py chat --model checkpoints/omni-tiny --voice slt --out out/demo/picture.wav \

@@ -16,13 +16,17 @@ from typing import Annotated
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
+
+from omni_jax.checks import printable
+
 # an optional dependency; without it there is nothing to do here
 try:
-    from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
+    from playwright.sync_api import Error, sync_playwright  # pyright: ignore[reportMissingImports]
 except ImportError:
     sys.exit("this needs playwright: pip install -e '.[test-page]'")
 
-SIZES = {"desk": (1100, 700), "phone": (390, 760)}
+SIZES = {"desk": (1100, 700), "phone": (390, 760)}  # of the window: width and height in pixels
 SCHEMES = ("light", "dark")
 _PATIENCE = 300_000  # milliseconds, that compiling may take
 
@@ -42,14 +46,19 @@ class Options:
 
 
 def draw_page(options: Options, chromium: str) -> list[Path]:
-    """Asks the questions and writes the pictures; returns their files."""
+    """Asks the questions and writes the pictures; returns their files.
+
+    Raises:
+      playwright.sync_api.Error: if the page does not answer.
+    """
     written = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--autoplay-policy=no-user-gesture-required"]
         )
         # what waits for an answer is a text that is run, which the page's policy would not let run
-        page = browser.new_page(bypass_csp=True, viewport={"width": 1100, "height": 700})
+        width, height = SIZES["desk"]
+        page = browser.new_page(bypass_csp=True, viewport={"width": width, "height": height})
         page.goto(options.address)
         page.wait_for_selector("#voice option", state="attached")
         for number, text in enumerate(options.text, 1):
@@ -75,7 +84,11 @@ def main() -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
         raise SystemExit("error: no chromium found: apt install chromium")
-    for path in draw_page(options, chromium):
+    try:
+        written = draw_page(options, chromium)
+    except Error as e:
+        raise SystemExit(f"error: {options.address}: {printable(e.message)}") from None
+    for path in written:
         print(path)
 
 

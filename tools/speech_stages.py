@@ -34,8 +34,7 @@ class SpeechData:
       folder: of the files of rows.
       sounds: names of the files that codes, the DiT and the vocoder are learned from, by part: train and valid.
       texts: names of the files that the Talker learns from, by part.
-      replies: names of files of dialogues with a spoken reply that it learns from beside
-        them in its last stage, by part.
+      replies: names of files of dialogues with a spoken reply, by part, that it learns from too in its last stage.
       test: name of the file that is measured.
     """
 

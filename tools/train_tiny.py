@@ -216,7 +216,7 @@ class Training:
         for part in ("train", "valid"):
             rows = read_values(self._rows(part))
             if part == "train":
-                described = read_captions(self._rows("captions/train"))
+                described = read_subfolder(self._rows("captions/train"))
             else:
                 chosen = np.random.default_rng(0).permutation(len(rows))[:NUM_VALID]
                 rows = [rows[i] for i in sorted(chosen)]
@@ -229,7 +229,7 @@ class Training:
             asked = [*prompted, *described] if part == "train" else prompted
             more: dict[str, list[Values]] = {}
             for folder in ("seen", "watched", "voiced", "timed"):
-                more[folder] = read_captions(self._rows(f"{folder}/train")) if part == "train" else []
+                more[folder] = read_subfolder(self._rows(f"{folder}/train")) if part == "train" else []
             by_voice = [f"{task}-voice" for task in VOICED_TASKS]
             self._write(f"{part}_pictures", [*_select(asked, PICTURE_TASKS), *more["seen"]])
             self._write(f"{part}_silent", [*more["watched"], *_select(prompted, SILENT_TASKS)])
@@ -243,11 +243,11 @@ class Training:
             if part == "train":
                 spoken = [
                     *rows,
-                    *read_captions(self._rows("captions/train")),
-                    *read_captions(self._rows("words/train")),
+                    *read_subfolder(self._rows("captions/train")),
+                    *read_subfolder(self._rows("words/train")),
                 ]
             self._write(f"{part}_speech", list(find_speech(spoken, (*SPOKEN_TASKS, "words"))))
-            self._write(f"{part}_sounds", list(find_speech(rows, ("transcribe",)))[:count])
+            self._write(f"{part}_sounds", list(find_speech(spoken, ("transcribe",)))[:count])
 
     def _make_questions(self, folder: str, items: int, tasks: Sequence[str], *more: object) -> None:
         """More rows of some tasks to train on."""
@@ -311,7 +311,7 @@ class Training:
         )
 
 
-def read_captions(path: Path) -> list[Values]:
+def read_subfolder(path: Path) -> list[Values]:
     """Rows of another folder within that of the others, with media named relative to the latter."""
     rows = read_values(path)
     for values in rows:

@@ -227,12 +227,12 @@ class VocoderStage:
         one, alone, when it has waited for too long.
         """
         assert self._engine is not None
+        has_listeners = self._has_listeners()
         first, since = next(iter(self._waiting.items()))
-        if self._has_listeners() and self._engines.clock() - since > _MAX_WAIT_SECONDS:
+        if has_listeners and self._engines.clock() - since > _MAX_WAIT_SECONDS:
             self.remove(first)
             return [first]
         taken: list[RequestState] = []
-        has_listeners = self._has_listeners()
         seconds = self._seconds_to_spare()
         per_block = self._engine.pace.seconds_per_block
         for state in self._waiting:

@@ -80,6 +80,7 @@ def make_app(service: Service, *, api_keys: Sequence[str] = (), cors_origins: Se
 
 
 def _make_file_routes(replicas: int) -> list[Route]:
+    """Files and batches; of several replicas none has those of the others, so that all of them refuse."""
     if replicas > 1:
         methods = ["GET", "POST", "DELETE"]
         return [Route(f"/v1/{name}{{rest:path}}", refuse_files, methods=methods) for name in ("files", "batches")]

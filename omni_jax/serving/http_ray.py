@@ -97,6 +97,7 @@ def serve_over_ray(
         print(f"{spec.model_name} answers at http://{host}:{port}; Ctrl-C stops it", flush=True)
         told_to_stop.wait()
     finally:
+        # the cluster may be gone before
         with contextlib.suppress(Exception):
             serve.shutdown()
 

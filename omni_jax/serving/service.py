@@ -53,7 +53,8 @@ class ServiceSpec:
       transcription_prompt: what the model is asked to write down speech with; {language} stands for the language.
       max_sessions: realtime sessions at once; each has caches of its own while somebody speaks.
       voice_detector: an ONNX file of Silero's that tells voice from noise in them; WebRTC's detector if None.
-      replicas: of the service behind the same address; what one is told must not be asked of another.
+      replicas: of the service behind the same address. Of several, none knows the files and batches of the others, and
+        their voices only through ``voices_dir``.
     """
 
     model: ModelSpec

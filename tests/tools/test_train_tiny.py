@@ -42,6 +42,7 @@ ROWS = [
 CAPTIONS = [
     row("describe", "<image>What do you see?", "Two red stars.", images=["media/e.png"]),
     row("narrate", "<video>What happens?", "A star, then a ring.", videos=["media/g.mp4"]),
+    row("transcribe", "<audio>Write down what you hear.", "The dog is old.", audios=["media/m.wav"], voice="rms"),
 ]
 QUESTIONS = {
     "seen": [row("shape", "<image>What is red?", "The star is red.", images=["media/h.png"])],
@@ -94,9 +95,10 @@ def test_language_is_learned_from_text_alone(training: Training) -> None:
 
 
 def test_captions_are_of_their_tasks(training: Training) -> None:
-    (caption,) = read_values(training.data / "train_captions.jsonl")
+    caption, sound = read_values(training.data / "train_captions.jsonl")
     (narration,) = read_values(training.data / "train_narrations.jsonl")
     # media are found from the folder of this file
+    assert sound["audios"] == ["captions/media/m.wav"]
     assert caption["images"] == ["captions/media/e.png"] and narration["videos"] == ["captions/media/g.mp4"]
     assert [values["task"] for values in read_values(training.data / "valid_captions.jsonl")] == ["transcribe"]
     tasks = make_world.Artist(make_world.np.random.default_rng(0), make_world.STYLES["train"], ("slt",)).tasks
@@ -114,21 +116,32 @@ def test_pictures_are_those_of_questions_and_of_captions(training: Training) -> 
 
 
 @pytest.mark.parametrize(
-    "name, expected",
+    "name, expected, num_valid",
     [
-        ("silent", [("watch", "watched/media/i.mp4")]),
-        ("recordings", [("transcribe", "media/a.wav"), ("day", None), ("day-voice", "voiced/media/j.wav")]),
-        ("timed", [("word-at-shape", "timed/media/k.mp4")]),
+        ("silent", [("watch", "watched/media/i.mp4")], 0),
+        (
+            "recordings",
+            [
+                ("transcribe", "media/a.wav"),
+                ("day", None),
+                ("transcribe", "captions/media/m.wav"),
+                ("day-voice", "voiced/media/j.wav"),
+            ],
+            2,
+        ),
+        ("timed", [("word-at-shape", "timed/media/k.mp4")], 0),
     ],
 )
-def test_rows_of_one_medium(training: Training, name: str, expected: list[tuple[str, str | None]]) -> None:
+def test_rows_of_one_medium(
+    training: Training, name: str, expected: list[tuple[str, str | None]], num_valid: int
+) -> None:
     found = []
     for values in read_values(training.data / f"train_{name}.jsonl"):
         files = [*values.get("audios", ()), *values.get("videos", ())]
         found.append((values["task"], files[0] if files else None))
     assert found == expected
     # what is made beside the others is to train on alone
-    assert len((training.data / f"valid_{name}.jsonl").read_text().splitlines()) == len(expected) - 1
+    assert len((training.data / f"valid_{name}.jsonl").read_text().splitlines()) == num_valid
 
 
 def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training) -> None:
@@ -139,9 +152,13 @@ def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training
 
 
 def test_transcribed_sounds_and_spoken_answers_become_rows(training: Training) -> None:
-    for name, count in (("sounds", 1), ("speech", 2)):
+    # those of captions are among them, and lists of words are for the Talker alone
+    for name, others in (
+        ("sounds", ["captions/media/m.wav"]),
+        ("speech", ["captions/media/m.wav", "words/media/l.wav"]),
+    ):
         spoken, *more = read_values(training.data / f"train_{name}.jsonl")
-        assert len(more) == count - 1
+        assert [values["audio"] for values in more] == others
         assert spoken == {
             "audio": "media/a.wav",
             "text": "The sheep is new.",

@@ -37,7 +37,7 @@ _WORD_SECONDS = 0.7  # kept free for a word, which takes some 0.6; until the edg
 _EDGE = 0.4  # seconds between a sound and the next change of the picture
 _APART = tuple(place for place in PLACES if place != "middle")  # things at these do not touch
 _ORDINALS = ("first", "second", "last")
-# tasks whose questions are of what is said, and are not asked by voice
+# tasks that are not asked by voice: what is said is asked for already, or they are there to learn from
 NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch", "words")
 
 
@@ -170,7 +170,7 @@ class Artist:
         return capitalize(" ".join(sample(self._rng, WORDS, int(self._rng.integers(least, most + 1)))))
 
     def words(self) -> Item:
-        """Four to eight of them: to speak them is to find one after the other in the text, and nothing helps."""
+        """Four to eight words that are heard. Whoever speaks them finds each next one in the text alone."""
         text = self._phrase(4, 8)
         return Item("words", text, (self._ask_what_is_spoken(text),))
 
