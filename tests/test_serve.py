@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 
@@ -15,7 +16,7 @@ from omni_jax.engine.outputs import Reply, Timings
 from omni_jax.errors import InputError
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Usage
-from omni_jax.serving.chat import describe_reply, make_messages, make_options
+from omni_jax.serving.chat import describe_reply, make_messages, make_options, run_chat, write_caption_files
 from omni_jax.serving.commands import ChatCommand
 from tests.processes import ROOT, run
 
@@ -128,6 +129,16 @@ def test_a_text_that_is_to_be_spoken() -> None:
     assert make_messages(command) == [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}]
     assert len(make_messages(chat("--reply-text", "a", "--text", "b", "--speak"))) == 2
     assert "reply_text" not in make_options(chat("--text", "b"))
+
+
+def test_captions_are_written_beside_the_sound(tmp_path: Path) -> None:
+    audio = np.sin(np.arange(24_000)).astype(np.float32)
+    reply = Reply("Good day.", (1, 2), "stop", Usage(), audio=audio)
+    write_caption_files(reply, tmp_path / "a.wav", chat("--captions", "srt", "--captions", "vtt").captions)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.srt", "a.vtt"]
+    assert (tmp_path / "a.srt").read_text().splitlines()[2] == "Good day."
+    with pytest.raises(InputError, match="--captions are written beside a file of sound"):
+        run_chat(chat("--text", "hi", "--captions", "srt"))
 
 
 def test_the_voice_of_a_clip() -> None:

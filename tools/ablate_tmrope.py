@@ -1,12 +1,14 @@
 """What each rule of TMRoPE is worth: the same training with one of them changed, scored on questions of timing.
 
-    python tools/ablate_tmrope.py out/ablation --init out/omni-tiny/pretrain1 --data out/omni-tiny/data
+    python tools/ablate_tmrope.py out/ablation --data out/omni-tiny/data \\
+        --init out/omni-tiny/language --encoders out/omni-tiny/thinker-sft
 
-The published paper has no such ablation. Every variant begins from the same checkpoint, which should have seen neither
-videos nor their order, and reads the same rows in the same order for as many steps; only position ids or the order of
-tokens differ. A held-out question counts as right if the most likely token is the right one at every position of the
-answer, its end included: then greedy decoding gives exactly this answer. A run that was stopped goes on. Figures are in
-OUT/ablation.json.
+The published paper has no such ablation. Every variant begins from the same language model, which has seen neither
+videos nor their order, and from the same encoders, which have no part in TMRoPE and do not train. It reads the same
+rows in the same order for as many steps; only position ids or the order of tokens differ. A held-out question counts as
+right if the most likely token is the right one at every position of the answer, its end included: then greedy decoding
+gives exactly this answer. Beside it stands the cross-entropy of answers, which tells variants apart before answers are
+right. A run that was stopped goes on. Figures are in OUT/ablation.json.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import dataclasses
 import functools
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
@@ -36,6 +37,7 @@ from scipy.stats import t as student_t
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from configs import RECIPES
+from configs.sizes import ADAPTERS, DECODER
 from omni_jax import mrope
 from omni_jax.batch import PADDING, Spans, TrainBatch
 from omni_jax.checkpoint import store
@@ -54,8 +56,10 @@ from omni_jax.segments import Chunk, Grid, Interleaved, interleave
 from omni_jax.training.loop import train
 from omni_jax.training.objective import Loss, Metrics
 from omni_jax.training.objectives.next_token import NextToken, make_next_token
-from omni_jax.training.recipe import Recipe
+from omni_jax.training.recipe import ParameterGroup, Phase, Recipe
 from omni_jax.training.run_state import take_shape
+from tools.pack_checkpoint import Options as PackOptions
+from tools.pack_checkpoint import pack_checkpoint
 from tools.row_files import read_values, write_values
 
 TIMING_TASKS = ("colour-at-sound", "word-at-shape", "effect", "order", "direction", "narrate")
@@ -102,7 +106,9 @@ class Options:
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     init: Path
-    """Checkpoint that all begin from, or the folder of a run."""
+    """Checkpoint whose language model all begin from, or the folder of a run."""
+    encoders: Path
+    """The same, whose encoders they have."""
     data: Path
     """Folder of tools/make_world.py with train.jsonl and test.jsonl."""
     steps: int = 400
@@ -183,7 +189,8 @@ def make_recipe(options: Options, rows: Path, seed: int) -> Recipe:
     recipe = RECIPES["pretrain2-omni-tiny"]
     return dataclasses.replace(
         recipe,
-        init=options.init,
+        init=options.out / "base",
+        phases=(Phase("decoder", (ParameterGroup(DECODER), ParameterGroup(ADAPTERS))),),
         steps=options.steps,
         seed=seed,
         data=dataclasses.replace(recipe.data, train=(str(rows),), seed=seed),
@@ -192,20 +199,33 @@ def make_recipe(options: Options, rows: Path, seed: int) -> Recipe:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _is_right(model: Thinker, variant: Variant, params: Any, batch: TrainBatch) -> Bool[jax.Array, "B S"]:
-    """Where the most likely token is the right one, or none is asked for."""
-    logits = model.apply({"params": params}, change_ids(batch, variant).inputs)
-    return (jnp.argmax(jnp.asarray(logits), axis=-1) == batch.targets) | (jnp.asarray(batch.weights) == 0)
+def _compare(
+    model: Thinker, variant: Variant, params: Any, batch: TrainBatch
+) -> tuple[Bool[jax.Array, "B S"], Float[jax.Array, "B S"]]:
+    """Where the most likely token is the right one, or none is asked for; and the nats of tokens that are asked for."""
+    logits = jnp.asarray(model.apply({"params": params}, change_ids(batch, variant).inputs), jnp.float32)  # [B, S, V]
+    asked = jnp.asarray(batch.weights) > 0  # [B, S]
+    targets = jnp.where(asked, batch.targets, 0)  # [B, S]
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]  # [B, S]
+    return (jnp.argmax(logits, axis=-1) == batch.targets) | ~asked, jnp.where(asked, nats, 0)
 
 
-def count_right(objective: AblatedNextToken, params: Any, recipe: Recipe, rows: Path, processor: Processor) -> Counter:
-    """Held-out questions that are answered rightly, and all of them: {"right": ..., "asked": ...}."""
+def score_answers(
+    objective: AblatedNextToken, params: Any, recipe: Recipe, rows: Path, processor: Processor
+) -> dict[str, float]:
+    """How held-out questions are answered.
+
+    Returns:
+      {"asked": of all questions, "right": of those with the right answer, "tokens": of answers, "nats": of these}.
+    """
     data = dataclasses.replace(recipe.data, valid=(str(rows),))
     with layout_of(objective.variant):
         batches = read_held_out(data, objective.make_packing(data, processor, data.streams))
-    counts: Counter = Counter()
+    counts: dict[str, float] = {"asked": 0, "right": 0, "tokens": 0, "nats": 0.0}
     for batch in batches:
-        right = np.asarray(_is_right(objective.model, objective.variant, params, batch))
+        right, nats = map(np.asarray, _compare(objective.model, objective.variant, params, batch))
+        counts["nats"] += float(nats.sum())
+        counts["tokens"] += int((np.asarray(batch.weights) > 0).sum())
         for row, segments in enumerate(np.asarray(batch.inputs.segment_ids)):
             for segment in np.unique(segments[segments != PADDING]):
                 counts["asked"] += 1
@@ -217,16 +237,20 @@ class Ablation:
     """All variants and seeds."""
 
     def __init__(self, options: Options) -> None:
-        """Writes the rows of timing into the folder.
+        """Writes what all begin from, and the rows of timing.
 
         Raises:
           InputError: if a file of rows cannot be read.
+          CheckpointError, ConfigError: if language model and encoders do not fit each other.
         """
         self._options = options
         self._path = options.out / "ablation.json"
         self._found: dict[str, dict[str, Any]] = {}
         if self._path.exists():
             self._found = json.loads(self._path.read_text(encoding="utf-8"))
+        base = options.out / "base"
+        if not base.exists():
+            pack_checkpoint(PackOptions(options.encoders, base, components=("thinker",), decoder=options.init))
         # beside their media, which they name from there
         rows = [values for values in read_values(options.data / "train.jsonl") if values["task"] in TIMING_TASKS]
         self._train = write_values(options.data / "train_timing.jsonl", rows)
@@ -269,7 +293,7 @@ class Ablation:
         processor = Processor.load(folder)
         objective = self._objective(recipe, variant)
         return {
-            task: dict(count_right(objective, params, recipe, rows, processor)) for task, rows in self._held_out.items()
+            task: score_answers(objective, params, recipe, rows, processor) for task, rows in self._held_out.items()
         }
 
 
@@ -281,17 +305,27 @@ def mean_and_interval(accuracies: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(accuracies)), float(student_t.ppf(0.975, len(accuracies) - 1) * error)
 
 
+def summarise(found: dict[str, dict[str, Any]], variant: str, task: str, of: str, by: str) -> str:
+    """The mean over seeds of the ratio of two counts, with its interval; empty without a run."""
+    runs = [counts[task] for key, counts in found.items() if key.rsplit(" ", 1)[0] == variant]
+    if not runs:
+        return ""
+    mean, half = mean_and_interval([counts[of] / counts[by] for counts in runs])
+    scale, digits = (100, 1) if of == "right" else (1, 3)
+    interval = "" if np.isnan(half) else f" ± {scale * half:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{interval}"
+
+
+MEASURES = {"right answers in percent": ("right", "asked"), "nats per token of an answer": ("nats", "tokens")}
+
+
 def show(found: dict[str, dict[str, Any]]) -> None:
-    """Prints the share of right answers of each variant, over its seeds."""
-    table = Table("variant", *TIMING_TASKS)
-    for name in (*VARIANTS, *FRAME_RATE_FACTORS):
-        runs = [counts for key, counts in found.items() if key.rsplit(" ", 1)[0] == name]
-        cells = []
-        for task in TIMING_TASKS:
-            mean, half = mean_and_interval([counts[task]["right"] / counts[task]["asked"] for counts in runs])
-            cells.append(f"{mean:.1%}" if np.isnan(half) else f"{mean:.1%} ± {half:.1%}")
-        table.add_row(name, *cells)
-    Console().print(table)
+    """Prints the measures of each variant, over its seeds."""
+    for title, (of, by) in MEASURES.items():
+        table = Table("variant", *TIMING_TASKS, title=title)
+        for name in (*VARIANTS, *FRAME_RATE_FACTORS):
+            table.add_row(name, *(summarise(found, name, task, of, by) for task in TIMING_TASKS))
+        Console().print(table)
 
 
 def main() -> None:

@@ -6,11 +6,14 @@ A row is ``{"audio": ..., "text": ..., "voice": ..., "codec_ids": [...]}``. Up t
 the recording (source), what Token2Wav makes of the codes of the recording (copy), what the model speaks of the text in
 the row's voice (spoken), and the same in the voice of a clip that it was not trained on (cloned). Word errors are those
 of Whisper base, and of pocketsphinx with a closed grammar of the rows' words; a voice is told by Resemblyzer (docs on
-teaching speech). DNSMOS rates how clean each kind sounds. Sounds, their spectrograms and report.json are in OUT.
+teaching speech). DNSMOS rates how clean each kind sounds. Times of words are compared with a forced alignment by
+pocketsphinx: of all sentences, and of those alone in which Whisper finds all words. Sounds, their spectrograms and
+report.json are in OUT.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -46,6 +49,7 @@ from omni_jax.evaluation.sphinx_recognizer import SphinxRecognizer, split_words
 from omni_jax.evaluation.spoken_answers import SpokenText, make_seed, read_spoken_text, speak_texts
 from omni_jax.evaluation.transcripts import Recognizer
 from omni_jax.evaluation.word_errors import count_word_errors
+from omni_jax.evaluation.word_time_errors import measure_word_times
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.options import Options as Request
 from omni_jax.models.ode_solver import Solver
@@ -255,6 +259,7 @@ class Judges:
             errors = count_word_errors(expected, found)
             report[name] = {"word_errors": errors.rate, "interval": errors.interval, "words": errors.words}
         report["recognized"] = texts["whisper"]
+        report["word_times"] = _time_words(expected, texts["whisper"], sounds)
         scores = [self._quality.rate(samples, sounds.rate).overall for samples in sounds.samples if len(samples)]
         # of none there is no mean
         report["dnsmos"] = float(np.mean(scores)) if scores else None
@@ -287,6 +292,18 @@ class Judges:
             for name, other in voices.items():
                 found[name].append(cosine(vector, other))
         return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+def _time_words(expected: Sequence[str], recognized: Sequence[str], sounds: Sounds) -> dict[str, Any]:
+    """Errors of times of words: of all sentences, and of those that are recognised as they should be."""
+    spoken = [number for number, samples in enumerate(sounds.samples) if len(samples)]
+    right = [number for number in spoken if not count_word_errors([expected[number]], [recognized[number]]).rate]
+    report: dict[str, Any] = {}
+    for name, numbers in (("all", spoken), ("right", right)):
+        of_part = [sounds.samples[number] for number in numbers]
+        errors = measure_word_times([expected[number] for number in numbers], of_part, sounds.rate)
+        report[name] = None if errors is None else dataclasses.asdict(errors)
+    return report
 
 
 def mel_error(sentences: Sequence[Sentence], sounds: Sounds) -> float:
@@ -391,6 +408,9 @@ def describe(kind: str, report: Mapping[str, Any]) -> str:
         parts.append(f"DNSMOS {report['dnsmos']:.2f}")
     if "own_voice" in report:
         parts.append(f"own voice {report['own_voice']:.1%}")
+    for name, errors in report["word_times"].items():
+        if errors is not None:
+            parts.append(f"word times of {name} off by {1000 * errors['median']:.0f} ms (median)")
     if "mel_error" in report:
         parts.append(f"mel error {report['mel_error']:.3f} nats")
     if "not_ended" in report:

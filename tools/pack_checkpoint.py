@@ -2,9 +2,10 @@
 
     python tools/pack_checkpoint.py out/omni-tiny/pretrain2 checkpoints/omni-tiny --dtype bfloat16
 
-With ``--thinker`` the Thinker is that of another checkpoint: what speaks and what understands may be trained apart. All
-components are cast, those of speech too. Compare what the copy answers with what the run's checkpoint answers
-(``tools/score_world.py``, ``tools/measure_speech.py``) before it is handed on.
+With ``--thinker`` the Thinker is that of another checkpoint: what speaks and what understands may be trained apart;
+with ``--decoder`` its language model alone is, and the encoders stay. All components are cast, those of speech too.
+Compare what the copy answers with what the run's checkpoint answers (``tools/score_world.py``,
+``tools/measure_speech.py``) before it is handed on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,8 @@ class Options:
     """What to keep; all but discriminators if nothing is said."""
     thinker: Path | None = None
     """A checkpoint of the same config and vocabulary, or the folder of a run, whose Thinker is taken instead."""
+    decoder: Path | None = None
+    """The same, of which the Thinker's language model alone is taken instead."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What all of it is cast to; it keeps its own if left out."""
 
@@ -60,9 +63,9 @@ def pack_checkpoint(options: Options) -> int:
     wanted = options.components or tuple(name for name in found if name != "discriminators")
     params = dict(store.load(source, wanted))
     if options.thinker is not None:
-        thinker = resolve_checkpoint(options.thinker)
-        _check_same_thinker(source, thinker)
-        params |= store.load(thinker, ["thinker"])
+        params["thinker"] = _load_thinker(source, options.thinker)
+    if options.decoder is not None:
+        params["thinker"] = {**params["thinker"], "decoder": _load_thinker(source, options.decoder)["decoder"]}
     leaves = []
     for component, tree in params.items():
         for path, array in flatten_params(tree).items():
@@ -75,6 +78,13 @@ def pack_checkpoint(options: Options) -> int:
 
     store.save(options.target, leaves, write_beside)
     return sum(leaf.nbytes for leaf in leaves)
+
+
+def _load_thinker(source: Path, other: Path) -> Any:
+    """The Thinker of another checkpoint, which can stand in the place of that of ``source``."""
+    folder = resolve_checkpoint(other)
+    _check_same_thinker(source, folder)
+    return store.load(folder, ["thinker"])["thinker"]
 
 
 def _check_same_thinker(source: Path, other: Path) -> None:

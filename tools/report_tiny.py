@@ -10,8 +10,8 @@ Reads from OUT, where it is there:
 * ``robustness.json``, of ``tools/robustness.py``;
 * ``speech.json``, which is the ``report.json`` of ``tools/measure_speech.py``.
 
-What is not there has no section. The page keeps what it says outside the two markers between which the report stands;
-pictures lie beside it.
+A section is written for each of these, between two markers of the page. What is not there leaves its section as it is,
+and the page keeps all outside the markers; pictures lie beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +34,7 @@ from omni_jax.errors import InputError
 from omni_jax.evaluation.word_errors import count_word_errors
 from omni_jax.plain_files import replace_file
 from tools import train_tiny
-from tools.ablate_tmrope import FRAME_RATE_FACTORS, TIMING_TASKS, VARIANTS, mean_and_interval
+from tools.ablate_tmrope import FRAME_RATE_FACTORS, MEASURES, TIMING_TASKS, VARIANTS, summarise
 from tools.row_files import read_values
 from tools.score_world import Answered, Score, score
 from tools.world.vocabulary import COLOURS, EFFECTS, NUMBERS, PLACES, SHAPES, SIGNS
@@ -45,6 +45,7 @@ try:
 except ImportError:
     sys.exit("pictures need matplotlib: pip install -e '.[plots]'")
 
+SECTIONS = ("Stages", "Answers", "Speech", "Ablation of TMRoPE", "Damaged input", "Latency")  # in this order
 MARKERS = ("<!-- report -->", "<!-- end of report -->")
 # of answers, each with the tasks whose answers have one of its words
 _KINDS: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {
@@ -211,19 +212,19 @@ def draw_confusions(answered: Sequence[Answered], picture: Path) -> bool:
     return True
 
 
-def tell_ablation(found: dict[str, dict[str, dict[str, int]]]) -> str:
-    """The table of variants of TMRoPE: the mean over seeds with its interval."""
-    rows = []
-    for name in (*VARIANTS, *FRAME_RATE_FACTORS):
-        runs = [counts for key, counts in found.items() if key.rsplit(" ", 1)[0] == name]
-        if runs:
-            about = VARIANTS[name].about if name in VARIANTS else f"(f) {FRAME_RATE_FACTORS[name]} of the frame rate"
-            cells = [about]
-            for task in TIMING_TASKS:
-                mean, half = mean_and_interval([counts[task]["right"] / counts[task]["asked"] for counts in runs])
-                cells.append(_percent(mean) if np.isnan(half) else f"{100 * mean:.1f} ± {100 * half:.1f}")
-            rows.append(cells)
-    return make_table(("variant", *TIMING_TASKS), rows)
+def tell_ablation(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The tables of variants of TMRoPE: means over seeds with their intervals."""
+    names = {name: variant.about for name, variant in VARIANTS.items()}
+    names |= {name: f"(f) {factor} of the frame rate, where it answers" for name, factor in FRAME_RATE_FACTORS.items()}
+    parts = []
+    for title, (of, by) in MEASURES.items():
+        rows = []
+        for name, about in names.items():
+            cells = [summarise(found, name, task, of, by) for task in TIMING_TASKS]
+            if any(cells):
+                rows.append((about, *cells))
+        parts.append(f"{title[0].upper()}{title[1:]}:\n\n{make_table(('variant', *TIMING_TASKS), rows)}")
+    return "\n".join(parts)
 
 
 def tell_robustness(found: dict[str, dict[str, dict[str, int]]]) -> str:
@@ -250,60 +251,66 @@ def tell_speech(found: dict[str, Any]) -> str:
                 cells.append(f"{_percent(report[judge]['word_errors'])} ({100 * low:.1f} to {100 * high:.1f})")
             cells.append(_percent(report["own_voice"]) if "own_voice" in report else "")
             cells.append("" if report["dnsmos"] is None else f"{report['dnsmos']:.2f}")
+            for errors in report["word_times"].values():
+                cells.append("" if errors is None else f"{1000 * errors['median']:.0f} ms of {errors['words']}")
             rows.append(cells)
     heads = ("sounds", "sentences", "word errors, pocketsphinx", "word errors, Whisper base", "own voice", "DNSMOS")
+    heads += ("word times, all", "word times, rightly spoken")
     judges = "; ".join(found["judges"])
     return f"{make_table(heads, rows)}\nJudges: {judges}.\n"
 
 
-def make_report(out: Path, page: Path) -> str:
-    """The report in Markdown; its pictures are written beside the page.
+def make_sections(out: Path, page: Path) -> dict[str, str]:
+    """The sections that there are files for, in Markdown, by name; their pictures are written beside the page.
 
     Raises:
       InputError: if nothing is there to report.
     """
-    parts = []
+    found: dict[str, str] = {}
     names = {kind: page.with_name(f"{page.stem.replace('-', '_')}_{kind}.png") for kind in ("curves", "confusions")}
     if (out / train_tiny.STAGES_FILE).exists():
-        parts.append("## Stages\n\n" + tell_stages(out))
+        found["Stages"] = tell_stages(out)
         if draw_curves(out, names["curves"]):
-            parts.append(f"![held-out losses of the stages]({names['curves'].name})\n")
+            found["Stages"] += f"\n![held-out losses of the stages]({names['curves'].name})\n"
     if (out / "answers.jsonl").exists():
         answered = [Answered(**values) for values in read_values(out / "answers.jsonl")]
-        parts.append(f"## Answers to {len(answered)} held-out items\n\n" + tell_answers(answered))
+        found["Answers"] = f"To {len(answered)} held-out items:\n\n{tell_answers(answered)}"
         if draw_confusions(answered, names["confusions"]):
-            parts.append(f"![what was answered in place of what]({names['confusions'].name})\n")
+            found["Answers"] += f"\n![what was answered in place of what]({names['confusions'].name})\n"
     for file, title, tell in (
         ("speech.json", "Speech", tell_speech),
-        ("ablation.json", "Ablation of TMRoPE, right answers in percent", tell_ablation),
+        ("ablation.json", "Ablation of TMRoPE", tell_ablation),
         ("robustness.json", "Damaged input", tell_robustness),
     ):
         if (out / file).exists():
-            parts.append(f"## {title}\n\n" + tell(json.loads((out / file).read_text(encoding="utf-8"))))
-    if not parts:
+            found[title] = tell(json.loads((out / file).read_text(encoding="utf-8")))
+    if not found:
         raise InputError(f"{out}: there is nothing to report; see python tools/report_tiny.py --help")
-    return "\n".join(parts)
+    return found
 
 
-def insert(page: str, report: str) -> str:
-    """A page with a report between its markers, in place of what was there.
+def insert(page: str, sections: Mapping[str, str]) -> str:
+    """A page with sections between its markers, in place of those of the same names; others stay as they are.
 
     Raises:
       InputError: if it has not both markers, once and in their order.
     """
     before, first, rest = page.partition(MARKERS[0])
-    _, second, after = rest.partition(MARKERS[1])
+    old, second, after = rest.partition(MARKERS[1])
     if not first or not second or MARKERS[0] in rest or MARKERS[1] in after:
         raise InputError(f"the page must have the lines {MARKERS[0]} and {MARKERS[1]}, once and in this order")
-    return f"{before}{first}\n\n{report}\n{second}{after}"
+    kept = dict(part.split("\n", 1) for part in re.split("^## ", old, flags=re.MULTILINE)[1:])
+    told = {name: text.strip() for name, text in {**kept, **sections}.items()}
+    report = "\n\n".join(f"## {name}\n\n{told[name]}" for name in sorted(told, key=SECTIONS.index))
+    return f"{before}{first}\n\n{report}\n\n{second}{after}"
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     try:
         page = options.page.read_text(encoding="utf-8")
-        insert(page, "")  # before pictures are drawn
-        replace_file(options.page, insert(page, make_report(options.out, options.page)).encode())
+        insert(page, {})  # before pictures are drawn
+        replace_file(options.page, insert(page, make_sections(options.out, options.page)).encode())
     except (InputError, OSError) as e:
         raise SystemExit(f"error: {printable(str(e))}") from None
 

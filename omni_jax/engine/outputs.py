@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 
 from omni_jax.models.token2wav import SAMPLE_RATE
 from omni_jax.processing.layout import Usage
+from omni_jax.processing.word_times import Word, find_word_times
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -53,6 +55,14 @@ class Reply:
     audio: Float[np.ndarray, " samples"] | None = field(default=None, compare=False)
     sample_rate: int = SAMPLE_RATE
     error: str | None = None
+
+    @functools.cached_property
+    def words(self) -> tuple[Word, ...]:
+        """Words of the text and when ``audio`` speaks them (``find_word_times``); none without sound.
+
+        They are found when they are asked for, in about a millisecond for each second of speech.
+        """
+        return () if self.audio is None else find_word_times(self.text, self.audio, self.sample_rate)
 
     @classmethod
     def from_error(cls, error: Exception) -> Reply:

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from omni_jax.evaluation.alignment import ExpectedWord, Pause
-from omni_jax.evaluation.transcripts import Word
+from omni_jax.processing.sound_levels import (
+    HOP_SECONDS,
+    LEAST_POWER,
+    WINDOW_SECONDS,
+    is_silent,
+    loud_level,
+    measure_levels,
+)
+from omni_jax.processing.spoken_text import ExpectedWord, Pause
+from omni_jax.processing.word_times import Word
 
-_WINDOW = 0.025  # seconds of a frame
-_HOP = 0.01  # from one frame to the next
-_LOUD_PERCENTILE = 95.0  # of the frames' levels: that of loud vowels
-_SILENCE = 30.0  # dB below it a frame is silent
-_LEAST_POWER = 1e-10  # -100 dB of full scale
 _LEAST_SILENCE = 0.05  # seconds; the closure of a stop is no longer than about 0.1
 _EDGE = 0.03  # seconds at the end of the sound whose level says whether it was cut off
 _CUT = 20.0  # dB below loud speech: above it no word has ended
@@ -70,31 +73,18 @@ class PauseErrors:
         return (self.missing + self.too_long + self.unexpected) / max(1, self.places)
 
 
-def measure_levels(samples: Float[np.ndarray, " n"], rate: int) -> Float[np.ndarray, " frames"]:
-    """The level of each frame of 25 ms, 10 ms apart, in dB of full scale; none of a sound shorter than one."""
-    window = round(_WINDOW * rate)
-    hop = round(_HOP * rate)
-    if len(samples) < window:
-        return np.zeros(0)
-    power = np.concatenate([[0.0], np.cumsum(samples.astype(np.float64) ** 2)])
-    starts = np.arange(0, len(samples) - window + 1, hop)
-    mean = (power[starts + window] - power[starts]) / window
-    return 10 * np.log10(np.maximum(mean, _LEAST_POWER))
-
-
 def find_silences(samples: Float[np.ndarray, " n"], rate: int) -> list[Silence]:
     """Every stretch of at least 50 ms of frames that are 30 dB below loud speech; of silence alone, all of it."""
     levels = measure_levels(samples, rate)
     if not len(levels):
         return []
-    loud = max(_loud_level(levels), 10 * np.log10(_LEAST_POWER) + _SILENCE + 1)
-    is_silent = np.concatenate([[False], levels < loud - _SILENCE, [False]])
-    changes = np.flatnonzero(np.diff(is_silent.astype(np.int8)))
+    padded = np.pad(is_silent(levels), 1)
+    changes = np.flatnonzero(np.diff(padded.astype(np.int8)))
     silences = []
     for first, last in changes.reshape(-1, 2).tolist():
         # frames overlap: the stretch is silent from the first one's middle to the last one's
-        begin = 0.0 if first == 0 else first * _HOP + _WINDOW / 2
-        end = len(samples) / rate if last == len(levels) else (last - 1) * _HOP + _WINDOW / 2
+        begin = 0.0 if first == 0 else first * HOP_SECONDS + WINDOW_SECONDS / 2
+        end = len(samples) / rate if last == len(levels) else (last - 1) * HOP_SECONDS + WINDOW_SECONDS / 2
         if end - begin >= _LEAST_SILENCE:
             silences.append(Silence(begin, end))
     return silences
@@ -106,12 +96,8 @@ def is_cut_off(samples: Float[np.ndarray, " n"], rate: int) -> bool:
     if not len(levels):
         return False
     edge = samples[-round(_EDGE * rate) :].astype(np.float64)
-    level = 10 * np.log10(max(float(np.mean(edge**2)), _LEAST_POWER))
-    return bool(level > _loud_level(levels) - _CUT and level > 10 * np.log10(_LEAST_POWER))
-
-
-def _loud_level(levels: Float[np.ndarray, " frames"]) -> float:
-    return float(np.percentile(levels, _LOUD_PERCENTILE))
+    level = 10 * np.log10(max(float(np.mean(edge**2)), LEAST_POWER))
+    return bool(level > loud_level(levels) - _CUT and level > 10 * np.log10(LEAST_POWER))
 
 
 def place_silences(silences: Sequence[Silence], words: Sequence[Word]) -> list[float]:

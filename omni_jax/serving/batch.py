@@ -82,6 +82,8 @@ def check_command(command: BatchCommand) -> None:
     for name, folder in (("-o", folder_of(command.output)), ("--media-root", command.media_root)):
         if folder is not None and not is_remote(folder) and not Path(folder).is_dir():
             raise InputError(f"{name}: the folder {folder} does not exist")
+    if command.captions and command.audio_dir is None:
+        raise InputError("--captions are written beside files of sound: give --audio-dir too")
     if command.audio_dir is not None and not is_remote(command.audio_dir):
         Path(command.audio_dir).mkdir(parents=True, exist_ok=True)
 
@@ -105,7 +107,7 @@ def make_spec(command: BatchCommand) -> WorkerSpec:
     # paths in requests are relative to their file, wherever the command is started
     base_dir = folder_of(command.input)
     media_roots = MediaRoots((command.media_root or base_dir,), base_dir)
-    locations = FileLocations(media_roots, command.audio_dir)
+    locations = FileLocations(media_roots, command.audio_dir, command.captions)
     return WorkerSpec(make_model_spec(command), locations)
 
 

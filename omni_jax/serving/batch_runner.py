@@ -17,6 +17,7 @@ from omni_jax.engine.warmup import Compilations
 from omni_jax.errors import InputError
 from omni_jax.generation.cloned_voice import ClonedVoice
 from omni_jax.generation.model import OmniModel
+from omni_jax.processing.captions import CaptionFormat, make_captions, write_captions
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, Message, TextPart
 from omni_jax.processing.files import join_path, write_atomically
 from omni_jax.processing.layout import Prompt
@@ -57,10 +58,12 @@ class FileLocations:
     Attributes:
       media_roots: within which media must lie.
       audio_dir: where speech is written; it is put into the lines if None.
+      caption_formats: of captions that are written beside it.
     """
 
     media_roots: MediaRoots
     audio_dir: str | None = None
+    caption_formats: tuple[CaptionFormat, ...] = ()
 
 
 @dataclass
@@ -326,15 +329,19 @@ class _Run:
             return make_error(active.line, active.custom_id, error)
 
     def _write_answer(self, active: _ActiveRequest, reply: Reply) -> Result:
-        audio_dir = self._runner.locations.audio_dir
+        locations = self._runner.locations
         path = None
         seconds = 0.0
         # the file first: a result that is written must never name a sound that is not there
         if reply.audio is not None:
             seconds = len(reply.audio) / reply.sample_rate
-            if audio_dir is not None:
-                path = join_path(audio_dir, f"{active.line.result_id}.{active.request.audio_format}")
+            if locations.audio_dir is not None:
+                name = join_path(locations.audio_dir, active.line.result_id)
+                path = f"{name}.{active.request.audio_format}"
                 _write_file(path, encode_sound(reply.audio, active.request.audio_format))
+                for caption_format in locations.caption_formats:
+                    captions = write_captions(make_captions(reply.text, reply.words), caption_format)
+                    _write_file(f"{name}.{caption_format}", captions.encode())
         now = int(time.time())
         body = make_body(active.request, reply, active.line.result_id, self._runner.model_name, now, path)
         text = make_result(active.line, active.custom_id, body)

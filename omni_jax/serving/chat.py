@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from omni_jax.errors import InputError
 from omni_jax.generation.load_model import load
 from omni_jax.generation.options import Options
 from omni_jax.models.token2wav import SAMPLE_RATE
+from omni_jax.plain_files import replace_file
+from omni_jax.processing.captions import CaptionFormat, make_captions, write_captions
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Usage
 from omni_jax.serving.commands import ChatCommand, TalkerOptions
@@ -44,6 +46,8 @@ def run_chat(command: ChatCommand) -> None:
     sound_path = find_sound_path(command)
     if sound_path is not None and not sound_path.resolve().parent.is_dir():
         raise InputError(f"--out {sound_path}: the folder {sound_path.resolve().parent} does not exist")
+    if sound_path is None and command.captions:
+        raise InputError("--captions are written beside a file of sound: give --out or --speak too")
     # figures go to stderr, so that stdout holds the answer and nothing else
     terminal = Console(stderr=True, markup=False)
     start_time = time.perf_counter()
@@ -70,6 +74,8 @@ def run_chat(command: ChatCommand) -> None:
         events = model.stream(messages, **options)
         with contextlib.nullcontext() if sound_path is None else GrowingWav(sound_path, SAMPLE_RATE) as wav:
             answer = _play(events, wav, waiting.stop)
+    if sound_path is not None:
+        write_caption_files(answer.reply, sound_path, command.captions)
     _print_figures(terminal, answer, load_seconds, sound_path)
 
 
@@ -141,6 +147,13 @@ def _make_talker_options(talker: TalkerOptions) -> dict[str, Any]:
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def write_caption_files(reply: Reply, sound_path: Path, formats: Sequence[CaptionFormat]) -> None:
+    """Writes when which words are spoken into files beside that of the sound."""
+    for caption_format in formats:
+        captions = write_captions(make_captions(reply.text, reply.words), caption_format)
+        replace_file(sound_path.with_suffix(f".{caption_format}"), captions.encode())
 
 
 @dataclass

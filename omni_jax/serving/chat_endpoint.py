@@ -18,7 +18,7 @@ from omni_jax.checks import check_names, shown
 from omni_jax.engine.outputs import Event, Reply
 from omni_jax.errors import InputError
 from omni_jax.serving.chat_request import ChatRequest, parse_body
-from omni_jax.serving.chat_response import EXPIRY_SECONDS, make_body, make_usage
+from omni_jax.serving.chat_response import EXPIRY_SECONDS, make_body, make_usage, make_words
 from omni_jax.serving.engine_thread import ReplyStream, Timeline
 from omni_jax.serving.http_errors import make_error
 from omni_jax.serving.http_requests import EventStream, read_json, until_disconnected
@@ -147,6 +147,8 @@ class _Chunks:
             audio: dict[str, Any] = {"id": self._audio_id, "expires_at": self._created + EXPIRY_SECONDS}
             if self._chat.return_token_ids:
                 audio["codec_ids"] = list(reply.codec_ids)
+            if self._chat.word_timestamps:
+                audio["words"] = make_words(reply)
             chunks.append(self._chunk({"audio": audio}))
         # no field of OpenAI's: when what was there, in seconds since the request came
         chunks.append(self._chunk({}, reply.finish_reason, **ids, timeline=timeline.describe()))

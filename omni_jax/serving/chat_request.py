@@ -67,12 +67,14 @@ class ChatRequest:
       options: how it is to be answered.
       audio_format: of the speech.
       return_token_ids: whether the answer is to hold the ids of text and speech.
+      word_timestamps: whether it is to say when each word is spoken.
     """
 
     messages: tuple[Message, ...]
     options: Options
     audio_format: str = "wav"
     return_token_ids: bool = False
+    word_timestamps: bool = False
 
     def with_options(self, options: Options) -> ChatRequest:
         """The same with other options."""
@@ -87,6 +89,7 @@ class _Fields:
     media_options: dict[str, Any] = field(default_factory=dict)
     audio_format: str | None = None
     return_token_ids: bool = False
+    word_timestamps: bool = False
 
 
 def parse_body(body: Any) -> ChatRequest:
@@ -125,7 +128,8 @@ def parse_body(body: Any) -> ChatRequest:
     options = Options.create(**fields.options)
     if fields.audio_format is not None and not options.speaks:
         raise InputError('body: audio was given, but modalities does not have "audio"')
-    return ChatRequest(messages, options, fields.audio_format or SOUND_FORMATS[0], fields.return_token_ids)
+    audio_format = fields.audio_format or SOUND_FORMATS[0]
+    return ChatRequest(messages, options, audio_format, fields.return_token_ids, fields.word_timestamps)
 
 
 def _check_num_parts(messages: Sequence[Message]) -> None:
@@ -215,11 +219,12 @@ def _read_modalities(value: Any, fields: _Fields) -> None:
 
 
 def _read_audio(value: Any, fields: _Fields) -> None:
-    audio = _read_object(value, "audio", ("voice", "format"))
+    audio = _read_object(value, "audio", ("voice", "format", "word_timestamps"))
     audio_format = audio.get("format", SOUND_FORMATS[0])
     if audio_format not in SOUND_FORMATS:
         raise InputError(f"body: audio.format is {shown(audio_format)}; it must be one of {', '.join(SOUND_FORMATS)}")
     fields.audio_format = audio_format
+    fields.word_timestamps = read_yes_or_no(audio.get("word_timestamps", False), "audio.word_timestamps")
     voice = parse_voice(audio.get("voice"), "audio.voice")
     if voice is not None:
         fields.options["voice"] = voice
@@ -253,9 +258,18 @@ def _read_media_options(value: Any, fields: _Fields) -> None:
 
 
 def _read_return_token_ids(value: Any, fields: _Fields) -> None:
+    fields.return_token_ids = read_yes_or_no(value, "return_token_ids")
+
+
+def read_yes_or_no(value: Any, where: str) -> bool:
+    """A field that is true or false.
+
+    Raises:
+      InputError: for anything else, naming ``where``.
+    """
     if not isinstance(value, bool):
-        raise InputError(f"body: return_token_ids is {shown(value)}; it must be true or false")
-    fields.return_token_ids = value
+        raise InputError(f"body: {where} is {shown(value)}; it must be true or false")
+    return value
 
 
 # in the order in which they are read: what comes later replaces what came before, so a field of the body outweighs

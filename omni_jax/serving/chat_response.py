@@ -56,7 +56,14 @@ def _make_audio(request: ChatRequest, reply: Reply, name: str, now: int, path: s
         audio["data"] = base64.b64encode(data).decode()
     if request.return_token_ids:
         audio["codec_ids"] = list(reply.codec_ids)
+    if request.word_timestamps:
+        audio["words"] = make_words(reply)
     return audio
+
+
+def make_words(reply: Reply) -> list[dict[str, Any]]:
+    """When each word is spoken, in seconds, as OpenAI's transcriptions have it."""
+    return [{"word": w.text, "start": round(w.begin, 3), "end": round(w.end, 3)} for w in reply.words]
 
 
 def make_usage(reply: Reply) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from omni_jax.engine.request import TalkerParams
 from omni_jax.engine.sampling import SamplingParams
 from omni_jax.generation.options import Options
 from omni_jax.models.ode_solver import Method
+from omni_jax.processing.captions import CaptionFormat
 from omni_jax.processing.worker_pool import MediaLimits
 from omni_jax.sharding import MeshConfig
 
@@ -88,6 +89,8 @@ class ChatCommand:
     """Speak the answer too, into reply.wav unless --out names another file."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.wav")] = None
     """Speak the answer into this file: 24 kHz, 16 bits, one channel. It grows while the answer is made."""
+    captions: tyro.conf.UseAppendAction[tuple[CaptionFormat, ...]] = ()
+    """Write when which words are spoken into a file beside that of the sound, answer.srt or answer.vtt."""
     voice: str | None = None
     """Who speaks; without it, Chelsie, or the checkpoint's first voice. With --ref-audio: in whose manner."""
     ref_audio: Annotated[str | None, _FILE] = None
@@ -196,6 +199,8 @@ class BatchCommand(ModelOptions):
     """The results; a run that was killed is continued in it."""
     audio_dir: Annotated[str | None, _DIR] = None
     """Write speech into files here, with their paths in the results; without it, it is in the results, in base64."""
+    captions: tyro.conf.UseAppendAction[tuple[CaptionFormat, ...]] = ()
+    """Write when which words are spoken into a file beside that of the sound, in --audio-dir."""
     media_root: Annotated[str | None, _DIR] = None
     """Media must lie within this folder; without it, within that of the requests, from which relative paths start."""
     engine: Literal["local", "ray"] = "local"

@@ -16,7 +16,8 @@ from omni_jax.engine.outputs import Reply
 from omni_jax.errors import InputError
 from omni_jax.generation.options import Options
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, parse_messages
-from omni_jax.serving.chat_request import ChatRequest, parse_voice
+from omni_jax.serving.chat_request import ChatRequest, parse_voice, read_yes_or_no
+from omni_jax.serving.chat_response import make_words
 from omni_jax.serving.engine_thread import ReplyStream
 from omni_jax.serving.http_errors import make_error
 from omni_jax.serving.http_requests import ByteStream, EventStream, read_json, until_disconnected
@@ -26,7 +27,7 @@ from omni_jax.serving.sound_formats import CONTENT_TYPES, SoundStream
 MAX_CHARACTERS = 4096  # of a text, as OpenAI has it
 _FIELDS = (
     "model input voice response_format stream_format speed instructions ref_audio ref_text seed max_tokens "
-    "temperature top_k top_p repetition_penalty"
+    "temperature top_k top_p repetition_penalty word_timestamps"
 ).split()
 _SAMPLING = ("seed", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
 _FORMATS = {"pcm": "pcm16"} | {name: name for name in CONTENT_TYPES}
@@ -41,12 +42,14 @@ async def create_speech(request: Request) -> Response:
         body = await read_json(request, service.spec.max_body_bytes)
         values = {name: value for name, value in body.items() if value is not None}
         check_names("field of the body", values, _FIELDS)
-        chat = _parse_speech(service, values)
         stream_format = _choose(values, "stream_format", _STREAM_FORMATS)
+        chat = _parse_speech(service, values)
+        if chat.word_timestamps and stream_format != "sse":
+            raise InputError('body: word_timestamps come as an event; ask for stream_format "sse" with them')
         stream = await until_disconnected(request, service.answer(chat, live=True))
         on_end = (stack.pop_all().close, stream.cancel)
         if stream_format == "sse":
-            return EventStream(_events(stream, chat.audio_format), *on_end)
+            return EventStream(_events(stream, chat), *on_end)
         # the first piece is waited for, so that what goes wrong before it still has a status of its own
         pieces = _pieces(stream, chat.audio_format)
         try:
@@ -83,7 +86,9 @@ def _parse_speech(service: Service, values: dict[str, Any]) -> ChatRequest:
     )
     messages = parse_messages([{"role": "system", "content": SPEECH_SYSTEM_PROMPT}])
     sound_format = _FORMATS[_choose(values, "response_format", ("mp3", *_FORMATS))]
-    return ChatRequest(messages, service.choose_adapter(values.get("model"), options), sound_format)
+    word_timestamps = read_yes_or_no(values.get("word_timestamps", False), "word_timestamps")
+    options = service.choose_adapter(values.get("model"), options)
+    return ChatRequest(messages, options, sound_format, word_timestamps=word_timestamps)
 
 
 def _parse_voice(values: dict[str, Any]) -> Any:
@@ -118,9 +123,9 @@ async def _join(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[byt
         yield piece
 
 
-async def _events(stream: ReplyStream, sound_format: str) -> AsyncIterator[str]:
-    """The data of OpenAI's events of speech."""
-    sound = SoundStream(sound_format)
+async def _events(stream: ReplyStream, chat: ChatRequest) -> AsyncIterator[str]:
+    """The data of OpenAI's events of speech; the last one has the times of words too, where they were asked for."""
+    sound = SoundStream(chat.audio_format)
     try:
         async for event in stream:
             data = b"" if event.audio is None else sound.push(event.audio)
@@ -129,7 +134,8 @@ async def _events(stream: ReplyStream, sound_format: str) -> AsyncIterator[str]:
             if data:
                 yield json.dumps({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
             if event.reply is not None:
-                yield json.dumps({"type": "speech.audio.done", "usage": _make_usage(event.reply)})
+                done = {"type": "speech.audio.done", "usage": _make_usage(event.reply)}
+                yield json.dumps(done | ({"words": make_words(event.reply)} if chat.word_timestamps else {}))
     except Exception as error:  # the status has been sent
         yield json.dumps({"type": "error", **make_error(error)[1]})
 

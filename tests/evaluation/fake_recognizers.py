@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from omni_jax.evaluation.transcripts import Transcript, Word
+from omni_jax.evaluation.transcripts import Transcript
+from omni_jax.processing.word_times import Word
 
 
 def hear_two_words(samples: np.ndarray, rate: int) -> Transcript:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from omni_jax.evaluation.transcripts import Transcript, Word
+from omni_jax.evaluation.transcripts import Transcript
+from omni_jax.processing.word_times import Word
 
 RATE = 16_000
 WORD_SECONDS = 0.3

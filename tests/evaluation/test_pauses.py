@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omni_jax.evaluation.alignment import align, split_text, split_words
+from omni_jax.evaluation.alignment import align, split_words
 from omni_jax.evaluation.pauses import (
     PauseErrors,
     PauseRanges,
@@ -15,7 +15,8 @@ from omni_jax.evaluation.pauses import (
     measure_levels,
     place_silences,
 )
-from omni_jax.evaluation.transcripts import Word
+from omni_jax.processing.spoken_text import split_text
+from omni_jax.processing.word_times import Word
 from tests.evaluation.renderings import RATE, Rendering, render
 
 TOLERANCE = 0.03  # seconds: a frame has 25 ms, and words fade

@@ -13,7 +13,8 @@ import pytest
 from omni_jax.errors import InputError, JudgeError
 from omni_jax.evaluation import judge_files, whisper_recognizer
 from omni_jax.evaluation.recognizers import CheckedRecognizer, CommandRecognizer, make_recognizer
-from omni_jax.evaluation.transcripts import Transcript, Word
+from omni_jax.evaluation.transcripts import Transcript
+from omni_jax.processing.word_times import Word
 
 RATE = 8_000
 SOUND = np.sin(np.arange(RATE) * 0.3).astype(np.float32)  # a second

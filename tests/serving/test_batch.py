@@ -266,11 +266,12 @@ def test_in_a_bucket(tiny_model: Path, tmp_path: Path, gs: Bucket, capsys: pytes
     here = batch(tiny_model, str(tmp_path / "requests.jsonl"), str(tmp_path / "r.jsonl"))
     gs.pipe("gs://b/in/requests.jsonl", lines.encode())
     places = ("gs://b/in/requests.jsonl", "gs://b/out/r.jsonl")
-    there = batch(tiny_model, *places, audio_dir="gs://b/speech")
+    there = batch(tiny_model, *places, audio_dir="gs://b/speech", captions=("srt", "vtt"))
     assert there == here and len(here) == 4
-    paths = [f"/b/speech/batch_req_0000000{i}.wav" for i in (1, 3)]
+    paths = [f"/b/speech/batch_req_0000000{i}.{form}" for i in (1, 3) for form in ("srt", "vtt", "wav")]
     assert gs.find("b") == ["/b/in/requests.jsonl", "/b/out/r.jsonl", *paths]
-    with wave.open(io.BytesIO(gs.cat_file(paths[1]))) as file:
+    assert gs.cat_file(paths[1]).startswith(b"WEBVTT\n") and b" --> " in gs.cat_file(paths[3])
+    with wave.open(io.BytesIO(gs.cat_file(paths[-1]))) as file:
         assert file.getnframes() == 480 * len(here["good-5"][1]) > 0
     assert batch(tiny_model, *places) == here  # nothing is left to do
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["before"] == {"answered": 4, "failed": 0}
@@ -302,6 +303,7 @@ def ids(values: dict[str, Any]) -> tuple[list[int], list[int]]:
         (("--media.seconds", "0"), "--media.seconds is 0.0; it must be above 0"),
         (("--ray.actors", "-1"), "--ray.actors is -1"),
         (("--media-root", "/nowhere"), "--media-root: the folder /nowhere does not exist"),
+        (("--captions", "srt", "--audio-dir", "None"), "--captions are written beside files of sound"),
         (("--distributed",), "--distributed is of one model over several hosts: give --mesh"),
         (("--mesh.tensor", "3"), "a mesh of data=1 x fsdp=1 x sequence=1 x tensor=3 needs 3 devices"),
     ],

@@ -37,7 +37,7 @@ def test_fields() -> None:
     assert o.max_tokens == 9
     assert o.sampling == SamplingParams(0.5, 5, 0.9, 1.1, 3)
     assert (o.stop, o.stop_token_ids, o.modalities, o.voice) == (("a", "b"), (4,), ("text", "audio"), "Ethan")
-    assert (request.audio_format, request.return_token_ids) == ("pcm16", False)
+    assert (request.audio_format, request.return_token_ids, request.word_timestamps) == ("pcm16", False, False)
 
 
 def test_what_stands_beside_the_list_goes_before_it() -> None:
@@ -85,6 +85,7 @@ def test_options_of_all_media_leave_a_part_its_own() -> None:
         (dict(mm_processor_kwargs={"colour": 1}), "unknown field of mm_processor_kwargs colour"),
         (dict(mm_processor_kwargs={"fps": 0}), "fps"),
         (dict(return_token_ids="yes"), "return_token_ids is 'yes'"),
+        (dict(modalities=["text", "audio"], audio={"word_timestamps": 1}), "audio.word_timestamps is 1"),
     ],
 )
 def test_wrong_fields(fields: dict[str, Any], message: str) -> None:
@@ -147,5 +148,12 @@ def test_an_answer() -> None:
     }
     assert encode_sound(audio, "pcm16") == np.array([0, 16384, -32767], "<i2").tobytes()
     assert encode_sound(audio, "wav")[:4] == b"RIFF"
+    # words have times where they are asked for, and are all of the text
+    loud = Reply("Good day.", (1, 2), "stop", Usage(), audio=np.sin(np.arange(24_000)).astype(np.float32))
+    timed = parse_body(body(modalities=["text", "audio"], audio={"word_timestamps": True}))
+    words = make_body(timed, loud, "n", "m", 100, None)["choices"][0]["message"]["audio"]["words"]
+    assert [word["word"] for word in words] == ["Good", "day."]
+    assert 0 <= words[0]["start"] < words[0]["end"] <= words[1]["start"] < words[1]["end"] <= 1
+    assert loud.words is loud.words and Reply("Good day.", (), "stop", Usage()).words == ()
     elsewhere = make_body(request, reply, "n", "m", 100, "a/b.wav")["choices"][0]["message"]["audio"]
     assert elsewhere["path"] == "a/b.wav" and "data" not in elsewhere

@@ -107,9 +107,14 @@ def test_speech(client: OpenAI, reply: Reply) -> None:
 
 def test_streamed_speech(client: OpenAI, reply: Reply) -> None:
     stream = client.chat.completions.create(
-        model=MODEL, messages=MESSAGES, max_tokens=12, stream=True, extra_body=EXTRA, **SPEECH
+        model=MODEL,
+        messages=MESSAGES,
+        max_tokens=12,
+        stream=True,
+        extra_body=EXTRA,
+        **{**SPEECH, "audio": {**SPEECH["audio"], "word_timestamps": True}},
     )
-    transcript, data, codec_ids, ended = "", b"", (), False
+    transcript, data, codec_ids, ended, words = "", b"", (), False, []
     for chunk in stream:
         audio = getattr(chunk.choices[0].delta, "audio", None)
         if audio is not None:
@@ -117,7 +122,9 @@ def test_streamed_speech(client: OpenAI, reply: Reply) -> None:
             data += base64.b64decode(audio.data or "")
             ended = audio.expires_at is not None
             codec_ids = tuple(getattr(audio, "codec_ids", None) or codec_ids)
+            words += getattr(audio, "words", None) or []
     assert ended and transcript == reply.text and codec_ids == reply.codec_ids and reply.audio is not None
+    assert [word["word"] for word in words] == [word.text for word in reply.words]
     # noise and sums of a stream and of a whole differ in their order alone (tests/streaming.py)
     streamed = np.frombuffer(data, "<i2").astype(np.int32)
     whole = np.frombuffer(pcm16(reply.audio), "<i2").astype(np.int32)
@@ -159,7 +166,13 @@ def test_text_to_speech_as_events(client: OpenAI, address: str) -> None:
     )
     events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
     assert b"".join(base64.b64decode(event.get("audio", "")) for event in events) == whole.read()
-    assert [event["type"] for event in events][-1] == "speech.audio.done"
+    assert [event["type"] for event in events][-1] == "speech.audio.done" and "words" not in events[-1]
+    timed = {**body, "stream_format": "sse", "word_timestamps": True}
+    answer = httpx.post(f"{address}/v1/audio/speech", json=timed, headers=headers, timeout=60)
+    words = json.loads(answer.text.rstrip().splitlines()[-1].removeprefix("data: "))["words"]
+    assert [word["word"] for word in words] == ["Good", "morning."]
+    bare = httpx.post(f"{address}/v1/audio/speech", json={**body, "word_timestamps": True}, headers=headers)
+    assert bare.status_code == 400 and "stream_format" in bare.json()["error"]["message"]
 
 
 def test_transcription(client: OpenAI) -> None:

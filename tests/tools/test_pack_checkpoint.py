@@ -54,6 +54,10 @@ def test_the_thinker_of_another_checkpoint(tiny_model: Path, tmp_path: Path) -> 
     source = store.load(tiny_model)
     assert joined.keys() == source.keys()
     jax.tree.map(np.testing.assert_array_equal, joined, {**source, **store.load(other)})
+    # the language model alone
+    pack_checkpoint(Options(tiny_model, tmp_path / "decoder", components=("thinker",), decoder=other))
+    thinker = {**source["thinker"], "decoder": store.load(other)["thinker"]["decoder"]}
+    jax.tree.map(np.testing.assert_array_equal, store.load(tmp_path / "decoder"), {"thinker": thinker})
     tokenizer = other / TOKENIZER_FILE
     tokenizer.write_text(tokenizer.read_text() + "\n")
     with pytest.raises(CheckpointError, match=r"has another tokenizer\.json"):

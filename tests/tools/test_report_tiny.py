@@ -9,10 +9,10 @@ import pytest
 
 from omni_jax.errors import InputError
 from tools.ablate_tmrope import TIMING_TASKS
-from tools.report_tiny import MARKERS, count_confusions, insert, make_report, make_table
+from tools.report_tiny import MARKERS, count_confusions, insert, make_sections, make_table
 from tools.score_world import Answered
 
-PAGE = f"# A page\n\nbefore\n\n{MARKERS[0]}\nold\n{MARKERS[1]}\n\nafter\n"
+PAGE = f"# A page\n\nbefore\n\n{MARKERS[0]}\n## Speech\n\nold\n\n{MARKERS[1]}\n\nafter\n"
 
 
 def answer(task: str, expected: str, answered: str) -> Answered:
@@ -42,12 +42,15 @@ def test_confusions_are_counted_by_the_last_word_of_the_kind() -> None:
 
 
 def test_the_report_stands_between_the_markers() -> None:
-    page = insert(PAGE, "new\n")
+    page = insert(PAGE, {"Speech": "new\n"})
     assert "old" not in page and "before" in page and "after" in page
-    assert insert(page, "new\n") == page
+    assert insert(page, {"Speech": "new"}) == page == insert(page, {})
+    # what another run has told stays, and all are in their order
+    both = insert(page, {"Stages": "first"})
+    assert 0 < both.index("## Stages\n\nfirst") < both.index("## Speech\n\nnew") < both.index("after")
     for wrong in ("no markers", MARKERS[1] + MARKERS[0], PAGE + PAGE):
         with pytest.raises(InputError, match="once and in this order"):
-            insert(wrong, "new")
+            insert(wrong, {})
 
 
 def write(path: Path, values: object) -> None:
@@ -60,7 +63,7 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     page = tmp_path / "omni-tiny.md"
     out.mkdir()
     with pytest.raises(InputError, match="nothing to report"):
-        make_report(out, page)
+        make_sections(out, page)
 
     log = {"complete": ["texts", "lists"], "seconds": {"texts": 60, "lists": 90}, "devices": {}}
     log["devices"] = dict.fromkeys(log["seconds"], "2 CPU cores")
@@ -68,7 +71,7 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     write(out / "lists" / "best.json", {"step": 9, "loss": 0.25})
     lines = [{"step": 5, "loss": 0.5, "since": 0}, {"step": 9, "loss": 0.25, "since": 0}]
     (out / "lists" / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = make_report(out, page)
+    report = insert(PAGE, make_sections(out, page))
     assert "| texts | 1.0 | 2 CPU cores |  |" in report and "| lists | 1.5 | 2 CPU cores | 0.2500 |" in report
     assert (tmp_path / "omni_tiny_curves.png").stat().st_size > 1000
     assert "Answers" not in report and "Ablation" not in report
@@ -76,13 +79,17 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     (out / "answers.jsonl").write_text("".join(json.dumps(vars(a)) + "\n" for a in ANSWERED))
     write(
         out / "ablation.json",
-        {f"tmrope {seed}": {task: {"right": 1 + seed, "asked": 4} for task in TIMING_TASKS} for seed in (0, 1)},
+        {
+            f"tmrope {seed}": {task: {"right": 1 + seed, "asked": 4, "nats": 3.0, "tokens": 6} for task in TIMING_TASKS}
+            for seed in (0, 1)
+        },
     )
     write(out / "robustness.json", {"5 % lost": {"order": {"right": 9, "asked": 10, "refused": 0, "failed": 0}}})
     errors = {"word_errors": 0.125, "interval": [0.05, 0.2]}
     judged = {"sentences": 12, "whisper": errors, "pocketsphinx_closed": errors, "own_voice": 0.75, "dnsmos": 2.5}
+    judged["word_times"] = {"all": {"words": 70, "median": 0.0625, "percentile_90": 0.2}, "right": None}
     write(out / "speech.json", {"model": "m", "judges": ["Whisper", "Resemblyzer"], "spoken": judged})
-    report = make_report(out, page)
+    report = insert(PAGE, make_sections(out, page))
     # one of two in text, none of one by voice (Wilson)
     assert "| colour |  | 50.0 % (9.5 to 90.5) of 2 | 0.0 % (0.0 to 79.3) of 1 |" in report
     assert "| order | 100.0 % (20.7 to 100.0) of 1 |  |  |" in report
@@ -90,6 +97,7 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "omni_tiny_confusions.png").stat().st_size > 1000
     # of 25 and 50 %: the mean, and 12.7 times the standard error
     assert "| as published | 37.5 ± 158.8 |" in report
+    assert "| as published | 0.500 ± 0.000 |" in report
     assert "| 5 % lost | 90.0 % (59.6 to 98.2) |" in report
-    assert "| spoken | 12 | 12.5 % (5.0 to 20.0) | 12.5 % (5.0 to 20.0) | 75.0 % | 2.50 |" in report
+    assert "| spoken | 12 | 12.5 % (5.0 to 20.0) | 12.5 % (5.0 to 20.0) | 75.0 % | 2.50 | 62 ms of 70 |  |" in report
     assert "Judges: Whisper; Resemblyzer." in report
