@@ -5,7 +5,7 @@
 Reads from OUT, where it is there:
 
 * ``stages.json`` and the runs' ``eval.jsonl``, of ``tools/train_tiny.py``;
-* ``answers.jsonl``, of ``tools/score_world.py``;
+* ``answers.jsonl`` and ``answers_in_text.jsonl``, of ``tools/score_world.py``;
 * ``ablation.json``, of ``tools/ablate_tmrope.py``;
 * ``robustness.json``, of ``tools/robustness.py``;
 * ``speech.json``, which is the ``report.json`` of ``tools/measure_speech.py``.
@@ -272,8 +272,9 @@ def make_sections(out: Path, page: Path) -> dict[str, str]:
         found["Stages"] = tell_stages(out)
         if draw_curves(out, names["curves"]):
             found["Stages"] += f"\n![held-out losses of the stages]({names['curves'].name})\n"
-    if (out / "answers.jsonl").exists():
-        answered = [Answered(**values) for values in read_values(out / "answers.jsonl")]
+    answers = [path for name in (train_tiny.ANSWERS, train_tiny.ANSWERS_IN_TEXT) if (path := out / name).exists()]
+    if answers:
+        answered = [Answered(**values) for path in answers for values in read_values(path)]
         found["Answers"] = f"To {len(answered)} held-out items:\n\n{tell_answers(answered)}"
         if draw_confusions(answered, names["confusions"]):
             found["Answers"] += f"\n![what was answered in place of what]({names['confusions'].name})\n"

@@ -7,7 +7,8 @@ model that published stages begin from: ``lists``, which are only to be copied, 
 whose content is told in words; and ``encoders``, in place of published encoders: which words are said of a picture or a
 sound. Then come pretraining 1, 2 and 3, instruction tuning, of which ``pictures`` is the first part, and the stages of
 speech. Run again, it goes on where it was stopped; ``--begin checkpoints/omni-tiny`` goes on from what is shipped (see
-docs/omni-tiny.md). What the Thinker answers on held-out rows is in OUT/answers.jsonl.
+docs/omni-tiny.md). What the Thinker answers on held-out rows is in OUT/answers.jsonl, and in OUT/answers_in_text.jsonl
+where media are told in words. The end tells whether each stage has learned.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from tools.make_speech import FLITE_VOICES, VOICES
 from tools.row_files import read_values, write_values
 from tools.run_commands import Stages, count_cores, exit_on_sigterm, find_devices, run
 from tools.run_recipe import run_recipe
+from tools.score_world import Answered
 from tools.speech_stages import SpeechData, SpeechStages
+from tools.training_checks import find_rising, is_above_chance
 
 NUM_PIECES = 768  # of the vocabulary: every word of the world and of its prompts is a token
 NUM_VALID = 500  # held-out rows that stages look at, drawn at random, so that a look takes seconds
@@ -56,6 +59,7 @@ NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, t
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
 STAGES_FILE = "stages.json"  # the log
+ANSWERS, ANSWERS_IN_TEXT = "answers.jsonl", "answers_in_text.jsonl"  # to questions about media, and about their content
 JOINED = 4  # dialogues that follow each other in a row of pretraining 3
 _MEDIA_FIELDS = ("audios", "images", "videos")
 
@@ -161,6 +165,7 @@ class Training:
             Stage("Talker 1", speech.train_talker, "talker1"),
             *prefer,
             Stage("Talker 3", speech.add_speaker, "talker3"),
+            Stage("checks", self.check),
         )
 
     def begin(self, checkpoint: Path) -> None:
@@ -305,10 +310,26 @@ class Training:
         return self.options.steps_scale * short
 
     def score(self) -> None:
-        run(
-            *("tools/score_world.py", self.out / "thinker-sft", self._rows("test")),
-            *("--most", self.options.scored, "--out", self.out / "answers.jsonl"),
-        )
+        # of media, and of what they hold told in words
+        for rows, answers in ((self._rows("test"), ANSWERS), (self.data / "text" / "test.jsonl", ANSWERS_IN_TEXT)):
+            run(
+                *("tools/score_world.py", self.out / "thinker-sft", rows),
+                *("--most", self.options.scored, "--out", self.out / answers),
+            )
+
+    def check(self) -> None:
+        """Tells whether each stage has learned.
+
+        Raises:
+          SystemExit: if a loss has not fallen, or the answers are no better than chance.
+        """
+        folders = {stage.name: self.out / stage.folder for stage in self.stages if stage.folder}
+        wrong = [f"the held-out loss of {name} has not fallen" for name in find_rising(folders)]
+        for file in (ANSWERS, ANSWERS_IN_TEXT):
+            if not is_above_chance([Answered(**values) for values in read_values(self.out / file)]):
+                wrong.append(f"the answers in {file} are no better than chance")
+        if wrong:
+            raise SystemExit(f"error: {'; '.join(wrong)}")
 
 
 def read_subfolder(path: Path) -> list[Values]:

@@ -17,7 +17,16 @@ from tools import make_world, score_world
 from tools.row_files import read_values
 from tools.score_world import Answered, Options, Score, ask, score
 from tools.speech_stages import make_reply_row
-from tools.train_tiny import CAPTION_TASKS, JOINED, NARRATION_TASKS, Training, find_speech, join_dialogues
+from tools.train_tiny import (
+    ANSWERS,
+    ANSWERS_IN_TEXT,
+    CAPTION_TASKS,
+    JOINED,
+    NARRATION_TASKS,
+    Training,
+    find_speech,
+    join_dialogues,
+)
 from tools.train_tiny import Options as TrainingOptions
 
 
@@ -224,6 +233,22 @@ def test_the_short_form_has_the_same_stages_but_the_one_that_needs_pairs(
     for learn in (short.learn_to_copy, short.learn_language, short.align):
         learn()
     assert steps == {"lists-omni-tiny": 0.7, "language-omni-tiny": 0.2, "pretrain1-omni-tiny": 0.02}
+
+
+def test_the_end_tells_whether_stages_have_learned(tmp_path: Path) -> None:
+    training = Training(TrainingOptions(tmp_path))
+    right = [vars(Answered("colour", str(i), f"answer {i}", f"answer {i}")) for i in range(10)]
+    guessed = [vars(Answered("colour", str(i), "red" if i < 8 else "blue", "red")) for i in range(10)]
+    losses = [{"step": 1, "loss": 0.5, "since": 0}, {"step": 2, "loss": 0.25, "since": 0}]
+    write_rows(tmp_path / "lists" / "eval.jsonl", losses)
+    for name in (ANSWERS, ANSWERS_IN_TEXT):
+        write_rows(tmp_path / name, right)
+    training.check()
+    write_rows(tmp_path / "talker1" / "eval.jsonl", losses[::-1])
+    write_rows(tmp_path / ANSWERS, guessed)
+    with pytest.raises(SystemExit) as error:
+        training.check()
+    assert "loss of Talker 1 has not fallen; the answers in answers.jsonl are no better" in str(error.value)
 
 
 def test_joined_dialogues_have_all_media_in_their_order(training: Training) -> None:
