@@ -19,7 +19,14 @@ from PIL import Image
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.report import check_at_least_one, format_seconds, print_tables, write_json
+from benchmarks.report import (
+    check_at_least_one,
+    check_picture,
+    format_seconds,
+    print_tables,
+    save_figure,
+    write_json,
+)
 from omni_jax.errors import InputError
 from omni_jax.models.token2wav import SAMPLE_RATE
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
@@ -89,6 +96,7 @@ def make_requests(count: int, model: str, spoken: float, max_tokens: int, voice:
       seed: of media and order.
     """
     rng = np.random.default_rng(seed)
+    are_spoken = rng.permutation(count) < round(count * spoken)
     bodies = []
     for number in range(count):
         parts: list[dict[str, Any]] = []
@@ -96,10 +104,10 @@ def make_requests(count: int, model: str, spoken: float, max_tokens: int, voice:
             parts.append({"type": "image_url", "image_url": {"url": _make_picture(rng)}})
         if number % 4 in (2, 3):
             parts.append({"type": "input_audio", "input_audio": {"data": _make_sound(rng), "format": "wav"}})
-        parts.append({"type": "text", "text": f"{_QUESTIONS[number % len(_QUESTIONS)]} ({number})"})
+        parts.append({"type": "text", "text": f"{_QUESTIONS[number % len(_QUESTIONS)]} ({seed}.{number})"})
         messages = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}, {"role": "user", "content": parts}]
         body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}
-        if rng.random() < spoken:
+        if are_spoken[number]:
             body |= {"modalities": ["text", "audio"], "audio": {"voice": voice, "format": "pcm16"}}
         bodies.append(body)
     return bodies
@@ -190,6 +198,7 @@ def serve(
     spoken: float = 0.5,
     max_tokens: int = 64,
     json_out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None,
+    picture: Path | None = None,
 ) -> None:
     """Asks a server that runs, and tells how long it took to the first text and sound, and how often a player ran dry.
 
@@ -205,11 +214,15 @@ def serve(
       spoken: share of those that are spoken.
       max_tokens: of a reply.
       json_out: where the figures are written, too.
+      picture: draw them over the concurrency here (.png, .svg or .pdf).
     """
+    check_picture(picture)
     check_at_least_one(concurrency=concurrency, requests=requests, max_tokens=max_tokens)
     found = asyncio.run(_measure(endpoint, model, voice, concurrency, requests, spoken, max_tokens))
     print_tables(_make_table(found))
     write_json(json_out, {"endpoint": endpoint, "rounds": found})
+    if picture is not None:
+        draw_rounds(found, picture)
 
 
 async def _measure(
@@ -233,17 +246,37 @@ async def _measure(
             name = model or (await client.get(f"{url}/models")).json()["data"][0]["id"]
         except (httpx.HTTPError, KeyError, ValueError) as e:
             raise SystemExit(f"error: {url} does not answer as OpenAI's API does: {e}") from None
-        bodies = make_requests(requests, name, spoken, max_tokens, voice)
         found = {}
         with Progress() as progress:
             task = progress.add_task("asking", total=len(concurrency) * requests)
-            for number in concurrency:
+            for seed, number in enumerate(concurrency):
+                # other requests in each round: a server may remember what it has read
+                bodies = make_requests(requests, name, spoken, max_tokens, voice, seed)
                 begin = time.perf_counter()
                 timings = await ask_all(
                     client, f"{url}/chat/completions", bodies, number, lambda: progress.advance(task)
                 )
                 found[str(number)] = summarize(timings, time.perf_counter() - begin)
     return found
+
+
+def draw_rounds(found: dict[str, Any], picture: Path) -> None:
+    """Draws waiting times, and how much sound came in a second, over the requests at a time."""
+    from matplotlib import pyplot  # an extra, which only pictures need
+
+    figure, (waits, rates) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    rounds = list(found.values())
+    for name, label in (("ttft", "first text"), ("audio_ttfp", "first sound")):
+        for percent, style in ((50, "-"), (99, "--")):
+            waited = [values[f"{name}_p{percent}"] for values in rounds]
+            if None not in waited:
+                color = "tab:blue" if name == "ttft" else "tab:orange"
+                waits.plot(list(found), waited, style, color=color, marker="o", label=f"{label}, p{percent}")
+    waits.set(xlabel="requests at a time", ylabel="seconds until it came", ylim=(0, None))
+    waits.legend()
+    rates.bar(list(found), [values["audio_seconds_per_second"] for values in rounds])
+    rates.set(xlabel="requests at a time", ylabel="seconds of sound made in a second")
+    save_figure(figure, picture)
 
 
 def _make_table(found: dict[str, Any]) -> Table:

@@ -309,9 +309,11 @@ def test_the_benchmark_asks_it(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     out = tmp_path / "serve.json"
-    serve_benchmark(address, voice="Ethan", concurrency=(1, 3), requests=4, max_tokens=4, json_out=out)
+    picture = tmp_path / "serve.png"
+    serve_benchmark(address, voice="Ethan", concurrency=(1, 3), requests=4, max_tokens=4, json_out=out, picture=picture)
     rounds = json.loads(out.read_text())["rounds"]
     assert [values["requests"] for values in rounds.values()] == [4, 4] and rounds["3"]["spoken"] > 0
+    assert picture.stat().st_size > 1000
     assert "audio_ttfp_p50" in capsys.readouterr().out
 
 
