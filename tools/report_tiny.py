@@ -8,6 +8,7 @@ Reads from OUT, where it is there:
 * ``answers.jsonl`` and ``answers_in_text.jsonl``, of ``tools/score_world.py``;
 * ``ablation.json``, of ``tools/ablate_tmrope.py``;
 * ``robustness.json``, of ``tools/robustness.py``;
+* ``latency.json``, of ``tools/measure_latency.py``;
 * ``speech.json``, which is the ``report.json`` of ``tools/measure_speech.py``.
 
 A section is written for each of these, between two markers of the page. What is not there leaves its section as it is,
@@ -260,6 +261,19 @@ def tell_speech(found: dict[str, Any]) -> str:
     return f"{make_table(heads, rows)}\nJudges: {judges}.\n"
 
 
+def tell_latency(found: dict[str, Any]) -> str:
+    """The table of when what came, and of what each stage took: medians by task, and 95th percentiles."""
+    names = list(next(iter(found["tasks"].values())))
+    rows = []
+    for name in names:
+        times = (figures.get(name) for figures in found["tasks"].values())
+        rows.append((name, *("" if time is None else f"{time['median']:.2f} ({time['p95']:.2f})" for time in times)))
+    about = (
+        f"Seconds, medians of {found['items']} replies (95th percentile), one request at a time; {found['device']}.\n"
+    )
+    return f"{make_table(('stage', *found['tasks']), rows)}\n{about}"
+
+
 def make_sections(out: Path, page: Path) -> dict[str, str]:
     """The sections that there are files for, in Markdown, by name; their pictures are written beside the page.
 
@@ -282,6 +296,7 @@ def make_sections(out: Path, page: Path) -> dict[str, str]:
         ("speech.json", "Speech", tell_speech),
         ("ablation.json", "Ablation of TMRoPE", tell_ablation),
         ("robustness.json", "Damaged input", tell_robustness),
+        ("latency.json", "Latency", tell_latency),
     ):
         if (out / file).exists():
             found[title] = tell(json.loads((out / file).read_text(encoding="utf-8")))

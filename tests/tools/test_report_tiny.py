@@ -89,7 +89,11 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     judged = {"sentences": 12, "whisper": errors, "pocketsphinx_closed": errors, "own_voice": 0.75, "dnsmos": 2.5}
     judged["word_times"] = {"all": {"words": 70, "median": 0.0625, "percentile_90": 0.2}, "right": None}
     write(out / "speech.json", {"model": "m", "judges": ["Whisper", "Resemblyzer"], "spoken": judged})
+    second = {"median": 1.0, "p95": 2.0}
+    tasks = {"order": {"first text": second, "sound": second}, "day": {"first text": second}}
+    write(out / "latency.json", {"device": "2 cores", "items": 20, "tasks": tasks})
     report = insert(PAGE, make_sections(out, page))
+    assert "| stage | order | day |" in report and "| sound | 1.00 (2.00) |  |" in report
     # one of two in text, none of one by voice (Wilson)
     assert "| colour |  | 50.0 % (9.5 to 90.5) of 2 | 0.0 % (0.0 to 79.3) of 1 |" in report
     assert "| order | 100.0 % (20.7 to 100.0) of 1 |  |  |" in report
