@@ -14,6 +14,7 @@ from tools.run_commands import count_cores, find_devices, run
 # a device of JAX for each core, with a part of the rows: on two cores, steps of omni-tiny take half as long as on one.
 # One device that divides each operation among both gains less
 _ONE_CORE_FLAGS = "--xla_force_host_platform_device_count={} --xla_cpu_multi_thread_eigen=false"
+EVALUATIONS = 6  # of held-out rows in a run
 
 
 def run_recipe(
@@ -24,7 +25,7 @@ def run_recipe(
     valid: Sequence[Path],
     *more: object,
     steps_scale: float = 1.0,
-    evaluations: int = 6,
+    evaluations: int = EVALUATIONS,
 ) -> None:
     """Trains, or goes on.
 

@@ -18,7 +18,7 @@ from omni_jax.checkpoint.voices import load_voices
 from tools.make_speech import FLITE_VOICES, HIBARI_VOICE, VOICES
 from tools.row_files import read_values, write_values
 from tools.run_commands import run
-from tools.run_recipe import run_recipe
+from tools.run_recipe import EVALUATIONS, run_recipe
 
 # folders of the stages that train, in their order
 TRAINED = ("tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
@@ -61,6 +61,7 @@ class SpeechStages:
         steps_scale: float,
         preferences: int,
         talker_size: str = "mini",
+        evaluations: int = EVALUATIONS,
     ) -> None:
         """Trains nothing yet.
 
@@ -72,6 +73,7 @@ class SpeechStages:
           steps_scale: factor of the steps of every recipe.
           preferences: texts that pairs of answers are made of; 0: there is no stage 2, and stage 3 follows stage 1.
           talker_size: of the recipes of the Talker's stages 1 and 3.
+          evaluations: how often held-out rows are evaluated in a stage.
         """
         self.out = out
         self.data = data
@@ -80,6 +82,7 @@ class SpeechStages:
         self._steps_scale = steps_scale
         self._preferences = preferences
         self._talker_size = talker_size
+        self._evaluations = evaluations
 
     def _train(
         self,
@@ -91,7 +94,8 @@ class SpeechStages:
         *more: object,
         **kw: int,
     ) -> None:
-        run_recipe(recipe, self.out / folder, init, train, valid, *more, steps_scale=self._steps_scale, **kw)
+        scales = {"evaluations": self._evaluations, **kw}
+        run_recipe(recipe, self.out / folder, init, train, valid, *more, steps_scale=self._steps_scale, **scales)
 
     def train_tokenizer(self) -> None:
         self._train("speech-tokenizer-mini", "tokenizer", "random", *self._sound_rows(), "--model", self._files)

@@ -34,7 +34,7 @@ from omni_jax.processing.tokenizer_files import write_tokenizer
 from tools.make_speech import FLITE_VOICES, VOICES
 from tools.row_files import read_values, write_values
 from tools.run_commands import Stages, count_cores, exit_on_sigterm, find_devices, run
-from tools.run_recipe import run_recipe
+from tools.run_recipe import EVALUATIONS, run_recipe
 from tools.score_world import Answered
 from tools.speech_stages import SpeechData, SpeechStages
 from tools.training_checks import find_rising, is_above_chance
@@ -84,8 +84,9 @@ class Options:
     scored: int = 100
     """Held-out rows of each task that are answered at the end."""
     short: bool = False
-    """A part of the steps and of the data, to see within half an hour that each stage learns. There is no Talker 2:
-    answers of so short a Talker 1 do not end, and there are no pairs."""
+    """A part of the steps and of the data, to see within twenty minutes that each stage learns. There is no Talker 2:
+    answers of so short a Talker 1 do not end, and there are no pairs; nor are there the stages of one medium that
+    instruction tuning begins with."""
     begin: Path | None = None
     """A checkpoint with the log of its stages, such as checkpoints/omni-tiny: these do not train again."""
 
@@ -93,8 +94,9 @@ class Options:
 # of a short form: the data, the factor of the steps of each recipe, and that of those that are not named. What is to
 # be copied from a text is learned within some hundred steps, and not in fewer
 _SHORT = {"items": 40, "captions": 300, "texts": 1500, "questions": 60, "scored": 10}
-_SHORT_SCALES = {"lists": 0.7, "language": 0.2}
-_SHORT_SCALE = 0.02
+_SHORT_SCALES = {"lists": 0.5, "language": 0.1}
+_SHORT_SCALE = 0.01
+_SHORT_EVALUATIONS = 2
 
 
 class Stage(NamedTuple):
@@ -135,13 +137,22 @@ class Training:
             steps_scale=self._scale("speech"),
             preferences=0 if options.short else NUM_PREFERENCES,
             talker_size="omni-tiny",
+            evaluations=self._evaluations,
         )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """In their order."""
         speech = self.speech
-        prefer = () if self.options.short else (Stage("Talker 2", speech.prefer, "talker2"),)
+        prefer: tuple[Stage, ...] = ()
+        of_one_medium: tuple[Stage, ...] = ()
+        if not self.options.short:
+            prefer = (Stage("Talker 2", speech.prefer, "talker2"),)
+            of_one_medium = (
+                Stage("pictures", self.tune_on_pictures, "pictures"),
+                Stage("videos", self.tune_on_videos, "videos"),
+                Stage("sounds", self.tune_on_sounds, "sounds"),
+            )
         return (
             Stage("texts", self.make_texts),
             Stage("lists", self.learn_to_copy, "lists"),
@@ -151,9 +162,7 @@ class Training:
             Stage("pretraining 1", self.align, "pretrain1"),
             Stage("pretraining 2", self.join, "pretrain2"),
             Stage("pretraining 3", self.lengthen, "pretrain3"),
-            Stage("pictures", self.tune_on_pictures, "pictures"),
-            Stage("videos", self.tune_on_videos, "videos"),
-            Stage("sounds", self.tune_on_sounds, "sounds"),
+            *of_one_medium,
             Stage("instruction tuning", self.tune, "thinker-sft"),
             Stage("scoring", self.score),
             Stage("speech tokenizer", speech.train_tokenizer, "tokenizer"),
@@ -295,14 +304,22 @@ class Training:
         self._train("sounds", self.out / "videos", ["recordings"])
 
     def tune(self) -> None:
-        self._train_mixture("thinker-sft", self.out / "sounds", TUNING_WEIGHTS)
+        init = self.out / ("pretrain3" if self.options.short else "sounds")
+        self._train_mixture("thinker-sft", init, TUNING_WEIGHTS)
 
     def _train_mixture(self, stage: str, init: Path, weights: Mapping[str, int]) -> None:
         self._train(stage, init, list(weights), "--data.weights", *weights.values())
 
     def _train(self, stage: str, init: object, rows: Sequence[str], *more: object) -> None:
         files = [[self._rows(f"{part}_{name}") for name in rows] for part in ("train", "valid")]
-        run_recipe(f"{stage}-omni-tiny", self.out / stage, init, *files, *more, steps_scale=self._scale(stage))
+        scale = self._scale(stage)
+        name = f"{stage}-omni-tiny"
+        run_recipe(name, self.out / stage, init, *files, *more, steps_scale=scale, evaluations=self._evaluations)
+
+    @property
+    def _evaluations(self) -> int:
+        """How often held-out rows are evaluated in a stage."""
+        return _SHORT_EVALUATIONS if self.options.short else EVALUATIONS
 
     def _scale(self, stage: str) -> float:
         """The factor of a stage's steps."""
@@ -325,9 +342,9 @@ class Training:
         """
         folders = {stage.name: self.out / stage.folder for stage in self.stages if stage.folder}
         wrong = [f"the held-out loss of {name} has not fallen" for name in find_rising(folders)]
-        for file in (ANSWERS, ANSWERS_IN_TEXT):
-            if not is_above_chance([Answered(**values) for values in read_values(self.out / file)]):
-                wrong.append(f"the answers in {file} are no better than chance")
+        rows = [values for file in (ANSWERS, ANSWERS_IN_TEXT) for values in read_values(self.out / file)]
+        if not is_above_chance([Answered(**values) for values in rows]):
+            wrong.append("answers to held-out questions are no better than chance")
         if wrong:
             raise SystemExit(f"error: {'; '.join(wrong)}")
 

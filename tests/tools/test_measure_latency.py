@@ -27,5 +27,5 @@ def test_spoken_answers_are_timed(tiny_model: Path, tmp_path: Path, capsys: pyte
     assert figures["sound"] > 0 and all(figures[name] > 0 for name in ("prefill", "decode", "talker", "token2wav"))
     show(found)
     assert "first sound" in capsys.readouterr().out
-    with pytest.raises(InputError, match="has no rows of opposite-voice, .*; it has day, day-voice"):
+    with pytest.raises(InputError, match=r"has no rows of opposite-voice, .*; it has day, day-voice"):
         measure(Options(tiny_model, rows, tmp_path / "out.json"))

@@ -219,20 +219,24 @@ def test_a_checkpoint_stands_for_the_stages_of_its_log(tmp_path: Path) -> None:
         continued.begin(tmp_path)
 
 
-def test_the_short_form_has_the_same_stages_but_the_one_that_needs_pairs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_short_form_has_fewer_stages_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [stage.name for stage in Training(TrainingOptions(tmp_path)).stages]
     short = Training(TrainingOptions(tmp_path, short=True))
-    assert [stage.name for stage in short.stages] == [name for name in names if name != "Talker 2"]
+    left_out = ("pictures", "videos", "sounds", "Talker 2")
+    assert [stage.name for stage in short.stages] == [name for name in names if name not in left_out]
     assert short.options.items < TrainingOptions(tmp_path).items
     steps = {}
     monkeypatch.setattr(
-        "tools.train_tiny.run_recipe", lambda name, *rest, steps_scale: steps.update({name: steps_scale})
+        "tools.train_tiny.run_recipe", lambda name, *rest, steps_scale, **kw: steps.update({name: (steps_scale, kw)})
     )
     for learn in (short.learn_to_copy, short.learn_language, short.align):
         learn()
-    assert steps == {"lists-omni-tiny": 0.7, "language-omni-tiny": 0.2, "pretrain1-omni-tiny": 0.02}
+    twice = {"evaluations": 2}
+    assert steps == {
+        "lists-omni-tiny": (0.5, twice),
+        "language-omni-tiny": (0.1, twice),
+        "pretrain1-omni-tiny": (0.01, twice),
+    }
 
 
 def test_the_end_tells_whether_stages_have_learned(tmp_path: Path) -> None:
@@ -245,10 +249,11 @@ def test_the_end_tells_whether_stages_have_learned(tmp_path: Path) -> None:
         write_rows(tmp_path / name, right)
     training.check()
     write_rows(tmp_path / "talker1" / "eval.jsonl", losses[::-1])
-    write_rows(tmp_path / ANSWERS, guessed)
+    for name in (ANSWERS, ANSWERS_IN_TEXT):
+        write_rows(tmp_path / name, guessed)
     with pytest.raises(SystemExit) as error:
         training.check()
-    assert "loss of Talker 1 has not fallen; the answers in answers.jsonl are no better" in str(error.value)
+    assert "loss of Talker 1 has not fallen; answers to held-out questions are no better" in str(error.value)
 
 
 def test_joined_dialogues_have_all_media_in_their_order(training: Training) -> None:
