@@ -36,7 +36,7 @@ def run_recipe(
       train: files of rows.
       valid: of held-out rows; the loss of none is taken if there is none.
       more: options of ``train.py``.
-      steps_scale: factor of the recipe's steps and of those of its phases.
+      steps_scale: factor of the recipe's steps, of those of its phases, and, below 1, of its warm-up.
       evaluations: how often the held-out rows are evaluated.
 
     Raises:
@@ -45,6 +45,9 @@ def run_recipe(
     recipe = RECIPES[name]
     steps = max(round(recipe.steps * steps_scale), 4)
     options = list(more)
+    if steps_scale < 1:
+        # else the rate would rise to the end of a short run, and the loss with it
+        options += ["--optimizer.warmup", max(round(recipe.optimizer.warmup * steps_scale), 1)]
     # all phases but the last have a number of steps
     for number, phase in enumerate(recipe.phases[:-1]):
         options += [f"--phases.{number}.steps", max(round((phase.steps or 0) * steps_scale), 2)]

@@ -22,6 +22,7 @@ from tools.run_recipe import EVALUATIONS, run_recipe
 
 # folders of the stages that train, in their order
 TRAINED = ("tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
+_LEAST_DISTILLATION = 0.1  # of the steps of its recipe
 NUM_DISTILLED = 8  # held-out rows whose published solve is compared with the student's
 LICENCE = "A synthesizer's voice, whose licence lets anyone use it; nobody's consent is needed."
 
@@ -92,10 +93,13 @@ class SpeechStages:
         train: Sequence[Path],
         valid: Sequence[Path],
         *more: object,
-        **kw: int,
     ) -> None:
-        scales = {"evaluations": self._evaluations, **kw}
-        run_recipe(recipe, self.out / folder, init, train, valid, *more, steps_scale=self._steps_scale, **scales)
+        rows = (train, valid)
+        run_recipe(
+            *(recipe, self.out / folder, init, *rows, *more),
+            steps_scale=self._steps_scale,
+            evaluations=self._evaluations,
+        )
 
     def train_tokenizer(self) -> None:
         self._train("speech-tokenizer-mini", "tokenizer", "random", *self._sound_rows(), "--model", self._files)
@@ -153,7 +157,13 @@ class SpeechStages:
         # the teacher's published solve of a row takes as long as several steps, so few are held out
         train, (valid,) = self._sound_rows("_codes")
         few = write_values(self.data.rows("valid_few"), read_values(valid)[:NUM_DISTILLED])
-        self._train("token2wav-distill-mini", "distilled", self.with_voices, train, [few], evaluations=2)
+        # within some steps the student is further from its teacher than where it began
+        scale = max(self._steps_scale, _LEAST_DISTILLATION)
+        run_recipe(
+            *("token2wav-distill-mini", self.out / "distilled", self.with_voices, train, [few]),
+            steps_scale=scale,
+            evaluations=2,
+        )
 
     def train_talker(self) -> None:
         """Stage 1: the next code, in the voices of flite; a third of the texts goes on from a clip."""

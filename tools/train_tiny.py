@@ -27,7 +27,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from configs.omni_tiny import PIXELS, omni_tiny_config
+from configs.omni_tiny import PIXELS, RECIPES, omni_tiny_config
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.tokenizer_files import write_tokenizer
@@ -97,6 +97,10 @@ _SHORT = {"items": 40, "captions": 300, "texts": 1500, "questions": 60, "scored"
 _SHORT_SCALES = {"lists": 0.5, "language": 0.1}
 _SHORT_SCALE = 0.01
 _SHORT_EVALUATIONS = 2
+# stages that train all parts at once, and the factor of their rate: in so few steps at the whole rate more is forgotten
+# of what was learned before than is learned
+_SHORT_SLOW = ("pretrain2", "pretrain3", "thinker-sft")
+_SHORT_RATE = 0.3
 
 
 class Stage(NamedTuple):
@@ -312,9 +316,14 @@ class Training:
 
     def _train(self, stage: str, init: object, rows: Sequence[str], *more: object) -> None:
         files = [[self._rows(f"{part}_{name}") for name in rows] for part in ("train", "valid")]
-        scale = self._scale(stage)
         name = f"{stage}-omni-tiny"
-        run_recipe(name, self.out / stage, init, *files, *more, steps_scale=scale, evaluations=self._evaluations)
+        if self.options.short and stage in _SHORT_SLOW:
+            more = (*more, "--optimizer.learning-rate", _SHORT_RATE * RECIPES[name].optimizer.learning_rate)
+        run_recipe(
+            *(name, self.out / stage, init, *files, *more),
+            steps_scale=self._scale(stage),
+            evaluations=self._evaluations,
+        )
 
     @property
     def _evaluations(self) -> int:

@@ -38,5 +38,6 @@ def test_a_recipe_runs_for_a_part_of_its_steps(monkeypatch: pytest.MonkeyPatch, 
     steps = RECIPES[name].steps // 10
     assert text.startswith(f"train.py {name} --workdir {tmp_path} --init random --steps {steps} ")
     assert f"--phases.0.steps {RECIPES[name].phases[0].steps // 10} " in text
+    assert f"--optimizer.warmup {RECIPES[name].optimizer.warmup // 10} " in text
     assert f"--eval.every {steps // 5}" in text and "--mesh.data 2" in text
     assert environment["XLA_FLAGS"].startswith("--xla_of_the_user --xla_force_host_platform_device_count=2 ")
