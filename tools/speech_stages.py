@@ -94,12 +94,9 @@ class SpeechStages:
         valid: Sequence[Path],
         *more: object,
     ) -> None:
-        rows = (train, valid)
-        run_recipe(
-            *(recipe, self.out / folder, init, *rows, *more),
-            steps_scale=self._steps_scale,
-            evaluations=self._evaluations,
-        )
+        scale = self._steps_scale
+        workdir = self.out / folder
+        run_recipe(recipe, workdir, init, train, valid, *more, steps_scale=scale, evaluations=self._evaluations)
 
     def train_tokenizer(self) -> None:
         self._train("speech-tokenizer-mini", "tokenizer", "random", *self._sound_rows(), "--model", self._files)
@@ -159,11 +156,8 @@ class SpeechStages:
         few = write_values(self.data.rows("valid_few"), read_values(valid)[:NUM_DISTILLED])
         # within some steps the student is further from its teacher than where it began
         scale = max(self._steps_scale, _LEAST_DISTILLATION)
-        run_recipe(
-            *("token2wav-distill-mini", self.out / "distilled", self.with_voices, train, [few]),
-            steps_scale=scale,
-            evaluations=2,
-        )
+        workdir = self.out / "distilled"
+        run_recipe("token2wav-distill-mini", workdir, self.with_voices, train, [few], steps_scale=scale, evaluations=2)
 
     def train_talker(self) -> None:
         """Stage 1: the next code, in the voices of flite; a third of the texts goes on from a clip."""

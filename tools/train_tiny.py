@@ -315,15 +315,13 @@ class Training:
         self._train(stage, init, list(weights), "--data.weights", *weights.values())
 
     def _train(self, stage: str, init: object, rows: Sequence[str], *more: object) -> None:
-        files = [[self._rows(f"{part}_{name}") for name in rows] for part in ("train", "valid")]
+        train, valid = ([self._rows(f"{part}_{name}") for name in rows] for part in ("train", "valid"))
         name = f"{stage}-omni-tiny"
         if self.options.short and stage in _SHORT_SLOW:
             more = (*more, "--optimizer.learning-rate", _SHORT_RATE * RECIPES[name].optimizer.learning_rate)
-        run_recipe(
-            *(name, self.out / stage, init, *files, *more),
-            steps_scale=self._scale(stage),
-            evaluations=self._evaluations,
-        )
+        workdir = self.out / stage
+        scale = self._scale(stage)
+        run_recipe(name, workdir, init, train, valid, *more, steps_scale=scale, evaluations=self._evaluations)
 
     @property
     def _evaluations(self) -> int:
