@@ -29,6 +29,7 @@ _PAUSE = {"none": 1.0, "clause": 0.2, "sentence": 0.2}  # that there is one
 _LONGER_PAUSE = {"none": 0.1, "clause": 0.0, "sentence": 0.0}  # of each of its frames
 _NO_PAUSE = {"none": 0.0, "clause": 0.5, "sentence": 2.0}
 _LONGEST = 3.0  # of how long a word is expected to take
+_LEAST_LIMIT, _MOST_LIMIT = 8, 500  # frames, of what that gives
 # frames that a word may be away from where the pace lets expect it: 5 s, and of long speech a tenth
 _LEAST_BAND = 500
 _BAND_OF_SPEECH = 0.1
@@ -101,10 +102,10 @@ def _align(words: Sequence[ExpectedWord], levels: Float[np.ndarray, " T"]) -> In
 
 def _weigh(word: str) -> float:
     """How long a word of lower case takes, in consonants."""
-    plain = unicodedata.normalize("NFD", word)  # letters without their accents
+    plain = "".join(unicodedata.normalize("NFD", character)[0] for character in word)  # letters without their accents
     vowels = _VOWELS.findall(plain)
     # "e" at the end of a word of several syllables is mostly not spoken
-    num_vowels = len(vowels) - (len(vowels) > 1 and vowels[-1] == "e" and plain.endswith("e"))
+    num_vowels = len(vowels) - (len(vowels) > 1 and vowels[-1] == "e" and word.endswith("e"))
     num_consonants = len(_CONSONANTS.findall(plain))
     num_digits = sum(character.isdigit() for character in plain)
     num_other = sum(character.isalpha() and not character.isascii() for character in plain)
@@ -160,7 +161,7 @@ def _end_word(
     last: int,
 ) -> tuple[Float[np.ndarray, " T+1"], Int[np.ndarray, " T+1"]]:
     """The cost of ending a word at each frame from ``first`` to ``last``, and its length then."""
-    longest = max(round(_LONGEST * expected), 8)
+    longest = min(max(round(_LONGEST * expected), _LEAST_LIMIT), _MOST_LIMIT)
     lengths = np.arange(longest, 0, -1)
     of_length = np.log(lengths / max(expected, 1.0)) ** 2 / (2 * _SPREAD**2)  # [longest]
     # costs of beginnings, the longest word's first; before the sound none begins

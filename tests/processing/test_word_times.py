@@ -54,6 +54,21 @@ def test_words_last_as_long_as_they_are_written() -> None:
     np.testing.assert_allclose(lengths, 3 * np.array([4, 4, 4, 4, 13]) / 29, atol=TOLERANCE)
 
 
+def test_letters_of_other_writing_are_syllables() -> None:
+    samples = render("a b c d e f g h i j", lead=0, tail=0).samples
+    # two syllables; two vowels, of which the last has an accent and is spoken, and two consonants; one syllable
+    found = find_word_times("\uc548\ub155 caf\u00e9 \u4f60", samples, RATE)
+    lengths = np.diff(times(found), axis=1)[:, 0]
+    np.testing.assert_allclose(lengths, 3 * np.array([7, 5, 4]) / 16, atol=TOLERANCE)
+
+
+def test_a_word_does_not_last_for_minutes() -> None:
+    rng = np.random.default_rng(0)
+    samples = (0.1 * rng.standard_normal(120 * RATE)).astype(np.float32)
+    (found,) = find_word_times("word", samples, RATE)
+    assert 0 <= found.begin < found.end <= 120 and found.end - found.begin <= 5
+
+
 def test_long_speech_does_not_drift() -> None:
     # five words a sentence, and a pace that is a fifth slower in its second half
     sentences = " (0.25) ".join(["ba gi do la mi"] * 40)
