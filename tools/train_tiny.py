@@ -59,7 +59,8 @@ NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, t
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
 STAGES_FILE = "stages.json"  # the log
-ANSWERS, ANSWERS_IN_TEXT = "answers.jsonl", "answers_in_text.jsonl"  # to questions about media, and about their content
+ANSWERS = "answers.jsonl"  # to held-out questions about media
+ANSWERS_IN_TEXT = "answers_in_text.jsonl"  # and about what they hold, told in words
 JOINED = 4  # dialogues that follow each other in a row of pretraining 3
 _MEDIA_FIELDS = ("audios", "images", "videos")
 

@@ -60,7 +60,7 @@ class Reply:
     def words(self) -> tuple[Word, ...]:
         """Words of the text and when ``audio`` speaks them (``find_word_times``); none without sound.
 
-        They are found when they are asked for, in about a millisecond for each second of speech.
+        They are found when they are asked for, in some milliseconds for each second of speech.
         """
         return () if self.audio is None else find_word_times(self.text, self.audio, self.sample_rate)
 

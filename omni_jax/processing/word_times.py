@@ -29,7 +29,8 @@ _PAUSE = {"none": 1.0, "clause": 0.2, "sentence": 0.2}  # that there is one
 _LONGER_PAUSE = {"none": 0.1, "clause": 0.0, "sentence": 0.0}  # of each of its frames
 _NO_PAUSE = {"none": 0.0, "clause": 0.5, "sentence": 2.0}
 _LONGEST = 3.0  # of how long a word is expected to take
-_LEAST_LIMIT, _MOST_LIMIT = 8, 500  # frames, of what that gives
+_LEAST_LIMIT = 8  # frames, of what that gives
+_MOST_LIMIT = 500
 # frames that a word may be away from where the pace lets expect it: 5 s, and of long speech a tenth
 _LEAST_BAND = 500
 _BAND_OF_SPEECH = 0.1
@@ -126,7 +127,8 @@ def _find_path(
     passed = np.cumsum(expected) / expected.sum() * loud_before[-1]
     centres = np.searchsorted(loud_before, passed)
     begin_cost = _LOUD_IN_PAUSE * loud_before  # [T + 1], of beginning the next word at a frame
-    word_begins, next_begins = [], []
+    word_begins = []
+    next_begins = []
     for number, word in enumerate(words):
         # at least a frame for each word before and behind
         first = max(int(centres[number]) - band, number + 1)

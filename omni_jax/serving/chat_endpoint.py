@@ -18,7 +18,7 @@ from omni_jax.checks import check_names, shown
 from omni_jax.engine.outputs import Event, Reply
 from omni_jax.errors import InputError
 from omni_jax.serving.chat_request import ChatRequest, parse_body
-from omni_jax.serving.chat_response import EXPIRY_SECONDS, make_body, make_usage, make_words
+from omni_jax.serving.chat_response import EXPIRY_SECONDS, find_words, make_body, make_usage, make_words
 from omni_jax.serving.engine_thread import ReplyStream, Timeline
 from omni_jax.serving.http_errors import make_error
 from omni_jax.serving.http_requests import EventStream, read_json, until_disconnected
@@ -50,6 +50,7 @@ async def complete_chat(request: Request) -> Response:
         name = uuid.uuid4().hex
         if not streaming.stream:
             answer = await until_disconnected(request, service.answer_whole(chat))
+            await find_words(chat, answer)
             service.transcripts.add(f"audio-{name}", answer.text)
             return JSONResponse(make_body(chat, answer, name, service.spec.model_name, int(time.time()), None))
         stream = await until_disconnected(request, service.answer(chat, live=True))
@@ -114,6 +115,7 @@ class _Chunks:
                 for delta in self._make_deltas(event):
                     yield self._chunk(delta)
                 if event.reply is not None:
+                    await find_words(self._chat, event.reply)
                     for chunk in self._end(event.reply, stream.timeline):
                         yield chunk
         except Exception as error:  # the status has been sent, so the error comes as a piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Any
 
@@ -59,6 +60,12 @@ def _make_audio(request: ChatRequest, reply: Reply, name: str, now: int, path: s
     if request.word_timestamps:
         audio["words"] = make_words(reply)
     return audio
+
+
+async def find_words(request: ChatRequest, reply: Reply) -> None:
+    """Has the words of a long reply found in a thread, where they were asked for: meanwhile other streams go on."""
+    if request.word_timestamps:
+        await asyncio.to_thread(getattr, reply, "words")  # which keeps them
 
 
 def make_words(reply: Reply) -> list[dict[str, Any]]:

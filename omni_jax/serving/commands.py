@@ -90,7 +90,8 @@ class ChatCommand:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.wav")] = None
     """Speak the answer into this file: 24 kHz, 16 bits, one channel. It grows while the answer is made."""
     captions: tyro.conf.UseAppendAction[tuple[CaptionFormat, ...]] = ()
-    """Write when which words are spoken into a file beside that of the sound, answer.srt or answer.vtt."""
+    """Write when which words are spoken into a file beside that of the sound, answer.srt or answer.vtt, in place of one
+    that is there."""
     voice: str | None = None
     """Who speaks; without it, Chelsie, or the checkpoint's first voice. With --ref-audio: in whose manner."""
     ref_audio: Annotated[str | None, _FILE] = None

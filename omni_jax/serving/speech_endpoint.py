@@ -17,7 +17,7 @@ from omni_jax.errors import InputError
 from omni_jax.generation.options import Options
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT, parse_messages
 from omni_jax.serving.chat_request import ChatRequest, parse_voice, read_yes_or_no
-from omni_jax.serving.chat_response import make_words
+from omni_jax.serving.chat_response import find_words, make_words
 from omni_jax.serving.engine_thread import ReplyStream
 from omni_jax.serving.http_errors import make_error
 from omni_jax.serving.http_requests import ByteStream, EventStream, read_json, until_disconnected
@@ -134,6 +134,7 @@ async def _events(stream: ReplyStream, chat: ChatRequest) -> AsyncIterator[str]:
             if data:
                 yield json.dumps({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
             if event.reply is not None:
+                await find_words(chat, event.reply)
                 done = {"type": "speech.audio.done", "usage": _make_usage(event.reply)}
                 yield json.dumps(done | ({"words": make_words(event.reply)} if chat.word_timestamps else {}))
     except Exception as error:  # the status has been sent
