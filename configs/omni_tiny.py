@@ -173,6 +173,11 @@ RECIPES = {
         steps=7500,
         learning_rate=5e-4,
     ),
+    # of lists each word follows from the text alone; of sentences the Talker learns the grammar first, and says any words
+    "talker-lists-omni-tiny": dataclasses.replace(
+        _make_talker("talker-pretrain", steps=6000, positions=448, rows=3, tokens=304),
+        about="the Talker learns to copy lists of words, before it reads texts",
+    ),
     # texts that are read aloud, and clips that are gone on from
     "talker-pretrain-omni-tiny": _make_talker("talker-pretrain", steps=10_000, positions=672),
     # answers to several questions about a video, too: some 800 positions

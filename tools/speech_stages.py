@@ -36,6 +36,7 @@ class SpeechData:
       sounds: names of the files that codes, the DiT and the vocoder are learned from, by part: train and valid.
       texts: names of the files that the Talker learns from, by part.
       replies: names of files of dialogues with a spoken reply, by part, that it learns from too in its last stage.
+      lists: names of files of lists of words, by part, that it learns from before texts; none: there is no such stage.
       test: name of the file that is measured.
     """
 
@@ -43,6 +44,7 @@ class SpeechData:
     sounds: Mapping[str, str]
     texts: Mapping[str, Sequence[str]]
     replies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lists: Mapping[str, str] = dataclasses.field(default_factory=dict)
     test: str = "test"
 
     def rows(self, name: str) -> Path:
@@ -108,8 +110,8 @@ class SpeechStages:
 
     def make_codes(self) -> None:
         data = self.data
-        names = [*data.sounds.values(), *itertools.chain(*data.texts.values()), *data.replies.values(), data.test]
-        for name in dict.fromkeys(names):
+        names = [*data.sounds.values(), *itertools.chain(*data.texts.values()), *data.replies.values()]
+        for name in dict.fromkeys([*names, *data.lists.values(), data.test]):
             self.make_codes_of(name, f"{name}_codes")
 
     def make_codes_of(self, name: str, target: str, *more: object) -> None:
@@ -159,13 +161,21 @@ class SpeechStages:
         workdir = self.out / "distilled"
         run_recipe("token2wav-distill-mini", workdir, self.with_voices, train, [few], steps_scale=scale, evaluations=2)
 
+    def train_talker_on_lists(self) -> None:
+        """Before stage 1: the codes of lists of words, of which each follows from the text alone."""
+        rows = {}
+        for part, name in self.data.lists.items():
+            rows[part] = [self._make_spoken(self.data.rows(f"{name}_codes"), clips=0.0)]
+        self._train_talker("talker-lists", "talker-lists", self._join(), rows)
+
     def train_talker(self) -> None:
         """Stage 1: the next code, in the voices of flite; a third of the texts goes on from a clip."""
         rows = {}
         for part, names in self.data.texts.items():
             codes = keep_flite([self.data.rows(f"{name}_codes") for name in names], self.data.rows(f"{part}_flite"))
             rows[part] = [self._make_spoken(codes)]
-        self._train_talker("talker-pretrain", "talker1", self._join(), rows)
+        before = self.out / "talker-lists" if self.data.lists else self._join()
+        self._train_talker("talker-pretrain", "talker1", before, rows)
 
     def _join(self) -> Path:
         """A checkpoint of the trained Thinker, and of the speech tokenizer and Token2Wav after distillation."""
@@ -174,10 +184,10 @@ class SpeechStages:
             run("tools/pack_checkpoint.py", self.out / "distilled", target, "--thinker", self._thinker)
         return target
 
-    def _make_spoken(self, codes: Path) -> Path:
+    def _make_spoken(self, codes: Path, clips: float = 0.33) -> Path:
         target = _spoken(codes)
         if not target.exists():
-            run("tools/make_spoken_rows.py", codes, target, "--clips", 0.33)
+            run("tools/make_spoken_rows.py", codes, target, "--clips", clips)
         return target
 
     def _train_talker(

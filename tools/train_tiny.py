@@ -55,6 +55,7 @@ VOICED_TASKS = ("opposite", "day", "owner")  # of text alone, also asked by voic
 TIMED_TASKS = ("colour-at-sound", "word-at-shape")  # that need a picture and a sound at once
 VIDEO_WEIGHTS = {"silent": 4, "pictures": 1}
 TUNING_WEIGHTS = {"all": 3, "pictures": 3, "timed": 2, "narrations": 1, "silent": 1, "recordings": 2}
+HELD_OUT_LIST = 70  # one list of words in so many, of those that the Talker learns to copy; all differ
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
@@ -133,8 +134,9 @@ class Training:
             SpeechData(
                 self.data,
                 sounds={part: f"{part}_sounds" for part in ("train", "valid")},
-                texts={part: [f"{part}_speech"] for part in ("train", "valid")},
+                texts={part: [f"{part}_speech", f"{part}_words"] for part in ("train", "valid")},
                 replies={part: f"{part}_replies" for part in ("train", "valid")},
+                lists={} if options.short else {part: f"{part}_words" for part in ("train", "valid")},
                 test="test_sounds",
             ),
             files=self.files,
@@ -150,8 +152,10 @@ class Training:
         """In their order."""
         speech = self.speech
         prefer: tuple[Stage, ...] = ()
+        of_lists: tuple[Stage, ...] = ()
         of_one_medium: tuple[Stage, ...] = ()
         if not self.options.short:
+            of_lists = (Stage("Talker on lists", speech.train_talker_on_lists, "talker-lists"),)
             prefer = (Stage("Talker 2", speech.prefer, "talker2"),)
             of_one_medium = (
                 Stage("pictures", self.tune_on_pictures, "pictures"),
@@ -176,6 +180,7 @@ class Training:
             Stage("vocoder", speech.train_vocoder, "vocoder"),
             Stage("voices", speech.add_voices, f"voices/{VOICES[-1]}"),
             Stage("distilled DiT", speech.distill, "distilled"),
+            *of_lists,
             Stage("Talker 1", speech.train_talker, "talker1"),
             *prefer,
             Stage("Talker 3", speech.add_speaker, "talker3"),
@@ -231,7 +236,7 @@ class Training:
         self._make_questions("voiced", self.options.questions // 2, VOICED_TASKS, "--voiced", 1, "--seed", 4)
         self._make_questions("timed", self.options.questions, TIMED_TASKS, "--voiced", 0, "--seed", 5)
         flite = ("--voices", *FLITE_VOICES)  # of whom the Talker learns first
-        self._make_questions("words", 3 * self.options.questions // 2, ["words"], "--voiced", 0, "--seed", 7, *flite)
+        self._make_questions("words", 7 * self.options.questions // 2, ["words"], "--voiced", 0, "--seed", 7, *flite)
         for part in ("train", "valid"):
             rows = read_values(self._rows(part))
             if part == "train":
@@ -260,13 +265,13 @@ class Training:
             self._write(f"{part}_replies", list(find_replies(rows)))
             spoken = rows
             if part == "train":
-                spoken = [
-                    *rows,
-                    *read_subfolder(self._rows("captions/train")),
-                    *read_subfolder(self._rows("words/train")),
-                ]
-            self._write(f"{part}_speech", list(find_speech(spoken, (*SPOKEN_TASKS, "words"))))
+                spoken = [*rows, *read_subfolder(self._rows("captions/train"))]
+            self._write(f"{part}_speech", list(find_speech(spoken, SPOKEN_TASKS)))
             self._write(f"{part}_sounds", list(find_speech(spoken, ("transcribe",)))[:count])
+        lists = list(find_speech(read_subfolder(self._rows("words/train")), ("words",)))
+        last = HELD_OUT_LIST - 1
+        self._write("valid_words", lists[last::HELD_OUT_LIST])
+        self._write("train_words", [values for i, values in enumerate(lists) if i % HELD_OUT_LIST != last])
 
     def _make_questions(self, folder: str, items: int, tasks: Sequence[str], *more: object) -> None:
         """More rows of some tasks to train on."""

@@ -161,13 +161,10 @@ def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training
 
 
 def test_transcribed_sounds_and_spoken_answers_become_rows(training: Training) -> None:
-    # those of captions are among them, and lists of words are for the Talker alone
-    for name, others in (
-        ("sounds", ["captions/media/m.wav"]),
-        ("speech", ["captions/media/m.wav", "words/media/l.wav"]),
-    ):
+    # those of captions are among them
+    for name in ("sounds", "speech"):
         spoken, *more = read_values(training.data / f"train_{name}.jsonl")
-        assert [values["audio"] for values in more] == others
+        assert [values["audio"] for values in more] == ["captions/media/m.wav"]
         assert spoken == {
             "audio": "media/a.wav",
             "text": "The sheep is new.",
@@ -182,6 +179,16 @@ def test_transcribed_sounds_and_spoken_answers_become_rows(training: Training) -
         "messages": reply["messages"],
         "speech": {"codec_ids": [1, 2], "codec": "c", "voice": "awb"},
     }
+
+
+def test_lists_of_words_are_for_the_talker_alone(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    (spoken,) = read_values(training.data / "train_words.jsonl")
+    assert spoken["audio"] == "words/media/l.wav" and spoken["text"] == "New dog red star"
+    assert not (training.data / "valid_words.jsonl").read_text()
+    monkeypatch.setattr("tools.train_tiny.HELD_OUT_LIST", 1)
+    training.make_data()
+    assert read_values(training.data / "valid_words.jsonl") == [spoken]
+    assert not (training.data / "train_words.jsonl").read_text()
 
 
 def test_another_sound_of_a_voice_is_the_one_before() -> None:
@@ -222,7 +229,7 @@ def test_a_checkpoint_stands_for_the_stages_of_its_log(tmp_path: Path) -> None:
 def test_the_short_form_has_fewer_stages_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [stage.name for stage in Training(TrainingOptions(tmp_path)).stages]
     short = Training(TrainingOptions(tmp_path, short=True))
-    left_out = ("pictures", "videos", "sounds", "Talker 2")
+    left_out = ("pictures", "videos", "sounds", "Talker on lists", "Talker 2")
     assert [stage.name for stage in short.stages] == [name for name in names if name not in left_out]
     assert short.options.items < TrainingOptions(tmp_path).items
     steps = {}

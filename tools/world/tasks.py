@@ -170,8 +170,8 @@ class Artist:
         return capitalize(" ".join(sample(self._rng, WORDS, int(self._rng.integers(least, most + 1)))))
 
     def words(self) -> Item:
-        """Four to eight words that are heard. Whoever speaks them finds each next one in the text alone."""
-        text = self._phrase(4, 8)
+        """One to six words that are heard. Whoever speaks them finds each next one in the text alone."""
+        text = self._phrase(1, 6)
         return Item("words", text, (self._ask_what_is_spoken(text),))
 
     def effect(self) -> Item:
