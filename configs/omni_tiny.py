@@ -98,20 +98,22 @@ def _make_tuning(what: str, **kw: Any) -> Recipe:
     return dataclasses.replace(recipe, about=f"instruction tuning on {what}")
 
 
-def _make_talker(stage: str, *, steps: int, positions: int, **media: Any) -> Recipe:
+def _make_talker(stage: str, *, steps: int, positions: int, learning_rate: float, **changes: Any) -> Recipe:
     """A recipe of the Talker.
 
     Args:
       stage: of the Talker.
       steps: of the run.
       positions: of a row of the Talker, for some utterances.
-      media: budgets of those of dialogues, which the recipes of ``mini`` have no room for.
+      learning_rate: at the peak.
+      changes: of the data; the recipes of ``mini`` have no room for media.
     """
     mini = talker.RECIPES[f"{stage}-mini"]
-    data = dataclasses.replace(mini.data, **media)
+    data = dataclasses.replace(mini.data, **changes)
+    optimizer = dataclasses.replace(mini.optimizer, learning_rate=learning_rate)
     objective = dataclasses.replace(mini.objective, positions=positions, chunk=positions)
     model = omni_tiny_config(num_pieces=512)
-    return dataclasses.replace(mini, model=model, data=data, objective=objective, steps=steps)
+    return dataclasses.replace(mini, model=model, data=data, objective=objective, optimizer=optimizer, steps=steps)
 
 
 _ADAPTERS = ParameterGroup(ADAPTERS)
@@ -173,13 +175,14 @@ RECIPES = {
         steps=7500,
         learning_rate=5e-4,
     ),
-    # of lists each word follows from the text alone; of sentences the Talker learns the grammar first, and says any words
+    # each word of a list follows from the text alone. From sentences the Talker learns their grammar first, and says
+    # any words in their places
     "talker-lists-omni-tiny": dataclasses.replace(
-        _make_talker("talker-pretrain", steps=6000, positions=448, rows=3, tokens=304),
+        _make_talker("talker-pretrain", steps=6000, positions=448, learning_rate=2e-3, rows=3, tokens=304),
         about="the Talker learns to copy lists of words, before it reads texts",
     ),
-    # texts that are read aloud, and clips that are gone on from
-    "talker-pretrain-omni-tiny": _make_talker("talker-pretrain", steps=10_000, positions=672),
+    # texts that are read aloud, lists among them, and clips that are gone on from
+    "talker-pretrain-omni-tiny": _make_talker("talker-pretrain", steps=5000, positions=672, learning_rate=1.5e-3),
     # answers to several questions about a video, too: some 800 positions
-    "talker-voices-omni-tiny": _make_talker("talker-voices", steps=4000, positions=896, **_MEDIA),
+    "talker-voices-omni-tiny": _make_talker("talker-voices", steps=4000, positions=896, learning_rate=1.5e-3, **_MEDIA),
 }

@@ -63,7 +63,8 @@ class Options:
     tasks: tuple[str, ...] = ()
     """Names of tasks; all if none is given."""
     voiced: float = 0.25
-    """Items asked by voice for each asked in text, of training; held-out ones are all asked both ways."""
+    """Items asked by voice for each asked in text, of training; held-out ones are all asked both ways. With --in-text
+    there are none: what is said would stand in the row as it stands already."""
     voices: tuple[str, ...] = VOICES
     """Of slt, rms, awb and heart."""
     in_text: bool = False
@@ -94,7 +95,9 @@ def draw_items(options: Options, part: Part, count: int) -> list[Item]:
         for _ in range(count):
             item = _draw_item(artist, name, part)
             items.append(item)
-            if name not in NOT_VOICED and (part != "train" or rng.random() < options.voiced):
+            if options.in_text or name in NOT_VOICED:
+                continue
+            if part != "train" or rng.random() < options.voiced:
                 items.append(ask_by_voice(item, *artist.draw_voice()))
     if options.in_text:
         items = [ask_in_text(item) for item in items]

@@ -52,7 +52,7 @@ def run_recipe(
     for number, phase in enumerate(recipe.phases[:-1]):
         options += [f"--phases.{number}.steps", max(round((phase.steps or 0) * steps_scale), 2)]
     if valid:
-        options += ["--data.valid", *valid, "--eval.every", max(steps // evaluations, 1)]
+        options += ["--data.valid", *valid, "--eval.every", math.ceil(steps / evaluations)]
     environment = {}
     num_devices = choose_devices(recipe.data)
     if num_devices > 1:

@@ -96,8 +96,8 @@ class Options:
 # of a short form: the data, the factor of the steps of each recipe, and that of those that are not named. What is to
 # be copied from a text is learned within some hundred steps, and not in fewer
 _SHORT = {"items": 40, "captions": 300, "texts": 1500, "questions": 60, "scored": 10}
-_SHORT_SCALES = {"lists": 0.5, "language": 0.1}
-_SHORT_SCALE = 0.01
+_SHORT_SCALES = {"lists": 0.4, "language": 0.1}
+_SHORT_SCALE = 0.008
 _SHORT_EVALUATIONS = 2
 # stages that train all parts at once, and the factor of their rate: in so few steps at the whole rate more is forgotten
 # of what was learned before than is learned
@@ -210,7 +210,7 @@ class Training:
 
     def make_texts(self) -> None:
         folder = self.data / "text"
-        in_text = ("--in-text", "--voiced", 0, "--seed", 2)
+        in_text = ("--in-text", "--seed", 2)
         run("tools/make_world.py", folder, "--items", self.options.texts, *in_text)
         run("tools/make_world.py", folder / "lists", "--items", 2 * self.options.texts, "--tasks", "list", *in_text)
         for part in ("train", "valid"):

@@ -39,11 +39,18 @@ def find_rising(folders: Mapping[str, Path]) -> list[str]:
 
 
 def count_by_chance(answered: Sequence[Answered]) -> int:
-    """Answers that are right if each task is always given the answer that its questions have most often."""
+    """Answers that are right if each question is given what the other questions of its task have most often.
+
+    Its own answer does not count: of four questions with four answers, one would always be right by hindsight.
+    """
     by_task: dict[str, Counter[str]] = {}
     for a in answered:
         by_task.setdefault(a.task, Counter())[a.expected] += 1
-    return sum(max(counts.values()) for counts in by_task.values())
+    right = 0
+    for a in answered:
+        others = by_task[a.task] - Counter([a.expected])
+        right += bool(others) and others.most_common(1)[0][0] == a.expected
+    return right
 
 
 def is_above_chance(answered: Sequence[Answered]) -> bool:
@@ -51,7 +58,8 @@ def is_above_chance(answered: Sequence[Answered]) -> bool:
     right = sum(a.is_right for a in answered)
     by_chance = count_by_chance(answered)
     print(
-        f"{right} of {len(answered)} answers are right; {by_chance} would be with the most frequent answer of each task"
+        f"{right} of {len(answered)} answers are right; {by_chance} would be with the most frequent answer to "
+        "others of the task"
     )
     test = binomtest(right, len(answered), by_chance / len(answered), alternative="greater")
     return bool(test.pvalue < _SIGNIFICANCE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ def test_a_recipe_runs_for_a_part_of_its_steps(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(tool, "count_cores", lambda: 2)
     monkeypatch.setenv("XLA_FLAGS", "--xla_of_the_user")
     name = "pretrain1-omni-tiny"
-    tool.run_recipe(name, tmp_path, "random", [tmp_path / "a"], [tmp_path / "b"], steps_scale=0.1, evaluations=5)
+    tool.run_recipe(name, tmp_path, "random", [tmp_path / "a"], [tmp_path / "b"], steps_scale=0.1, evaluations=7)
     ((arguments, environment),) = ran
     text = " ".join(map(str, arguments))
     steps = RECIPES[name].steps // 10
     assert text.startswith(f"train.py {name} --workdir {tmp_path} --init random --steps {steps} ")
     assert f"--phases.0.steps {RECIPES[name].phases[0].steps // 10} " in text
     assert f"--optimizer.warmup {RECIPES[name].optimizer.warmup // 10} " in text
-    assert f"--eval.every {steps // 5}" in text and "--mesh.data 2" in text
+    # the end is one of the evaluations
+    assert f"--eval.every {math.ceil(steps / 7)}" in text and "--mesh.data 2" in text
     assert environment["XLA_FLAGS"].startswith("--xla_of_the_user --xla_force_host_platform_device_count=2 ")
