@@ -229,15 +229,20 @@ def tell_ablation(found: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def tell_robustness(found: dict[str, dict[str, dict[str, int]]]) -> str:
-    """The table of packets that came late, twice or never, by what they were of."""
+    """The table of packets that came late, twice or never: what is answered rightly, and what the session does."""
     rows = []
     for damage, counts in found.items():
         cells = [damage]
         for values in counts.values():
             right, interval = _with_interval(Score(values["right"], values["asked"]))
             cells.append(f"{right} ({interval})")
+        for event in ("refused", "failed"):
+            cells.append(str(sum(values[event] for values in counts.values())))
         rows.append(cells)
-    return make_table(("packets", *next(iter(found.values()))), rows)
+    tasks = next(iter(found.values()))
+    asked = sum(values["asked"] for values in tasks.values())
+    heads = ("packets", *tasks, "pictures refused", f"of {asked} sessions ended in an error")
+    return make_table(heads, rows)
 
 
 def tell_speech(found: dict[str, Any]) -> str:

@@ -84,7 +84,7 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
             for seed in (0, 1)
         },
     )
-    write(out / "robustness.json", {"5 % lost": {"order": {"right": 9, "asked": 10, "refused": 0, "failed": 0}}})
+    write(out / "robustness.json", {"5 % lost": {"order": {"right": 9, "asked": 10, "refused": 3, "failed": 1}}})
     errors = {"word_errors": 0.125, "interval": [0.05, 0.2]}
     judged = {"sentences": 12, "whisper": errors, "pocketsphinx_closed": errors, "own_voice": 0.75, "dnsmos": 2.5}
     judged["word_times"] = {"all": {"words": 70, "median": 0.0625, "percentile_90": 0.2}, "right": None}
@@ -94,6 +94,8 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     write(out / "latency.json", {"device": "2 cores", "items": 20, "tasks": tasks})
     report = insert(PAGE, make_sections(out, page))
     assert "| stage | order | day |" in report and "| sound | 1.00 (2.00) |  |" in report
+    assert "| packets | order | pictures refused | of 10 sessions ended in an error |" in report
+    assert "| 5 % lost | 90.0 % (59.6 to 98.2) | 3 | 1 |" in report
     # one of two in text, none of one by voice (Wilson)
     assert "| colour |  | 50.0 % (9.5 to 90.5) of 2 | 0.0 % (0.0 to 79.3) of 1 |" in report
     assert "| order | 100.0 % (20.7 to 100.0) of 1 |  |  |" in report
