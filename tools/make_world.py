@@ -64,7 +64,7 @@ class Options:
     """Names of tasks; all if none is given."""
     voiced: float = 0.25
     """Items asked by voice for each asked in text, of training; held-out ones are all asked both ways. With --in-text
-    there are none: what is said would stand in the row as it stands already."""
+    none is asked by voice: in words, its row would be the same as that of the question in text."""
     voices: tuple[str, ...] = VOICES
     """Of slt, rms, awb and heart."""
     in_text: bool = False
@@ -92,12 +92,11 @@ def draw_items(options: Options, part: Part, count: int) -> list[Item]:
         raise InputError(f"tasks: {', '.join(unknown)}; there are {', '.join(artist.tasks)}")
     items = []
     for name in options.tasks or artist.tasks:
+        can_be_voiced = not options.in_text and name not in NOT_VOICED
         for _ in range(count):
             item = _draw_item(artist, name, part)
             items.append(item)
-            if options.in_text or name in NOT_VOICED:
-                continue
-            if part != "train" or rng.random() < options.voiced:
+            if can_be_voiced and (part != "train" or rng.random() < options.voiced):
                 items.append(ask_by_voice(item, *artist.draw_voice()))
     if options.in_text:
         items = [ask_in_text(item) for item in items]

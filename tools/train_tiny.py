@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ VOICED_TASKS = ("opposite", "day", "owner")  # of text alone, also asked by voic
 TIMED_TASKS = ("colour-at-sound", "word-at-shape")  # that need a picture and a sound at once
 VIDEO_WEIGHTS = {"silent": 4, "pictures": 1}
 TUNING_WEIGHTS = {"all": 3, "pictures": 3, "timed": 2, "narrations": 1, "silent": 1, "recordings": 2}
-HELD_OUT_LIST = 70  # one list of words in so many, of those that the Talker learns to copy; all differ
+HELD_OUT_LIST = 50  # one list of words in so many, of those that occur once; the Talker learns to copy the others
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
@@ -80,7 +81,8 @@ class Options:
     texts: int = 8000
     """Of each task in text alone, to learn language from."""
     questions: int = 6000
-    """Of each task about a picture or a video, beside those, to train on, and half as many of those asked by voice."""
+    """Of each task about a picture or a video, beside those, to train on, half as many of those asked by voice, and
+    three and a half times as many lists of words for the Talker."""
     steps_scale: float = 1.0
     """Factor of the steps of every recipe; below 1 for a trial."""
     scored: int = 100
@@ -88,7 +90,7 @@ class Options:
     short: bool = False
     """A part of the steps and of the data, to see within twenty minutes that each stage learns. There is no Talker 2:
     answers of so short a Talker 1 do not end, and there are no pairs; nor are there the stages of one medium that
-    instruction tuning begins with."""
+    instruction tuning begins with, and that of lists which the Talker begins with."""
     begin: Path | None = None
     """A checkpoint with the log of its stages, such as checkpoints/omni-tiny: these do not train again."""
 
@@ -269,9 +271,12 @@ class Training:
             self._write(f"{part}_speech", list(find_speech(spoken, SPOKEN_TASKS)))
             self._write(f"{part}_sounds", list(find_speech(spoken, ("transcribe",)))[:count])
         lists = list(find_speech(read_subfolder(self._rows("words/train")), ("words",)))
-        last = HELD_OUT_LIST - 1
-        self._write("valid_words", lists[last::HELD_OUT_LIST])
-        self._write("train_words", [values for i, values in enumerate(lists) if i % HELD_OUT_LIST != last])
+        # lists of one word, and some of two, are drawn several times
+        occurrences = Counter(values["text"] for values in lists)
+        held_out = [values for values in lists if occurrences[values["text"]] == 1][::HELD_OUT_LIST]
+        texts = {values["text"] for values in held_out}
+        self._write("valid_words", held_out)
+        self._write("train_words", [values for values in lists if values["text"] not in texts])
 
     def _make_questions(self, folder: str, items: int, tasks: Sequence[str], *more: object) -> None:
         """More rows of some tasks to train on."""

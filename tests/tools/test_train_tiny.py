@@ -59,7 +59,11 @@ QUESTIONS = {
     "watched": [row("watch", "<video>What happens?", "A star, then a ring.", videos=["media/i.mp4"])],
     "voiced": [row("day-voice", "<audio>", "Emma comes on Tuesday.", audios=["media/j.wav"], voice="rms")],
     "timed": [row("word-at-shape", "<video>Which word was said?", "The word was dog.", videos=["media/k.mp4"])],
-    "words": [row("words", "<audio>What is said?", "New dog red star", audios=["media/l.wav"], voice="awb")],
+    # a list that is drawn twice, and one that is held out
+    "words": [
+        row("words", "<audio>What is said?", text, audios=[f"media/{file}.wav"], voice="awb")
+        for file, text in (("l", "Dog"), ("n", "New dog red star"), ("o", "Dog"))
+    ],
 }
 LISTS = [row("list-text", "Read this aloud: star red dog", "star red dog")]
 TEXTS = [row("colour-text", "A red star and a blue ring. What colour is the star?", "The star is red.")]
@@ -182,14 +186,13 @@ def test_transcribed_sounds_and_spoken_answers_become_rows(training: Training) -
     }
 
 
-def test_lists_of_words_are_for_the_talker_alone(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
-    (spoken,) = read_values(training.data / "train_words.jsonl")
-    assert spoken["audio"] == "words/media/l.wav" and spoken["text"] == "New dog red star"
-    assert not (training.data / "valid_words.jsonl").read_text()
-    monkeypatch.setattr("tools.train_tiny.HELD_OUT_LIST", 1)
-    training.make_data()
-    assert read_values(training.data / "valid_words.jsonl") == [spoken]
-    assert not (training.data / "train_words.jsonl").read_text()
+def test_held_out_lists_of_words_are_not_trained_on(training: Training) -> None:
+    for part, expected in (
+        ("train", [("Dog", "words/media/l.wav"), ("Dog", "words/media/o.wav")]),
+        ("valid", [("New dog red star", "words/media/n.wav")]),
+    ):
+        rows = read_values(training.data / f"{part}_words.jsonl")
+        assert [(values["text"], values["audio"]) for values in rows] == expected
 
 
 def test_another_sound_of_a_voice_is_the_one_before() -> None:
