@@ -169,6 +169,7 @@ RECIPES = {
     "pictures-omni-tiny": _make_tuning("pictures alone", steps=4000, audio_blocks=0, canvases=3),
     "videos-omni-tiny": _make_tuning("silent videos, with some pictures", steps=1500, audio_blocks=0, canvases=6),
     "sounds-omni-tiny": _make_tuning("sounds alone", steps=2400, audio_blocks=14, canvases=0),
+    "timing-omni-tiny": _make_tuning("videos with sound, and questions by voice", steps=6000),
     "thinker-sft-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
         _ALL,

@@ -52,8 +52,8 @@ class Options:
     """That are answered at once."""
     max_tokens: int = 48
     """Of an answer."""
-    max_codes: int = 400
-    """Of the speech of one: eight seconds."""
+    max_codes: int = 1000
+    """Of the speech of one: twenty seconds, more than a list of forty words takes."""
 
 
 class Question(NamedTuple):

@@ -53,8 +53,11 @@ PICTURE_TASKS = ("colour", "shape", "count", "place", "describe", "dialogue", "p
 SILENT_TASKS = ("order", "direction", "repeats", "sign", "watch")
 SPOKEN_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say, too
 VOICED_TASKS = ("opposite", "day", "owner")  # of text alone, also asked by voice
-TIMED_TASKS = ("colour-at-sound", "word-at-shape")  # that need a picture and a sound at once
+TIMED_TASKS = ("colour-at-sound", "word-at-shape", "moments")  # that need a picture and a sound at once
 VIDEO_WEIGHTS = {"silent": 4, "pictures": 1}
+# the last of them is of videos of which one moment is asked for, and of questions by voice, also about what is seen
+ASKED_TASKS = ("colour", "shape", "count", "place", "describe", "order", "direction", "repeats", "sign")
+TIMING_WEIGHTS = {"timed": 3, "asked": 5, "narrations": 2, "all": 1}
 TUNING_WEIGHTS = {"all": 3, "pictures": 3, "timed": 2, "narrations": 1, "silent": 1, "recordings": 2}
 HELD_OUT_LIST = 50  # one list of words in so many, of those that occur once; the Talker learns to copy the others
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
@@ -163,6 +166,7 @@ class Training:
                 Stage("pictures", self.tune_on_pictures, "pictures"),
                 Stage("videos", self.tune_on_videos, "videos"),
                 Stage("sounds", self.tune_on_sounds, "sounds"),
+                Stage("timing", self.tune_on_timing, "timing"),
             )
         return (
             Stage("texts", self.make_texts),
@@ -237,6 +241,7 @@ class Training:
         self._make_questions("watched", self.options.questions, SILENT_TASKS, "--voiced", 0, "--seed", 3)
         self._make_questions("voiced", self.options.questions // 2, VOICED_TASKS, "--voiced", 1, "--seed", 4)
         self._make_questions("timed", self.options.questions, TIMED_TASKS, "--voiced", 0, "--seed", 5)
+        self._make_questions("asked", self.options.questions // 4, ASKED_TASKS, "--voiced", 1, "--seed", 8)
         flite = ("--voices", *FLITE_VOICES)  # of whom the Talker learns first
         self._make_questions("words", 7 * self.options.questions // 2, ["words"], "--voiced", 0, "--seed", 7, *flite)
         for part in ("train", "valid"):
@@ -254,14 +259,16 @@ class Training:
             self._write(f"{part}_all", prompted)
             asked = [*prompted, *described] if part == "train" else prompted
             more: dict[str, list[Values]] = {}
-            for folder in ("seen", "watched", "voiced", "timed"):
+            for folder in ("seen", "watched", "voiced", "timed", "asked"):
                 more[folder] = read_subfolder(self._rows(f"{folder}/train")) if part == "train" else []
             by_voice = [f"{task}-voice" for task in VOICED_TASKS]
+            all_by_voice = [*by_voice, *(f"{task}-voice" for task in ASKED_TASKS)]
             self._write(f"{part}_pictures", [*_select(asked, PICTURE_TASKS), *more["seen"]])
             self._write(f"{part}_silent", [*more["watched"], *_select(prompted, SILENT_TASKS)])
             recorded = _select(asked, (*SPOKEN_TASKS, *VOICED_TASKS, *by_voice))
             self._write(f"{part}_recordings", [*recorded, *more["voiced"]])
             self._write(f"{part}_timed", [*_select(prompted, TIMED_TASKS), *more["timed"]])
+            self._write(f"{part}_asked", _select([*prompted, *more["voiced"], *more["asked"]], all_by_voice))
         for part, count in NUM_SOUNDS.items():
             rows = read_values(self._rows(part))
             self._write(f"{part}_replies", list(find_replies(rows)))
@@ -318,8 +325,11 @@ class Training:
     def tune_on_sounds(self) -> None:
         self._train("sounds", self.out / "videos", ["recordings"])
 
+    def tune_on_timing(self) -> None:
+        self._train_mixture("timing", self.out / "sounds", TIMING_WEIGHTS)
+
     def tune(self) -> None:
-        init = self.out / ("pretrain3" if self.options.short else "sounds")
+        init = self.out / ("pretrain3" if self.options.short else "timing")
         self._train_mixture("thinker-sft", init, TUNING_WEIGHTS)
 
     def _train_mixture(self, stage: str, init: Path, weights: Mapping[str, int]) -> None:

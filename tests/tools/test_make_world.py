@@ -13,7 +13,7 @@ from omni_jax.errors import InputError
 from tests.tools.tone_world import ToneSpeaker
 from tools import make_world as tool
 from tools.world.captions import describe_medium
-from tools.world.items import PARTS, Item, Picture, Video, part_of
+from tools.world.items import PARTS, Item, Picture, Spoken, Video, part_of
 from tools.world.pictures import FRAME_RATE, SIDE, Ground, Thing, draw_picture
 from tools.world.sounds import EFFECT_SECONDS, Placed, make_effect, mix_track
 from tools.world.tasks import SEGMENT_SECONDS, STYLES, Artist
@@ -119,6 +119,28 @@ def test_the_time_of_a_sound_says_which_colour_is_meant(artist: Artist) -> None:
         assert start + EFFECT_SECONDS + 0.3 < (segment + 1) * SEGMENT_SECONDS
         # the same pictures with the sound elsewhere have another answer, so it cannot be read off them
         assert len({picture.things[0].colour for picture in video.frames}) == 3
+
+
+def test_moments_ask_about_every_sound_of_a_video(artist: Artist) -> None:
+    for _ in range(50):
+        item = artist.moments()
+        video = item.turns[0].media[0]
+        assert isinstance(video, Video) and video.sounds is not None
+        answers = set()
+        for start, sound in video.sounds:
+            segment = int(start // SEGMENT_SECONDS)
+            thing = video.frames[round(start * FRAME_RATE)].things[0]
+            ordinal = ("first", "second", "last")[segment]
+            if isinstance(sound, Spoken):
+                question = f"Which word was said while the {thing.shape} was there?"
+                answers.add((question, f"The {thing.shape} came {ordinal}, and the word was {sound.text}."))
+            else:
+                question = f"What colour was the {thing.shape} when the {sound.name} came?"
+                answers.add((question, f"The {ordinal} {thing.shape} was {thing.colour}."))
+        assert {(turn.question, turn.answer) for turn in item.turns} == answers
+        assert len(item.turns) == len(video.sounds)
+        # each question alone has a key, and in training none of them may be held out
+        assert sum(key.startswith(("at ", "said ")) for key in (item.key, *item.seen)) == len(item.turns)
 
 
 def test_rows_can_be_read_and_made_again(tmp_path: Path) -> None:

@@ -59,6 +59,10 @@ QUESTIONS = {
     "watched": [row("watch", "<video>What happens?", "A star, then a ring.", videos=["media/i.mp4"])],
     "voiced": [row("day-voice", "<audio>", "Emma comes on Tuesday.", audios=["media/j.wav"], voice="rms")],
     "timed": [row("word-at-shape", "<video>Which word was said?", "The word was dog.", videos=["media/k.mp4"])],
+    "asked": [
+        row("shape", "<image>What is red?", "The star is red.", images=["media/p.png"]),
+        row("shape-voice", "<image><audio>", "The star is red.", images=["media/p.png"], audios=["media/q.wav"]),
+    ],
     # a list that is drawn twice, and one that is held out
     "words": [
         row("words", "<audio>What is said?", text, audios=[f"media/{file}.wav"], voice="awb")
@@ -144,6 +148,11 @@ def test_pictures_are_those_of_questions_and_of_captions(training: Training) -> 
             2,
         ),
         ("timed", [("word-at-shape", "timed/media/k.mp4")], 0),
+        (
+            "asked",
+            [("order-voice", "media/d.wav"), ("day-voice", "voiced/media/j.wav"), ("shape-voice", "asked/media/q.wav")],
+            1,
+        ),
     ],
 )
 def test_rows_of_one_medium(
@@ -233,7 +242,7 @@ def test_a_checkpoint_stands_for_the_stages_of_its_log(tmp_path: Path) -> None:
 def test_the_short_form_has_fewer_stages_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [stage.name for stage in Training(TrainingOptions(tmp_path)).stages]
     short = Training(TrainingOptions(tmp_path, short=True))
-    left_out = ("pictures", "videos", "sounds", "Talker on lists", "Talker 2")
+    left_out = ("pictures", "videos", "sounds", "timing", "Talker on lists", "Talker 2")
     assert [stage.name for stage in short.stages] == [name for name in names if name not in left_out]
     assert short.options.items < TrainingOptions(tmp_path).items
     steps = {}

@@ -15,6 +15,7 @@ from tools.world.captions import capitalize, describe_medium, name_place
 from tools.world.draws import draw, sample
 from tools.world.items import Effect, Item, Medium, Part, Picture, Spoken, Turn, Video
 from tools.world.pictures import FRAME_RATE, Ground, Thing
+from tools.world.questions import ORDINALS, ask_about_happenings, ask_about_things, ask_for_colour, ask_for_word
 from tools.world.sounds import EFFECT_SECONDS
 from tools.world.vocabulary import (
     COLOURS,
@@ -36,9 +37,8 @@ _SEGMENTS = 3
 _WORD_SECONDS = 0.7  # kept free for a word, which takes some 0.6; until the edge it has a second and more
 _EDGE = 0.4  # seconds between a sound and the next change of the picture
 _APART = tuple(place for place in PLACES if place != "middle")  # things at these do not touch
-_ORDINALS = ("first", "second", "last")
 # tasks that are not asked by voice: what is said is asked for already, or they are there to learn from
-NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch", "words")
+NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch", "moments", "words")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Artist:
             "video-dialogue": self.video_dialogue,
             "watch": self.watch,
             "words": self.words,
+            "moments": self.moments,
         }
 
     # draws
@@ -182,8 +183,8 @@ class Artist:
             (self._time_in(segment, EFFECT_SECONDS), self._effect(name)) for segment, name in enumerate(effects)
         )
         video = Video(tuple(self._in_turn([()] * _SEGMENTS, self._ground())), sounds)
-        answer = f"The {effects[which]} came {_ORDINALS[which]}."
-        turn = Turn(f"Which sound came {_ORDINALS[which]}?", answer, (video,))
+        answer = f"The {effects[which]} came {ORDINALS[which]}."
+        turn = Turn(f"Which sound came {ORDINALS[which]}?", answer, (video,))
         return Item("effect", f"sound {which} {' '.join(effects)}", (turn,))
 
     # pictures
@@ -275,7 +276,7 @@ class Artist:
         things = [(self._thing(*kind, (0.5, 0.5), 0.2),) for kind in zip(shapes, colours, strict=True)]
         which = int(self._rng.integers(_SEGMENTS))
         video = Video(tuple(self._in_turn(things, self._ground())))
-        turn = Turn(f"Which shape came {_ORDINALS[which]}?", f"The {shapes[which]} came {_ORDINALS[which]}.", (video,))
+        turn = Turn(f"Which shape came {ORDINALS[which]}?", f"The {shapes[which]} came {ORDINALS[which]}.", (video,))
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("order", f"order {which} {' '.join(shapes)}", (turn,), seen)
 
@@ -376,10 +377,9 @@ class Artist:
             for name, segment in zip((effect, other), segments, strict=True)
         )
         video = Video(tuple(self._in_turn(things, self._ground())), sounds)
-        question = f"What colour was the {shape} when the {effect} came?"
-        turn = Turn(question, f"The {shape} was {colours[segments[0]]}.", (video,))
+        key, turn = ask_for_colour(effect, segments[0], [thing for (thing,) in things])
         seen = tuple(f"{colour} {shape}" for colour in colours)
-        return Item("colour-at-sound", f"at {effect} {segments[0]} {' '.join(colours)}", (turn,), seen)
+        return Item("colour-at-sound", key, (dataclasses.replace(turn, media=(video,)),), seen)
 
     def word_at_shape(self) -> Item:
         """Which word was said while a shape was there."""
@@ -390,10 +390,29 @@ class Artist:
         things = [(self._thing(*kind, (0.5, 0.5), 0.1),) for kind in zip(shapes, colours, strict=True)]
         sounds = tuple((self._time_in(segment, _WORD_SECONDS), self._say(word)) for segment, word in enumerate(words))
         video = Video(tuple(self._in_turn(things, self._ground())), sounds)
-        question = f"Which word was said while the {shapes[which]} was there?"
-        turn = Turn(question, f"The word was {words[which]}.", (video,))
+        key, turn = ask_for_word(which, [thing for (thing,) in things], words)
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
-        return Item("word-at-shape", f"said {which} {shapes[which]} {' '.join(words)}", (turn,), seen)
+        return Item("word-at-shape", key, (dataclasses.replace(turn, media=(video,)),), seen)
+
+    def moments(self) -> Item:
+        """All that can be asked about a video of the two tasks above, in any order: one question for each sound."""
+        item = draw(self._rng, (self.colour_at_sound, self.word_at_shape))()
+        (video,) = item.turns[0].media
+        assert isinstance(video, Video) and video.sounds is not None
+        shown = [video.frames[round(segment * SEGMENT_SECONDS * FRAME_RATE)].things[0] for segment in range(_SEGMENTS)]
+        asked = []
+        for start, sound in video.sounds:
+            segment = int(start // SEGMENT_SECONDS)
+            if isinstance(sound, Effect):
+                asked.append(ask_for_colour(sound.name, segment, shown))
+            else:
+                words = [sound.text for _, sound in video.sounds if isinstance(sound, Spoken)]
+                asked.append(ask_for_word(segment, shown, words))
+        order = sample(self._rng, asked, len(asked))
+        turns = [turn for _, turn in order]
+        turns[0] = dataclasses.replace(turns[0], media=(video,))
+        (key, _), *others = order
+        return Item("moments", key, tuple(turns), (*item.seen, *(key for key, _ in others)))
 
     # text alone; more are in ``tools.world.texts``
 
@@ -435,38 +454,19 @@ class Artist:
             self._thing(shape, colour, PLACES[place])
             for shape, colour, place in zip(shapes, colours, places, strict=True)
         ]
-        asked = []
-        for shape, colour, place in zip(shapes, colours, places, strict=True):
-            name = f"{colour} {shape}"
-            asked += [
-                (f"What colour is the {shape}?", f"The {shape} is {colour}."),
-                (f"What is {colour}?", f"The {shape} is {colour}."),
-                (f"Where is the {shape}?", f"The {name} is {name_place(place)}."),
-                (f"What is {name_place(place)}?", f"The {name} is {name_place(place)}."),
-            ]
+        asked = ask_about_things(shapes, colours, places)
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return self._ask_several("picture-dialogue", self._picture(things), asked, seen)
 
     def video_dialogue(self) -> Item:
         """Some of all that happens in a video, as ``narrate`` tells it, is asked for."""
         video, shapes, colours, names = self._happenings()
-        asked = []
-        for shape, colour, name, ordinal in zip(shapes, colours, names, _ORDINALS, strict=True):
-            asked += [
-                (f"What colour was the {shape}?", f"The {shape} was {colour}."),
-                (f"Which shape was {colour}?", f"The {shape} was {colour}."),
-                (f"Which shape came {ordinal}?", f"The {shape} came {ordinal}."),
-            ]
-            if name in EFFECTS and names.count(name) == 1:
-                asked.append((f"What was there when the {name} came?", f"The {colour} {shape} was there."))
-                asked.append((f"Which sound came with the {shape}?", f"The {name} came with the {shape}."))
-            elif name in SIGNS:
-                asked.append((f"Which word was said while the {shape} was there?", f"The word was {name}."))
+        asked = ask_about_happenings(shapes, colours, names)
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return self._ask_several("video-dialogue", video, asked, seen)
 
-    def _ask_several(self, task: str, medium: Medium, asked: Sequence[tuple[str, str]], seen: tuple[str, ...]) -> Item:
-        turns = [Turn(question, answer) for question, answer in sample(self._rng, asked, 6)]
+    def _ask_several(self, task: str, medium: Medium, asked: Sequence[Turn], seen: tuple[str, ...]) -> Item:
+        turns = sample(self._rng, asked, 6)
         turns[0] = dataclasses.replace(turns[0], media=(medium,))
         key = " ".join(turn.answer for turn in turns)
         return Item(task, key, tuple(turns), seen)
