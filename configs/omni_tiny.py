@@ -169,7 +169,20 @@ RECIPES = {
     "pictures-omni-tiny": _make_tuning("pictures alone", steps=4000, audio_blocks=0, canvases=3),
     "videos-omni-tiny": _make_tuning("silent videos, with some pictures", steps=1500, audio_blocks=0, canvases=6),
     "sounds-omni-tiny": _make_tuning("sounds alone", steps=2400, audio_blocks=14, canvases=0),
-    "timing-omni-tiny": _make_tuning("videos with sound, and questions by voice", steps=6000),
+    # two such videos in a row. Encoders stay as they are: what they see and hear is to be put together
+    "timing-omni-tiny": dataclasses.replace(
+        _make(
+            thinker_sft.RECIPES["thinker-sft-tiny"],
+            (Phase("dialogues", (_DECODER, _ADAPTERS)),),
+            steps=2800,
+            learning_rate=5e-4,
+            tokens=704,
+            audio_blocks=8,
+            canvases=3,
+            lookahead=8,
+        ),
+        about="instruction tuning on moments of videos with sound, and on questions by voice",
+    ),
     "thinker-sft-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],
         _ALL,
