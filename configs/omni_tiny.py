@@ -92,9 +92,9 @@ def _make_text(**kw: Any) -> Recipe:
     return _make(thinker_sft.RECIPES["thinker-sft-tiny"], phases, rows=4, tokens=256, audio_blocks=0, canvases=0, **kw)
 
 
-def _make_tuning(what: str, **kw: Any) -> Recipe:
-    """A recipe of instruction tuning on one kind of media, with the arguments of ``_make``."""
-    recipe = _make(thinker_sft.RECIPES["thinker-sft-tiny"], _ALL, learning_rate=5e-4, **kw)
+def _make_tuning(what: str, *, phases: tuple[Phase, ...] | None = None, **kw: Any) -> Recipe:
+    """A recipe of instruction tuning on one kind of media, with the arguments of ``_make``; all trains by default."""
+    recipe = _make(thinker_sft.RECIPES["thinker-sft-tiny"], phases or _ALL, learning_rate=5e-4, **kw)
     return dataclasses.replace(recipe, about=f"instruction tuning on {what}")
 
 
@@ -170,18 +170,14 @@ RECIPES = {
     "videos-omni-tiny": _make_tuning("silent videos, with some pictures", steps=1500, audio_blocks=0, canvases=6),
     "sounds-omni-tiny": _make_tuning("sounds alone", steps=2400, audio_blocks=14, canvases=0),
     # two such videos in a row. Encoders stay as they are: what they see and hear is to be put together
-    "timing-omni-tiny": dataclasses.replace(
-        _make(
-            thinker_sft.RECIPES["thinker-sft-tiny"],
-            (Phase("dialogues", (_DECODER, _ADAPTERS)),),
-            steps=2800,
-            learning_rate=5e-4,
-            tokens=704,
-            audio_blocks=8,
-            canvases=3,
-            lookahead=8,
-        ),
-        about="instruction tuning on moments of videos with sound, and on questions by voice",
+    "timing-omni-tiny": _make_tuning(
+        "moments of videos with sound, and on questions by voice",
+        phases=(Phase("dialogues", (_DECODER, _ADAPTERS)),),
+        steps=2800,
+        tokens=704,
+        audio_blocks=8,
+        canvases=3,
+        lookahead=8,
     ),
     "thinker-sft-omni-tiny": _make(
         thinker_sft.RECIPES["thinker-sft-tiny"],

@@ -58,7 +58,17 @@ VIDEO_WEIGHTS = {"silent": 4, "pictures": 1}
 # the last of them is of videos of which one moment is asked for, and of questions by voice, also about what is seen
 ASKED_TASKS = ("colour", "shape", "count", "place", "describe", "order", "direction", "repeats", "sign")
 TIMING_WEIGHTS = {"timed": 5, "asked": 6, "narrations": 2, "all": 2}
-TUNING_WEIGHTS = {"all": 3, "pictures": 3, "timed": 2, "narrations": 1, "silent": 1, "recordings": 2}
+TUNING_WEIGHTS = {
+    "all": 3,
+    "pictures": 3,
+    "timed": 2,
+    "asked": 2,
+    "narrations": 1,
+    "silent": 1,
+    "recordings": 2,
+    # without it lists are copied with errors after a while
+    "texts": 1,
+}
 HELD_OUT_LIST = 50  # one list of words in so many, of those that occur once; the Talker learns to copy the others
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of

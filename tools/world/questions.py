@@ -26,7 +26,7 @@ def ask_about_things(shapes: Sequence[str], colours: Sequence[str], places: Sequ
     return asked
 
 
-def ask_about_happenings(shapes: Sequence[str], colours: Sequence[str], names: Sequence[str]) -> list[Turn]:
+def ask_about_events(shapes: Sequence[str], colours: Sequence[str], names: Sequence[str]) -> list[Turn]:
     """All about a video of three things.
 
     Args:

@@ -15,7 +15,7 @@ from tools.world.captions import capitalize, describe_medium, name_place
 from tools.world.draws import draw, sample
 from tools.world.items import Effect, Item, Medium, Part, Picture, Spoken, Turn, Video
 from tools.world.pictures import FRAME_RATE, Ground, Thing
-from tools.world.questions import ORDINALS, ask_about_happenings, ask_about_things, ask_for_colour, ask_for_word
+from tools.world.questions import ORDINALS, ask_about_events, ask_about_things, ask_for_colour, ask_for_word
 from tools.world.sounds import EFFECT_SECONDS
 from tools.world.vocabulary import (
     COLOURS,
@@ -344,13 +344,13 @@ class Artist:
 
     def narrate(self) -> Item:
         """All that happens in a video, in turn: what is there, with the effect or the word that is heard."""
-        video, shapes, colours, _ = self._happenings()
+        video, shapes, colours, _ = self._draw_events()
         answer = describe_medium(video)
         turn = self._ask_what_happens(answer, video)
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("narrate", answer, (turn,), seen)
 
-    def _happenings(self) -> tuple[Video, list[str], list[str], list[str]]:
+    def _draw_events(self) -> tuple[Video, list[str], list[str], list[str]]:
         """A video of several things, with the shape and the colour of each and what is heard with it, if anything."""
         shapes = sample(self._rng, SHAPES, _SEGMENTS)
         colours = sample(self._rng, tuple(COLOURS), _SEGMENTS)
@@ -408,10 +408,10 @@ class Artist:
             else:
                 words = [sound.text for _, sound in video.sounds if isinstance(sound, Spoken)]
                 asked.append(ask_for_word(segment, shown, words))
-        order = sample(self._rng, asked, len(asked))
-        turns = [turn for _, turn in order]
+        shuffled = sample(self._rng, asked, len(asked))
+        turns = [turn for _, turn in shuffled]
         turns[0] = dataclasses.replace(turns[0], media=(video,))
-        (key, _), *others = order
+        (key, _), *others = shuffled
         return Item("moments", key, tuple(turns), (*item.seen, *(key for key, _ in others)))
 
     # text alone; more are in ``tools.world.texts``
@@ -460,8 +460,8 @@ class Artist:
 
     def video_dialogue(self) -> Item:
         """Some of all that happens in a video, as ``narrate`` tells it, is asked for."""
-        video, shapes, colours, names = self._happenings()
-        asked = ask_about_happenings(shapes, colours, names)
+        video, shapes, colours, names = self._draw_events()
+        asked = ask_about_events(shapes, colours, names)
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return self._ask_several("video-dialogue", video, asked, seen)
 
