@@ -314,13 +314,16 @@ def insert(page: str, sections: Mapping[str, str]) -> str:
     """A page with sections between its markers, in place of those of the same names; others stay as they are.
 
     Raises:
-      InputError: if it has not both markers, once and in their order.
+      InputError: if it has not both markers, once and in their order, or a section of another name between them.
     """
     before, first, rest = page.partition(MARKERS[0])
     old, second, after = rest.partition(MARKERS[1])
     if not first or not second or MARKERS[0] in rest or MARKERS[1] in after:
         raise InputError(f"the page must have the lines {MARKERS[0]} and {MARKERS[1]}, once and in this order")
     kept = dict(part.split("\n", 1) for part in re.split("^## ", old, flags=re.MULTILINE)[1:])
+    unknown = sorted(kept.keys() - set(SECTIONS))
+    if unknown:
+        raise InputError(f"between the page's markers is a section that is not of the report: {unknown[0]!r}; move it")
     told = {name: text.strip() for name, text in {**kept, **sections}.items()}
     report = "\n\n".join(f"## {name}\n\n{told[name]}" for name in sorted(told, key=SECTIONS.index))
     return f"{before}{first}\n\n{report}\n\n{second}{after}"

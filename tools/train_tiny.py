@@ -44,12 +44,12 @@ NUM_PIECES = 768  # of the vocabulary: every word of the world and of its prompt
 NUM_VALID = 500  # held-out rows that stages look at, drawn at random, so that a look takes seconds
 # of pretraining 1: a picture or a sound, and all that it shows or says. From questions about pictures encoders learn
 # little: from twelve thousand descriptions they learn in minutes what they do not learn from as many questions
-CAPTION_TASKS = ("transcribe", "phrase", "hear", "describe", "picture-dialogue")
+CAPTION_TASKS = ("transcribe", "phrase", "hear", "describe", "picture-dialogue", "shapes")
 NARRATION_TASKS = ("narrate", "video-dialogue")  # the same of videos, which take five times as long; for pretraining 2
 # what pretraining 2 reads, with how much of each; text too, so that what was learned from it stays
 JOINT_WEIGHTS = {"all": 2, "captions": 3, "narrations": 1, "texts": 1}
 # what instruction tuning begins with, a medium at a time: a step of one alone has more rows, and takes less time
-PICTURE_TASKS = ("colour", "shape", "count", "place", "describe", "dialogue", "picture-dialogue")
+PICTURE_TASKS = ("colour", "shape", "count", "place", "describe", "shapes", "dialogue", "picture-dialogue")
 SILENT_TASKS = ("order", "direction", "repeats", "sign", "watch")
 SPOKEN_TASKS = ("transcribe", "phrase", "hear")  # what is heard in them, the Talker learns to say, too
 VOICED_TASKS = ("opposite", "day", "owner")  # of text alone, also asked by voice
@@ -247,7 +247,7 @@ class Training:
             *("tools/make_world.py", self.data / "captions", "--items", self.options.captions, "--split", "train"),
             *("--tasks", *CAPTION_TASKS, *NARRATION_TASKS, "--voiced", 0, "--seed", 1),
         )
-        self._make_questions("seen", self.options.questions, [*PICTURE_TASKS[:5]], "--voiced", 0, "--seed", 6)
+        self._make_questions("seen", self.options.questions, [*PICTURE_TASKS[:6]], "--voiced", 0, "--seed", 6)
         self._make_questions("watched", self.options.questions, SILENT_TASKS, "--voiced", 0, "--seed", 3)
         self._make_questions("voiced", self.options.questions // 2, VOICED_TASKS, "--voiced", 1, "--seed", 4)
         self._make_questions("timed", self.options.questions, TIMED_TASKS, "--voiced", 0, "--seed", 5)

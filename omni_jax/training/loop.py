@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from omni_jax.checkpoint.train_checkpoints import MODEL_FOLDER, TrainCheckpoints, step_folder
 from omni_jax.checks import printable
+from omni_jax.data.config import DataConfig
 from omni_jax.data.held_out import read_held_out
 from omni_jax.data.pipeline import Batches, RowCounts, batches
 from omni_jax.distributed import barrier, gather, is_main_process
@@ -92,11 +93,8 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
             # the run's own copy, so that it goes on where ``init`` is gone or has changed
             processor = Processor.load(workdir / MODEL_FOLDER)
             if is_main_process():
-                for name, value, own in processor.settings.pixels.find_differences(recipe.data.pixels):
-                    print(
-                        f"note: data.{name} is {value}, and the model's preprocessor_config.json says {own}: unless "
-                        "that is changed too, it will be asked with other sizes than it trains with"
-                    )
+                for difference in find_other_sizes(recipe.data, processor):
+                    print(f"note: {difference}")
             packing = objective.make_packing(recipe.data, processor, recipe.data.streams // shard.count)
             data = batches(recipe.data, packing, process_index=shard.index, process_count=shard.count)
             held_out = []
@@ -109,6 +107,17 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
             failure_watch.before_end(loop.wait_for_checkpoint)
             with failure_watch.guard():
                 return loop.run(stop_signal)
+
+
+def find_other_sizes(data: DataConfig, processor: Processor) -> list[str]:
+    """What is said of sizes of pictures that a model trains with and is not asked with; of no pictures, nothing."""
+    if not data.canvases:
+        return []
+    return [
+        f"data.{name} is {value}, and the model's preprocessor_config.json says {own}: unless that is changed too, it "
+        "will be asked with other sizes than it trains with"
+        for name, value, own in processor.settings.pixels.find_differences(data.pixels)
+    ]
 
 
 def _with_rejects_file(recipe: Recipe, workdir: Path) -> Recipe:

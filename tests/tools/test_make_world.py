@@ -6,13 +6,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import ImageColor
 
 from omni_jax.data.rows import Dialogue, read_row, row_values
 from omni_jax.data.sources import open_rows
 from omni_jax.errors import InputError
 from tests.tools.tone_world import ToneSpeaker
 from tools import make_world as tool
-from tools.world.captions import describe_medium
+from tools.world.captions import capitalize, describe_medium
+from tools.world.draws import nearest_colour
 from tools.world.items import PARTS, Item, Picture, Spoken, Video, part_of
 from tools.world.pictures import FRAME_RATE, SIDE, Ground, Thing, draw_picture
 from tools.world.sounds import EFFECT_SECONDS, Placed, make_effect, mix_track
@@ -133,7 +135,10 @@ def test_moments_ask_about_every_sound_of_a_video(artist: Artist) -> None:
             ordinal = ("first", "second", "last")[segment]
             if isinstance(sound, Spoken):
                 question = f"Which word was said while the {thing.shape} was there?"
-                answers.add((question, f"The {thing.shape} came {ordinal}, and the word was {sound.text}."))
+                named = [frame.things[0].shape for frame in video.frames[:: round(SEGMENT_SECONDS * FRAME_RATE)]]
+                words = [spoken.text for _, spoken in video.sounds if isinstance(spoken, Spoken)]
+                told = [f"with the {shape} {word}" for shape, word in zip(named, words, strict=True)]
+                answers.add((question, capitalize(f"{', '.join(told)}, so {told[segment]}")))
             else:
                 question = f"What colour was the {thing.shape} when the {sound.name} came?"
                 answers.add((question, f"The {ordinal} {thing.shape} was {thing.colour}."))
@@ -141,6 +146,27 @@ def test_moments_ask_about_every_sound_of_a_video(artist: Artist) -> None:
         assert len(item.turns) == len(video.sounds)
         # each question alone has a key, and in training none of them may be held out
         assert sum(key.startswith(("at ", "said ")) for key in (item.key, *item.seen)) == len(item.turns)
+
+
+def test_shapes_are_shown_in_colours_that_are_not_named(artist: Artist) -> None:
+    shown = set()
+    for _ in range(50):
+        item = artist.shapes()
+        picture = item.turns[0].media[0]
+        assert isinstance(picture, Picture)
+        words = item.turns[0].answer.lower().rstrip(".").split()
+        assert not set(words) & set(COLOURS)
+        # in training the pair that each looks most like is not a held-out one
+        nearest = {f"{nearest_colour(thing.colour)} {thing.shape}" for thing in picture.things}
+        assert set(item.seen) == nearest
+        shown |= {ImageColor.getrgb(thing.colour) for thing in picture.things}
+    assert not shown & set(COLOURS.values()) and all(max(colour) > 140 for colour in shown)
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_named_colour_is_the_nearest_to_itself(colour: str) -> None:
+    red, green, blue = COLOURS[colour]
+    assert nearest_colour(f"#{red:02x}{green:02x}{blue:02x}") == colour
 
 
 def test_rows_can_be_read_and_made_again(tmp_path: Path) -> None:

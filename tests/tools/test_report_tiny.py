@@ -51,6 +51,8 @@ def test_the_report_stands_between_the_markers() -> None:
     for wrong in ("no markers", MARKERS[1] + MARKERS[0], PAGE + PAGE):
         with pytest.raises(InputError, match="once and in this order"):
             insert(wrong, {})
+    with pytest.raises(InputError, match="not of the report: 'Notes'"):
+        insert(PAGE.replace(MARKERS[1], f"## Notes\n\nby hand\n\n{MARKERS[1]}"), {})
 
 
 def write(path: Path, values: object) -> None:

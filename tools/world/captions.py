@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from tools.world.items import Effect, Item, Medium, Picture, Spoken, Turn, Video
 from tools.world.pictures import FRAME_RATE, Thing
-from tools.world.vocabulary import COLOURS, NUMBERS, PLACES, plural
+from tools.world.vocabulary import COLOURS, NUMBERS, PLACES, SHAPES, plural
 
 _NEAR = 0.1  # widths of the picture: a thing so near to a place is at it
 
@@ -18,9 +19,9 @@ def capitalize(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def name_thing(colour: str, shape: str) -> str:
-    """A thing with its article."""
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
+def add_article(name: str) -> str:
+    """The name of a thing with its article."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def name_place(place: str) -> str:
@@ -59,24 +60,29 @@ def _name_things(things: Sequence[Thing]) -> str:
     if not things:
         return "nothing"
     if len(things) == 1:
-        return name_thing(things[0].colour, things[0].shape)
+        return add_article(_name_kind(things[0]))
     placed = {_find_place(thing): thing for thing in things}
-    kinds = {(thing.colour, thing.shape) for thing in things}
+    kinds = {_name_kind(thing) for thing in things}
     if len(things) == len(placed) == max(len(kinds), 2) and None not in placed:
         names = []
         for place in PLACES:
             if place in placed:
                 thing = placed[place]
-                names.append(f"{name_thing(thing.colour, thing.shape)} {name_place(place)}")
+                names.append(f"{add_article(_name_kind(thing))} {name_place(place)}")
         return f"{', '.join(names[:-1])} and {names[-1]}"
-    counts: dict[tuple[str, str], int] = {}
-    for thing in things:
-        kind = (thing.colour, thing.shape)
-        counts[kind] = counts.get(kind, 0) + 1
-    return " and ".join(
-        f"{NUMBERS[count - 1]} {colour} {plural(shape, count)}"
-        for (colour, shape), count in sorted(counts.items(), key=lambda kind: list(COLOURS).index(kind[0][0]))
-    )
+    counts = Counter(_name_kind(thing) for thing in sorted(things, key=_rank))
+    return " and ".join(f"{NUMBERS[count - 1]} {plural(name, count)}" for name, count in counts.items())
+
+
+def _name_kind(thing: Thing) -> str:
+    """Colour and shape; the shape alone of a thing whose colour has no name."""
+    return f"{thing.colour} {thing.shape}" if thing.colour in COLOURS else thing.shape
+
+
+def _rank(thing: Thing) -> tuple[int, int]:
+    """By which kinds of things are told in turn: their colours, if these have names, and then their shapes."""
+    colour = list(COLOURS).index(thing.colour) if thing.colour in COLOURS else len(COLOURS)
+    return colour, SHAPES.index(thing.shape)
 
 
 def _find_place(thing: Thing) -> str | None:
@@ -105,8 +111,8 @@ def _describe_times(video: Video) -> list[str]:
     return described
 
 
-def _kinds(frame: Picture) -> tuple[tuple[str, str], ...]:
-    return tuple((thing.colour, thing.shape) for thing in frame.things)
+def _kinds(frame: Picture) -> tuple[str, ...]:
+    return tuple(_name_kind(thing) for thing in frame.things)
 
 
 def _name_move(first: Sequence[Thing], last: Sequence[Thing]) -> str:

@@ -1,13 +1,20 @@
-"""Random draws from lists."""
+"""Random draws from lists, and of colours."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
+from PIL import ImageColor
+
+from tools.world.vocabulary import COLOURS
 
 _Choice = TypeVar("_Choice")
+# of 255: the least part of a colour, and what its largest is above; grounds have at most 44
+_DARK = 30
+_BRIGHT = 140
 
 
 def draw(rng: np.random.Generator, choices: Sequence[_Choice]) -> _Choice:
@@ -18,3 +25,17 @@ def draw(rng: np.random.Generator, choices: Sequence[_Choice]) -> _Choice:
 def sample(rng: np.random.Generator, choices: Sequence[_Choice], count: int) -> list[_Choice]:
     """So many different ones, in any order; all of them if there are no more."""
     return [choices[int(place)] for place in rng.permutation(len(choices))[:count]]
+
+
+def draw_colour(rng: np.random.Generator) -> str:
+    """Any colour, as #rrggbb, that is bright enough on the grounds of pictures."""
+    while True:
+        parts = rng.integers(_DARK, 256, 3)
+        if max(parts) > _BRIGHT:
+            return "#" + "".join(f"{part:02x}" for part in parts)
+
+
+def nearest_colour(colour: str) -> str:
+    """The name of the colour that is nearest to one of #rrggbb."""
+    parts = ImageColor.getrgb(colour)
+    return min(COLOURS, key=lambda name: math.dist(COLOURS[name], parts))

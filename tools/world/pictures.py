@@ -10,7 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from tools.world.vocabulary import COLOURS
 
@@ -27,6 +27,7 @@ class Thing:
 
     shape: str
     colour: str
+    """Its name, or #rrggbb of one that has none."""
     x: float
     """Of its centre, from the left."""
     y: float
@@ -133,7 +134,8 @@ def draw_picture(things: Sequence[Thing], ground: Ground, sign: str = "") -> np.
     image = Image.new("RGB", (SIDE * _FINER, SIDE * _FINER), empty)
     pen = ImageDraw.Draw(image)
     for thing in things:
-        pen.polygon(_polygon(_OUTLINES[thing.shape], thing), fill=COLOURS[thing.colour])
+        colour = COLOURS.get(thing.colour) or ImageColor.getrgb(thing.colour)
+        pen.polygon(_polygon(_OUTLINES[thing.shape], thing), fill=colour)
         if thing.shape == "ring":
             hole = [(x * _HOLE, y * _HOLE) for x, y in _OUTLINES["ring"]]
             pen.polygon(_polygon(hole, thing), fill=empty)

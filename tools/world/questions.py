@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tools.world.captions import name_place
+from tools.world.captions import capitalize, name_place
 from tools.world.items import Turn
 from tools.world.pictures import Thing
 from tools.world.vocabulary import EFFECTS, SIGNS
@@ -35,7 +35,8 @@ def ask_about_events(shapes: Sequence[str], colours: Sequence[str], names: Seque
       names: what is heard with each: an effect, a word, or "".
     """
     asked = []
-    for shape, colour, name, ordinal in zip(shapes, colours, names, ORDINALS, strict=True):
+    for number, (shape, colour, name) in enumerate(zip(shapes, colours, names, strict=True)):
+        ordinal = ORDINALS[number]
         asked += [
             Turn(f"What colour was the {shape}?", f"The {shape} was {colour}."),
             Turn(f"Which shape was {colour}?", f"The {shape} was {colour}."),
@@ -45,7 +46,7 @@ def ask_about_events(shapes: Sequence[str], colours: Sequence[str], names: Seque
             asked.append(Turn(f"What was there when the {name} came?", f"The {colour} {shape} was there."))
             asked.append(Turn(f"Which sound came with the {shape}?", f"The {name} came with the {shape}."))
         elif name in SIGNS:
-            asked.append(_ask_for_word(shape, ordinal, name))
+            asked.append(_ask_for_word(number, shapes, names))
     return asked
 
 
@@ -67,7 +68,7 @@ def ask_for_colour(effect: str, segment: int, shown: Sequence[Thing]) -> tuple[s
 
 
 def ask_for_word(segment: int, shown: Sequence[Thing], words: Sequence[str]) -> tuple[str, Turn]:
-    """A question about the word that was said with a thing; its answer tells when that was, too.
+    """A question about the word that was said with a thing; its answer tells all that happened first.
 
     Args:
       segment: which of the things.
@@ -77,12 +78,22 @@ def ask_for_word(segment: int, shown: Sequence[Thing], words: Sequence[str]) -> 
     Returns:
       The key of the combination that is asked for, and the question with its answer.
     """
-    shape = shown[segment].shape
-    turn = _ask_for_word(shape, ORDINALS[segment], words[segment])
-    return f"said {segment} {shape} {' '.join(words)}", turn
+    shapes = [thing.shape for thing in shown]
+    return f"said {segment} {shapes[segment]} {' '.join(words)}", _ask_for_word(segment, shapes, words)
 
 
-def _ask_for_word(shape: str, ordinal: str, word: str) -> Turn:
-    return Turn(
-        f"Which word was said while the {shape} was there?", f"The {shape} came {ordinal}, and the word was {word}."
-    )
+def _ask_for_word(segment: int, shapes: Sequence[str], names: Sequence[str]) -> Turn:
+    """A question about the word that was said with one of the shapes.
+
+    Its answer tells what was heard with each shape in turn, and then what of it was asked for. A word comes right after
+    its shape, since a model that can copy lists says again what has followed a word before.
+    """
+    told = [f"with the {shape} {_name_sound(name)}" for shape, name in zip(shapes, names, strict=True)]
+    question = f"Which word was said while the {shapes[segment]} was there?"
+    return Turn(question, capitalize(f"{', '.join(told)}, so {told[segment]}"))
+
+
+def _name_sound(name: str) -> str:
+    if not name:
+        return "nothing"
+    return f"a {name}" if name in EFFECTS else name

@@ -12,7 +12,7 @@ import numpy as np
 from omni_jax.processing.read_aloud import QUESTION
 from tools.world import texts
 from tools.world.captions import capitalize, describe_medium, name_place
-from tools.world.draws import draw, sample
+from tools.world.draws import draw, draw_colour, nearest_colour, sample
 from tools.world.items import Effect, Item, Medium, Part, Picture, Spoken, Turn, Video
 from tools.world.pictures import FRAME_RATE, Ground, Thing
 from tools.world.questions import ORDINALS, ask_about_events, ask_about_things, ask_for_colour, ask_for_word
@@ -38,7 +38,7 @@ _WORD_SECONDS = 0.7  # kept free for a word, which takes some 0.6; until the edg
 _EDGE = 0.4  # seconds between a sound and the next change of the picture
 _APART = tuple(place for place in PLACES if place != "middle")  # things at these do not touch
 # tasks that are not asked by voice: what is said is asked for already, or they are there to learn from
-NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch", "moments", "words")
+NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch", "moments", "words", "shapes")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Artist:
             "watch": self.watch,
             "words": self.words,
             "moments": self.moments,
+            "shapes": self.shapes,
         }
 
     # draws
@@ -239,6 +240,19 @@ class Artist:
         turn = Turn(draw(self._rng, ("What do you see?", "Describe the picture.")), answer, (picture,))
         seen = tuple(f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=True))
         return Item("describe", answer, (turn,), seen)
+
+    def shapes(self) -> Item:
+        """All that a picture shows, in colours that have no name, so that a shape is learned apart from its colours."""
+        (described,) = self.describe().turns[0].media
+        assert isinstance(described, Picture)
+        colours = {thing.colour: draw_colour(self._rng) for thing in described.things}
+        things = [dataclasses.replace(thing, colour=colours[thing.colour]) for thing in described.things]
+        picture = Picture(tuple(things), described.ground)
+        answer = describe_medium(picture)
+        turn = Turn(draw(self._rng, ("Which shapes do you see?", "Name the shapes.")), answer, (picture,))
+        # as if each had the name that is nearest, so that nothing like a held-out pair is in training
+        seen = {f"{nearest_colour(colours[thing.colour])} {thing.shape}" for thing in described.things}
+        return Item("shapes", answer, (turn,), tuple(sorted(seen)))
 
     def _scatter(self, shapes: Sequence[str], colours: Sequence[str], counts: Sequence[int]) -> list[Thing]:
         """Numbers of things of several kinds, in cells of three rows and columns."""

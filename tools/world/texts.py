@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from omni_jax.processing.read_aloud import QUESTION
-from tools.world.captions import name_thing
+from tools.world.captions import add_article
 from tools.world.draws import draw, sample
 from tools.world.items import Item, Turn
 from tools.world.vocabulary import COLOURS, DAYS, NAMES, OPPOSITES, SHAPES, SIGNS, WORDS
@@ -43,7 +43,8 @@ def owner(rng: np.random.Generator) -> Item:
     shapes = sample(rng, SHAPES, count)
     colours = sample(rng, tuple(COLOURS), count)
     has = [
-        f"{name} has {name_thing(colour, shape)}." for name, colour, shape in zip(names, colours, shapes, strict=True)
+        f"{name} has {add_article(f'{colour} {shape}')}."
+        for name, colour, shape in zip(names, colours, shapes, strict=True)
     ]
     which = int(rng.integers(count))
     turn = Turn(f"{' '.join(has)} What does {names[which]} have?", has[which])
