@@ -247,7 +247,8 @@ class Training:
             *("tools/make_world.py", self.data / "captions", "--items", self.options.captions, "--split", "train"),
             *("--tasks", *CAPTION_TASKS, *NARRATION_TASKS, "--voiced", 0, "--seed", 1),
         )
-        self._make_questions("seen", self.options.questions, [*PICTURE_TASKS[:6]], "--voiced", 0, "--seed", 6)
+        one_question = [task for task in PICTURE_TASKS if not task.endswith("dialogue")]
+        self._make_questions("seen", self.options.questions, one_question, "--voiced", 0, "--seed", 6)
         self._make_questions("watched", self.options.questions, SILENT_TASKS, "--voiced", 0, "--seed", 3)
         self._make_questions("voiced", self.options.questions // 2, VOICED_TASKS, "--voiced", 1, "--seed", 4)
         self._make_questions("timed", self.options.questions, TIMED_TASKS, "--voiced", 0, "--seed", 5)

@@ -93,7 +93,7 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
             # the run's own copy, so that it goes on where ``init`` is gone or has changed
             processor = Processor.load(workdir / MODEL_FOLDER)
             if is_main_process():
-                for difference in find_other_sizes(recipe.data, processor):
+                for difference in find_size_differences(recipe.data, processor):
                     print(f"note: {difference}")
             packing = objective.make_packing(recipe.data, processor, recipe.data.streams // shard.count)
             data = batches(recipe.data, packing, process_index=shard.index, process_count=shard.count)
@@ -109,8 +109,8 @@ def train(recipe: Recipe, workdir: Path, objective: Objective | None = None) -> 
                 return loop.run(stop_signal)
 
 
-def find_other_sizes(data: DataConfig, processor: Processor) -> list[str]:
-    """What is said of sizes of pictures that a model trains with and is not asked with; of no pictures, nothing."""
+def find_size_differences(data: DataConfig, processor: Processor) -> list[str]:
+    """Notes on sizes of pictures that training and the preprocessor differ in; none if the data have no canvases."""
     if not data.canvases:
         return []
     return [

@@ -14,12 +14,11 @@ from omni_jax.errors import InputError
 from tests.tools.tone_world import ToneSpeaker
 from tools import make_world as tool
 from tools.world.captions import capitalize, describe_medium
-from tools.world.draws import nearest_colour
 from tools.world.items import PARTS, Item, Picture, Spoken, Video, part_of
 from tools.world.pictures import FRAME_RATE, SIDE, Ground, Thing, draw_picture
 from tools.world.sounds import EFFECT_SECONDS, Placed, make_effect, mix_track
 from tools.world.tasks import SEGMENT_SECONDS, STYLES, Artist
-from tools.world.vocabulary import COLOURS, EFFECTS, SHAPES, SIGNS
+from tools.world.vocabulary import COLOURS, EFFECTS, SHAPES, SIGNS, nearest_colour
 
 
 @pytest.fixture(autouse=True)

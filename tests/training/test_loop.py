@@ -294,13 +294,14 @@ def test_a_run_from_nothing_with_held_out_rows(
     printed = capsys.readouterr().out
     # a model that begins here is asked with the sizes that it trains with
     assert recipe.data.pixels
+    assert "preprocessor_config.json says" not in printed
     processor = Processor.load(workdir / MODEL_FOLDER)
-    assert recipe.data.canvases and not loop.find_other_sizes(recipe.data, processor)
+    assert recipe.data.canvases and not loop.find_size_differences(recipe.data, processor)
     other = dataclasses.replace(recipe.data, video_max_pixels=56 * 56)
-    (difference,) = loop.find_other_sizes(other, processor)
+    (difference,) = loop.find_size_differences(other, processor)
     assert difference.startswith(f"data.video_max_pixels is {56 * 56}, and the model's preprocessor_config.json says")
-    # of pictures nobody trains on, sizes do not matter
-    assert not loop.find_other_sizes(dataclasses.replace(other, canvases=0), processor)
+    # without pictures their sizes do not matter
+    assert not loop.find_size_differences(dataclasses.replace(other, canvases=0), processor)
     found = read_metrics(workdir / EVALUATIONS_FILE)
     assert [values["step"] for values in found] == [2, 4, 6]
     assert set(found[0]["sources"]) == {str(text), str(rows)}

@@ -80,7 +80,7 @@ def _name_kind(thing: Thing) -> str:
 
 
 def _rank(thing: Thing) -> tuple[int, int]:
-    """By which kinds of things are told in turn: their colours, if these have names, and then their shapes."""
+    """The order of kinds of things in a description: by colour, those without a name last, and then by shape."""
     colour = list(COLOURS).index(thing.colour) if thing.colour in COLOURS else len(COLOURS)
     return colour, SHAPES.index(thing.shape)
 
@@ -111,8 +111,8 @@ def _describe_times(video: Video) -> list[str]:
     return described
 
 
-def _kinds(frame: Picture) -> tuple[str, ...]:
-    return tuple(_name_kind(thing) for thing in frame.things)
+def _kinds(frame: Picture) -> tuple[tuple[str, str], ...]:
+    return tuple((thing.colour, thing.shape) for thing in frame.things)
 
 
 def _name_move(first: Sequence[Thing], last: Sequence[Thing]) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
-from PIL import ImageColor
-
-from tools.world.vocabulary import COLOURS
 
 _Choice = TypeVar("_Choice")
-# of 255: the least part of a colour, and what its largest is above; grounds have at most 44
+# red, green and blue are at least this, and the largest of them is above that, of 255; grounds have at most 44
 _DARK = 30
 _BRIGHT = 140
 
@@ -28,14 +24,8 @@ def sample(rng: np.random.Generator, choices: Sequence[_Choice], count: int) -> 
 
 
 def draw_colour(rng: np.random.Generator) -> str:
-    """Any colour, as #rrggbb, that is bright enough on the grounds of pictures."""
+    """Any colour that is bright enough on the grounds of pictures, as #rrggbb."""
     while True:
         parts = rng.integers(_DARK, 256, 3)
         if max(parts) > _BRIGHT:
             return "#" + "".join(f"{part:02x}" for part in parts)
-
-
-def nearest_colour(colour: str) -> str:
-    """The name of the colour that is nearest to one of #rrggbb."""
-    parts = ImageColor.getrgb(colour)
-    return min(COLOURS, key=lambda name: math.dist(COLOURS[name], parts))

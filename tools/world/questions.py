@@ -35,8 +35,7 @@ def ask_about_events(shapes: Sequence[str], colours: Sequence[str], names: Seque
       names: what is heard with each: an effect, a word, or "".
     """
     asked = []
-    for number, (shape, colour, name) in enumerate(zip(shapes, colours, names, strict=True)):
-        ordinal = ORDINALS[number]
+    for segment, (shape, colour, name, ordinal) in enumerate(zip(shapes, colours, names, ORDINALS, strict=True)):
         asked += [
             Turn(f"What colour was the {shape}?", f"The {shape} was {colour}."),
             Turn(f"Which shape was {colour}?", f"The {shape} was {colour}."),
@@ -46,7 +45,7 @@ def ask_about_events(shapes: Sequence[str], colours: Sequence[str], names: Seque
             asked.append(Turn(f"What was there when the {name} came?", f"The {colour} {shape} was there."))
             asked.append(Turn(f"Which sound came with the {shape}?", f"The {name} came with the {shape}."))
         elif name in SIGNS:
-            asked.append(_ask_for_word(number, shapes, names))
+            asked.append(_ask_for_word(segment, shapes, names))
     return asked
 
 
@@ -68,7 +67,7 @@ def ask_for_colour(effect: str, segment: int, shown: Sequence[Thing]) -> tuple[s
 
 
 def ask_for_word(segment: int, shown: Sequence[Thing], words: Sequence[str]) -> tuple[str, Turn]:
-    """A question about the word that was said with a thing; its answer tells all that happened first.
+    """A question about the word that is spoken while a thing is shown; its answer first names each shape with its word.
 
     Args:
       segment: which of the things.
@@ -83,10 +82,10 @@ def ask_for_word(segment: int, shown: Sequence[Thing], words: Sequence[str]) -> 
 
 
 def _ask_for_word(segment: int, shapes: Sequence[str], names: Sequence[str]) -> Turn:
-    """A question about the word that was said with one of the shapes.
+    """A question about the word that is spoken while one of the shapes is shown.
 
-    Its answer tells what was heard with each shape in turn, and then what of it was asked for. A word comes right after
-    its shape, since a model that can copy lists says again what has followed a word before.
+    Its answer names each shape in turn with its sound, and then repeats the one that is asked for. A word follows its
+    shape directly: a model that copies lists predicts the token that followed the same one before.
     """
     told = [f"with the {shape} {_name_sound(name)}" for shape, name in zip(shapes, names, strict=True)]
     question = f"Which word was said while the {shapes[segment]} was there?"

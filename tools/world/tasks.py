@@ -12,7 +12,7 @@ import numpy as np
 from omni_jax.processing.read_aloud import QUESTION
 from tools.world import texts
 from tools.world.captions import capitalize, describe_medium, name_place
-from tools.world.draws import draw, draw_colour, nearest_colour, sample
+from tools.world.draws import draw, draw_colour, sample
 from tools.world.items import Effect, Item, Medium, Part, Picture, Spoken, Turn, Video
 from tools.world.pictures import FRAME_RATE, Ground, Thing
 from tools.world.questions import ORDINALS, ask_about_events, ask_about_things, ask_for_colour, ask_for_word
@@ -29,6 +29,7 @@ from tools.world.vocabulary import (
     SHAPES,
     SIGNS,
     WORDS,
+    nearest_colour,
     plural,
 )
 
@@ -242,7 +243,7 @@ class Artist:
         return Item("describe", answer, (turn,), seen)
 
     def shapes(self) -> Item:
-        """All that a picture shows, in colours that have no name, so that a shape is learned apart from its colours."""
+        """The shapes of a picture whose colours have no name, so that a shape is learned apart from its colours."""
         (described,) = self.describe().turns[0].media
         assert isinstance(described, Picture)
         colours = {thing.colour: draw_colour(self._rng) for thing in described.things}
@@ -250,7 +251,7 @@ class Artist:
         picture = Picture(tuple(things), described.ground)
         answer = describe_medium(picture)
         turn = Turn(draw(self._rng, ("Which shapes do you see?", "Name the shapes.")), answer, (picture,))
-        # as if each had the name that is nearest, so that nothing like a held-out pair is in training
+        # each counts as the colour that it is nearest to, so that nothing like a held-out pair is in training
         seen = {f"{nearest_colour(colours[thing.colour])} {thing.shape}" for thing in described.things}
         return Item("shapes", answer, (turn,), tuple(sorted(seen)))
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from PIL import ImageColor
+
 # red, green and blue of each, 0 to 255; on a dark ground all differ
 COLOURS = {
     "red": (225, 40, 40),
@@ -46,6 +50,12 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 NAMES = ("Alice", "Ben", "Clara", "David", "Emma", "Frank")
 # those of which there are lists
 WORDS = (*COLOURS, *SHAPES, *NUMBERS, *PLACES, *EFFECTS, *SIGNS, *sum(OPPOSITES, ()), *DAYS, *NAMES)
+
+
+def nearest_colour(colour: str) -> str:
+    """The name of the colour that is nearest to one of #rrggbb."""
+    parts = ImageColor.getrgb(colour)
+    return min(COLOURS, key=lambda name: math.dist(COLOURS[name], parts))
 
 
 def plural(shape: str, count: int) -> str:
