@@ -62,10 +62,11 @@ def recipes(
       tiny_objective: of the tiny size.
     """
     published = {"7b": OmniConfig.qwen2_5_omni_7b(), "3b": OmniConfig.qwen2_5_omni_3b()}
+    media = media or {}
     made = {}
     for size, model in published.items():
         count = devices[size]
-        data = DataConfig(rows=count, streams=count, tokens=tokens, **(media or {}))
+        data = DataConfig(rows=count, streams=count, tokens=tokens, **media)
         made[f"{stage}-{size}"] = Recipe(
             about,
             model,
@@ -77,11 +78,13 @@ def recipes(
             objective=objective,
             lora=lora,
         )
+    # what a stage reads no sound or no picture of, its tiny recipe has no room for either
+    absent = {name: count for name, count in media.items() if count == 0}
     made[f"{stage}-tiny"] = Recipe(
         about,
         OmniConfig.tiny(),
         tuple(dataclasses.replace(phase, steps=phase.steps and _TINY_STEPS // 2) for phase in phases),
-        dataclasses.replace(_TINY_DATA, tokens=max(256, tokens // 64)),
+        dataclasses.replace(_TINY_DATA, tokens=max(256, tokens // 64), **absent),
         optimizer=dataclasses.replace(optimizer, learning_rate=3e-3, warmup=2),
         checkpoint=CheckpointConfig(every=10),
         steps=_TINY_STEPS,

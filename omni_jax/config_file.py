@@ -19,6 +19,8 @@ from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.plain_files import has_file, read_object
 
 CONFIG_FILE = "config.json"
+# what ends a reply (processing/processor.py), and how codes are drawn (engine/request.py)
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 # What every Hugging Face config may carry and, unless a section names it as a field, no part of this model reads:
 # bookkeeping of the library that wrote the file, and text-generation defaults, which live in generation_config.json.

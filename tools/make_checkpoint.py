@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 import zlib
@@ -42,7 +41,7 @@ from omni_jax.config import (
     Token2WavConfig,
     VisionEncoderConfig,
 )
-from omni_jax.processing.tokenizer_files import write_tokenizer
+from omni_jax.processing.tokenizer_files import write_generation_config, write_tokenizer
 
 Size = Literal["tiny", "small", "2gb", "3b", "7b"]
 
@@ -122,9 +121,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, config)
     config.save(folder)
-    thinker = config.thinker_config
-    generation = {"bos_token_id": None, "eos_token_id": thinker.eos_token_id, "pad_token_id": thinker.pad_token_id}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_generation_config(folder, config)
     voices.write_spk_dict(folder / voices.PUBLISHED_FILE, _make_voices(config, seed))
     write_tensors(folder, _make_tensors(config, seed, _DTYPES[dtype], progress), shard_bytes)
 

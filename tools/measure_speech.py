@@ -87,8 +87,8 @@ class Options:
     """For cloned: what the clip says."""
     max_codes: int = 400
     """Of what is spoken, 50 a second."""
-    temperature: float = 0.8
-    """Of the Talker."""
+    temperature: float | None = None
+    """Of the Talker; without it, as the checkpoint says."""
     seed: int = 0
 
 
@@ -200,12 +200,15 @@ def speak(model: OmniModel, sentences: Sequence[Sentence], options: Options, voi
         requests = []
         for number, sentence in enumerate(batch, start):
             seed = make_seed(options.seed, number, 1)
+            talker: dict[str, Any] = {"max_tokens": options.max_codes, "seed": seed}
+            if options.temperature is not None:
+                talker["temperature"] = options.temperature
             requests.append(
                 Request.create(
                     modalities=("text", "audio"),
                     reply_text=sentence.text,
                     voice=voice or sentence.voice,
-                    talker={"max_tokens": options.max_codes, "seed": seed, "temperature": options.temperature},
+                    talker=talker,
                     noise_seed=seed,
                 )
             )

@@ -42,6 +42,7 @@ UNSEEN_VOICE = "kal16"  # of flite; nothing is trained on it
 UNSEEN_TEXT = "The small dog waited beside the river, and then it walked to the village."
 CURVES = ("thinker", *TRAINED)  # folders of the stages that train, as they are drawn
 NUM_PIECES = 1280  # of the vocabulary: every word of the grammar is a token
+TEMPERATURE = 0.8  # of the Talker, in what is measured
 NUM_PROBED = 1200  # rows that the speaker is guessed after
 
 
@@ -142,7 +143,8 @@ class Demo:
 
     def _measure(self, model: Path, folder: str, rows: Path, *more: object, sentences: int = 0) -> None:
         voice_rows = self.data / "valid.jsonl"
-        self.speech.measure(model, folder, rows, voice_rows, sentences or self.options.measured, *more)
+        sentences = sentences or self.options.measured
+        self.speech.measure(model, folder, rows, voice_rows, sentences, "--temperature", TEMPERATURE, *more)
 
     def probe(self) -> dict[str, float]:
         """How often the speaker is guessed from codes: of the sounds, and of perturbed ones."""

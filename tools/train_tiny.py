@@ -28,10 +28,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from configs.omni_tiny import PIXELS, RECIPES, omni_tiny_config
+from configs.omni_tiny import PIXELS, RECIPES, TALKER_SAMPLING, omni_tiny_config
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
-from omni_jax.processing.tokenizer_files import write_tokenizer
+from omni_jax.processing.tokenizer_files import write_generation_config, write_tokenizer
 from tools.make_speech import FLITE_VOICES, VOICES
 from tools.row_files import read_values, write_values
 from tools.run_commands import Stages, count_cores, exit_on_sigterm, find_devices, run
@@ -239,6 +239,7 @@ class Training:
         for values in read_values(self._rows("train_texts")):
             texts.append(prompts + " ".join(message["content"] for message in values["messages"]))
         write_tokenizer(self.files, config, texts, PIXELS)
+        write_generation_config(self.files, config, TALKER_SAMPLING)
         config.save(self.files)
 
     def make_data(self) -> None:

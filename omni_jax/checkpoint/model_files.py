@@ -13,7 +13,7 @@ from typing import Any
 
 from omni_jax.checks import shown
 from omni_jax.config import THINKER_CLASS, ThinkerConfig
-from omni_jax.config_file import CONFIG_FILE, read_config_file, write_config_file
+from omni_jax.config_file import CONFIG_FILE, GENERATION_CONFIG_FILE, read_config_file, write_config_file
 from omni_jax.errors import CheckpointError
 from omni_jax.plain_files import copy_file, has_file, read_object, resolve_file
 
@@ -41,7 +41,7 @@ OTHER_FILES = (
     _TOKENIZER_CONFIG_FILE,
     "chat_template.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_CONFIG_FILE,
     "vocab.json",
     "merges.txt",
     "added_tokens.json",

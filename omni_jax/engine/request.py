@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ import numpy as np
 from omni_jax.checkpoint.voices import Voice
 from omni_jax.checks import check_int, check_names
 from omni_jax.config import OmniConfig
+from omni_jax.config_file import GENERATION_CONFIG_FILE
 from omni_jax.engine.detokenizer import Detokenizer
 from omni_jax.engine.outputs import Reply, Timings
 from omni_jax.engine.prompt_key import PromptKey
 from omni_jax.engine.sampling import SamplingParams, pop_sampling
 from omni_jax.engine.talker_engine import SpeechClip, SpeechRequest
 from omni_jax.engine.thinker_engine import TextRequest
-from omni_jax.errors import InputError
+from omni_jax.errors import CheckpointError, InputError
 from omni_jax.mrope import Span
+from omni_jax.plain_files import has_file, read_object
 from omni_jax.processing.layout import Usage
 from omni_jax.processing.prefill_plan import PromptPiece
 
@@ -83,7 +86,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class TalkerParams:
-    """How a reply is spoken, with the published defaults (docs/reference.md, 7.4)."""
+    """How a reply is spoken, with the published defaults (docs/reference.md, 7.4): text is greedy, speech is drawn."""
 
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(0.9, 40, 0.8, 1.05))
     """How codes are drawn; without a seed, with the text's."""
@@ -91,8 +94,28 @@ class TalkerParams:
     """Codes, 50 a second, at most; the Talker's context may end the speech sooner."""
 
     @classmethod
-    def create(cls, options: Mapping[str, Any], config: OmniConfig) -> TalkerParams:
-        """From a caller's ``talker={...}``: the fields of ``SamplingParams``, and ``max_tokens``.
+    def load(cls, folder: Path) -> TalkerParams:
+        """Those of a checkpoint: the published ones, but for what its ``generation_config.json`` has.
+
+        The keys are named as arguments of the reference's ``generate``: ``talker_temperature``, ``talker_top_k``,
+        ``talker_top_p`` and ``talker_repetition_penalty``.
+
+        Raises:
+          CheckpointError: for a value out of range.
+        """
+        path = folder / GENERATION_CONFIG_FILE
+        if not has_file(path):
+            return cls()
+        values = read_object(path)
+        names = ("temperature", "top_k", "top_p", "repetition_penalty")
+        given = {name: values[f"talker_{name}"] for name in names if f"talker_{name}" in values}
+        try:
+            return cls(pop_sampling(given, cls().sampling))
+        except InputError as e:
+            raise CheckpointError(f"{path}: talker_{e}") from e
+
+    def override(self, options: Mapping[str, Any], config: OmniConfig) -> TalkerParams:
+        """With a caller's ``talker={...}`` in place of these: the fields of ``SamplingParams``, and ``max_tokens``.
 
         Raises:
           InputError: for no dict, an unknown name, a value out of range, or more codes than Token2Wav takes at once.
@@ -104,15 +127,14 @@ class TalkerParams:
         check_names("talker option", values, [*SamplingParams.names(), "max_tokens"])
         dit = config.token2wav_config.dit_config
         try:
-            # the Talker has defaults of its own: text is greedy, speech is drawn
-            sampling = pop_sampling(values, cls().sampling)
-            max_tokens = values.get("max_tokens", cls().max_tokens)
+            sampling = pop_sampling(values, self.sampling)
+            max_tokens = values.get("max_tokens", self.max_tokens)
             # the DiT takes so many mel frames at once, and a code is ``repeats`` of them
             check_int("max_tokens", max_tokens, 1, dit.max_position_embeddings // dit.repeats)
         except InputError as error:
             # both sets of options have these names, so the error says which one it means
             raise InputError(f"talker {error}") from error
-        return cls(sampling, max_tokens)
+        return TalkerParams(sampling, max_tokens)
 
 
 @dataclass(frozen=True)

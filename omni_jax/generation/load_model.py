@@ -15,7 +15,7 @@ from omni_jax.checkpoint.voices import VOICES_FILE, Voice, load_voices
 from omni_jax.checkpoint.voices import check as check_voices
 from omni_jax.compile_cache import keep_compiled_programs
 from omni_jax.config import OmniConfig
-from omni_jax.engine.request import ChunkSizes
+from omni_jax.engine.request import ChunkSizes, TalkerParams
 from omni_jax.generation.components import choose_components, load_engines, load_speaker_model, load_speech_tokenizer
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.quantization import CacheDtype, NumberFormat, Quantization
@@ -84,14 +84,18 @@ def load(
     # small files first: what is wrong with them is found before gigabytes are read
     config = OmniConfig.load(folder)
     solver = Solver.load(folder).override(token2wav)
+    talker_params = TalkerParams.load(folder)
     processor = Processor.load(folder, access=access)
     vectors = load_speaker_model(folder, config, speaker_model)
     tokenizer = load_speech_tokenizer(folder, wanted, speech_tokenizer)
     folders = {name: Path(adapter) for name, adapter in adapters.items()}
     engines = load_engines(folder, config, wanted, number_format, mesh, chunk_sizes or ChunkSizes(), solver, folders)
-    voices: Mapping[str, Voice] = {}
-    if "talker" in wanted:
-        voices = load_voices(folder)
-        check_voices(voices, config, folder / VOICES_FILE)
+    voices = _load_voices(folder, config) if "talker" in wanted else {}
     processor = isolate(processor) if isolate_media else processor
-    return OmniModel(config, processor, engines, voices, vectors, tokenizer)
+    return OmniModel(config, processor, engines, voices, vectors, tokenizer, talker_params)
+
+
+def _load_voices(folder: Path, config: OmniConfig) -> dict[str, Voice]:
+    voices = load_voices(folder)
+    check_voices(voices, config, folder / VOICES_FILE)
+    return voices

@@ -58,6 +58,7 @@ class OmniModel:
       processor: from messages to prompts.
       engines: of its components.
       voices: who it can speak as, by name; none without a Talker.
+      talker_params: how it speaks where a request does not say; the published ones if None is given.
     """
 
     def __init__(
@@ -68,11 +69,13 @@ class OmniModel:
         voices: Mapping[str, Voice],
         speaker_model: SpeakerModel | None = None,
         speech_tokenizer: SpeechTokenizer | None = None,
+        talker_params: TalkerParams | None = None,
     ):
         self.config = config
         self.processor = processor
         self.engines = engines
         self.voices = voices
+        self.talker_params = talker_params or TalkerParams()
         self._speakers = SpeakerTable(engines, processor, speaker_model, speech_tokenizer)
 
     def generate(self, messages: Messages, **options: Any) -> Reply:
@@ -353,7 +356,7 @@ class OmniModel:
             raise InputError(f"adapter is {shown(options.adapter)}; there are: {known}")
         if options.speaks:
             self._check_can_speak()
-            TalkerParams.create(options.talker, self.config)
+            self.talker_params.override(options.talker, self.config)
             self._speakers.check(self.voices, options.voice)
 
     def _run_alone(self, messages: Messages, options: Options, *, live: bool) -> Generator[Event, None, None]:
@@ -419,7 +422,7 @@ class OmniModel:
         return RequestState(request, Detokenizer(self.processor.text_stream(), stop_ids, options.stop))
 
     def _make_speech_params(self, options: Options, clip: VoiceClip | None) -> SpeechParams:
-        params = TalkerParams.create(options.talker, self.config)
+        params = self.talker_params.override(options.talker, self.config)
         # one seed for all that is drawn, where the others are not given
         text_seed = options.sampling.seed or 0
         sampling = merge_seed(params.sampling, text_seed)

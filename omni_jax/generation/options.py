@@ -32,7 +32,7 @@ class Options:
       modalities: ("text",), or ("text", "audio") to have the reply spoken too.
       voice: who speaks: a voice of the checkpoint by name, or one that a clip brings along; the checkpoint's default
         voice if None.
-      talker: how it is spoken, see ``TalkerParams.create``; its seed is that of the text unless it has one.
+      talker: how it is spoken, see ``TalkerParams.override``; its seed is that of the text unless it has one.
       noise_seed: of the noise that the sound is made from; the text's seed if None.
       adapter: which of the loaded adapters answers, by name; None: the model without one.
       reply_text: what the reply is, in place of what the model would answer: what it is to speak, as text to speech.

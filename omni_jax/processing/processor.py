@@ -15,6 +15,7 @@ from PIL import Image
 
 from omni_jax.checks import shown
 from omni_jax.config import OmniConfig
+from omni_jax.config_file import GENERATION_CONFIG_FILE
 from omni_jax.errors import CheckpointError, InputError, TooLongError
 from omni_jax.plain_files import has_file, read_object
 from omni_jax.processing import media
@@ -466,7 +467,7 @@ def _check_special_tokens(tokenizer: TextTokenizer, config: OmniConfig, folder: 
 
 def _load_stop_ids(folder: Path, config: OmniConfig) -> tuple[int, ...]:
     """What ends a reply: the generation config's end tokens, else the model config's."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION_CONFIG_FILE
     stop = read_object(path).get("eos_token_id") if has_file(path) else None
     if stop is None:
         stop = config.thinker_config.eos_token_id

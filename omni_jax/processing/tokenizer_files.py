@@ -1,4 +1,4 @@
-"""Writes the tokenizer and preprocessor files of a model that begins from nothing, and of those of tests.
+"""Writes the tokenizer, preprocessor and generation files of a model that begins from nothing, and of those of tests.
 
 The vocabulary is small: 256 bytes, and the pieces of a few English words or those that training on texts finds. Every
 rule is the published one: Qwen2's pre-split, NFC, byte-level pieces, and the 22 added tokens in their published order.
@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from omni_jax.config import OmniConfig, ThinkerConfig
+from omni_jax.config_file import GENERATION_CONFIG_FILE
 from omni_jax.errors import ConfigError
 from omni_jax.processing.chat import BUILT_IN_TEMPLATE
 from omni_jax.processing.vision import PixelSettings
@@ -111,6 +112,22 @@ def write_tokenizer(
     _write_json(folder / "tokenizer_config.json", _make_tokenizer_config(first))
     _write_json(folder / "chat_template.json", {"chat_template": BUILT_IN_TEMPLATE})
     _write_json(folder / "preprocessor_config.json", PREPROCESSOR | _find_changed(PixelSettings().with_changes(pixels)))
+
+
+def write_generation_config(
+    folder: Path, config: OmniConfig, talker: Mapping[str, float] = MappingProxyType({})
+) -> None:
+    """Writes generation_config.json: what ends a reply, and how its codes are drawn.
+
+    Args:
+      folder: where to.
+      config: of the model.
+      talker: fields of ``SamplingParams`` that are not the published ones.
+    """
+    thinker = config.thinker_config
+    ids = {"bos_token_id": None, "eos_token_id": thinker.eos_token_id, "pad_token_id": thinker.pad_token_id}
+    drawn = {f"talker_{name}": value for name, value in talker.items()}
+    _write_json(folder / GENERATION_CONFIG_FILE, ids | drawn)
 
 
 def _find_changed(pixels: PixelSettings) -> dict[str, Any]:

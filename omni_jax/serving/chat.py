@@ -26,7 +26,7 @@ from omni_jax.plain_files import replace_file
 from omni_jax.processing.captions import CaptionFormat, make_captions, write_captions
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.layout import Usage
-from omni_jax.serving.commands import ChatCommand, TalkerOptions
+from omni_jax.serving.commands import ChatCommand
 from omni_jax.serving.wav import GrowingWav
 
 _ADAPTER = "adapter"  # the name of the only one
@@ -128,7 +128,8 @@ def make_options(command: ChatCommand) -> dict[str, Any]:
     if find_sound_path(command) is not None:
         options["modalities"] = ("text", "audio")
         options["voice"] = _make_voice(command)
-        options["talker"] = _make_talker_options(command.talker)
+        # without a seed the Talker takes that of the text
+        options["talker"] = _without_none(dataclasses.asdict(command.talker))
     return options
 
 
@@ -138,11 +139,6 @@ def _make_voice(command: ChatCommand) -> str | dict[str, Any] | None:
             raise InputError("--ref-text is what a clip says; give the clip too, --ref-audio")
         return command.voice
     return {"ref_audio": command.ref_audio, "ref_text": command.ref_text, "like": command.voice}
-
-
-def _make_talker_options(talker: TalkerOptions) -> dict[str, Any]:
-    """A seed that was given, 0 too, is among them; without one, the Talker takes that of the text."""
-    return {"max_tokens": talker.max_tokens, **_without_none(dataclasses.asdict(talker.sampling))}
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,17 @@ _FLAT = tyro.conf.arg(name="")  # the fields become options without the name of 
 class TalkerOptions:
     """How the answer is spoken."""
 
-    sampling: Annotated[SamplingParams, _FLAT] = field(default_factory=lambda: TalkerParams().sampling)
-    """How codes are drawn; without a seed, with the text's."""
+    temperature: float | None = None
+    """0 takes the most probable code each time (greedy); more varies more. Without it, or another of the next three,
+    as the checkpoint's generation_config.json says, or as published: 0.9."""
+    top_k: int | None = None
+    """Draw among the k most probable codes; 0: among all. 40 is published."""
+    top_p: float | None = None
+    """Draw among the most probable codes that together have this probability, above 0. 0.8 is published."""
+    repetition_penalty: float | None = None
+    """Above 1 makes every code that there was less probable. 1.05 is published."""
+    seed: int | None = None
+    """Of the random draws; without it, that of the text."""
     max_tokens: int = TalkerParams.max_tokens
     """Codes, 50 a second, at most."""
 

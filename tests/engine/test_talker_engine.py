@@ -47,7 +47,10 @@ def make_prompt(length: int) -> Prompt:
 def make_dialogue(length: int, reply: int, **options: Any) -> Dialogue:
     """A prompt of ``length`` tokens, a reply of ``reply``, and options of the Talker."""
     return Dialogue(
-        make_prompt(length), reply, VOICE_TOKENS[length % 2], TalkerParams.create({"max_tokens": 20, **options}, CONFIG)
+        make_prompt(length),
+        reply,
+        VOICE_TOKENS[length % 2],
+        TalkerParams().override({"max_tokens": 20, **options}, CONFIG),
     )
 
 
@@ -200,7 +203,7 @@ def test_the_end_of_the_context(tiny_model: Path) -> None:
 
 
 def test_defaults_are_the_published_ones() -> None:
-    assert TalkerParams.create({}, CONFIG) == TalkerParams(SamplingParams(0.9, 40, 0.8, 1.05), 4096)
+    assert TalkerParams().override({}, CONFIG) == TalkerParams(SamplingParams(0.9, 40, 0.8, 1.05), 4096)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,7 @@ def test_defaults_are_the_published_ones() -> None:
 )
 def test_a_wrong_option(given: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        TalkerParams.create(given, CONFIG)
+        TalkerParams().override(given, CONFIG)
 
 
 def test_a_voice_that_begins_with_no_token(parts: Parts) -> None:

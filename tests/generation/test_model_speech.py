@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import warnings
@@ -67,6 +68,25 @@ def test_a_checkpoint_says_how_its_flow_is_integrated(tiny_model: Path, tmp_path
     assert changed is not None and changed.solver == Solver("euler", 2, guidance=False)
     with pytest.raises(InputError, match="guidance is no option of token2wav"):
         omni_jax.load(folder, token2wav={"guidance": True})
+
+
+def test_a_checkpoint_says_how_codes_are_drawn(model: OmniModel, tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "neutral"))
+    drawn = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, **{f"talker_{name}": value for name, value in drawn.items()}}))
+    neutral = omni_jax.load(folder)
+
+    def speak(asked: OmniModel, **talker: Any) -> tuple[int, ...]:
+        options = {**SPEAK, "talker": {"max_tokens": 40, **talker}}
+        return asked.generate(QUESTIONS[0], **options).codec_ids
+
+    codes = speak(neutral)
+    assert codes == speak(model, **drawn)
+    assert codes != speak(model)  # as published
+    # a request says otherwise
+    assert speak(neutral, temperature=0.0) == speak(model, **{**drawn, "temperature": 0.0}) != codes
 
 
 def test_text_is_the_same_with_and_without_speech(model: OmniModel) -> None:

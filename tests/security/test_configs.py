@@ -14,6 +14,7 @@ import pytest
 
 from omni_jax.checkpoint import store
 from omni_jax.config import OmniConfig
+from omni_jax.engine.request import TalkerParams
 from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.processing.processor import Processor
 from omni_jax.processing.processor_config import ProcessorConfig
@@ -160,3 +161,20 @@ class TestConfigs:
         edit_json(published / "generation_config.json", eos_token_id=stop)
         with pytest.raises(CheckpointError, match="eos_token_id must be a token"):
             Processor.load(published)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("talker_temperature", float("nan")),
+            ("talker_temperature", 10**30),
+            ("talker_top_k", -1),
+            ("talker_top_k", 10**30),
+            ("talker_top_k", [40]),
+            ("talker_top_p", 0),
+            ("talker_repetition_penalty", None),
+        ],
+    )
+    def test_how_codes_are_drawn(self, published: Path, name: str, value: Any) -> None:
+        edit_json(published / "generation_config.json", **{name: value})
+        with pytest.raises(CheckpointError, match=rf"generation_config\.json: {name} is .*it must be"):
+            TalkerParams.load(published)

@@ -10,6 +10,8 @@ import pytest
 import omni_jax
 from omni_jax.data.rows import Dialogue, read_row, row_values
 from omni_jax.data.sources import open_rows
+from omni_jax.engine.request import TalkerParams
+from omni_jax.engine.sampling import SamplingParams
 from omni_jax.errors import InputError
 from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.tokenizer import TextTokenizer
@@ -110,6 +112,8 @@ def test_language_is_learned_from_text_alone(training: Training) -> None:
     # with the tokenizer, whose words are those of the texts
     tokenizer = TextTokenizer.load(training.out / "files")
     assert len(tokenizer.encode([(" colour", False)])) == 1
+    # and how its codes are to be drawn
+    assert TalkerParams.load(training.out / "files").sampling == SamplingParams(0.3, 40, 0.8, 1.05)
 
 
 def test_captions_are_of_their_tasks(training: Training) -> None:

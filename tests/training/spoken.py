@@ -88,7 +88,9 @@ class Speaker:
         """Has the model answer a question of this kind and speak the answer, behind a clip if it is "clip"."""
         prompt = self.processor(QUESTIONS[kind])
         # with a repetition penalty, which keeps off one code for ever
-        params = TalkerParams.create({"max_tokens": NUM_CODES, "temperature": 0.0, "repetition_penalty": 2.0}, CONFIG)
+        params = TalkerParams().override(
+            {"max_tokens": NUM_CODES, "temperature": 0.0, "repetition_penalty": 2.0}, CONFIG
+        )
         voice_token = VOICE_TOKENS[len(prompt) % 2]
         dialogue = Dialogue(prompt, NUM_TOKENS, voice_token, params)
         thinker_state, state = self.parts.insert_all([dialogue])
