@@ -2,13 +2,14 @@
 
     python tools/measure_speech.py runs/talker3 test_codes.jsonl --voice-rows valid.jsonl --out out/measured
 
-A row is ``{"audio": ..., "text": ..., "voice": ..., "codec_ids": [...]}``. Up to four kinds of sound are measured:
-the recording (source), what Token2Wav makes of the codes of the recording (copy), what the model speaks of the text in
-the row's voice (spoken), and the same in the voice of a clip that it was not trained on (cloned). Word errors are those
-of Whisper base, and of pocketsphinx with a closed grammar of the rows' words; a voice is told by Resemblyzer (docs on
-teaching speech). DNSMOS rates how clean each kind sounds. Times of words are compared with a forced alignment by
-pocketsphinx: of all sentences, and of those alone in which Whisper finds all words. Sounds, their spectrograms and
-report.json are in OUT.
+A row is ``{"audio": ..., "text": ..., "voice": ..., "codec_ids": [...]}``, a text that is read aloud; or a dialogue of
+``tools/make_world.py --spoken 1``, whose last answer is spoken where it stands, after its media. Up to four kinds of
+sound are measured: the recording (source), what Token2Wav makes of the codes of the recording (copy), what the model
+speaks of the text in the row's voice (spoken), and the same in the voice of a clip that it was not trained on (cloned).
+Word errors are those of Whisper base, and of pocketsphinx with a closed grammar of the rows' words; a voice is told by
+Resemblyzer (docs on teaching speech). DNSMOS rates how clean each kind sounds. Times of words are compared with a
+forced alignment by pocketsphinx: of all sentences, and of those alone in which Whisper finds all words. Sounds, their
+spectrograms and report.json are in OUT.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from omni_jax.models.ode_solver import Solver
 from omni_jax.models.token2wav import SAMPLE_RATE, Token2Wav
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.audio import resample
+from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.fetch import NO_ACCESS
 from omni_jax.processing.speech_mel import RATE, speech_log_mel
 from omni_jax.processing.voice_clip import read_clip
@@ -94,7 +96,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Sentence:
-    """A row.
+    """A text that is to be spoken.
 
     Attributes:
       text: its words.
@@ -139,19 +141,24 @@ def read_sentences(rows: str, out: Path, limit: int) -> list[Sentence]:
     for row in open_rows(rows):
         try:
             values = row_values(row)
-            text = values.get("text")
-            voice = values.get("voice")
-            if not isinstance(text, str) or not isinstance(voice, str):
-                raise InputError("it has no text or no voice")
+            # of a dialogue, its voice is that of the user
+            recording = values.get("reply") if "messages" in values else values
+            if not isinstance(recording, Mapping) or not isinstance(recording.get("voice"), str):
+                raise InputError("it has no voice, or no reply that is spoken")
+            voice = recording["voice"]
             counts[voice] = counts.get(voice, 0) + 1
             if counts[voice] > limit:
                 continue
-            samples = read_sound(row, values, "audio", RATE, NO_ACCESS, None)
+            samples = read_sound(row, recording, "audio", RATE, NO_ACCESS, None)
         except InputError as e:
             raise InputError(f"{row.name}: {e}") from e
-        codes = values.get("codec_ids")
+        codes = recording.get("codec_ids")
+        codes = None if codes is None else np.array(codes, np.int32)
         spoken = read_spoken_text(row, out / "report.json")
-        sentences.append(Sentence(text, voice, samples, None if codes is None else np.array(codes, np.int32), spoken))
+        if spoken.prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": SPEECH_SYSTEM_PROMPT}, *spoken.prompt]
+            spoken = dataclasses.replace(spoken, prompt=prompt)
+        sentences.append(Sentence(spoken.text, voice, samples, codes, spoken))
     if not sentences:
         raise InputError(f"{rows} has no rows")
     return sentences

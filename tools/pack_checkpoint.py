@@ -3,9 +3,10 @@
     python tools/pack_checkpoint.py out/omni-tiny/pretrain2 checkpoints/omni-tiny --dtype bfloat16
 
 With ``--thinker`` the Thinker is that of another checkpoint: what speaks and what understands may be trained apart;
-with ``--decoder`` its language model alone is, and the encoders stay. All components are cast, those of speech too.
-Compare what the copy answers with what the run's checkpoint answers (``tools/score_world.py``,
-``tools/measure_speech.py``) before it is handed on.
+with ``--decoder`` its language model alone is, and the encoders stay. With ``--token2wav`` Token2Wav is that of another
+one, and so is how its flow is integrated: codes and what becomes of them may be trained apart, too. All components are
+cast, those of speech too. Compare what the copy answers with what the run's checkpoint answers
+(``tools/score_world.py``, ``tools/measure_speech.py``) before it is handed on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.model_files import TOKENIZER_FILE
+from omni_jax.checkpoint.model_files import TOKEN2WAV_FILE, TOKENIZER_FILE
 from omni_jax.checkpoint.train_checkpoints import RUN_FILES, resolve_checkpoint
 from omni_jax.checks import printable
 from omni_jax.config import OmniConfig
@@ -47,6 +48,8 @@ class Options:
     """A checkpoint of the same config and vocabulary, or the folder of a run, whose Thinker is taken instead."""
     decoder: Path | None = None
     """The same, of which the Thinker's language model alone is taken instead."""
+    token2wav: Path | None = None
+    """A checkpoint of the same config, or the folder of a run, whose Token2Wav is taken instead."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What all of it is cast to; it keeps its own if left out."""
 
@@ -56,7 +59,7 @@ def pack_checkpoint(options: Options) -> int:
 
     Raises:
       CheckpointError, ConfigError: if a source is no checkpoint or has no such component, the Thinkers differ in config
-        or vocabulary, or the target exists.
+        or vocabulary, Token2Wav in config, or the target exists.
     """
     source = resolve_checkpoint(options.source)
     found = store.components(source)
@@ -66,6 +69,11 @@ def pack_checkpoint(options: Options) -> int:
         params["thinker"] = _load_thinker(source, options.thinker)
     if options.decoder is not None:
         params["thinker"] = {**params["thinker"], "decoder": _load_thinker(source, options.decoder)["decoder"]}
+    token2wav = source
+    if options.token2wav is not None:
+        token2wav = resolve_checkpoint(options.token2wav)
+        _check_same_token2wav(source, token2wav)
+        params["token2wav"] = store.load(token2wav, ["token2wav"])["token2wav"]
     leaves = []
     for component, tree in params.items():
         for path, array in flatten_params(tree).items():
@@ -73,8 +81,11 @@ def pack_checkpoint(options: Options) -> int:
 
     def write_beside(folder: Path) -> None:
         for path in sorted(source.iterdir()):
-            if has_file(path) and path.name not in (*RUN_FILES, store.ABOUT_FILE):
+            if has_file(path) and path.name not in (*RUN_FILES, store.ABOUT_FILE, TOKEN2WAV_FILE):
                 copy_file(path, folder / path.name)
+        # of the published flow there is none
+        if has_file(token2wav / TOKEN2WAV_FILE):
+            copy_file(token2wav / TOKEN2WAV_FILE, folder / TOKEN2WAV_FILE)
 
     store.save(options.target, leaves, write_beside)
     return sum(leaf.nbytes for leaf in leaves)
@@ -93,6 +104,12 @@ def _check_same_thinker(source: Path, other: Path) -> None:
         raise CheckpointError(f"the Thinker of {other} is of another config than that of {source}")
     if (source / TOKENIZER_FILE).read_bytes() != (other / TOKENIZER_FILE).read_bytes():
         raise CheckpointError(f"{other} has another {TOKENIZER_FILE} than {source}")
+
+
+def _check_same_token2wav(source: Path, other: Path) -> None:
+    """Raises CheckpointError if one's Token2Wav cannot stand in the other's place."""
+    if OmniConfig.load(source).token2wav_config != OmniConfig.load(other).token2wav_config:
+        raise CheckpointError(f"the Token2Wav of {other} is of another config than that of {source}")
 
 
 def _make_leaf(path: tuple[str, ...], array: jax.Array, dtype: str | None) -> store.Leaf:

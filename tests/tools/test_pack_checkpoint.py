@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from omni_jax.checkpoint import store
-from omni_jax.checkpoint.model_files import TOKENIZER_FILE
+from omni_jax.checkpoint.model_files import TOKEN2WAV_FILE, TOKENIZER_FILE
 from omni_jax.checkpoint.voices import load_voices
 from omni_jax.config import OmniConfig
 from omni_jax.errors import CheckpointError
+from omni_jax.models.ode_solver import Solver
 from tools.pack_checkpoint import Options, pack_checkpoint
 
 
@@ -67,4 +68,26 @@ def test_the_thinker_of_another_checkpoint(tiny_model: Path, tmp_path: Path) -> 
     dataclasses.replace(config, thinker_config=dataclasses.replace(config.thinker_config, text_config=text)).save(other)
     with pytest.raises(CheckpointError, match="is of another config"):
         pack_checkpoint(Options(tiny_model, tmp_path / "refused", thinker=other))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_token2wav_of_another_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    pack_checkpoint(Options(tiny_model, other, components=("token2wav",), dtype="bfloat16"))
+    distilled = Solver("euler", 4, guidance=False)
+    (other / TOKEN2WAV_FILE).write_text(distilled.to_json())
+    joined = tmp_path / "joined"
+    pack_checkpoint(Options(tiny_model, joined, token2wav=other))
+    source = store.load(tiny_model)
+    jax.tree.map(np.testing.assert_array_equal, store.load(joined), {**source, **store.load(other)})
+    assert Solver.load(joined) == distilled
+    # the flow of the one that it is taken from, and not of the one that it replaces
+    pack_checkpoint(Options(joined, tmp_path / "published", token2wav=tiny_model))
+    assert Solver.load(tmp_path / "published") == Solver()
+    config = OmniConfig.load(other)
+    dit = dataclasses.replace(config.token2wav_config.dit_config, rope_theta=1000.0)
+    token2wav = dataclasses.replace(config.token2wav_config, dit_config=dit)
+    dataclasses.replace(config, token2wav_config=token2wav).save(other)
+    with pytest.raises(CheckpointError, match=r"the Token2Wav of .* is of another config"):
+        pack_checkpoint(Options(tiny_model, tmp_path / "refused", token2wav=other))
     assert not (tmp_path / "refused").exists()
