@@ -9,7 +9,8 @@ Reads from OUT, where it is there:
 * ``ablation.json``, of ``tools/ablate_tmrope.py``;
 * ``robustness.json``, of ``tools/robustness.py``;
 * ``latency.json``, of ``tools/measure_latency.py``;
-* ``speech.json``, which is the ``report.json`` of ``tools/measure_speech.py``.
+* ``speech.json``, which is the ``report.json`` of ``tools/measure_speech.py`` of texts that are read aloud, and
+  ``speech_replies.json``, of spoken answers to questions.
 
 A section is written for each of these, between two markers of the page. What is not there leaves its section as it is,
 and the page keeps all outside the markers; pictures lie beside it.
@@ -46,7 +47,8 @@ try:
 except ImportError:
     sys.exit("pictures need matplotlib: pip install -e '.[plots]'")
 
-SECTIONS = ("Stages", "Answers", "Speech", "Ablation of TMRoPE", "Damaged input", "Latency")  # in this order
+# in this order
+SECTIONS = ("Stages", "Answers", "Speech", "Spoken replies", "Ablation of TMRoPE", "Damaged input", "Latency")
 MARKERS = ("<!-- report -->", "<!-- end of report -->")
 # of answers, each with the tasks whose answers have one of its words
 _KINDS: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {
@@ -299,6 +301,7 @@ def make_sections(out: Path, page: Path) -> dict[str, str]:
             found["Answers"] += f"\n![what was answered in place of what]({names['confusions'].name})\n"
     for file, title, tell in (
         ("speech.json", "Speech", tell_speech),
+        ("speech_replies.json", "Spoken replies", tell_speech),
         ("ablation.json", "Ablation of TMRoPE", tell_ablation),
         ("robustness.json", "Damaged input", tell_robustness),
         ("latency.json", "Latency", tell_latency),

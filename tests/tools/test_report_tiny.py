@@ -91,6 +91,7 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     judged = {"sentences": 12, "whisper": errors, "pocketsphinx_closed": errors, "own_voice": 0.75, "dnsmos": 2.5}
     judged["word_times"] = {"all": {"words": 70, "median": 0.0625, "percentile_90": 0.2}, "right": None}
     write(out / "speech.json", {"model": "m", "judges": ["Whisper", "Resemblyzer"], "spoken": judged})
+    write(out / "speech_replies.json", {"judges": ["Whisper"], "spoken": {**judged, "sentences": 7}})
     second = {"median": 1.0, "p95": 2.0}
     tasks = {"order": {"first text": second, "sound": second}, "day": {"first text": second}}
     write(out / "latency.json", {"device": "2 cores", "items": 20, "tasks": tasks})
@@ -109,3 +110,4 @@ def test_tells_what_is_there(tmp_path: Path) -> None:
     assert "| 5 % lost | 90.0 % (59.6 to 98.2) |" in report
     assert "| spoken | 12 | 12.5 % (5.0 to 20.0) | 12.5 % (5.0 to 20.0) | 75.0 % | 2.50 | 62 ms of 70 |  |" in report
     assert "Judges: Whisper; Resemblyzer." in report
+    assert report.index("## Speech\n") < report.index("## Spoken replies\n") < report.index("| spoken | 7 |")
