@@ -23,6 +23,7 @@ from tools.run_recipe import EVALUATIONS, run_recipe
 # folders of the stages that train, in their order
 TRAINED = ("tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
 _LEAST_DISTILLATION = 0.1  # of the steps of its recipe
+_QUESTION = "Say something."  # that any text answers
 NUM_DISTILLED = 8  # held-out rows whose published solve is compared with the student's
 LICENCE = "A synthesizer's voice, whose licence lets anyone use it; nobody's consent is needed."
 
@@ -169,11 +170,17 @@ class SpeechStages:
         self._train_talker("talker-lists", "talker-lists", self._join(), rows)
 
     def train_talker(self) -> None:
-        """Stage 1: the next code, in the voices of flite; a third of the texts goes on from a clip."""
+        """Stage 1: the next code, in the voices of flite; a third of the texts that are read aloud goes on from a clip.
+
+        Where the last stage has replies, each text is an answer, too, to a question that does not hold it: a Talker
+        that has only read aloud copies from the question, and speaks other words where they stand in the reply alone.
+        """
         rows = {}
         for part, names in self.data.texts.items():
             codes = keep_flite([self.data.rows(f"{name}_codes") for name in names], self.data.rows(f"{part}_flite"))
             rows[part] = [self._make_spoken(codes)]
+            if self.data.replies:
+                rows[part].append(self._make_answers(codes))
         before = self.out / "talker-lists" if self.data.lists else self._join()
         self._train_talker("talker-pretrain", "talker1", before, rows)
 
@@ -188,6 +195,12 @@ class SpeechStages:
         target = _spoken(codes)
         if not target.exists():
             run("tools/make_spoken_rows.py", codes, target, "--clips", clips)
+        return target
+
+    def _make_answers(self, codes: Path) -> Path:
+        target = codes.with_name(f"{codes.stem}_answers.jsonl")
+        if not target.exists():
+            run("tools/make_spoken_rows.py", codes, target, "--question", _QUESTION)
         return target
 
     def _train_talker(

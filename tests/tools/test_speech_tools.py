@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -112,9 +113,13 @@ def test_the_talker_begins_from_the_thinker_and_token2wav(tmp_path: Path, monkey
     ran: list[tuple[str, ...]] = []
     initial: dict[str, Path] = {}
     monkeypatch.setattr(speech_stages, "run", lambda *arguments: ran.append(tuple(map(str, arguments))))
-    monkeypatch.setattr(
-        speech_stages, "run_recipe", lambda name, workdir, init, *rest, **options: initial.update({name: init})
-    )
+    trained: list[Path] = []
+
+    def train(name: str, workdir: Path, init: Path, rows: list[Path], *rest: object, **options: object) -> None:
+        initial[name] = init
+        trained[:] = rows
+
+    monkeypatch.setattr(speech_stages, "run_recipe", train)
     for part in ("train", "valid"):
         write_values(tmp_path / f"{part}_codes.jsonl", utterances(2))
     parts = {part: part for part in ("train", "valid")}
@@ -125,3 +130,13 @@ def test_the_talker_begins_from_the_thinker_and_token2wav(tmp_path: Path, monkey
     joined = tmp_path / "joined"
     assert initial == {"talker-pretrain-mini": joined}
     assert ("tools/pack_checkpoint.py", str(tmp_path / "distilled"), str(joined), "--thinker", str(thinker)) in ran
+    assert not any("--question" in arguments for arguments in ran)  # all is read aloud
+    assert [path.name for path in trained] == ["train_flite_spoken.jsonl"]
+    # with replies texts are answers, too, that stand in no question
+    replying = dataclasses.replace(data, replies=parts)
+    stages = SpeechStages(tmp_path, replying, files=tmp_path / "files", thinker=thinker, steps_scale=1.0, preferences=0)
+    stages.train_talker()
+    answers = tmp_path / "train_flite_answers.jsonl"
+    made = ("tools/make_spoken_rows.py", str(tmp_path / "train_flite.jsonl"), str(answers))
+    assert (*made, "--question", "Say something.") in ran
+    assert answers in trained
