@@ -192,15 +192,16 @@ class SpeechStages:
         return target
 
     def _make_spoken(self, codes: Path, clips: float = 0.33) -> Path:
-        target = _spoken(codes)
-        if not target.exists():
-            run("tools/make_spoken_rows.py", codes, target, "--clips", clips)
-        return target
+        """Rows of texts that are read aloud."""
+        return self._make_talker_rows(codes, _spoken(codes), "--clips", clips)
 
     def _make_answers(self, codes: Path) -> Path:
-        target = codes.with_name(f"{codes.stem}_answers.jsonl")
+        """Rows of the same texts, each as the answer to a question that does not hold it."""
+        return self._make_talker_rows(codes, codes.with_name(f"{codes.stem}_answers.jsonl"), "--question", _QUESTION)
+
+    def _make_talker_rows(self, codes: Path, target: Path, *more: object) -> Path:
         if not target.exists():
-            run("tools/make_spoken_rows.py", codes, target, "--question", _QUESTION)
+            run("tools/make_spoken_rows.py", codes, target, *more)
         return target
 
     def _train_talker(

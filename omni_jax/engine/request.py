@@ -95,7 +95,7 @@ class TalkerParams:
 
     @classmethod
     def load(cls, folder: Path) -> TalkerParams:
-        """Those of a checkpoint: the published ones, but for what its ``generation_config.json`` has.
+        """The defaults of a checkpoint: the published ones, but for what its ``generation_config.json`` has.
 
         The keys are named as arguments of the reference's ``generate``: ``talker_temperature``, ``talker_top_k``,
         ``talker_top_p`` and ``talker_repetition_penalty``.
