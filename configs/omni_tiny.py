@@ -22,6 +22,7 @@ _ROPE_THETA = 1000.0  # of contexts of a thousand positions: more frequencies th
 PIXELS = {"max_pixels": 112 * 112, "video_max_pixels": 112 * 112}
 # how codes are drawn: of 34 sentences 22 % of the words were wrong by Whisper at 0.3, and 27 % at the published 0.9
 TALKER_SAMPLING = {"temperature": 0.3}
+_UTTERANCES = 8  # of a row of the Talker, at most: of short ones three would leave 40 % of it empty
 # small steps: their number counts more than their size. A video of six seconds with its sound is some 260 tokens, six
 # windows and three blocks of sound
 _MEDIA: dict[str, Any] = dict(
@@ -100,7 +101,9 @@ def _make_tuning(what: str, *, phases: tuple[Phase, ...] | None = None, **kw: An
     return dataclasses.replace(recipe, about=f"instruction tuning on {what}")
 
 
-def _make_talker(stage: str, *, steps: int, positions: int, learning_rate: float, **changes: Any) -> Recipe:
+def _make_talker(
+    stage: str, *, steps: int, positions: int, learning_rate: float, code_dropout: float = 0.0, **changes: Any
+) -> Recipe:
     """A recipe of the Talker.
 
     Args:
@@ -108,12 +111,15 @@ def _make_talker(stage: str, *, steps: int, positions: int, learning_rate: float
       steps: of the run.
       positions: of a row of the Talker, for some utterances.
       learning_rate: at the peak.
+      code_dropout: of the objective.
       changes: of the data; the recipes of ``mini`` have no room for media.
     """
     mini = talker.RECIPES[f"{stage}-mini"]
     data = dataclasses.replace(mini.data, **changes)
     optimizer = dataclasses.replace(mini.optimizer, learning_rate=learning_rate)
-    objective = dataclasses.replace(mini.objective, positions=positions, chunk=positions)
+    objective = dataclasses.replace(
+        mini.objective, positions=positions, chunk=positions, utterances=_UTTERANCES, code_dropout=code_dropout
+    )
     model = omni_tiny_config(num_pieces=512)
     return dataclasses.replace(mini, model=model, data=data, objective=objective, optimizer=optimizer, steps=steps)
 
@@ -194,7 +200,9 @@ RECIPES = {
         about="the Talker learns to copy lists of words, before it reads texts",
     ),
     # texts that are read aloud, lists among them, and clips that are gone on from
-    "talker-pretrain-omni-tiny": _make_talker("talker-pretrain", steps=5000, positions=672, learning_rate=1.5e-3),
+    "talker-pretrain-omni-tiny": _make_talker(
+        "talker-pretrain", steps=5000, positions=672, learning_rate=1.5e-3, code_dropout=0.2, tokens=352
+    ),
     # answers to several questions about a video, too: some 800 positions
     "talker-voices-omni-tiny": _make_talker("talker-voices", steps=4000, positions=896, learning_rate=1.5e-3, **_MEDIA),
 }

@@ -42,7 +42,7 @@ from tools.world.captions import ask_in_text
 from tools.world.items import PARTS, Effect, Item, Medium, Part, Picture, Spoken, Video, ask_by_voice, fits_part
 from tools.world.pictures import FRAME_RATE, SOUND_RATE, draw_picture, write_picture, write_video
 from tools.world.sounds import Placed, make_effect, mix_track
-from tools.world.tasks import NOT_VOICED, STYLES, Artist
+from tools.world.tasks import NOT_VOICED, ONLY_NAMED, STYLES, Artist
 
 _MOST_DRAWS = 10_000  # of one item, until one is of the part asked for
 _LOUDNESS = 0.6  # of the largest sample of what is said in a video
@@ -61,7 +61,7 @@ class Options:
     split: Part | None = None
     """Make this part alone, with all of --items."""
     tasks: tuple[str, ...] = ()
-    """Names of tasks; all if none is given."""
+    """Names of tasks; without any all but shuffled, lists that nothing but speaking is learned from."""
     voiced: float = 0.25
     """Items asked by voice for each asked in text, of training; held-out ones are all asked both ways. With --in-text
     none is asked by voice: in words, its row would be the same as that of the question in text."""
@@ -70,7 +70,7 @@ class Options:
     in_text: bool = False
     """Write what pictures, sounds and videos hold in their place, so that nothing but text is asked."""
     spoken: float = 0.0
-    """Share of the items whose last answer is spoken, too."""
+    """Share of the items whose last answer is spoken, too, also with --in-text."""
     seed: int = 0
 
 
@@ -91,7 +91,7 @@ def draw_items(options: Options, part: Part, count: int) -> list[Item]:
     if unknown:
         raise InputError(f"tasks: {', '.join(unknown)}; there are {', '.join(artist.tasks)}")
     items = []
-    for name in options.tasks or artist.tasks:
+    for name in options.tasks or [name for name in artist.tasks if name not in ONLY_NAMED]:
         can_be_voiced = not options.in_text and name not in NOT_VOICED
         for _ in range(count):
             item = _draw_item(artist, name, part)
@@ -133,7 +133,7 @@ class MediaWriter:
         """
         self._out = options.out
         # texts alone need no synthesizer
-        self._speaker = None if options.in_text else Speaker(options.voices)
+        self._speaker = None if options.in_text and not options.spoken else Speaker(options.voices)
         (options.out / "media").mkdir(parents=True, exist_ok=True)
 
     def write(self, medium: Medium) -> None:

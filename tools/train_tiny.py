@@ -69,6 +69,12 @@ TUNING_WEIGHTS = {
     # without it lists are copied with errors after a while
     "texts": 1,
 }
+# whose answers the Talker learns to say apart from what they are about: of all kinds of sentences, and words of them in
+# any order. From few kinds it learns what follows what in these, and says other ones wrongly
+SAID_TASKS = (
+    *("colour", "shape", "place", "count", "order", "direction", "effect", "repeats", "sign", "colour-at-sound"),
+    *("word-at-shape", "day", "owner", "opposite", "describe", "narrate", "watch", "shapes", "moments"),
+)
 HELD_OUT_LIST = 50  # one list of words in so many, of those that occur once; the Talker learns to copy the others
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
 NUM_PREFERENCES = 64  # texts that pairs of answers are made of
@@ -254,6 +260,9 @@ class Training:
         self._make_questions("voiced", self.options.questions // 2, VOICED_TASKS, "--voiced", 1, "--seed", 4)
         self._make_questions("timed", self.options.questions, TIMED_TASKS, "--voiced", 0, "--seed", 5)
         self._make_questions("asked", self.options.questions // 4, ASKED_TASKS, "--voiced", 1, "--seed", 8)
+        said = self.options.questions // 10
+        self._make_questions("answers", said, SAID_TASKS, "--in-text", "--spoken", 1, "--seed", 9)
+        self._make_questions("shuffled", 7 * said, ["shuffled"], "--seed", 10)
         flite = ("--voices", *FLITE_VOICES)  # of whom the Talker learns first
         self._make_questions("words", 7 * self.options.questions // 2, ["words"], "--voiced", 0, "--seed", 7, *flite)
         for part in ("train", "valid"):
@@ -287,7 +296,11 @@ class Training:
             spoken = rows
             if part == "train":
                 spoken = [*rows, *read_subfolder(self._rows("captions/train"))]
-            self._write(f"{part}_speech", list(find_speech(spoken, SPOKEN_TASKS)))
+            speech = list(find_speech(spoken, SPOKEN_TASKS))
+            if part == "train":
+                speech += find_speech(read_subfolder(self._rows("shuffled/train")), ["shuffled"])
+                speech += find_answers(read_subfolder(self._rows("answers/train")))
+            self._write(f"{part}_speech", speech)
             self._write(f"{part}_sounds", list(find_speech(spoken, ("transcribe",)))[:count])
         lists = list(find_speech(read_subfolder(self._rows("words/train")), ("words",)))
         # lists of one word, and some of two, are drawn several times
@@ -396,6 +409,8 @@ def read_subfolder(path: Path) -> list[Values]:
         for field in _MEDIA_FIELDS:
             if field in values:
                 values[field] = [f"{path.parent.name}/{file}" for file in values[field]]
+        if "reply" in values:
+            values["reply"]["audio"] = f"{path.parent.name}/{values['reply']['audio']}"
     return rows
 
 
@@ -405,14 +420,27 @@ def _select(rows: Sequence[Values], tasks: Sequence[str]) -> list[Values]:
 
 def find_speech(rows: Sequence[Values], tasks: Sequence[str]) -> Iterator[Values]:
     """What is heard in rows of some tasks, with its text, its voice and another sound of that voice."""
-    recorded = [values for values in rows if values["task"] in tasks]
-    previous = {values["voice"]: values["audios"][0] for values in recorded}
-    for values in recorded:
+    recorded = []
+    for values in _select(rows, tasks):
         (audio,) = values["audios"]
-        voice = values["voice"]
-        text = values["messages"][-1]["content"]
-        yield {"audio": audio, "text": text, "voice": voice, "ref_audio": previous[voice]}
-        previous[voice] = audio
+        recorded.append({"audio": audio, "text": values["messages"][-1]["content"], "voice": values["voice"]})
+    return _add_clips(recorded)
+
+
+def find_answers(rows: Sequence[Values]) -> Iterator[Values]:
+    """The spoken answers of rows, as ``find_speech`` has what is heard: without what they answer."""
+    recorded = []
+    for values in rows:
+        recorded.append({**values["reply"], "text": values["messages"][-1]["content"]})
+    return _add_clips(recorded)
+
+
+def _add_clips(recorded: Sequence[Values]) -> Iterator[Values]:
+    """Each with the sound of its voice before it, the first of a voice with the last."""
+    previous = {values["voice"]: values["audio"] for values in recorded}
+    for values in recorded:
+        yield {**values, "ref_audio": previous[values["voice"]]}
+        previous[values["voice"]] = values["audio"]
 
 
 def find_replies(rows: Sequence[Values]) -> Iterator[Values]:

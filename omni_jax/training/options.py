@@ -109,6 +109,10 @@ class TalkerOptions:
     text_weight: float = 0.0
     """Factor of the loss of the text, which is the Thinker's of the same rows; 0: it is not computed. It changes
     nothing but what trains of the Thinker."""
+    code_dropout: float = 0.0
+    """Share of the codes that the Talker reads whose embedding is left out in a step of training, never in inference or
+    evaluation. The more of them, the less the next code follows from those before it, and the more from the text: word
+    dropout (https://arxiv.org/abs/1511.06349, section 3.1) of codes."""
     codec: str | None = None
     """Fingerprint of the codec that the codes of all rows must be of; without it, that of the checkpoint's speech
     tokenizer, and where it has none, they may be of any."""
@@ -123,6 +127,7 @@ class TalkerOptions:
         check_int("objective.chunk", self.chunk, 1)
         check_float("objective.code_weight", self.code_weight, 0, FLOAT_MAX)
         check_float("objective.text_weight", self.text_weight, 0, FLOAT_MAX)
+        check_float("objective.code_dropout", self.code_dropout, 0, 1)
         check_voices(self.voices)
 
 

@@ -17,7 +17,7 @@ from tools.world.captions import capitalize, describe_medium
 from tools.world.items import PARTS, Item, Picture, Spoken, Video, part_of
 from tools.world.pictures import FRAME_RATE, SIDE, Ground, Thing, draw_picture
 from tools.world.sounds import EFFECT_SECONDS, Placed, make_effect, mix_track
-from tools.world.tasks import SEGMENT_SECONDS, STYLES, Artist
+from tools.world.tasks import ONLY_NAMED, SEGMENT_SECONDS, STYLES, Artist
 from tools.world.vocabulary import COLOURS, EFFECTS, SHAPES, SIGNS, nearest_colour
 
 
@@ -49,7 +49,7 @@ def test_parts_share_no_combination(tmp_path: Path) -> None:
 
 
 def test_every_task_has_items_of_every_part(tmp_path: Path) -> None:
-    names = set(Artist(np.random.default_rng(0), STYLES["train"], ("slt",)).tasks)
+    names = set(Artist(np.random.default_rng(0), STYLES["train"], ("slt",)).tasks) - {*ONLY_NAMED}
     for part in PARTS:
         assert {item.task.removesuffix("-voice") for item in tool.draw_items(tool.Options(tmp_path), part, 1)} == names
 
@@ -233,10 +233,25 @@ def test_some_answers_are_spoken_and_all_else_stays(tmp_path: Path) -> None:
     for item in items:
         assert item.reply is None or item.reply.text == item.turns[-1].answer
 
-    tool.make_world(tool.Options(tmp_path, **{**options, "items": 2}, spoken=1.0))
-    for source in open_rows(str(tmp_path / "train.jsonl")):
-        reply = row_values(source)["reply"]
-        assert reply["voice"] in ("slt", "awb") and (tmp_path / reply["audio"]).exists()
+    # also of questions whose media are told in words
+    for in_text in (False, True):
+        out = tmp_path / str(in_text)
+        tool.make_world(tool.Options(out, **{**options, "items": 2}, spoken=1.0, in_text=in_text))
+        for source in open_rows(str(out / "train.jsonl")):
+            reply = row_values(source)["reply"]
+            assert reply["voice"] in ("slt", "awb") and (out / reply["audio"]).exists()
+
+
+def test_shuffled_words_are_of_answers_and_made_where_they_are_named(tmp_path: Path) -> None:
+    tasks = {item.task for item in tool.draw_items(tool.Options(tmp_path, items=1, voiced=0.0), "train", 1)}
+    assert "shuffled" not in tasks and "words" in tasks
+    options = tool.Options(tmp_path, items=200, tasks=("shuffled",))
+    texts = [item.turns[0].answer for item in tool.draw_items(options, "train", 200)]
+    words = [word for text in texts for word in text.rstrip(".").lower().split()]
+    assert all(2 <= len(text.split()) <= 7 for text in texts)
+    assert {"the", "is", "came"} <= set(words)
+    # an order that no answer has
+    assert any("the is" in text.lower() for text in texts)
 
 
 def test_other_options_in_the_same_folder_keep_their_media_apart(tmp_path: Path) -> None:

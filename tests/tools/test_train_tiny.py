@@ -25,6 +25,7 @@ from tools.train_tiny import (
     CAPTION_TASKS,
     JOINED,
     NARRATION_TASKS,
+    SAID_TASKS,
     Training,
     find_speech,
     join_dialogues,
@@ -69,6 +70,11 @@ QUESTIONS = {
     "words": [
         row("words", "<audio>What is said?", text, audios=[f"media/{file}.wav"], voice="awb")
         for file, text in (("l", "Dog"), ("n", "New dog red star"), ("o", "Dog"))
+    ],
+    "shuffled": [row("shuffled", "<audio>What is said?", "Red is star.", audios=["media/r.wav"], voice="rms")],
+    "answers": [
+        row("colour-text", "A star.", "The star is red.", reply={"audio": f"media/{file}.wav", "voice": "awb"})
+        for file in "st"
     ],
 }
 LISTS = [row("list-text", "Read this aloud: star red dog", "star red dog")]
@@ -124,7 +130,7 @@ def test_captions_are_of_their_tasks(training: Training) -> None:
     assert caption["images"] == ["captions/media/e.png"] and narration["videos"] == ["captions/media/g.mp4"]
     assert [values["task"] for values in read_values(training.data / "valid_captions.jsonl")] == ["transcribe"]
     tasks = make_world.Artist(make_world.np.random.default_rng(0), make_world.STYLES["train"], ("slt",)).tasks
-    assert {*CAPTION_TASKS, *NARRATION_TASKS} <= set(tasks)
+    assert {*CAPTION_TASKS, *NARRATION_TASKS, *SAID_TASKS} <= set(tasks)
 
 
 def test_pictures_are_those_of_questions_and_of_captions(training: Training) -> None:
@@ -179,16 +185,23 @@ def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training
 
 
 def test_transcribed_sounds_and_spoken_answers_become_rows(training: Training) -> None:
-    # those of captions are among them
-    for name in ("sounds", "speech"):
+    # those of captions are among them, and lists and answers that the Talker alone learns from
+    said = ["shuffled/media/r.wav", "answers/media/s.wav", "answers/media/t.wav"]
+    for name, others in (("sounds", []), ("speech", said)):
         spoken, *more = read_values(training.data / f"train_{name}.jsonl")
-        assert [values["audio"] for values in more] == ["captions/media/m.wav"]
+        assert [values["audio"] for values in more] == ["captions/media/m.wav", *others]
         assert spoken == {
             "audio": "media/a.wav",
             "text": "The sheep is new.",
             "voice": "slt",
             "ref_audio": "media/a.wav",
         }
+    assert read_values(training.data / "train_speech.jsonl")[-1] == {
+        "audio": "answers/media/t.wav",
+        "text": "The star is red.",
+        "voice": "awb",
+        "ref_audio": "answers/media/s.wav",
+    }
     (reply,) = read_values(training.data / "valid_replies.jsonl")
     assert [reply[name] for name in ("audio", "voice", "text")] == ["media/f.wav", "awb", "Emma comes on Tuesday."]
     assert [message["role"] for message in reply["messages"]] == ["system", "user", "assistant"]

@@ -18,7 +18,8 @@ from omni_jax.checkpoint.train_checkpoints import step_folder
 from omni_jax.data.packing import Budget
 from omni_jax.data.spoken_packing import SpokenBatch, SpokenBudget
 from omni_jax.errors import ConfigError
-from omni_jax.models.talker import Talker
+from omni_jax.models.talker import NO_CODE, Talker
+from omni_jax.models.talker_conditioning import begin_codes
 from omni_jax.models.thinker import Thinker
 from omni_jax.processing.clip_text import ClipText
 from omni_jax.processing.layout import lay_out
@@ -27,6 +28,7 @@ from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from omni_jax.training.objectives import make_objective as make_objective_of
 from omni_jax.training.objectives.next_token import NextToken
+from omni_jax.training.objectives.talker import drop_codes
 from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.options import NextTokenOptions, TalkerOptions
 from omni_jax.training.recipe import RANDOM, ParameterGroup, Phase, Recipe
@@ -126,6 +128,35 @@ def test_the_loss_is_the_mean_over_codes(batch: SpokenBatch, params: dict[str, A
     is_top = logits.argmax(-1) == batch.targets
     assert float(loss.terms["code_accuracy"]) == pytest.approx(float(is_top[is_target].mean()), abs=1e-6)
     assert float(loss.terms["loss"]) == float(loss.terms["code_loss"]) == float(loss.total)
+
+
+def test_codes_that_are_dropped() -> None:
+    config = CONFIG.talker_config
+    codes = np.arange(8000).reshape(4, 2000) % 64
+    codes[:, :3] = [NO_CODE, *begin_codes(config)]
+    for fraction in (0.0, 0.3, 1.0):
+        found = np.asarray(drop_codes(jax.random.key(0), codes, fraction, config))
+        np.testing.assert_array_equal(found[:, :3], codes[:, :3])
+        is_dropped = found[:, 3:] == NO_CODE
+        np.testing.assert_array_equal(found[:, 3:][~is_dropped], codes[:, 3:][~is_dropped])
+        assert is_dropped.mean() == pytest.approx(fraction, abs=0.03)  # six standard deviations
+
+
+def test_codes_are_dropped_in_training_alone(batch: SpokenBatch, params: dict[str, Any]) -> None:
+    options = dataclasses.replace(TEXT_OPTIONS, code_dropout=0.5)
+    dropped = drop_codes(jax.random.key(0), batch.codes, 0.5, CONFIG.talker_config)
+
+    def find_loss(options: TalkerOptions, batch: SpokenBatch, trained: Sequence[str]) -> float:
+        objective = make_objective(options)
+        denominators = objective.denominators(batch)
+        loss = jax.jit(lambda params: objective.loss(params, batch, denominators, jax.random.key(0), trained).total)
+        return float(loss(params))
+
+    trained = [path for path in flatten_params(params) if path.startswith("talker/")]
+    assert find_loss(options, batch, ()) == find_loss(TEXT_OPTIONS, batch, ())
+    expected = find_loss(TEXT_OPTIONS, batch.replace(codes=dropped), trained)
+    assert find_loss(options, batch, trained) == pytest.approx(expected, rel=1e-6)
+    assert expected != pytest.approx(find_loss(TEXT_OPTIONS, batch, ()), rel=1e-3)
 
 
 def gradients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,8 @@ _WORD_SECONDS = 0.7  # kept free for a word, which takes some 0.6; until the edg
 _EDGE = 0.4  # seconds between a sound and the next change of the picture
 _APART = tuple(place for place in PLACES if place != "middle")  # things at these do not touch
 # tasks that are not asked by voice: what is said is asked for already, or they are there to learn from
-NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch", "moments", "words", "shapes")
+NOT_VOICED = ("transcribe", "phrase", "read", "list", "hear", "watch", "moments", "words", "shapes", "shuffled")
+ONLY_NAMED = ("shuffled",)  # made where they are asked for by name: the Talker learns from them, and nobody is examined
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Artist:
             "words": self.words,
             "moments": self.moments,
             "shapes": self.shapes,
+            "shuffled": self.shuffled,
         }
 
     # draws
@@ -444,6 +447,14 @@ class Artist:
         item = self.tasks[name]()
         text = draw(self._rng, (item.turns[0].question, item.turns[0].answer))
         return Item("hear", text, (self._ask_what_is_spoken(text),), (item.key, *item.seen))
+
+    def shuffled(self) -> Item:
+        """Up to seven words of another task's answer, in any order: all that answers have, such as "the" and "came"."""
+        name = draw(self._rng, [name for name in self.tasks if name not in NOT_VOICED])
+        first, *others = re.findall(r"\w+", self.tasks[name]().turns[0].answer)
+        words = [first if first in (*NAMES, *DAYS) else first.lower(), *others]
+        text = capitalize(" ".join(sample(self._rng, words, int(self._rng.integers(2, 8)))))
+        return Item("shuffled", text, (self._ask_what_is_spoken(text),))
 
     # two turns
 

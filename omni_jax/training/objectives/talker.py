@@ -13,10 +13,14 @@ from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
+from omni_jax.batch import Array
+from omni_jax.config import TalkerConfig
 from omni_jax.data.spoken_packing import SpokenBatch
 from omni_jax.errors import ConfigError
-from omni_jax.models.talker import Talker
+from omni_jax.models.talker import NO_CODE, Talker
+from omni_jax.models.talker_conditioning import begin_codes
 from omni_jax.models.thinker import Thinker
 from omni_jax.training.objective import Loss, Metrics, Params
 from omni_jax.training.objectives.next_token import NextToken
@@ -41,6 +45,9 @@ class NextCode(TalkerObjective):
         self, params: Params, batch: SpokenBatch, denominators: Metrics, key: jax.Array, trained: Collection[str]
     ) -> Loss:
         options = self.options
+        # an evaluation trains nothing, and is of all codes
+        if options.code_dropout and trained:
+            batch = batch.replace(codes=drop_codes(key, batch.codes, options.code_dropout, self.config.talker_config))
         streams = self.run_models(params, batch, trained)
         found = self.code_log_probs(params, streams, batch)
         weights = batch.weights / denominators["codes"]  # [B, P]
@@ -56,6 +63,16 @@ class NextCode(TalkerObjective):
             total += options.text_weight * text.total
             loss += options.text_weight * text.terms["loss"]
         return Loss(total, {"loss": loss, **terms})
+
+
+def drop_codes(
+    key: jax.Array, codes: Int[Array, "B P"], fraction: float, config: TalkerConfig
+) -> Int[jax.Array, "B P"]:
+    """The codes that are read, ``NO_CODE`` in place of some; those that stand before all speech stay."""
+    codes = jnp.asarray(codes)
+    is_speech = ~jnp.isin(codes, begin_codes(config))  # [B, P]
+    is_dropped = is_speech & jax.random.bernoulli(key, fraction, codes.shape)  # [B, P]
+    return jnp.where(is_dropped, NO_CODE, codes)
 
 
 def make_models(recipe: Recipe, options: TalkerOptions | TalkerDPOOptions) -> tuple[NextToken, Talker]:
