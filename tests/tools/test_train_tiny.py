@@ -20,12 +20,12 @@ from tools.row_files import read_values
 from tools.score_world import Answered, Options, Score, ask, score
 from tools.speech_stages import make_reply_row
 from tools.train_tiny import (
+    ANSWER_TASKS,
     ANSWERS,
     ANSWERS_IN_TEXT,
     CAPTION_TASKS,
     JOINED,
     NARRATION_TASKS,
-    SAID_TASKS,
     Training,
     find_speech,
     join_dialogues,
@@ -130,7 +130,7 @@ def test_captions_are_of_their_tasks(training: Training) -> None:
     assert caption["images"] == ["captions/media/e.png"] and narration["videos"] == ["captions/media/g.mp4"]
     assert [values["task"] for values in read_values(training.data / "valid_captions.jsonl")] == ["transcribe"]
     tasks = make_world.Artist(make_world.np.random.default_rng(0), make_world.STYLES["train"], ("slt",)).tasks
-    assert {*CAPTION_TASKS, *NARRATION_TASKS, *SAID_TASKS} <= set(tasks)
+    assert {*CAPTION_TASKS, *NARRATION_TASKS, *ANSWER_TASKS} <= set(tasks)
 
 
 def test_pictures_are_those_of_questions_and_of_captions(training: Training) -> None:
@@ -186,8 +186,8 @@ def test_one_dialogue_in_four_has_the_system_prompt_of_speech(training: Training
 
 def test_transcribed_sounds_and_spoken_answers_become_rows(training: Training) -> None:
     # those of captions are among them, and lists and answers that the Talker alone learns from
-    said = ["shuffled/media/r.wav", "answers/media/s.wav", "answers/media/t.wav"]
-    for name, others in (("sounds", []), ("speech", said)):
+    for_talker = ["shuffled/media/r.wav", "answers/media/s.wav", "answers/media/t.wav"]
+    for name, others in (("sounds", []), ("speech", for_talker)):
         spoken, *more = read_values(training.data / f"train_{name}.jsonl")
         assert [values["audio"] for values in more] == ["captions/media/m.wav", *others]
         assert spoken == {
