@@ -4,7 +4,7 @@
 
 Rows are taken from all tasks in turn. Both answer greedily in float32, from the same tokens and the same media; a model
 with a Talker also speaks, in its voices in turn, and the codes are compared too. What differs is printed with both
-answers, and the command ends with 1. Needs pip install -e '.[test]'.
+answers, or with the margin of the reference's code, and the command ends with 1. Needs pip install -e '.[test]'.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ReferenceModel:
                 eos_token_id=stop_ids,
                 pad_token_id=processor.config.thinker_config.pad_token_id,
             )
-        return ReferenceReply(generated[0, len(prompt) :].tolist(), [])
+        return ReferenceReply(generated[0, len(prompt) :].tolist(), [], [])
 
 
 def compare(options: Options) -> Iterator[Compared]:
@@ -179,7 +179,10 @@ def main() -> None:
         elif not one.same_codes:
             pairs = enumerate(itertools.zip_longest(one.reply.codec_ids, one.reference.codes))
             first = next(place for place, (code, other) in pairs if code != other)
-            print(f"{one.row} ({one.task}): {one.reply.text!r}, spoken with other codes from number {first} on")
+            print(
+                f"{one.row} ({one.task}): {one.reply.text!r}, spoken with other codes from number {first} on, where the"
+                f" logits of the reference's two likeliest differ by {one.reference.margins[first]:.2g}"
+            )
     same = sum(one.same_tokens for one in found)
     print(f"{same} of {len(found)} answers are the same tokens, of {len({one.task for one in found})} tasks")
     spoken = [one for one in found if one.reply.audio is not None]

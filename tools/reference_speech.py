@@ -18,10 +18,17 @@ from tools.reference_inputs import reference_arguments
 
 
 class ReferenceReply(NamedTuple):
-    """Token ids of a reply, its end among them, and the codes of its speech, without their end."""
+    """A reply.
+
+    Attributes:
+      tokens: its ids, its end among them.
+      codes: of its speech, without their end.
+      margins: by how much the logit of each code, and of the end, exceeds that of the next one.
+    """
 
     tokens: list[int]
     codes: list[int]
+    margins: list[float]
 
 
 class _SpokenError(Exception):
@@ -57,6 +64,7 @@ def speak_reference(
     generate_codes = model.talker.generate
     replies: list[torch.Tensor] = []
     spoken: list[torch.Tensor] = []
+    margins: list[float] = []
 
     def keep_reply(**arguments: Any) -> Any:
         result: Any = generate_text(**arguments)
@@ -65,7 +73,11 @@ def speak_reference(
 
     def stop_behind(**arguments: Any) -> None:
         arguments["suppress_tokens"] = np.flatnonzero(suppressed_codes(config)).tolist()
-        spoken.append(generate_codes(**arguments)[0])
+        result: Any = generate_codes(**arguments, output_scores=True, return_dict_in_generate=True)
+        spoken.append(result.sequences[0])
+        for scores in result.scores:  # [1, V]
+            best, second = scores[0].topk(2).values.tolist()
+            margins.append(best - second)
         raise _SpokenError
 
     ends = end_codes(config.talker_config).tolist()
@@ -92,4 +104,4 @@ def speak_reference(
     # before them are the prompt's positions, and two: the begin mark and its pad
     codes = spoken[0][len(prompt) + 2 :].tolist()
     length = next((i for i, code in enumerate(codes) if code in ends), len(codes))
-    return ReferenceReply(replies[0][len(prompt) :].tolist(), codes[:length])
+    return ReferenceReply(replies[0][len(prompt) :].tolist(), codes[:length], margins)

@@ -41,6 +41,9 @@ def test_answers_are_the_same_until_a_parameter_differs(
     assert {answer.task for answer in found} == {name for task in TASKS for name in (task, f"{task}-voice")}
     for answer in found:
         assert answer.same_tokens and answer.same_codes and answer.reply.text == answer.reference_text
+        # of each code, and of the end where there is one
+        assert len(answer.reference.margins) - len(answer.reference.codes) in (0, 1)
+        assert min(answer.reference.margins) >= 0
     # the random model does say something
     assert len({answer.reply.token_ids for answer in found}) > 1
     assert len({answer.reply.codec_ids for answer in found}) > 1
