@@ -154,7 +154,7 @@ def test_codes_are_dropped_in_training_alone(batch: SpokenBatch, params: dict[st
 
     trained = [path for path in flatten_params(params) if path.startswith("talker/")]
     assert find_loss(options, batch, ()) == find_loss(TEXT_OPTIONS, batch, ())
-    expected = find_loss(TEXT_OPTIONS, batch.replace(codes=dropped), trained)
+    expected = find_loss(TEXT_OPTIONS, dataclasses.replace(batch, codes=dropped), trained)
     assert find_loss(options, batch, trained) == pytest.approx(expected, rel=1e-6)
     assert expected != pytest.approx(find_loss(TEXT_OPTIONS, batch, ()), rel=1e-3)
 

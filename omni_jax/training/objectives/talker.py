@@ -9,6 +9,7 @@ Letters: B rows, P positions of the Talker.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 
 import jax
@@ -47,7 +48,8 @@ class NextCode(TalkerObjective):
         options = self.options
         # an evaluation trains nothing, and is of all codes
         if options.code_dropout and trained:
-            batch = batch.replace(codes=drop_codes(key, batch.codes, options.code_dropout, self.config.talker_config))
+            codes = drop_codes(key, batch.codes, options.code_dropout, self.config.talker_config)
+            batch = dataclasses.replace(batch, codes=codes)
         streams = self.run_models(params, batch, trained)
         found = self.code_log_probs(params, streams, batch)
         weights = batch.weights / denominators["codes"]  # [B, P]
