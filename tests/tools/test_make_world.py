@@ -246,7 +246,11 @@ def test_shuffled_words_are_of_answers_and_made_where_they_are_named(tmp_path: P
     tasks = {item.task for item in tool.draw_items(tool.Options(tmp_path, items=1, voiced=0.0), "train", 1)}
     assert "shuffled" not in tasks and "words" in tasks
     options = tool.Options(tmp_path, items=200, tasks=("shuffled",))
-    texts = [item.turns[0].answer for item in tool.draw_items(options, "train", 200)]
+    items = tool.draw_items(options, "train", 200)
+    # in the order of the answer, too, they are none that is held out
+    assert all(part_of(key) == "train" for item in items for key in (item.key, *item.seen))
+    assert all(item.seen for item in items)
+    texts = [item.turns[0].answer for item in items]
     words = [word for text in texts for word in text.rstrip(".").lower().split()]
     assert all(2 <= len(text.split()) <= 7 for text in texts)
     assert {"the", "is", "came"} <= set(words)

@@ -443,18 +443,20 @@ class Artist:
 
     def hear(self) -> Item:
         """A question or an answer of another task that is heard."""
-        name = draw(self._rng, [name for name in self.tasks if name not in NOT_VOICED])
-        item = self.tasks[name]()
+        item = self._draw_voiced_item()
         text = draw(self._rng, (item.turns[0].question, item.turns[0].answer))
         return Item("hear", text, (self._ask_what_is_spoken(text),), (item.key, *item.seen))
 
     def shuffled(self) -> Item:
         """Up to seven words of another task's answer, in any order: all that answers have, such as "the" and "came"."""
-        name = draw(self._rng, [name for name in self.tasks if name not in NOT_VOICED])
-        first, *others = re.findall(r"\w+", self.tasks[name]().turns[0].answer)
+        item = self._draw_voiced_item()
+        first, *others = re.findall(r"\w+", item.turns[0].answer)
         words = [first if first in (*NAMES, *DAYS) else first.lower(), *others]
         text = capitalize(" ".join(sample(self._rng, words, int(self._rng.integers(2, 8)))))
-        return Item("shuffled", text, (self._ask_what_is_spoken(text),))
+        return Item("shuffled", text, (self._ask_what_is_spoken(text),), (item.key, *item.seen))
+
+    def _draw_voiced_item(self) -> Item:
+        return self.tasks[draw(self._rng, [name for name in self.tasks if name not in NOT_VOICED])]()
 
     # two turns
 
