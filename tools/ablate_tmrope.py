@@ -42,12 +42,10 @@ from omni_jax import mrope
 from omni_jax.batch import PADDING, Spans, TrainBatch
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
-from omni_jax.checks import printable
 from omni_jax.config import ThinkerConfig
 from omni_jax.data.config import DataConfig
 from omni_jax.data.held_out import read_held_out
 from omni_jax.data.packing import OmniPacking
-from omni_jax.errors import CheckpointError, ConfigError, InputError, TrainingError
 from omni_jax.models.thinker import Thinker
 from omni_jax.plain_files import replace_file
 from omni_jax.processing import layout
@@ -58,6 +56,7 @@ from omni_jax.training.objective import Loss, Metrics
 from omni_jax.training.objectives.next_token import NextToken, make_next_token
 from omni_jax.training.recipe import ParameterGroup, Phase, Recipe
 from omni_jax.training.run_state import take_shape
+from tools.command_errors import exit_on_error
 from tools.pack_checkpoint import Options as PackOptions
 from tools.pack_checkpoint import pack_checkpoint
 from tools.row_files import read_values, write_values
@@ -331,10 +330,8 @@ def show(found: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     options.out.mkdir(parents=True, exist_ok=True)
-    try:
+    with exit_on_error():
         Ablation(options).run()
-    except (CheckpointError, ConfigError, InputError, TrainingError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
 
 
 if __name__ == "__main__":

@@ -32,11 +32,12 @@ from omni_jax.checkpoint.voices import Voice, choose
 from omni_jax.checks import printable
 from omni_jax.config import OmniConfig
 from omni_jax.engine.speaker_engine import SpeakerEngine
-from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.errors import InputError
 from omni_jax.generation.components import load_speaker_model
 from omni_jax.processing.speaker_vectors import normalize_vector
 from omni_jax.processing.voice_clip import VoiceClip, read_clip
 from omni_jax.speaker_verifier_config import SPEAKER_VERIFIER
+from tools.command_errors import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,8 @@ def run(options: Options) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; ``arguments`` are those of the process if None."""
     options = tyro.cli(Options, description=__doc__, args=arguments)
-    try:
+    with exit_on_error():
         print(printable(run(options)))
-    except (CheckpointError, ConfigError, InputError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ from omni_jax.checkpoint.export import to_hf
 from omni_jax.checkpoint.model_files import TOKEN2WAV_FILE
 from omni_jax.checkpoint.store import components
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
-from omni_jax.checks import check_int, printable
+from omni_jax.checks import check_int
 from omni_jax.engine.outputs import Reply
-from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.processing.layout import Prompt
 from omni_jax.processing.processor import Processor
+from tools.command_errors import exit_on_error
 from tools.pack_checkpoint import Options as PackOptions
 from tools.pack_checkpoint import pack_checkpoint
 from tools.reference_inputs import reference_arguments
@@ -167,12 +167,9 @@ def compare(options: Options) -> Iterator[Compared]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    try:
-        # differences in the last bits decide between tokens that are as likely as each other
-        with jax.default_matmul_precision("highest"):
-            found = list(compare(options))
-    except (CheckpointError, ConfigError, InputError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
+    # differences in the last bits decide between tokens that are as likely as each other
+    with exit_on_error(), jax.default_matmul_precision("highest"):
+        found = list(compare(options))
     for one in found:
         if not one.same_tokens:
             print(f"{one.row} ({one.task}): {one.reply.text!r}, and the reference {one.reference_text!r}")

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 import omni_jax
 from omni_jax.checkpoint.store import components
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
-from omni_jax.checks import check_int, printable
+from omni_jax.checks import check_int
 from omni_jax.data.replies import LastReply
 from omni_jax.engine.outputs import Reply
-from omni_jax.errors import CheckpointError, ConfigError, InputError
 from omni_jax.generation.model import OmniModel
+from tools.command_errors import exit_on_error
 from tools.row_files import write_values
 from tools.run_commands import run
 from tools.task_rows import choose_in_turn, with_speech_prompt
@@ -219,10 +219,8 @@ def compare(options: Options) -> Iterator[Compared]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    try:
+    with exit_on_error():
         found = list(compare(options))
-    except (CheckpointError, ConfigError, InputError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
     alike = 0
     for one in found:
         differences = one.find_differences(options)

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from omni_jax.checkpoint import convert, export, peft
-from omni_jax.checks import printable
-from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.errors import CheckpointError
+from tools.command_errors import exit_on_error
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
@@ -138,10 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; ``arguments`` are those of the process if None."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
     commands = {"to-jax": to_jax, "to-hf": to_hf, "to-peft": to_peft}
-    try:
+    with exit_on_error():
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=arguments)
-    except (CheckpointError, ConfigError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checks import printable, redact
+from omni_jax.checks import redact
 from omni_jax.data.rows import is_path, map_media_sources, resolve_source, row_values
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import InputError
@@ -31,6 +31,7 @@ from omni_jax.processing.files import folder_of
 from omni_jax.processing.media_workers import MediaWorkers
 from omni_jax.processing.sources import Source, confine_source, describe_source, locate_source
 from omni_jax.processing.worker_pool import MediaLimits, WorkerStartError
+from tools.command_errors import exit_on_error
 
 Rows = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
@@ -172,13 +173,11 @@ def main(
       media: with --embed: limits for the process that looks whether a file is media.
     """
     columns = TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn()
-    try:
+    with exit_on_error():
         embedding = Embedding(media_root, RemoteAccess(allow_web, allow_buckets), media) if embed else None
         with Progress(*columns) as bar:
             task = bar.add_task("", total=None)
             count = write(src, dst, embed=embedding, progress=lambda n, of: bar.update(task, completed=n, total=of))
-    except InputError as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
     print(f"{dst}: {count} rows, {dst.stat().st_size:,} bytes")
 
 

@@ -19,8 +19,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checks import printable
 from omni_jax.errors import InputError
+from tools.command_errors import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    try:
+    with exit_on_error():
         trained, held_out = make_rows(tyro.cli(Options, description=__doc__))
-    except InputError as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
     print(f"{trained} rows to train on, {held_out} held out")
 
 

@@ -30,9 +30,9 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checks import printable
 from omni_jax.errors import InputError
 from omni_jax.plain_files import replace_file
+from tools.command_errors import exit_on_error
 
 FLITE_VOICES = ("slt", "rms", "awb")
 HIBARI_VOICE = "heart"
@@ -245,14 +245,10 @@ def make_speech(options: Options) -> None:
         print(f"{options.out / part}.jsonl: {len(lines)} rows")
 
 
-def main(options: Options) -> int:
-    try:
+def main(options: Options) -> None:
+    with exit_on_error():
         make_speech(options)
-    except InputError as e:
-        print(f"error: {printable(str(e))}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    main(tyro.cli(Options, description=__doc__))

@@ -22,12 +22,13 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checks import check_float, printable, shown
+from omni_jax.checks import check_float, shown
 from omni_jax.data.rows import row_values
 from omni_jax.data.sources import Row, open_rows
 from omni_jax.errors import InputError
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.read_aloud import QUESTION, make_dialogue
+from tools.command_errors import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,16 @@ def make_rows(utterances: Sequence[Mapping[str, Any]], options: Options) -> list
     return rows
 
 
-def main(options: Options) -> int:
-    try:
+def main(options: Options) -> None:
+    with exit_on_error():
         check_float("clips", options.clips, 0, 1)
         if options.out.exists():
             raise InputError(f"{options.out} exists already; name another file")
         utterances = [read_utterance(row) for row in open_rows(options.rows)]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make_rows(utterances, options)]
         replace_file(options.out, "".join(lines).encode())
-    except InputError as e:
-        print(f"error: {printable(str(e))}", file=sys.stderr)
-        return 1
     print(f"{options.out}: {len(lines)} rows")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    main(tyro.cli(Options, description=__doc__))

@@ -32,11 +32,12 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checks import check_float, check_int, printable
+from omni_jax.checks import check_float, check_int
 from omni_jax.errors import InputError
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.media import read_audio
+from tools.command_errors import exit_on_error
 from tools.make_speech import VOICES, Speaker, Utterance
 from tools.world.captions import ask_in_text
 from tools.world.items import PARTS, Effect, Item, Medium, Part, Picture, Spoken, Video, ask_by_voice, fits_part
@@ -259,14 +260,10 @@ def make_world(options: Options) -> None:
         write_part(options, part, items, writer)
 
 
-def main(options: Options) -> int:
-    try:
+def main(options: Options) -> None:
+    with exit_on_error():
         make_world(options)
-    except InputError as e:
-        print(f"error: {printable(str(e))}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    main(tyro.cli(Options, description=__doc__))

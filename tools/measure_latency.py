@@ -27,11 +27,12 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 import omni_jax
-from omni_jax.checks import check_int, printable
+from omni_jax.checks import check_int
 from omni_jax.data.replies import LastReply
-from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
 from omni_jax.plain_files import replace_file
+from tools.command_errors import exit_on_error
 from tools.run_commands import count_cores, find_devices
 from tools.task_rows import read_by_task, with_speech_prompt
 
@@ -124,10 +125,8 @@ def show(found: dict[str, dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    try:
+    with exit_on_error():
         found = measure(options)
-    except (CheckpointError, ConfigError, InputError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
     backend, _, kind = find_devices()
     device = f"{count_cores()} cores, {kind}" if backend == "cpu" else kind
     values = {"device": device, "items": options.items, "tasks": found}

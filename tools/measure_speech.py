@@ -36,13 +36,13 @@ import omni_jax
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
 from omni_jax.checkpoint.voices import load_voices
-from omni_jax.checks import check_int, printable
+from omni_jax.checks import check_int
 from omni_jax.config import OmniConfig
 from omni_jax.data.rows import row_values
 from omni_jax.data.sounds import read_sound
 from omni_jax.data.sources import open_rows
 from omni_jax.engine.token2wav_engine import Token2WavEngine
-from omni_jax.errors import CheckpointError, ConfigError, InputError, JudgeError
+from omni_jax.errors import InputError, JudgeError
 from omni_jax.evaluation.recognizers import CheckedRecognizer, make_recognizer
 from omni_jax.evaluation.speaker_similarity import SpeakerJudge, cosine
 from omni_jax.evaluation.speech_quality import QualityJudge
@@ -61,6 +61,7 @@ from omni_jax.processing.chat import SPEECH_SYSTEM_PROMPT
 from omni_jax.processing.fetch import NO_ACCESS
 from omni_jax.processing.speech_mel import RATE, speech_log_mel
 from omni_jax.processing.voice_clip import read_clip
+from tools.command_errors import exit_on_error
 
 Kind = Literal["source", "copy", "spoken", "cloned"]
 _NUM_PICTURES = 3  # sentences that are drawn
@@ -428,14 +429,10 @@ def describe(kind: str, report: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def main(options: Options) -> int:
-    try:
+def main(options: Options) -> None:
+    with exit_on_error():
         measure(options)
-    except (CheckpointError, ConfigError, InputError, JudgeError) as e:
-        print(f"error: {printable(str(e))}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    main(tyro.cli(Options, description=__doc__))

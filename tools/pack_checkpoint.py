@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.model_files import TOKEN2WAV_FILE, TOKENIZER_FILE
 from omni_jax.checkpoint.train_checkpoints import RUN_FILES, resolve_checkpoint
-from omni_jax.checks import printable
 from omni_jax.config import OmniConfig
-from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.errors import CheckpointError
 from omni_jax.plain_files import copy_file, has_file
 from omni_jax.training.optimizer import flatten_params
+from tools.command_errors import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,8 @@ def _make_leaf(path: tuple[str, ...], array: jax.Array, dtype: str | None) -> st
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    try:
+    with exit_on_error():
         num_bytes = pack_checkpoint(options)
-    except (CheckpointError, ConfigError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
     print(f"{options.target}: {num_bytes / 2**20:.1f} MiB of parameters")
 
 

@@ -33,12 +33,13 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 import omni_jax
-from omni_jax.checks import check_int, printable
-from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.checks import check_int
+from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
 from omni_jax.plain_files import replace_file
 from omni_jax.processing.audio import MelSettings
 from omni_jax.processing.media import read_audio
+from tools.command_errors import exit_on_error
 from tools.row_files import read_values
 from tools.score_world import Answered
 from tools.world.pictures import FRAME_RATE, read_frames
@@ -226,10 +227,8 @@ def measure(options: Options) -> dict[str, dict[str, dict[str, int]]]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    try:
+    with exit_on_error():
         found = measure(options)
-    except (CheckpointError, ConfigError, InputError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
     replace_file(options.out, (json.dumps(found, indent=2) + "\n").encode())
     for damage, counts in found.items():
         right = ", ".join(f"{task} {own['right']} of {own['asked']}" for task, own in counts.items())

@@ -23,10 +23,10 @@ from scipy.stats import binomtest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 import omni_jax
-from omni_jax.checks import check_int, printable
-from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.checks import check_int
 from omni_jax.evaluation.word_errors import count_word_errors, normalize
 from omni_jax.plain_files import replace_file
+from tools.command_errors import exit_on_error
 from tools.task_rows import read_by_task
 from tools.word_errors import answer
 
@@ -125,10 +125,8 @@ def show(answered: Sequence[Answered]) -> None:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    try:
+    with exit_on_error():
         answered = ask(options)
-    except (CheckpointError, ConfigError, InputError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
     if options.out is not None:
         lines = [json.dumps(vars(a), ensure_ascii=False) + "\n" for a in answered]
         replace_file(options.out, "".join(lines).encode())

@@ -12,11 +12,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
-from omni_jax.checks import printable
-from omni_jax.errors import InputError
 from omni_jax.processing.audio import MelSettings, log_mel
 from omni_jax.processing.layout import FRAMES_PER_SECOND
 from omni_jax.processing.media import read_audio
+from tools.command_errors import exit_on_error
 
 # an optional dependency; without it there is nothing to do here
 try:
@@ -44,7 +43,5 @@ def main(sound: tyro.conf.Positional[Path], picture: tyro.conf.Positional[Path])
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error():
         tyro.cli(main)
-    except InputError as e:
-        sys.exit(f"error: {printable(str(e))}")

@@ -25,9 +25,10 @@ import omni_jax
 from omni_jax.checks import check_int, printable
 from omni_jax.data.replies import find_last_replies
 from omni_jax.data.sources import open_rows
-from omni_jax.errors import CheckpointError, ConfigError, InputError
+from omni_jax.errors import InputError
 from omni_jax.evaluation.word_errors import WordErrors, count_word_errors
 from omni_jax.generation.model import OmniModel
+from tools.command_errors import exit_on_error
 
 _ADAPTER = "adapter"  # the name of the only one
 
@@ -117,10 +118,8 @@ def measure(options: Options) -> dict[str, WordErrors]:
 
 
 def main() -> None:
-    try:
+    with exit_on_error():
         errors = measure(tyro.cli(Options, description=__doc__))
-    except (CheckpointError, ConfigError, InputError) as e:
-        raise SystemExit(f"error: {printable(str(e))}") from None
     for name, value in errors.items():
         print(f"{name}: {value}")
 

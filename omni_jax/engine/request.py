@@ -108,7 +108,8 @@ class TalkerParams:
             return cls()
         values = read_object(path)
         names = ("temperature", "top_k", "top_p", "repetition_penalty")
-        given = {name: values[f"talker_{name}"] for name in names if f"talker_{name}" in values}
+        # null is what transformers writes where nothing is set
+        given = {name: value for name in names if (value := values.get(f"talker_{name}")) is not None}
         try:
             return cls(pop_sampling(given, cls().sampling))
         except InputError as e:

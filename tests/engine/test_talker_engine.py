@@ -206,6 +206,11 @@ def test_defaults_are_the_published_ones() -> None:
     assert TalkerParams().override({}, CONFIG) == TalkerParams(SamplingParams(0.9, 40, 0.8, 1.05), 4096)
 
 
+def test_a_null_of_a_checkpoint_leaves_the_published_default(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"talker_temperature": 0.5, "talker_top_k": null}')
+    assert TalkerParams.load(tmp_path).sampling == SamplingParams(0.5, 40, 0.8, 1.05)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -171,7 +171,7 @@ class TestConfigs:
             ("talker_top_k", 10**30),
             ("talker_top_k", [40]),
             ("talker_top_p", 0),
-            ("talker_repetition_penalty", None),
+            ("talker_repetition_penalty", "1.05"),
         ],
     )
     def test_how_codes_are_drawn(self, published: Path, name: str, value: Any) -> None:
