@@ -9,11 +9,11 @@ of text comes first, ``language``. Token2Wav and the speech tokenizer are those 
 import dataclasses
 from typing import Any
 
-from configs import pretrain1, pretrain2, pretrain3, talker, thinker_sft
+from configs import pretrain1, pretrain2, pretrain3, talker, talker_dpo, thinker_sft
 from configs.sizes import ADAPTERS, DECODER, ENCODERS, make_mini
 from omni_jax.config import AudioEncoderConfig, OmniConfig, VisionEncoderConfig
 from omni_jax.mini_config import mini_config
-from omni_jax.training.options import BagOfWordsOptions
+from omni_jax.training.options import BagOfWordsOptions, TalkerDPOOptions
 from omni_jax.training.recipe import OptimizerConfig, ParameterGroup, Phase, Recipe
 
 WIDTH = 192  # of the Thinker
@@ -124,6 +124,21 @@ def _make_talker(
     return dataclasses.replace(mini, model=model, data=data, objective=objective, optimizer=optimizer, steps=steps)
 
 
+def _make_dpo(*, steps: int, learning_rate: float) -> Recipe:
+    """The recipe of the Talker's preferences.
+
+    Args:
+      steps: of the run.
+      learning_rate: at the peak.
+    """
+    mini = talker_dpo.RECIPES["talker-dpo-mini"]
+    objective = TalkerDPOOptions(positions=1344, chunk=1344, pairs=4, anchor_weight=1.0)
+    optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=50, weight_decay=0.0)
+    data = dataclasses.replace(mini.data, **_MEDIA)
+    model = omni_tiny_config(num_pieces=512)
+    return dataclasses.replace(mini, model=model, data=data, objective=objective, optimizer=optimizer, steps=steps)
+
+
 _ADAPTERS = ParameterGroup(ADAPTERS)
 _ENCODERS = ParameterGroup(ENCODERS)
 _DECODER = ParameterGroup(DECODER)
@@ -203,6 +218,8 @@ RECIPES = {
     "talker-pretrain-omni-tiny": _make_talker(
         "talker-pretrain", steps=5000, positions=672, learning_rate=1.5e-3, code_dropout=0.2, tokens=352
     ),
+    # of one dialogue two answers: of the text, and of a text nearly the same
+    "talker-dpo-omni-tiny": _make_dpo(steps=700, learning_rate=2e-4),
     # answers to several questions about a video, too: some 800 positions
     "talker-voices-omni-tiny": _make_talker("talker-voices", steps=4000, positions=896, learning_rate=1.5e-3, **_MEDIA),
 }

@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 def main() -> int:
     # here and not above: processes that decode media import this file when they start, and need no JAX
-    from configs.talker_dpo import RECIPES
+    from configs import RECIPES
+    from omni_jax.training.options import TalkerDPOOptions
     from omni_jax.training.pair_scores import run_scoring
 
-    return run_scoring(RECIPES, description=__doc__)
+    recipes = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe.objective, TalkerDPOOptions)}
+    return run_scoring(recipes, description=__doc__)
 
 
 if __name__ == "__main__":

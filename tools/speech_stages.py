@@ -22,6 +22,9 @@ from tools.run_recipe import EVALUATIONS, run_recipe
 
 # folders of the stages that train, in their order
 TRAINED = ("tokenizer", "dit", "vocoder", "distilled", "talker1", "talker2", "talker3")
+# of recordings: at least so many pairs, and one held-out pair for so many
+_LEAST_PAIRS = 64
+_VALID_PAIRS = 25
 _LEAST_DISTILLATION = 0.1  # of the steps of its recipe
 _QUESTION = "Say something."  # that any text answers
 NUM_DISTILLED = 8  # held-out rows whose published solve is compared with the student's
@@ -75,8 +78,8 @@ class SpeechStages:
           files: config and tokenizer of the model, from which the speech tokenizer begins at random.
           thinker: a checkpoint of the same config, or the folder of its run, whose Thinker the Talker reads.
           steps_scale: factor of the steps of every recipe.
-          preferences: texts that pairs of answers are made of; 0: there is no stage 2, and stage 3 follows stage 1.
-          talker_size: of the recipes of the Talker's stages 1 and 3.
+          preferences: texts that pairs of answers are made of; 0: stage 3 follows stage 1.
+          talker_size: of the recipes of the Talker's stages.
           evaluations: how often held-out rows are evaluated in a stage.
         """
         self.out = out
@@ -220,25 +223,51 @@ class SpeechStages:
                 # bad answers too: all answers of so small a model have errors, and some have fewer
                 *("--voices", *FLITE_VOICES, "--max-codes", 400, "--pairs.bad-below", -2.0),
             )
-        scored = self.out / "scored.jsonl"
-        if not scored.exists():
-            run(
-                *("tools/score_pairs.py", "talker-dpo-mini", "--init", self.out / "talker1"),
-                *("--data.train", pairs, "--out", scored),
-            )
+        scored = self._score(pairs, "talker-dpo-mini", self.out / "talker1")
         self._train("talker-dpo-mini", "talker2", self.out / "talker1", [scored], [])
 
     def add_speaker(self) -> None:
         """Stage 3: all speakers, of whom one is new."""
+        before = self.out / ("talker2" if self._preferences else "talker1")
+        self._train_talker("talker-voices", "talker3", before, self._rows_of_all_voices(), *self._new_voice())
+
+    def _rows_of_all_voices(self) -> dict[str, list[Path]]:
+        """Files of texts and of replies, by part."""
         rows = {}
         for part, names in self.data.texts.items():
             rows[part] = [self._make_spoken(self.data.rows(f"{name}_codes")) for name in names]
             if part in self.data.replies:
                 rows[part].append(_make_replies(self.data.rows(f"{self.data.replies[part]}_codes")))
-        token = load_voices(self.with_voices)[HIBARI_VOICE].bos_token
-        voices = ("--objective.voices", HIBARI_VOICE, token)
-        before = self.out / ("talker2" if self._preferences else "talker1")
-        self._train_talker("talker-voices", "talker3", before, rows, *voices)
+        return rows
+
+    def _new_voice(self) -> tuple[object, ...]:
+        """Options of ``train.py`` for the voice that stages before the third do not have."""
+        return "--objective.voices", HIBARI_VOICE, load_voices(self.with_voices)[HIBARI_VOICE].bos_token
+
+    def prefer_words(self, num_pairs: int) -> None:
+        """Stage 2 of recordings, after stage 3: the words of an answer, not nearly the same ones.
+
+        Args:
+          num_pairs: to train on, with all steps; fewer with fewer.
+        """
+        num_pairs = max(round(num_pairs * self._steps_scale), _LEAST_PAIRS)
+        before = self.out / "talker3"
+        recipe = f"talker-dpo-{self._talker_size}"
+        scored = {}
+        for part, rows in self._rows_of_all_voices().items():
+            count = num_pairs if part == "train" else max(num_pairs // _VALID_PAIRS, 4)
+            pairs = self.data.rows(f"{part}_pairs")
+            if not pairs.exists():
+                run("tools/make_minimal_pairs.py", *rows, "--out", pairs, "--most", count)
+            scored[part] = self._score(pairs, recipe, before, *self._new_voice())
+        self._train(recipe, "talker2", before, [scored["train"]], [scored["valid"]], *self._new_voice())
+
+    def _score(self, pairs: Path, recipe: str, model: Path, *more: object) -> Path:
+        """The pairs with the log-probabilities of the model, beside them."""
+        scored = pairs.with_name(f"{pairs.stem}_scored.jsonl")
+        if not scored.exists():
+            run("tools/score_pairs.py", recipe, "--init", model, "--data.train", pairs, "--out", scored, *more)
+        return scored
 
     def measure(self, model: Path, folder: str, rows: Path, voice_rows: Path, sentences: int, *more: object) -> None:
         """Measures speech (``tools/measure_speech.py``) into a folder of this name, unless that is complete."""

@@ -77,7 +77,7 @@ ANSWER_TASKS = (
 )  # fmt: skip
 HELD_OUT_LIST = 50  # one list of words in so many, of those that occur once; the Talker learns to copy the others
 NUM_SOUNDS = {"train": 4000, "valid": 96, "test": 96}  # sentences that codes, the DiT and the vocoder are learned from
-NUM_PREFERENCES = 64  # texts that pairs of answers are made of
+NUM_PAIRS = 6000  # of recordings, of which the Talker learns to prefer one
 SPEECH_SHARE = 4  # one dialogue in so many has the system prompt of spoken replies
 STAGES_FILE = "stages.json"  # the log
 ANSWERS = "answers.jsonl"  # to held-out questions about media
@@ -107,9 +107,8 @@ class Options:
     scored: int = 100
     """Held-out rows of each task that are answered at the end."""
     short: bool = False
-    """A part of the steps and of the data, to see within twenty minutes that each stage learns. There is no Talker 2:
-    answers of so short a Talker 1 do not end, and there are no pairs; nor are there the stages of one medium that
-    instruction tuning begins with, and that of lists which the Talker begins with."""
+    """A part of the steps and of the data, to see within twenty minutes that each stage learns. There are not the
+    stages of one medium that instruction tuning begins with, nor that of lists which the Talker begins with."""
     begin: Path | None = None
     """A checkpoint with the log of its stages, such as checkpoints/omni-tiny: these do not train again."""
 
@@ -163,7 +162,7 @@ class Training:
             files=self.files,
             thinker=self.out / "thinker-sft",
             steps_scale=self._scale("speech"),
-            preferences=0 if options.short else NUM_PREFERENCES,
+            preferences=0,
             talker_size="omni-tiny",
             evaluations=self._evaluations,
         )
@@ -172,12 +171,10 @@ class Training:
     def stages(self) -> tuple[Stage, ...]:
         """In their order."""
         speech = self.speech
-        prefer: tuple[Stage, ...] = ()
         of_lists: tuple[Stage, ...] = ()
         of_one_medium: tuple[Stage, ...] = ()
         if not self.options.short:
             of_lists = (Stage("Talker on lists", speech.train_talker_on_lists, "talker-lists"),)
-            prefer = (Stage("Talker 2", speech.prefer, "talker2"),)
             of_one_medium = (
                 Stage("pictures", self.tune_on_pictures, "pictures"),
                 Stage("videos", self.tune_on_videos, "videos"),
@@ -204,8 +201,9 @@ class Training:
             Stage("distilled DiT", speech.distill, "distilled"),
             *of_lists,
             Stage("Talker 1", speech.train_talker, "talker1"),
-            *prefer,
             Stage("Talker 3", speech.add_speaker, "talker3"),
+            # published before the third; here the pairs are of answers to media in all voices, which the third begins
+            Stage("Talker 2", lambda: speech.prefer_words(NUM_PAIRS), "talker2"),
             Stage("checks", self.check),
         )
 

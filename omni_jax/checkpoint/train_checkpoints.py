@@ -64,7 +64,9 @@ _MOMENTS_TREE = "moments"
 _STEP_DIGITS = 8
 # Orbax writes these when it commits, after ``files.json``
 _COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
-RUN_FILES = (RUN_FILE, FILES_FILE, *_COMMIT_FILES)  # what a checkpoint has for the sake of its run alone
+REFERENCE_FILE = "reference.json"  # of a training on preferences: the fingerprint of what it began from
+# what a checkpoint has for the sake of its run alone
+RUN_FILES = (RUN_FILE, FILES_FILE, REFERENCE_FILE, *_COMMIT_FILES)
 
 
 @dataclass(frozen=True)

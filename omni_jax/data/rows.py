@@ -18,6 +18,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from omni_jax.checks import check_float, shown
@@ -149,6 +150,23 @@ def map_media_sources(values: Mapping[str, Any], map_source: MapSource) -> dict[
     if isinstance(out.get("messages"), list):
         out["messages"] = [_map_message(message, map_source) for message in out["messages"]]
     return out
+
+
+def values_for(row: Row, out: Path) -> dict[str, Any]:
+    """The values of a row as they are written into a file: paths of media are absolute where it lies in another folder.
+
+    Raises:
+      InputError: for a row that is not JSON, or a medium that is none.
+    """
+    values = row_values(row)
+    folder = folder_of(row.file)
+    if folder == folder_of(str(out)):
+        return values
+
+    def to_absolute(source: str | bytes) -> str | bytes:
+        return resolve_source(source, str(Path(folder).resolve())) if isinstance(source, str) else source
+
+    return map_media_sources(values, to_absolute)
 
 
 def _map_source(source: Any, map_source: MapSource) -> Any:

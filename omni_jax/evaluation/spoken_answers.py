@@ -10,14 +10,13 @@ from typing import Any
 from omni_jax.batch import bucket
 from omni_jax.checks import check_int, shown
 from omni_jax.data.replies import find_last_replies
-from omni_jax.data.rows import map_media_sources, resolve_source, row_values
+from omni_jax.data.rows import row_values, values_for
 from omni_jax.data.sources import Row
 from omni_jax.engine.outputs import Reply
 from omni_jax.engine.request import BLOCK_SIZES, RequestState, SchedulerConfig
 from omni_jax.errors import InputError
 from omni_jax.generation.model import OmniModel
 from omni_jax.generation.options import Options
-from omni_jax.processing.files import folder_of
 from omni_jax.processing.read_aloud import QUESTION, make_dialogue
 
 
@@ -48,27 +47,27 @@ def read_spoken_text(row: Row, out: Path, question: str = QUESTION, media_root: 
       media_root: the folder that media must lie within; None: that of the row's file.
 
     Raises:
-      InputError: if it is neither.
+      InputError: naming the row, if it is neither, or no row at all.
     """
+    try:
+        return _read_text(row, out, question, media_root)
+    except InputError as e:
+        raise InputError(f"{row.name}: {e}") from e
+
+
+def _read_text(row: Row, out: Path, question: str, media_root: str | None) -> SpokenText:
     values = row_values(row)
     if "messages" not in values:
         text = values.get("text")
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{row.name}: text is {shown(text)}; it must be what is to be spoken")
+            raise InputError(f"text is {shown(text)}; it must be what is to be spoken")
         messages = make_dialogue(text, question)
         return SpokenText(row.name, {"messages": messages}, messages[:-1], text)
     replies = find_last_replies([row], media_root=media_root)
     last = values["messages"][-1] if values["messages"] else None
     if not replies or not isinstance(last, Mapping) or last.get("role") != "assistant" or not replies[0].text.strip():
-        raise InputError(f"{row.name}: messages must end in a reply with a text, which is what is to be spoken")
-    folder = folder_of(row.file)
-    if folder != folder_of(str(out)):
-
-        def to_absolute(source: str | bytes) -> str | bytes:
-            return resolve_source(source, str(Path(folder).resolve())) if isinstance(source, str) else source
-
-        values = map_media_sources(values, to_absolute)
-    return SpokenText(row.name, values, replies[0].prompt, replies[0].text)
+        raise InputError("messages must end in a reply with a text, which is what is to be spoken")
+    return SpokenText(row.name, values_for(row, out), replies[0].prompt, replies[0].text)
 
 
 def speak_texts(model: OmniModel, texts: Sequence[SpokenText], options: Sequence[Options]) -> list[Reply]:

@@ -27,12 +27,11 @@ from omni_jax.checks import printable
 from omni_jax.data.examples import Reject
 from omni_jax.data.preference_pairs import PairBatch, PairPacking
 from omni_jax.data.resumed_rows import ResumedRows
-from omni_jax.data.rows import map_media_sources, resolve_source, row_values
+from omni_jax.data.rows import values_for
 from omni_jax.data.sources import Files, Row, open_rows
 from omni_jax.data.spoken_packing import SpokenPart
 from omni_jax.data.spoken_rows import ANSWERS
 from omni_jax.errors import CheckpointError, ConfigError, InputError
-from omni_jax.processing.files import folder_of
 from omni_jax.processing.processor import Processor
 from omni_jax.training.device_batches import to_devices
 from omni_jax.training.objective import Params
@@ -206,14 +205,7 @@ def _scored_row(row: Row, scores: Sequence[float], digest: str, out: Path) -> di
     Raises:
       InputError: for a row that holds bytes, as those of Parquet may.
     """
-    folder = folder_of(row.file)
-    values = row_values(row)
-    if folder != folder_of(str(out)):
-
-        def to_absolute(source: str | bytes) -> str | bytes:
-            return resolve_source(source, str(Path(folder).resolve())) if isinstance(source, str) else source
-
-        values = map_media_sources(values, to_absolute)
+    values = values_for(row, out)
     reference: dict[str, Any] = {"model": digest, **dict(zip(ANSWERS, scores, strict=True))}
     values["speech"] = {**values["speech"], "reference": reference}
     try:

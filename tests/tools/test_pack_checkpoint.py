@@ -34,14 +34,16 @@ def test_all_components_are_cast(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_some_components_keep_their_bits(tiny_model: Path, tmp_path: Path) -> None:
-    # a file of a run, which is left behind
+    # files of a run, which are left behind
     run = Path(shutil.copytree(tiny_model, tmp_path / "run"))
-    (run / "run.json").write_text("{}")
+    of_run = ("run.json", "reference.json")
+    for name in of_run:
+        (run / name).write_text("{}")
     target = tmp_path / "packed"
     pack_checkpoint(Options(run, target, components=("thinker",)))
     assert list(store.components(target)) == ["thinker"]
     jax.tree.map(np.testing.assert_array_equal, store.load(tiny_model, ["thinker"]), store.load(target))
-    assert not (target / "run.json").exists() and (target / "tokenizer.json").exists()
+    assert not any((target / name).exists() for name in of_run) and (target / "tokenizer.json").exists()
     with pytest.raises(CheckpointError, match="has no speech_tokenizer"):
         pack_checkpoint(Options(run, tmp_path / "other", components=("speech_tokenizer",)))
 

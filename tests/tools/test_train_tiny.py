@@ -259,7 +259,7 @@ def test_a_checkpoint_stands_for_the_stages_of_its_log(tmp_path: Path) -> None:
 def test_the_short_form_has_fewer_stages_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [stage.name for stage in Training(TrainingOptions(tmp_path)).stages]
     short = Training(TrainingOptions(tmp_path, short=True))
-    left_out = ("pictures", "videos", "sounds", "timing", "Talker on lists", "Talker 2")
+    left_out = ("pictures", "videos", "sounds", "timing", "Talker on lists")
     assert [stage.name for stage in short.stages] == [name for name in names if name not in left_out]
     assert short.options.items < TrainingOptions(tmp_path).items
     steps = {}

@@ -14,6 +14,7 @@ import pytest
 
 from omni_jax.checkpoint import store
 from omni_jax.checkpoint.fingerprint import fingerprint
+from omni_jax.checkpoint.train_checkpoints import REFERENCE_FILE
 from omni_jax.config import OmniConfig
 from omni_jax.data.examples import Reject
 from omni_jax.data.packing import Budget
@@ -27,7 +28,7 @@ from omni_jax.processing.processor import Processor
 from omni_jax.training.loop import train
 from omni_jax.training.metrics_log import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from omni_jax.training.objectives import make_objective
-from omni_jax.training.objectives.talker_dpo import REFERENCE_FILE, sum_by_utterance
+from omni_jax.training.objectives.talker_dpo import sum_by_utterance
 from omni_jax.training.optimizer import flatten_params
 from omni_jax.training.pair_scores import score_pairs
 from omni_jax.training.recipe import RANDOM, Recipe

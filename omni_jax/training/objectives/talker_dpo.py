@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from omni_jax.batch import PADDING, Array
 from omni_jax.checkpoint.fingerprint import fingerprint
-from omni_jax.checkpoint.train_checkpoints import resolve_checkpoint
+from omni_jax.checkpoint.train_checkpoints import REFERENCE_FILE, resolve_checkpoint
 from omni_jax.data.config import DataConfig
 from omni_jax.data.preference_pairs import PairBatch, PairPacking, PreparePairs
 from omni_jax.data.spoken_packing import SpokenBatch
@@ -37,7 +37,6 @@ from omni_jax.training.objectives.talker_base import TalkerObjective
 from omni_jax.training.options import TalkerDPOOptions
 from omni_jax.training.recipe import Recipe
 
-REFERENCE_FILE = "reference.json"  # beside the checkpoints of a run: the fingerprint of what it began from
 _COMPONENTS = ("thinker", "talker")
 
 
