@@ -58,7 +58,7 @@ else
 	@echo "omni-tiny has thirteen million parameters, and knows a hundred words and a dozen shapes (docs/omni-tiny.md)."
 	@mkdir -p out/demo
 	@echo; echo "A picture (tests/media/tiny/picture.png), and a spoken question (question.wav) about it:"
-	$(BIN)/python serve.py chat --model checkpoints/omni-tiny --voice slt --out out/demo/picture.wav \
+	$(BIN)/python serve.py chat --model checkpoints/omni-tiny --voice heart --out out/demo/picture.wav \
 		--image tests/media/tiny/picture.png --audio tests/media/tiny/question.wav
 	@echo; echo "A video with sound (tests/media/tiny/video.mp4):"
 	$(BIN)/python serve.py chat --model checkpoints/omni-tiny --voice rms --out out/demo/video.wav \

@@ -124,7 +124,7 @@ def draw_curves(out: Path, picture: Path) -> bool:
     for axis, (name, (steps, losses)) in zip(axes.flat, curves.items(), strict=False):
         axis.plot(steps, losses, marker=".")
         axis.set(title=name, xlabel="step", ylabel="held-out loss")
-        axis.set_ylim(bottom=min(0.0, *losses))
+        axis.set_ylim(min(0.0, *losses), 1.05 * max(0.0, *losses))
     _save(figure, picture)
     return True
 
