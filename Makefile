@@ -13,7 +13,7 @@
 # make clean        removes all that these have made
 #
 # Variables: PYTHON (3.11 or newer) and PYTHON312 make the environments; MODEL=DIR has the demo ask a converted model;
-# SHORT=1 has train-tiny take a part of its steps and data, 17 to 22 minutes.
+# SHORT=1 has train-tiny take a part of its steps and data, some 20 minutes.
 
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12; do \

@@ -32,7 +32,7 @@ from omni_jax.evaluation.spoken_answers import read_spoken_text
 from tools.command_errors import exit_on_error
 from tools.row_files import write_values
 
-_MOST_COMPARED = 30  # recordings of texts with one other word, of which one is taken
+_MOST_COMPARED = 30  # of texts with one other word, and on each side in the order of texts; one of them is taken
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,18 @@ def read_recording(row: Row, out: Path) -> Recording | None:
       out: the file that pairs are written to.
 
     Raises:
-      InputError: naming the row, if it has no text or no codes.
+      InputError: naming the row, if it has no text or no codes, or its voice is no name.
     """
     spoken = read_spoken_text(row, out)
     speech = spoken.values.get("speech")
     if not isinstance(speech, dict) or not isinstance(speech.get("codec_ids"), list):
         raise InputError(f"{row.name}: speech is {shown(speech)}; it must be an object with codec_ids")
-    if "voice" not in speech:
+    voice = speech.get("voice")
+    if voice is None:
         return None
-    return Recording(dict(spoken.values), spoken.text, tuple(spoken.text.split()), speech["voice"], speech["codec_ids"])
+    if not isinstance(voice, str):
+        raise InputError(f"{row.name}: speech.voice is {shown(voice)}; it must be the name of a voice")
+    return Recording(dict(spoken.values), spoken.text, tuple(spoken.text.split()), voice, speech["codec_ids"])
 
 
 class MinimalPairs:
@@ -103,7 +106,11 @@ class MinimalPairs:
             self._places.update({id(recording): place for place, recording in enumerate(of_voice)})
 
     def find(self, recording: Recording) -> Recording | None:
-        """Of those that may be its partner, the one whose codes are the same the longest: it is as fast; or None."""
+        """The partner of a recording, or None.
+
+        Of those with one other word it is the one whose codes are the same for the longest, which is as fast. If there
+        are none, it is the one whose text is the same for the longest.
+        """
         contexts = list(_contexts(recording))
         self._rng.shuffle(contexts)
         for context in contexts:

@@ -66,7 +66,7 @@ class SpeechStages:
         files: Path,
         thinker: Path,
         steps_scale: float,
-        preferences: int,
+        preferences: int = 0,
         talker_size: str = "mini",
         evaluations: int = EVALUATIONS,
     ) -> None:
@@ -252,6 +252,7 @@ class SpeechStages:
         """
         num_pairs = max(round(num_pairs * self._steps_scale), _LEAST_PAIRS)
         before = self.out / "talker3"
+        voice = self._new_voice()
         recipe = f"talker-dpo-{self._talker_size}"
         scored = {}
         for part, rows in self._rows_of_all_voices().items():
@@ -259,8 +260,8 @@ class SpeechStages:
             pairs = self.data.rows(f"{part}_pairs")
             if not pairs.exists():
                 run("tools/make_minimal_pairs.py", *rows, "--out", pairs, "--most", count)
-            scored[part] = self._score(pairs, recipe, before, *self._new_voice())
-        self._train(recipe, "talker2", before, [scored["train"]], [scored["valid"]], *self._new_voice())
+            scored[part] = self._score(pairs, recipe, before, *voice)
+        self._train(recipe, "talker2", before, [scored["train"]], [scored["valid"]], *voice)
 
     def _score(self, pairs: Path, recipe: str, model: Path, *more: object) -> Path:
         """The pairs with the log-probabilities of the model, beside them."""

@@ -162,7 +162,6 @@ class Training:
             files=self.files,
             thinker=self.out / "thinker-sft",
             steps_scale=self._scale("speech"),
-            preferences=0,
             talker_size="omni-tiny",
             evaluations=self._evaluations,
         )

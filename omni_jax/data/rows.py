@@ -152,8 +152,12 @@ def map_media_sources(values: Mapping[str, Any], map_source: MapSource) -> dict[
     return out
 
 
-def values_for(row: Row, out: Path) -> dict[str, Any]:
-    """The values of a row as they are written into a file: paths of media are absolute where it lies in another folder.
+def relocate_row(row: Row, out: Path) -> dict[str, Any]:
+    """The values of a row for another file.
+
+    Args:
+      row: as ``row_values`` reads it.
+      out: the file that is written; paths of media become absolute where it lies in another folder.
 
     Raises:
       InputError: for a row that is not JSON, or a medium that is none.

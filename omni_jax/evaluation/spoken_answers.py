@@ -10,7 +10,7 @@ from typing import Any
 from omni_jax.batch import bucket
 from omni_jax.checks import check_int, shown
 from omni_jax.data.replies import find_last_replies
-from omni_jax.data.rows import row_values, values_for
+from omni_jax.data.rows import relocate_row, row_values
 from omni_jax.data.sources import Row
 from omni_jax.engine.outputs import Reply
 from omni_jax.engine.request import BLOCK_SIZES, RequestState, SchedulerConfig
@@ -67,7 +67,7 @@ def _read_text(row: Row, out: Path, question: str, media_root: str | None) -> Sp
     last = values["messages"][-1] if values["messages"] else None
     if not replies or not isinstance(last, Mapping) or last.get("role") != "assistant" or not replies[0].text.strip():
         raise InputError("messages must end in a reply with a text, which is what is to be spoken")
-    return SpokenText(row.name, values_for(row, out), replies[0].prompt, replies[0].text)
+    return SpokenText(row.name, relocate_row(row, out), replies[0].prompt, replies[0].text)
 
 
 def speak_texts(model: OmniModel, texts: Sequence[SpokenText], options: Sequence[Options]) -> list[Reply]:

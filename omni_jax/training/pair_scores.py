@@ -27,7 +27,7 @@ from omni_jax.checks import printable
 from omni_jax.data.examples import Reject
 from omni_jax.data.preference_pairs import PairBatch, PairPacking
 from omni_jax.data.resumed_rows import ResumedRows
-from omni_jax.data.rows import values_for
+from omni_jax.data.rows import relocate_row
 from omni_jax.data.sources import Files, Row, open_rows
 from omni_jax.data.spoken_packing import SpokenPart
 from omni_jax.data.spoken_rows import ANSWERS
@@ -205,7 +205,7 @@ def _scored_row(row: Row, scores: Sequence[float], digest: str, out: Path) -> di
     Raises:
       InputError: for a row that holds bytes, as those of Parquet may.
     """
-    values = values_for(row, out)
+    values = relocate_row(row, out)
     reference: dict[str, Any] = {"model": digest, **dict(zip(ANSWERS, scores, strict=True))}
     values["speech"] = {**values["speech"], "reference": reference}
     try:

@@ -17,7 +17,7 @@ from tools.row_files import read_values, write_values
 from tools.speech_stages import SpeechData, SpeechStages
 
 
-def spoken(text: str, codes: Sequence[int], voice: str | None = "slt", **more: Any) -> dict[str, Any]:
+def spoken(text: str, codes: Sequence[int], voice: Any = "slt", **more: Any) -> dict[str, Any]:
     """A row of the Talker."""
     messages = [{"role": "user", "content": "Say something."}, {"role": "assistant", "content": text}]
     speech: dict[str, Any] = {"codec_ids": list(codes), "codec": "abc"}
@@ -127,6 +127,7 @@ def test_pairs_are_rows_of_preferences(tmp_path: Path) -> None:
         (["no row"], "rows.jsonl:1: a row must be an object"),
         ({"text": "It is red."}, "rows.jsonl:1: speech is None; it must be an object with codec_ids"),
         ({"messages": [{"role": "user", "content": "Why?"}]}, "messages must end in a reply"),
+        (spoken("It is red.", [1, 2], voice=["slt"]), "rows.jsonl:1: speech.voice is"),
         (spoken("It is red.", [1, 2]), "no row has a partner"),
     ],
 )
