@@ -4,9 +4,11 @@
 
 With ``--thinker`` the Thinker is that of another checkpoint: what speaks and what understands may be trained apart;
 with ``--decoder`` its language model alone is, and the encoders stay. With ``--token2wav`` Token2Wav is that of another
-one, and so is how its flow is integrated: codes and what becomes of them may be trained apart, too. All components are
-cast, those of speech too. Compare what the copy answers with what the run's checkpoint answers
-(``tools/score_world.py``, ``tools/measure_speech.py``) before it is handed on.
+one, and so is how its flow is integrated: codes and what becomes of them may be trained apart, too. With
+``--average-talker`` the Talker is the mean of the run's and of another one's: half way back to the Talker that preference
+training began from, what that training cost comes back and most of its gain stays (weight-space ensembles,
+https://arxiv.org/abs/2109.01903). All components are cast, those of speech too. Compare what the copy answers with what
+the run's checkpoint answers (``tools/score_world.py``, ``tools/measure_speech.py``) before it is handed on.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ class Options:
     """The same, of which the Thinker's language model alone is taken instead."""
     token2wav: Path | None = None
     """A checkpoint of the same config, or the folder of a run, whose Token2Wav is taken instead."""
+    average_talker: Path | None = None
+    """A checkpoint of the same config, or the folder of a run, whose Talker is averaged with that of SRC."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What all of it is cast to; it keeps its own if left out."""
 
@@ -59,7 +63,7 @@ def pack_checkpoint(options: Options) -> int:
 
     Raises:
       CheckpointError, ConfigError: if a source is no checkpoint or has no such component, the Thinkers differ in config
-        or vocabulary, Token2Wav in config, or the target exists.
+        or vocabulary, Talkers or Token2Wav in config, or the target exists.
     """
     source = resolve_checkpoint(options.source)
     found = store.components(source)
@@ -74,6 +78,8 @@ def pack_checkpoint(options: Options) -> int:
         token2wav = resolve_checkpoint(options.token2wav)
         _check_same_token2wav(source, token2wav)
         params["token2wav"] = store.load(token2wav, ["token2wav"])["token2wav"]
+    if options.average_talker is not None:
+        params["talker"] = _average_talkers(source, resolve_checkpoint(options.average_talker))
     leaves = []
     for component, tree in params.items():
         for path, array in flatten_params(tree).items():
@@ -110,6 +116,18 @@ def _check_same_token2wav(source: Path, other: Path) -> None:
     """Raises CheckpointError if one's Token2Wav cannot stand in the other's place."""
     if OmniConfig.load(source).token2wav_config != OmniConfig.load(other).token2wav_config:
         raise CheckpointError(f"the Token2Wav of {other} is of another config than that of {source}")
+
+
+def _average_talkers(source: Path, other: Path) -> Any:
+    """The mean of two Talkers, in float32.
+
+    Raises:
+      CheckpointError: if their configs differ, or one has none.
+    """
+    if OmniConfig.load(source).talker_config != OmniConfig.load(other).talker_config:
+        raise CheckpointError(f"the Talker of {other} is of another config than that of {source}")
+    talkers = [store.load(folder, ["talker"])["talker"] for folder in (source, other)]
+    return jax.tree.map(lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)) / 2, *talkers)
 
 
 def _make_leaf(path: tuple[str, ...], array: jax.Array, dtype: str | None) -> store.Leaf:

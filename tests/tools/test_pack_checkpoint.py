@@ -93,3 +93,25 @@ def test_token2wav_of_another_checkpoint(tiny_model: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"the Token2Wav of .* is of another config"):
         pack_checkpoint(Options(tiny_model, tmp_path / "refused", token2wav=other))
     assert not (tmp_path / "refused").exists()
+
+
+def test_the_mean_of_two_talkers(tiny_model: Path, tmp_path: Path) -> None:
+    source = store.load(tiny_model)
+    other = tmp_path / "other"
+    pack_checkpoint(Options(tiny_model, other, components=("talker",), dtype="bfloat16"))
+    target = tmp_path / "mean"
+    pack_checkpoint(Options(tiny_model, target, average_talker=other))
+    packed = store.load(target)
+    # bfloat16 moves nearly every weight, so that the mean is neither of the two
+    rounded = store.load(other)["talker"]
+    means = jax.tree.map(lambda a, b: (a + b.astype(jnp.float32)) / 2, source["talker"], rounded)
+    jax.tree.map(np.testing.assert_array_equal, packed["talker"], means)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), source["talker"], means)
+    assert any(jax.tree.leaves(moved))
+    jax.tree.map(np.testing.assert_array_equal, packed["thinker"], source["thinker"])
+    config = OmniConfig.load(other)
+    talker = dataclasses.replace(config.talker_config, rope_theta=1000.0)
+    dataclasses.replace(config, talker_config=talker).save(other)
+    with pytest.raises(CheckpointError, match=r"the Talker of .* is of another config"):
+        pack_checkpoint(Options(tiny_model, tmp_path / "refused", average_talker=other))
+    assert not (tmp_path / "refused").exists()
