@@ -5,7 +5,7 @@
 With ``--thinker`` the Thinker is that of another checkpoint: what speaks and what understands may be trained apart;
 with ``--decoder`` its language model alone is, and the encoders stay. With ``--token2wav`` Token2Wav is that of another
 one, and so is how its flow is integrated: codes and what becomes of them may be trained apart, too. With
-``--average-talker`` the Talker is the mean of the run's and of another one's: half way back to the Talker that preference
+``--average-talker`` the Talker is the mean of the run's and of another one's: half way back to the one that preference
 training began from, what that training cost comes back and most of its gain stays (weight-space ensembles,
 https://arxiv.org/abs/2109.01903). All components are cast, those of speech too. Compare what the copy answers with what
 the run's checkpoint answers (``tools/score_world.py``, ``tools/measure_speech.py``) before it is handed on.
